@@ -1,0 +1,16 @@
+"""Costs of a compressed network; a new model is one file and one line in `COST_MODELS`."""
+
+from __future__ import annotations
+
+from cost_models.bops import Bops
+from cost_models.core import CostModel
+from cost_models.macs import Macs
+from cost_models.memory import PeakActivationBytes, WeightBytes
+
+COST_MODELS: dict[str, type[CostModel]] = {
+    "macs": Macs,
+    "bops": Bops,
+    "weight_bytes": WeightBytes,
+    "peak_activation_bytes": PeakActivationBytes,
+}
+"""Every cost model by name; each is made without arguments."""

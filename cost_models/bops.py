@@ -1,0 +1,29 @@
+"""Bit operations: arithmetic weighted with the precision it is done in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from cost_models.core import FLOAT_BITS, LayerShapes
+from cost_models.macs import Macs
+
+
+@dataclass(frozen=True)
+class Bops:
+    """Bit operations per image: multiply-accumulates x weight bits x activation bits, 32 x 32 without quantization."""
+
+    name: ClassVar[str] = "bops"
+
+    def per_layer(self, shapes: LayerShapes) -> np.ndarray:
+        """Return each layer's bit operations, (population, L)."""
+        bops = Macs().per_layer(shapes)
+        bops *= shapes.weight_bits
+        bops *= shapes.activation_bits
+        return bops
+
+    def total(self, shapes: LayerShapes) -> np.ndarray:
+        """Return the bit operations of each network, (population,); products without weights stay in float32."""
+        return self.per_layer(shapes).sum(axis=1) + shapes.geometry.fixed_macs * FLOAT_BITS**2

@@ -1,0 +1,181 @@
+"""What a network costs: the shapes of a population of compressed networks, and what a cost model is.
+
+Everything here is numpy; one row is one policy. A cost model never sees a tensor or a torch module, so the wall, the
+solvers and the agents can ask for the costs of thousands of policies per second.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+
+FLOAT_BITS = 32
+"""The bit-width of a tensor that is left alone."""
+
+
+class InputError(ValueError):
+    """What the caller gave cannot be used; the message names the place, the value and the way out."""
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One convolution or linear layer of the dense network.
+
+    Attributes:
+        name: module path, e.g. "layer1.0.conv1".
+        kind: "conv" or "linear".
+        in_channels, out_channels: dense channel (feature) counts.
+        kernel: (height, width); (1, 1) for linear layers.
+        stride: (height, width).
+        out_hw: spatial size of one output; (tokens, 1) for a linear layer applied to tokens.
+        conv_groups: the convolution's own groups.
+        calls: how often one forward pass runs the layer.
+        has_bias: whether it owns a bias vector.
+        quantizable: whether weight and activation bit-widths can be chosen for it.
+    """
+
+    name: str
+    kind: str
+    in_channels: int
+    out_channels: int
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    out_hw: tuple[int, int] = (1, 1)
+    conv_groups: int = 1
+    calls: int = 1
+    has_bias: bool = False
+    quantizable: bool = True
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether each input channel has a convolution of its own, so that pruning a channel removes a conv group."""
+        return self.conv_groups > 1 and self.conv_groups == self.in_channels
+
+    @property
+    def macs_per_weight(self) -> int:
+        """Multiply-accumulates that each weight takes part in, per image."""
+        return self.out_hw[0] * self.out_hw[1] * self.calls
+
+
+@dataclass(frozen=True)
+class NetworkGeometry:
+    """How the widths of the coupled groups fix every shape of the network: all of them are affine in the widths.
+
+    With L layers, G groups, B buffers (activations that hold memory) and S execution steps:
+
+    Attributes:
+        layers: the dense layers, in execution order.
+        group_names: (G,) names.
+        group_units: (G,) dense number of prunable units per group, integer.
+        in_fixed, in_per_unit: (L,), (G, L); in_channels = in_fixed + widths @ in_per_unit.
+        out_fixed, out_per_unit: (L,), (G, L), likewise for out_channels.
+        other_fixed, other_per_unit: scalar, (G,); parameters that are no weight or bias of a layer (norms, embeddings).
+        fixed_macs: multiply-accumulates of products without weights (attention); their operands are never pruned.
+        buffer_fixed, buffer_per_unit: (B,), (G, B); elements of each buffer, per image.
+        buffer_readers: (B,) tuples of layer indices. A buffer that only quantized layers read is stored at the largest of
+            their activation bits; an empty tuple means that something else reads it too: it stays in float32.
+        live: (S, B) bool; which buffers hold memory while a step runs (its inputs, its outputs, whatever is needed later).
+        step_layer: (S,) index of the layer that the step runs, -1 for other operators.
+    """
+
+    layers: tuple[LayerShape, ...]
+    group_names: tuple[str, ...]
+    group_units: np.ndarray
+    in_fixed: np.ndarray
+    in_per_unit: np.ndarray
+    out_fixed: np.ndarray
+    out_per_unit: np.ndarray
+    other_fixed: float
+    other_per_unit: np.ndarray
+    fixed_macs: float
+    buffer_fixed: np.ndarray
+    buffer_per_unit: np.ndarray
+    buffer_readers: tuple[tuple[int, ...], ...]
+    live: np.ndarray
+    step_layer: np.ndarray
+
+    def shapes(self, widths=None, weight_bits=None, activation_bits=None) -> LayerShapes:
+        """Return the shapes of a population.
+
+        Args:
+            widths: kept units per group, (population, G); default: one dense network.
+            weight_bits, activation_bits: (population, L) in 1..32; default: 32 everywhere.
+        Raises:
+            ValueError: if the sizes disagree.
+        """
+        widths = np.atleast_2d(self.group_units if widths is None else widths)
+        full = (len(widths), len(self.layers))
+        bits = [np.full(full, FLOAT_BITS) if b is None else np.atleast_2d(b) for b in (weight_bits, activation_bits)]
+        if widths.shape[1] != len(self.group_units) or any(b.shape != full for b in bits):
+            raise ValueError(
+                f"`widths` must be (population, {len(self.group_units)}) and bits (population, {len(self.layers)}), "
+                f"but got {widths.shape}, {bits[0].shape} and {bits[1].shape}."
+            )
+        return LayerShapes(self, widths, *bits)
+
+
+@dataclass(frozen=True)
+class LayerShapes:
+    """The shapes of a population of compressed networks; every array has one row per policy."""
+
+    geometry: NetworkGeometry
+    widths: np.ndarray  # (population, G) kept units
+    weight_bits: np.ndarray  # (population, L)
+    activation_bits: np.ndarray  # (population, L)
+
+    def __len__(self) -> int:
+        return len(self.widths)
+
+    @cached_property
+    def in_channels(self) -> np.ndarray:
+        """(population, L) float."""
+        return self.geometry.in_fixed + self.widths @ self.geometry.in_per_unit
+
+    @cached_property
+    def out_channels(self) -> np.ndarray:
+        """(population, L) float."""
+        return self.geometry.out_fixed + self.widths @ self.geometry.out_per_unit
+
+    @cached_property
+    def weights(self) -> np.ndarray:
+        """Elements of each layer's weight tensor, (population, L) float."""
+        layers = self.geometry.layers
+        area = np.array([layer.kernel[0] * layer.kernel[1] for layer in layers], float)
+        # A depthwise convolution loses one conv group with each channel; any other keeps its number of groups.
+        fan_in = np.where(
+            [layer.depthwise for layer in layers], 1.0, self.in_channels / [layer.conv_groups for layer in layers]
+        )
+        return fan_in * self.out_channels * area
+
+    @cached_property
+    def other_parameters(self) -> np.ndarray:
+        """Parameters outside the layers' weights and biases, (population,) float."""
+        return self.geometry.other_fixed + self.widths @ self.geometry.other_per_unit
+
+    @cached_property
+    def buffer_bytes(self) -> np.ndarray:
+        """Bytes of every buffer for one image, (population, B) float."""
+        elements = self.geometry.buffer_fixed + self.widths @ self.geometry.buffer_per_unit
+        bits = np.full(elements.shape, float(FLOAT_BITS))
+        for index, readers in enumerate(self.geometry.buffer_readers):
+            if readers:
+                bits[:, index] = self.activation_bits[:, list(readers)].max(axis=1)
+        return elements * bits / 8
+
+
+class CostModel(Protocol):
+    """One cost of a network, smaller is better. Models are small frozen objects; what they need comes with the shapes."""
+
+    name: str
+    """The cost's name with its unit, e.g. "weight_bytes"."""
+
+    def per_layer(self, shapes: LayerShapes) -> np.ndarray:
+        """Return each layer's share, (population, L)."""
+        ...
+
+    def total(self, shapes: LayerShapes) -> np.ndarray:
+        """Return the cost of each network, (population,); not always the sum over layers (peak memory)."""
+        ...

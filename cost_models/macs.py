@@ -1,0 +1,32 @@
+"""Multiply-accumulates: how much arithmetic one image costs, whatever the precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from cost_models.core import LayerShapes
+
+
+@dataclass(frozen=True)
+class Macs:
+    """Multiply-accumulates per image of all layers and of the products without weights; FLOPs are twice as many.
+
+    Norms, activations, pooling and biases are not counted, as in the figures that papers and torchvision publish.
+    """
+
+    name: ClassVar[str] = "macs"
+
+    def per_layer(self, shapes: LayerShapes) -> np.ndarray:
+        """Return each layer's multiply-accumulates, (population, L)."""
+        return shapes.weights * _macs_per_weight(shapes)
+
+    def total(self, shapes: LayerShapes) -> np.ndarray:
+        """Return the multiply-accumulates of each network, (population,): the layers' and `fixed_macs`."""
+        return shapes.weights @ _macs_per_weight(shapes) + shapes.geometry.fixed_macs
+
+
+def _macs_per_weight(shapes: LayerShapes) -> np.ndarray:
+    return np.array([layer.macs_per_weight for layer in shapes.geometry.layers], float)

@@ -1,0 +1,109 @@
+"""What every cost model promises, over random networks."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+from cost_models import COST_MODELS
+from cost_models.core import LayerShape, NetworkGeometry
+
+POPULATION = 40
+
+
+def random_geometry(rng: np.random.Generator) -> NetworkGeometry:
+    """A made-up network: nothing fits together as in a real one, but every quantity is affine in the widths."""
+    num_layers, num_groups, num_buffers, num_steps = rng.integers(1, 7, 4)
+
+    def counts(*shape, high=4):
+        return rng.integers(0, high, shape).astype(float)
+
+    layers = tuple(
+        LayerShape(
+            f"layer{i}",
+            "conv",
+            in_channels=8,
+            out_channels=8,
+            kernel=(3, 3),
+            out_hw=tuple(rng.integers(1, 5, 2).tolist()),
+            conv_groups=int(rng.choice([1, 2, 8])),
+            calls=int(rng.integers(1, 3)),
+            has_bias=bool(rng.integers(2)),
+        )
+        for i in range(num_layers)
+    )
+    readers = tuple(
+        tuple(rng.choice(num_layers, rng.integers(0, num_layers + 1), replace=False)) for _ in range(num_buffers)
+    )
+    return NetworkGeometry(
+        layers=layers,
+        group_names=tuple(f"group{i}" for i in range(num_groups)),
+        group_units=rng.integers(1, 33, num_groups),
+        in_fixed=counts(num_layers) + 1,
+        in_per_unit=counts(num_groups, num_layers),
+        out_fixed=counts(num_layers) + 1,
+        out_per_unit=counts(num_groups, num_layers),
+        other_fixed=float(rng.integers(100)),
+        other_per_unit=counts(num_groups),
+        fixed_macs=float(rng.integers(100)),
+        buffer_fixed=counts(num_buffers, high=100),
+        buffer_per_unit=counts(num_groups, num_buffers, high=50),
+        buffer_readers=readers,
+        live=rng.random((num_steps, num_buffers)) < 0.6,
+        step_layer=rng.integers(-1, num_layers, num_steps),
+    )
+
+
+def random_population(geometry: NetworkGeometry, rng: np.random.Generator):
+    """Widths and bits of a population."""
+    full = (POPULATION, len(geometry.layers))
+    widths = rng.integers(1, geometry.group_units + 1, (POPULATION, len(geometry.group_units)))
+    return widths, rng.choice([2, 3, 4, 8, 16, 32], full), rng.choice([2, 4, 8, 32], full)
+
+
+@pytest.fixture(params=COST_MODELS)
+def model(request):
+    return COST_MODELS[request.param]()
+
+
+def test_is_named_as_registered_and_pickles():
+    for name, model_class in COST_MODELS.items():
+        assert pickle.loads(pickle.dumps(model_class())) == model_class()
+        assert model_class().name == name
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_never_cheaper_with_more_channels_or_bits(model, seed):
+    rng = np.random.default_rng(seed)
+    geometry = random_geometry(rng)
+    small, large = random_population(geometry, rng), random_population(geometry, rng)
+    for vary in range(3):
+        larger = list(small)
+        larger[vary] = np.maximum(small[vary], large[vary])
+        low, high = geometry.shapes(*small), geometry.shapes(*larger)
+        assert np.all(model.per_layer(low) <= model.per_layer(high) * (1 + 1e-12))
+        assert np.all(model.total(low) <= model.total(high) * (1 + 1e-12))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_row_does_not_depend_on_the_rest_of_the_population(model, seed):
+    rng = np.random.default_rng(seed)
+    geometry = random_geometry(rng)
+    population = random_population(geometry, rng)
+    shapes = geometry.shapes(*population)
+    assert model.per_layer(shapes).shape == (POPULATION, len(geometry.layers))
+    assert model.total(shapes).shape == (POPULATION,)
+    for row in (0, POPULATION - 1):
+        alone = geometry.shapes(*(part[row] for part in population))
+        np.testing.assert_allclose(model.per_layer(alone)[0], model.per_layer(shapes)[row])
+        np.testing.assert_allclose(model.total(alone)[0], model.total(shapes)[row])
+
+
+def test_total_covers_every_layer(model):
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        geometry = random_geometry(rng)
+        shapes = geometry.shapes(*random_population(geometry, rng))
+        per_layer = model.per_layer(shapes)
+        least = per_layer.max(axis=1) if model.name.startswith("peak") else per_layer.sum(axis=1)
+        assert np.all(model.total(shapes) >= least * (1 - 1e-12))
