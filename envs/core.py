@@ -1,0 +1,131 @@
+"""The vocabulary of the search: what we choose, what it scored, what happened, and who acts.
+
+Dataclasses and protocols only. Everything is frozen: no step of the search changes what an earlier one returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from cost_models.core import InputError
+
+__all__ = ["ActionSpace", "Actor", "Budget", "CompressionPolicy", "Episode", "Evaluation", "InputError"]
+
+
+@dataclass(frozen=True)
+class CompressionPolicy:
+    """What we choose. Hashable, so that a policy is evaluated once.
+
+    Attributes:
+        widths: kept units of each coupled group, in the order of `NetworkGeometry.group_names`.
+        weight_bits, activation_bits: of each layer, in the order of `NetworkGeometry.layers`; 32 = untouched.
+    """
+
+    widths: tuple[int, ...]
+    weight_bits: tuple[int, ...]
+    activation_bits: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a policy scored.
+
+    Attributes:
+        top1: fraction of images classified right, in [0, 1].
+        costs: value of every cost model, by name.
+        fidelity: "proxy" (validation split, used by the search) or "final" (test split). The two never share a front.
+        images: number of images behind `top1`.
+        seconds: wall time of the evaluation.
+    """
+
+    top1: float
+    costs: Mapping[str, float]
+    fidelity: str = "proxy"
+    images: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a device allows. All limits are hard.
+
+    Attributes:
+        name: e.g. "phone".
+        limits: absolute upper limit of each named cost; the environment keeps every episode below them.
+        top1_drop: largest allowed loss of top-1 against the dense model, as a fraction; None = no limit. Known only
+            after the evaluation, so it is a constraint on the result and not part of the wall.
+    """
+
+    name: str
+    limits: Mapping[str, float]
+    top1_drop: float | None = None
+
+
+@dataclass(frozen=True)
+class Episode:
+    """What happened when an actor walked through the environment.
+
+    Attributes:
+        budget: name of the budget that the episode was conditioned on.
+        policy: the executed policy; None if the walk itself failed.
+        evaluation: its scores; None when `failure` says why there are none.
+        constraints: {name: value / limit - 1} of the episode's budget; feasible when all are <= 0.
+        observations: (steps + 1, observation_dim) float32.
+        actions: (steps, action_dim) float32 in [0, 1]: what was *executed*, after the wall and the rounding.
+        reward: (num_objectives,) the vector reward of the last step; zero before it.
+        failure: one sentence, or None.
+    """
+
+    budget: str
+    policy: CompressionPolicy | None
+    evaluation: Evaluation | None
+    constraints: Mapping[str, float] = field(default_factory=dict)
+    observations: np.ndarray | None = None
+    actions: np.ndarray | None = None
+    reward: np.ndarray | None = None
+    failure: str | None = None
+
+    @property
+    def feasible(self) -> bool:
+        """Whether the policy was scored and breaks no constraint of its budget."""
+        return self.evaluation is not None and all(value <= 0 for value in self.constraints.values())
+
+
+class Actor(Protocol):
+    """Acts for one episode. Pure and picklable: it travels to a worker, and only its episode comes back."""
+
+    budget: Budget
+
+    def act(self, observation: np.ndarray, step: int) -> np.ndarray:
+        """Return the action, (action_dim,) in [0, 1]: 0 = least compression, 1 = strongest."""
+        ...
+
+
+class ActionSpace(Protocol):
+    """What an agent may know about the environment besides its episodes.
+
+    A *table* is a whole episode's actions, (num_steps, action_dim) in [0, 1]; entries where `used` is False have no effect.
+    """
+
+    num_steps: int
+    action_dim: int
+    observation_dim: int
+    used: np.ndarray  # (num_steps, action_dim) bool
+    objectives: tuple[str, ...]  # names of the reward's components; the first is "top1"
+    dense_top1: float
+
+    def execute(self, table: np.ndarray, budget: Budget) -> np.ndarray:
+        """Return the table that the environment would execute: behind the wall of the budget, rounded to real levels."""
+        ...
+
+    def fit(self, table: np.ndarray, budget: Budget) -> np.ndarray:
+        """Return the table bent, keeping its order, to the edge of the budget, then executed: as little compression as fits."""
+        ...
+
+    def decode(self, table: np.ndarray) -> CompressionPolicy:
+        """Return the policy of an executed table."""
+        ...

@@ -1,0 +1,45 @@
+"""From a model to its frozen plan: trace it, let the channels flow, form the groups, and prove them by trying."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from cost_models.core import InputError
+from envs.model_graph.channel_flow import ChannelFlow
+from envs.model_graph.groups import build_graph, exclude_layers
+from envs.model_graph.plan import ModelGraph
+from envs.model_graph.trace import first_line, trace_model
+from envs.model_graph.verification import verified_graph
+from envs.pruning.slicing import share_tensors
+
+
+def analyze(
+    model: nn.Module, example_inputs: tuple[Tensor, ...], exclude: Sequence[str] = (), verify: bool = True
+) -> ModelGraph:
+    """Return the network's structure: layers, coupled groups, what is frozen and why, shapes and memory.
+
+    Args:
+        model: any module; it is left untouched, whatever its mode.
+        example_inputs: what `model(*example_inputs)` takes; the first axis is the batch, only the first image is used.
+        exclude: shell patterns of layer names whose output channels must stay.
+        verify: remove one unit of every group from a copy, run the model's own forward pass, and freeze the groups for
+            which it fails or differs from the network with the same entries zeroed.
+    Raises:
+        InputError: if the model cannot be copied, run or traced, or a pattern of `exclude` matches no layer.
+    """
+    started = time.perf_counter()
+    try:
+        model = share_tensors(model).eval()
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"{type(model).__name__} cannot be copied: {first_line(error)}.") from error
+    trace = trace_model(model, example_inputs)
+    flow = ChannelFlow(trace)
+    exclude_layers(trace, flow, exclude)
+    graph = build_graph(trace, flow)
+    if verify:
+        graph = verified_graph(model, example_inputs, trace, flow, graph)
+    return replace(graph, seconds=time.perf_counter() - started)

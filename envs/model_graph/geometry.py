@@ -1,0 +1,278 @@
+"""The shapes, parameters and memory of a traced network, as functions of the widths of its groups."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from cost_models.core import NetworkGeometry
+from envs.model_graph.channel_flow import POINTWISE, ChannelFlow
+from envs.model_graph.plan import ChannelGroup
+from envs.model_graph.trace import Trace, arguments, op_name, run_with, shape_of
+
+
+def network_geometry(
+    trace: Trace, flow: ChannelFlow, groups: Sequence[ChannelGroup], group_of: np.ndarray
+) -> NetworkGeometry:
+    """Return how the widths of the groups fix every shape of the network.
+
+    Args:
+        trace, flow: the graph and the identities of its channels.
+        groups: the prunable groups.
+        group_of: (elements,) index of the group that each element of the union-find belongs to, -1 for none.
+    """
+    multiplicity = {(s.tensor, s.axis, g): s.positions.shape[1] for g, group in enumerate(groups) for s in group.slices}
+    layers, counts = trace.layers, range(len(groups))
+    units = np.array([group.units for group in groups], dtype=np.int64)
+    out_per_unit = np.zeros((len(groups), len(layers)))
+    in_per_unit = np.zeros_like(out_per_unit)
+    for index, layer in enumerate(layers):
+        shape = layer.shape
+        for g in counts:
+            out = multiplicity.get((layer.weight, layer.out_axis, g), 0)
+            out_per_unit[g, index] = out
+            if shape.depthwise:
+                in_per_unit[g, index] = out * shape.in_channels / shape.out_channels
+            else:
+                conv_groups = 1 if layer.transposed else shape.conv_groups
+                in_per_unit[g, index] = multiplicity.get((layer.weight, layer.in_axis, g), 0) * conv_groups
+    owned = {layer.weight for layer in layers} | {layer.bias for layer in layers}
+    others = [name for name in sorted(trace.parameters) if name not in owned]
+    other_per_unit = np.zeros(len(groups))
+    for (tensor, axis, g), count in multiplicity.items():
+        if tensor in trace.parameters and tensor not in owned:
+            size = trace.tensor_shapes[tensor]
+            other_per_unit[g] += count * math.prod(size) / size[axis]
+    memory = _Memory(trace)
+    buffer_per_unit = np.zeros((len(groups), len(memory.buffers)))
+    for index, buffer in enumerate(memory.buffers):
+        buffer_per_unit[:, index] = _elements(flow, buffer, group_of, len(groups)) / np.maximum(units, 1)
+    dense_elements = np.array([buffer.elements for buffer in memory.buffers], dtype=float)
+    live, step_layer = memory.live_table()
+    return NetworkGeometry(
+        layers=tuple(layer.shape for layer in layers),
+        group_names=tuple(group.name for group in groups),
+        group_units=units,
+        in_fixed=np.array([layer.shape.in_channels for layer in layers]) - units @ in_per_unit,
+        in_per_unit=in_per_unit,
+        out_fixed=np.array([layer.shape.out_channels for layer in layers]) - units @ out_per_unit,
+        out_per_unit=out_per_unit,
+        other_fixed=float(sum(math.prod(trace.tensor_shapes[name]) for name in others) - units @ other_per_unit),
+        other_per_unit=other_per_unit,
+        fixed_macs=float(sum(_product_macs(node) for node in trace.nodes if node not in trace.layer_index)),
+        buffer_fixed=dense_elements - units @ buffer_per_unit,
+        buffer_per_unit=buffer_per_unit,
+        buffer_readers=tuple(buffer.quantized_readers(layers) for buffer in memory.buffers),
+        live=live,
+        step_layer=step_layer,
+    )
+
+
+def _product_macs(node: Node) -> float:
+    """Return the multiply-accumulates of a product of two activations (or with a computed weight); 0 for the rest."""
+    name = op_name(node)
+    if name not in _PRODUCTS:
+        return 0
+    shapes = [shape_of(x) for x in node.all_input_nodes]
+    if name == "scaled_dot_product_attention":
+        query, key, value = shapes[:3]
+        return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+    if name == "einsum":
+        return _einsum_macs(node)
+    if name in ("linear", "addmm", "baddbmm"):
+        inner = shapes[0][-1] if name == "linear" else shape_of(arguments(node)[_PRODUCTS[name]])[-1]
+        return math.prod(shape_of(node)) * inner
+    if name.startswith("conv"):
+        weight = shape_of(arguments(node)["weight"])
+        return math.prod(shape_of(node)) * math.prod(weight[1:])
+    # A square sends the same node twice, and `all_input_nodes` lists it once.
+    return math.prod(shape_of(node)) * shapes[0][-1]
+
+
+def _einsum_macs(node: Node) -> float:
+    equation, operands = node.args[0].replace(" ", "").split("->")[0], node.args[1]
+    sizes: dict[str, int] = {}
+    for letters, operand in zip(equation.split(","), operands, strict=True):
+        if "." not in letters:
+            sizes.update(zip(letters, shape_of(operand), strict=True))
+    return math.prod(sizes.values()) if len(operands) > 1 else 0
+
+
+# Products and, where it is not the first operand, the argument whose last axis is summed over.
+_PRODUCTS = {
+    **dict.fromkeys(("matmul", "mm", "bmm", "mv", "einsum", "scaled_dot_product_attention", "linear")),
+    **dict.fromkeys(f"conv{rank}d" for rank in (1, 2, 3)),
+    "addmm": "mat1",
+    "baddbmm": "batch1",
+}
+# Elementwise, but what they make lies beside their input (in another layout or type).
+_COPIES = ("clone", "contiguous", "to", "_to_copy", "type_as", "zeros_like", "ones_like", "full_like", "empty_like")
+
+
+@dataclass
+class _Buffer:
+    """One piece of memory that activations occupy, one after the other when operators work in place.
+
+    Attributes:
+        node: the node that first fills it; `part` is the index of the result for operators with several.
+        elements: how many numbers it holds.
+        birth, death: first and last step that needs it.
+        contents: per content, the layers that read it (-1 for other operators); working in place starts a new content.
+        holders: the nodes whose values lie in it.
+        fixed: whether it may not be overwritten (the model's inputs).
+    """
+
+    node: Node
+    part: int
+    elements: int
+    birth: int
+    death: int
+    contents: list[list[int]] = field(default_factory=lambda: [[]])
+    holders: list[Node] = field(default_factory=list)
+    fixed: bool = False
+
+    def quantized_readers(self, layers) -> tuple[int, ...]:
+        """Return the quantizable layers that read it, or () if anything else does."""
+        *earlier, last = self.contents
+        if any(earlier) or -1 in last or not all(layers[reader].shape.quantizable for reader in last):
+            return ()
+        return tuple(sorted(set(last)))
+
+
+class _Memory:
+    """Walks through the graph once and notes which activations occupy which buffers, and when.
+
+    Views share their input's buffer. A pointwise operator or a batch norm works in place on an operand that nothing
+    needs afterwards. Workspace inside operators (im2col, attention scores of a fused kernel) is not counted.
+    """
+
+    def __init__(self, trace: Trace):
+        self.trace = trace
+        self.buffers: list[_Buffer] = []
+        self.step_layer: list[int] = []
+        self._held: dict[Node, list[int]] = {node: [] for node in trace.tensors}  # node -> its buffers
+        self._order = {node: i for i, node in enumerate(trace.nodes)}
+        for node in trace.inputs:
+            self._allocate(node, step=0, fixed=True)
+        for node in trace.nodes:
+            self._visit(node)
+        for node in trace.outputs:
+            for index in self._held.get(node, []):
+                self._read(index, -1, len(self.step_layer) - 1)
+
+    def live_table(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return (live, step_layer), leaving out steps of other operators that repeat the step before."""
+        steps = np.arange(len(self.step_layer))[:, None]
+        live = (steps >= [b.birth for b in self.buffers]) & (steps <= [b.death for b in self.buffers])
+        layers = np.array(self.step_layer, dtype=np.int64)
+        repeats = np.zeros(len(layers), dtype=bool)
+        repeats[1:] = (live[1:] == live[:-1]).all(axis=1) & (layers[1:] < 0)
+        return live[~repeats], layers[~repeats]
+
+    def _visit(self, node: Node) -> None:
+        inputs = node.all_input_nodes
+        if op_name(node) == "getitem":
+            held = self._held.get(inputs[0], [])
+            several = len(held) > 1
+            self._hold(node, [held[node.args[1]]] if several else held)
+            return
+        if self._is_alias(node):
+            self._hold(node, self._held.get(inputs[0], []))
+            return
+        step, layer = len(self.step_layer), self.trace.layer_index.get(node, -1)
+        self.step_layer.append(layer)
+        target = self._in_place_target(node)
+        for operand in inputs:
+            for index in self._held.get(operand, []):
+                if index != target:
+                    self._read(index, layer, step)
+        if target is None:
+            self._allocate(node, step)
+        else:
+            self.buffers[target].contents.append([])
+            self.buffers[target].death = step
+            self._hold(node, [target])
+
+    def _hold(self, node: Node, indices: list[int]) -> None:
+        self._held[node] = indices
+        for index in indices:
+            self.buffers[index].holders.append(node)
+
+    def _read(self, index: int, layer: int, step: int) -> None:
+        self.buffers[index].contents[-1].append(layer)
+        self.buffers[index].death = step
+
+    def _allocate(self, node: Node, step: int, fixed: bool = False) -> None:
+        first = len(self.buffers)
+        for part, value in enumerate(x for x in pytree.tree_leaves(node.meta.get("val")) if isinstance(x, Tensor)):
+            self.buffers.append(_Buffer(node, part, value.numel(), step, step, fixed=fixed))
+        self._hold(node, list(range(first, len(self.buffers))))
+
+    def _is_alias(self, node: Node) -> bool:
+        """Return whether the result is a view of the first operand (or dropout, which does nothing in eval mode)."""
+        schema = getattr(node.target, "_schema", None)
+        if schema is None:
+            return False
+        if "dropout" in schema.name:
+            return True
+        if not any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns):
+            return False
+        return _shares_memory(node)
+
+    def _in_place_target(self, node: Node) -> int | None:
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or len(pytree.tree_leaves(node.meta.get("val"))) != 1:
+            return None
+        writes = any(r.alias_info is not None and r.alias_info.is_write for r in schema.returns)
+        elementwise = op_name(node) in (*POINTWISE, "batch_norm") or torch.Tag.pointwise in node.target.tags
+        if not (writes or (elementwise and op_name(node) not in _COPIES)):
+            return None
+        for operand in node.all_input_nodes:
+            for index in self._held.get(operand, []):
+                if writes or self._is_free(index, node):
+                    return index
+            if writes:
+                return None
+        return None
+
+    def _is_free(self, index: int, node: Node) -> bool:
+        """Return whether a buffer fits the node's result and is not needed after it."""
+        buffer = self.buffers[index]
+        same_type = pytree.tree_leaves(buffer.node.meta["val"])[buffer.part].dtype == node.meta["val"].dtype
+        if buffer.fixed or not same_type or buffer.elements != math.prod(shape_of(node)):
+            return False
+        return all(self._order.get(user, math.inf) <= self._order[node] for x in buffer.holders for user in x.users)
+
+
+def _shares_memory(node: Node) -> bool:
+    """Run a view on an empty stand-in with the real strides and see whether it had to copy."""
+    source = node.all_input_nodes[0].meta["val"]
+    if not isinstance(source, Tensor):
+        return True
+    stand_in = torch.empty_strided(source.shape, source.stride(), dtype=source.dtype, device="meta")
+    values = {x: x.meta["val"] for x in node.all_input_nodes} | {node.all_input_nodes[0]: stand_in}
+    try:
+        results = pytree.tree_leaves(run_with(node, values))
+    except RuntimeError:
+        return True
+    return all(x.untyped_storage()._cdata == stand_in.untyped_storage()._cdata for x in results)
+
+
+def _elements(flow: ChannelFlow, buffer: _Buffer, group_of: np.ndarray, groups: int) -> np.ndarray:
+    """Return how many elements of a buffer belong to each group, (groups,)."""
+    found = flow.shadows[buffer.node]
+    ids = (found[buffer.part] if isinstance(found, list) else found)[0]
+    for axis in range(ids.dim()):
+        if ids.stride(axis) == 0:
+            ids = ids.narrow(axis, 0, 1)
+    entries = ids.numpy().ravel()
+    owners = group_of[entries[entries >= 0]]
+    counts = np.bincount(owners[owners >= 0], minlength=groups).astype(float)
+    return counts * buffer.elements / max(entries.size, 1)

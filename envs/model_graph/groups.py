@@ -1,0 +1,120 @@
+"""The prunable groups of a model: classes of channels with the same places in the tensors, and why the others stay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from itertools import groupby
+
+import numpy as np
+
+from cost_models.core import InputError
+from envs.model_graph.channel_flow import ChannelFlow
+from envs.model_graph.geometry import network_geometry
+from envs.model_graph.plan import ChannelGroup, FrozenChannels, ModelGraph, TensorSlice
+from envs.model_graph.trace import Trace
+
+
+def exclude_layers(trace: Trace, flow: ChannelFlow, patterns: Sequence[str]) -> None:
+    """Freeze the output channels of the layers that match one of the shell patterns.
+
+    Raises:
+        InputError: if a pattern matches no layer.
+    """
+    for pattern in patterns:
+        found = [layer for layer in trace.layers if fnmatchcase(layer.shape.name, pattern)]
+        if not found:
+            names = ", ".join(layer.shape.name for layer in trace.layers[:5])
+            raise InputError(f"`exclude` has the pattern {pattern!r}, but no layer matches it. Layers are {names}, ...")
+        for layer in found:
+            flow.identities.freeze(flow.identities.of(layer.weight, layer.out_axis), "excluded by the config")
+
+
+def build_graph(trace: Trace, flow: ChannelFlow) -> ModelGraph:
+    """Return the frozen plan; `seconds` is 0."""
+    roots = flow.identities.find(np.arange(flow.identities.starts[-1]))
+    reasons = flow.identities.reasons()
+    groups = []
+    for members in _groups(trace, flow, roots, set(reasons)):
+        if len(members) > 1:
+            groups.append(_channel_group(trace, flow, members, [group.producers[0] for group in groups]))
+        else:
+            reasons[int(roots[members[0, 0]])] = "a single coupled unit: nothing would be left"
+    group_of = np.full(len(roots), -1)
+    for index, group in enumerate(groups):
+        group_of[group_elements(flow, group)] = index
+    return ModelGraph(
+        geometry=network_geometry(trace, flow, groups, group_of),
+        groups=tuple(groups),
+        frozen=tuple(_frozen(trace, flow, roots, reasons)),
+        batch_norms=_foldable(trace),
+        seconds=0.0,
+    )
+
+
+def group_elements(flow: ChannelFlow, group: ChannelGroup) -> np.ndarray:
+    """Return all elements of the union-find that belong to a group, (n,)."""
+    return np.concatenate([flow.identities.of(s.tensor, s.axis)[s.positions].ravel() for s in group.slices])
+
+
+def _groups(trace: Trace, flow: ChannelFlow, roots: np.ndarray, frozen: set[int]) -> list[np.ndarray]:
+    """Return the elements of each group, (units, elements per unit), by first producer; units by position.
+
+    Classes that occupy as many positions on the same axes are units of one group.
+    """
+    produced: dict[int, int] = {}  # class -> rank of the first output channel that belongs to it
+    outputs = [roots[flow.identities.of(layer.weight, layer.out_axis)] for layer in trace.layers]
+    for rank, root in enumerate(np.concatenate([*outputs, np.empty(0, int)]).tolist()):
+        produced.setdefault(root, rank)
+    elements = np.flatnonzero(np.isin(roots, [root for root in produced if root not in frozen]))
+    elements = elements[np.argsort(roots[elements], kind="stable")]
+    keys = np.searchsorted(flow.identities.starts, elements, side="right") - 1
+    bounds = [0, *(np.flatnonzero(np.diff(roots[elements])) + 1), len(elements)]
+    alike: dict[bytes, list[np.ndarray]] = {}
+    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        if end > start:
+            alike.setdefault(keys[start:end].tobytes(), []).append(elements[start:end])
+
+    def rank(unit: np.ndarray) -> int:
+        return produced[roots[unit[0]]]
+
+    groups = [np.stack(sorted(units, key=rank)) for units in alike.values()]
+    return sorted(groups, key=lambda members: rank(members[0]))
+
+
+def _channel_group(trace: Trace, flow: ChannelFlow, members: np.ndarray, taken: list[str]) -> ChannelGroup:
+    """Return the group of these elements, (units, elements per unit); `taken` lists the first producers before it."""
+    keys = np.searchsorted(flow.identities.starts, members[0], side="right") - 1
+    slices = []
+    for key in np.unique(keys):
+        tensor, axis = flow.identities.keys[key]
+        slices.append(TensorSlice(tensor, axis, members[:, keys == key] - flow.identities.starts[key]))
+    places = {(s.tensor, s.axis) for s in slices}
+    producers = [layer.shape.name for layer in trace.layers if (layer.weight, layer.out_axis) in places]
+    consumers = [layer.shape.name for layer in trace.layers if (layer.weight, layer.in_axis) in places]
+    count = taken.count(producers[0])
+    name = f"{producers[0]}#{count + 1}" if count else producers[0]
+    return ChannelGroup(name, len(members), tuple(slices), tuple(producers), tuple(consumers))
+
+
+def _frozen(trace: Trace, flow: ChannelFlow, roots: np.ndarray, reasons: dict[int, str]) -> list[FrozenChannels]:
+    frozen = []
+    for layer in trace.layers:
+        out = roots[flow.identities.of(layer.weight, layer.out_axis)].tolist()
+        found = sorted(reasons[root] for root in out if root in reasons)
+        frozen += [FrozenChannels(layer.shape.name, len(list(same)), reason) for reason, same in groupby(found)]
+    return frozen
+
+
+def _foldable(trace: Trace) -> tuple[tuple[str, str], ...]:
+    """Return (layer, batch norm) for each quantizable layer, called once, whose only reader is the batch norm."""
+    pairs = []
+    for layer in trace.layers:
+        node = layer.nodes[0]
+        readers = list(node.users)
+        if len(layer.nodes) == 1 and layer.shape.quantizable and len(readers) == 1:
+            name = trace.batch_norms.get(readers[0])
+            # Without running statistics there is nothing to fold; the channels must be the axis it normalizes.
+            if name is not None and readers[0].args[3] is not None and node.meta["val"].dim() in (2, 4):
+                pairs.append((layer.shape.name, name))
+    return tuple(pairs)

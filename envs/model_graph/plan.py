@@ -1,0 +1,71 @@
+"""The frozen plan of a network: which channels must go together, where they sit in the tensors, and what cannot go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cost_models.core import NetworkGeometry
+
+
+@dataclass(frozen=True)
+class TensorSlice:
+    """Where the units of a group sit in one parameter or buffer.
+
+    Attributes:
+        tensor: name as in `state_dict()`, e.g. "layer1.0.conv1.weight".
+        axis: the axis that the units live on.
+        positions: (units, multiplicity) integer; row u lists what unit u occupies on that axis.
+    """
+
+    tensor: str
+    axis: int
+    positions: np.ndarray
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels that can only be removed together, unit by unit, across all their tensors.
+
+    Attributes:
+        name: the first layer that produces them (execution order), with "#2" and so on when that layer has several groups.
+        units: how many units the dense group has.
+        slices: every place the units occupy.
+        producers: names of the conv/linear layers whose outputs belong to the group, execution order.
+        consumers: names of the conv/linear layers that read them.
+    """
+
+    name: str
+    units: int
+    slices: tuple[TensorSlice, ...]
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FrozenChannels:
+    """Output channels of a layer that are never removed, and why."""
+
+    layer: str
+    channels: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class ModelGraph:
+    """Everything the search needs to know about a network's structure; no tensors, picklable.
+
+    Attributes:
+        geometry: layers, widths, memory (see `NetworkGeometry`); `geometry.group_names[i] == groups[i].name`.
+        groups: prunable groups, by first producer in execution order.
+        frozen: what is excluded, by layer.
+        batch_norms: (layer name, batch-norm name) where the batch norm is the layer's only reader: they can be folded.
+        seconds: how long the analysis took.
+    """
+
+    geometry: NetworkGeometry
+    groups: tuple[ChannelGroup, ...]
+    frozen: tuple[FrozenChannels, ...]
+    batch_norms: tuple[tuple[str, str], ...]
+    seconds: float

@@ -1,0 +1,272 @@
+"""The exported graph of a model: operators in execution order, the tensors they read, and which of them are layers."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from cost_models.core import InputError, LayerShape
+
+_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
+_TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+
+
+@dataclass(frozen=True)
+class TracedLayer:
+    """A convolution or linear operator that reads its weight straight from a parameter.
+
+    Attributes:
+        shape: the dense layer, as the cost models see it.
+        weight: name of its weight tensor.
+        bias: name of its bias parameter, or None.
+        out_axis, in_axis: the weight's axes of output and input channels.
+        transposed: whether it is a transposed convolution.
+        nodes: the calls, in execution order.
+    """
+
+    shape: LayerShape
+    weight: str
+    bias: str | None
+    out_axis: int
+    in_axis: int
+    transposed: bool
+    nodes: tuple[Node, ...]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What `torch.export` saw for one image.
+
+    Attributes:
+        nodes: the operators, in execution order.
+        inputs: the model's own inputs.
+        outputs: the nodes whose values the model returns.
+        tensors: placeholder -> name of the parameter or buffer that it stands for; tied tensors share one name.
+        tensor_shapes: the shape of each of these tensors, by name.
+        parameters: names among them that are parameters.
+        layers: the convolutions and linear layers, by first call.
+        batch_norms: batch norm node -> module path, for the `nn.BatchNorm` modules that are called once.
+    """
+
+    nodes: tuple[Node, ...]
+    inputs: tuple[Node, ...]
+    outputs: tuple[Node, ...]
+    tensors: Mapping[Node, str]
+    tensor_shapes: Mapping[str, tuple[int, ...]]
+    parameters: frozenset[str]
+    layers: tuple[TracedLayer, ...]
+    batch_norms: Mapping[Node, str]
+
+    @cached_property
+    def layer_index(self) -> dict[Node, int]:
+        """The position in `layers` of each call of a layer."""
+        return {node: index for index, layer in enumerate(self.layers) for node in layer.nodes}
+
+
+def trace_model(model: nn.Module, example_inputs: Sequence[Tensor]) -> Trace:
+    """Return the exported graph of a model in eval mode, for the first image of the example.
+
+    Args:
+        model: in eval mode; it is not changed.
+        example_inputs: what `model(*example_inputs)` takes; the first axis is the batch.
+    Raises:
+        InputError: if the forward pass or the export fails.
+    """
+    inputs = tuple(x[:1] for x in example_inputs)
+    _try_forward(model, inputs)
+    try:
+        program = torch.export.export(model, inputs, strict=False)
+    except Exception as error:  # the exporter raises many types, on data-dependent control flow and the like
+        raise InputError(
+            f"`torch.export` cannot trace {type(model).__name__}: {first_line(error)}. "
+            "Its forward pass must not depend on the values of the input."
+        ) from error
+    return _read(program, model)
+
+
+@torch.no_grad()
+def _try_forward(model: nn.Module, inputs: Sequence[Tensor]) -> None:
+    """Run the forward pass, and raise an `InputError` with its error if it fails."""
+    try:
+        model(*inputs)
+    except Exception as error:  # whatever the user's forward raises
+        raise InputError(
+            f"The model's forward pass fails on inputs of shape {', '.join(str(tuple(x.shape)) for x in inputs)}: "
+            f"{first_line(error)}. Check the input shape that you gave."
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def op_name(node: Node) -> str:
+    """Return the operator's plain name: "conv2d", "getitem", "relu" (also for the in-place `relu_`)."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return "getitem" if node.target is operator.getitem else str(node.target)
+    return schema.name.split("::")[1].rstrip("_")
+
+
+def arguments(node: Node) -> dict[str, Any]:
+    """Return an operator's arguments by the names of its schema, defaults filled in."""
+    return {
+        argument.name: node.args[i] if i < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
+        for i, argument in enumerate(node.target._schema.arguments)
+    }
+
+
+def shape_of(node: Node) -> tuple[int, ...]:
+    """Return the shape of a node's value."""
+    return tuple(node.meta["val"].shape)
+
+
+def run_with(node: Node, values: Mapping[Node, Tensor]) -> Any:
+    """Return what the node's operator gives when its operands have these values."""
+    args, kwargs = pytree.tree_map(
+        lambda x: values[x] if isinstance(x, Node) else x, (list(node.args), dict(node.kwargs))
+    )
+    return node.target(*args, **kwargs)
+
+
+def _inline_regions(module: GraphModule) -> None:
+    """Put the operators of `no_grad` and `autocast` regions in their place; the exporter wraps them into submodules."""
+    graph = module.graph
+    for node in list(graph.nodes):
+        regions = [x for x in node.all_input_nodes if x.op == "get_attr" and hasattr(module, x.target)]
+        regions = [x for x in regions if isinstance(getattr(module, x.target), GraphModule)]
+        if "wrap_with" not in str(node.target) or not regions:
+            continue
+        region = getattr(module, regions[0].target)
+        _inline_regions(region)
+        operands = node.args[node.args.index(regions[0]) + 1 :]
+        inside = dict(zip((x for x in region.graph.nodes if x.op == "placeholder"), operands, strict=True))
+        with graph.inserting_before(node):
+            results = graph.graph_copy(region.graph, inside)
+        for reader in list(node.users):
+            reader.replace_all_uses_with(results[reader.args[1]])
+            graph.erase_node(reader)
+        graph.erase_node(node)
+
+
+def _read(program: ExportedProgram, model: nn.Module) -> Trace:
+    _inline_regions(program.graph_module)
+    signature = program.graph_signature
+    canonical = _canonical_names(model)
+    named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    user_inputs = set(signature.user_inputs)
+    placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
+    tensors = {node: canonical[named[node.name]] for node in placeholders if node.name in named}
+    output = next(node for node in program.graph.nodes if node.op == "output")
+    nodes = tuple(node for node in program.graph.nodes if node.op == "call_function")
+    return Trace(
+        nodes=nodes,
+        inputs=tuple(node for node in placeholders if node.name in user_inputs),
+        outputs=tuple(node for node in pytree.tree_leaves(output.args) if isinstance(node, Node)),
+        tensors=tensors,
+        tensor_shapes={name: shape_of(node) for node, name in tensors.items()},
+        parameters=frozenset(canonical[name] for name in signature.inputs_to_parameters.values()),
+        layers=_layers(nodes, tensors, model),
+        batch_norms=_batch_norms(nodes, model),
+    )
+
+
+def _canonical_names(model: nn.Module) -> dict[str, str]:
+    """Return {name: first name of the same tensor} over all parameters and buffers, so that tied tensors are one."""
+    first: dict[int, str] = {}
+    names = {}
+    for source in (model.named_parameters, model.named_buffers):
+        for name, tensor in source(remove_duplicate=False):
+            names[name] = first.setdefault(id(tensor), name)
+    return names
+
+
+def _calling_module(node: Node) -> str | None:
+    """Return the path of the module whose forward ran the operator."""
+    stack = node.meta.get("nn_module_stack")
+    return list(stack.values())[-1][0] if stack else None
+
+
+def _layers(nodes: Sequence[Node], tensors: Mapping[Node, str], model: nn.Module) -> tuple[TracedLayer, ...]:
+    calls: dict[str, list[Node]] = {}
+    for node in nodes:
+        if op_name(node) in (*_CONVOLUTIONS, *_TRANSPOSED, "linear"):
+            weight = tensors.get(arguments(node)["weight"])
+            if weight is not None:
+                calls.setdefault(weight, []).append(node)
+    return tuple(_layer(weight, tuple(found), tensors, model) for weight, found in calls.items())
+
+
+def _layer(weight: str, nodes: tuple[Node, ...], tensors: Mapping[Node, str], model: nn.Module) -> TracedLayer:
+    node, given = nodes[0], arguments(nodes[0])
+    linear, transposed = op_name(node) == "linear", op_name(node) in _TRANSPOSED
+    size = shape_of(given["weight"])
+    groups = 1 if linear else given["groups"]
+    axes = (1, 0) if transposed else (0, 1)  # of the output and the input channels
+    owners = {_calling_module(call) for call in nodes}
+    owner = model.get_submodule(_calling_module(node) or "")
+    owned = len(owners) == 1 and getattr(owner, "weight", None) is model.get_parameter(weight)
+    bias = tensors.get(given["bias"])
+    positions, calls = _positions(nodes, linear, transposed)
+    shape = LayerShape(
+        name=_calling_module(node) if owned else weight.removesuffix("weight").rstrip("._"),
+        kind="linear" if linear else "conv",
+        in_channels=size[axes[1]] * (1 if transposed else groups),
+        out_channels=size[axes[0]] * (groups if transposed else 1),
+        kernel=_pair(size[2:]),
+        stride=(1, 1) if linear else _pair(_repeated(given["stride"], len(size) - 2)),
+        out_hw=positions,
+        conv_groups=groups,
+        calls=calls,
+        has_bias=bias is not None,
+        quantizable=owned and isinstance(owner, (nn.Conv2d, nn.Linear)),
+    )
+    return TracedLayer(shape, weight, bias, *axes, transposed, nodes)
+
+
+def _positions(nodes: Sequence[Node], linear: bool, transposed: bool) -> tuple[tuple[int, int], int]:
+    """Return the positions that the weight is applied at, as (height, width), and the number of calls.
+
+    A transposed convolution applies its weight at every position of its *input*. If the calls differ in size, all
+    positions count as one call.
+    """
+    sizes = []
+    for node in nodes:
+        size = shape_of(arguments(node)["input"] if transposed else node)
+        if linear:
+            sizes.append((math.prod(size[:-1]), 1))
+        else:
+            sizes.append(_pair(size[-(len(shape_of(arguments(node)["weight"])) - 2) :]))
+    if len(set(sizes)) == 1:
+        return sizes[0], len(sizes)
+    return (sum(height * width for height, width in sizes), 1), 1
+
+
+def _pair(values: Sequence[int]) -> tuple[int, int]:
+    """Return sizes of any number of spatial axes as two numbers with the same product."""
+    return (math.prod(values[:-1]), values[-1] if values else 1)
+
+
+def _repeated(values: Sequence[int], count: int) -> list[int]:
+    return list(values) * count if len(values) == 1 else list(values)
+
+
+def _batch_norms(nodes: Sequence[Node], model: nn.Module) -> dict[Node, str]:
+    calls: dict[str, list[Node]] = {}
+    for node in nodes:
+        if op_name(node) == "batch_norm":
+            path = _calling_module(node)
+            if path and isinstance(model.get_submodule(path), nn.modules.batchnorm._BatchNorm):
+                calls.setdefault(path, []).append(node)
+    return {found[0]: path for path, found in calls.items() if len(found) == 1}

@@ -1,0 +1,126 @@
+"""Proof by trying: remove one unit of every group and run the model's own forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from envs.model_graph.channel_flow import ChannelFlow
+from envs.model_graph.groups import build_graph, group_elements
+from envs.model_graph.plan import ModelGraph
+from envs.model_graph.trace import Trace, first_line
+from envs.pruning.slicing import masked_model, slice_model
+
+RELATIVE_TOLERANCE = 1e-3
+"""Largest difference, relative to the largest output, that float32 rounding may cause in a deep network."""
+
+MACS_LIMIT = 3e9
+"""Networks above this are tried on smaller images, if they take them."""
+
+
+def verified_graph(
+    model: nn.Module, example_inputs: Sequence[Tensor], trace: Trace, flow: ChannelFlow, graph: ModelGraph
+) -> ModelGraph:
+    """Return the plan without the groups that the model's own forward pass does not let go.
+
+    The analysis sees one execution. A forward pass with sizes written into it (`view(-1, 64, 7, 7)`, `x[:, :32]`) runs
+    only with the dense widths; such groups are found by halving the set of suspects, and frozen with the error.
+
+    Args:
+        model: in eval mode, as it was traced.
+        trace, flow, graph: results of the analysis; `flow` gets the new reasons.
+    """
+    inputs = _test_inputs(model, example_inputs, graph)
+    if _error_without(model, graph, inputs, range(len(graph.groups))) is None:
+        return graph
+    if not _runs(model, inputs):  # a forward pass that takes nothing but single images
+        inputs = [x[:1] for x in inputs]
+    while graph.groups:
+        culprits = _culprits(model, graph, inputs, list(range(len(graph.groups))))
+        if not culprits:
+            break
+        for index, error in culprits.items():
+            flow.identities.freeze(group_elements(flow, graph.groups[index]), f"cannot be removed: {error}")
+        graph = build_graph(trace, flow)
+    return graph
+
+
+def _culprits(model: nn.Module, graph: ModelGraph, inputs: Sequence[Tensor], suspects: list[int]) -> dict[int, str]:
+    """Return {group: error} of the groups whose removal breaks the forward pass, by halving."""
+    error = _error_without(model, graph, inputs, suspects)
+    if error is None:
+        return {}
+    if len(suspects) == 1:
+        return {suspects[0]: error}
+    half = len(suspects) // 2
+    found = {
+        **_culprits(model, graph, inputs, suspects[:half]),
+        **_culprits(model, graph, inputs, suspects[half:]),
+    }
+    # Two halves that work alone but not together: the second one stays.
+    return found or dict.fromkeys(suspects[half:], error)
+
+
+@torch.no_grad()
+def _error_without(model: nn.Module, graph: ModelGraph, inputs: Sequence[Tensor], removed: Sequence[int]) -> str | None:
+    """Return what goes wrong when these groups lose their middle unit, or None."""
+    kept = [np.arange(group.units) for group in graph.groups]
+    for index in removed:
+        kept[index] = np.delete(kept[index], graph.groups[index].units // 2)
+    try:
+        outputs = slice_model(model, graph, kept)(*inputs)
+    except Exception as error:  # whatever the user's forward raises
+        return first_line(error)
+    expected = masked_model(model, graph, kept)(*inputs)
+    for found, wanted in zip(pytree.tree_leaves(outputs), pytree.tree_leaves(expected), strict=True):
+        if not isinstance(wanted, Tensor):
+            continue
+        if found.shape != wanted.shape:
+            return f"the output has shape {tuple(found.shape)} instead of {tuple(wanted.shape)}"
+        if not _close(found.double(), wanted.double()):
+            return "the output differs from that of the network with these channels zeroed"
+    return None
+
+
+def _close(found: Tensor, wanted: Tensor) -> bool:
+    """Return whether two outputs agree; where both overflowed there is nothing to compare."""
+    finite = wanted.isfinite()
+    if not torch.equal(finite, found.isfinite()):
+        return False
+    found, wanted = found[finite], wanted[finite]
+    return not len(wanted) or bool((found - wanted).abs().max() <= RELATIVE_TOLERANCE * wanted.abs().max())
+
+
+def _test_inputs(model: nn.Module, example_inputs: Sequence[Tensor], graph: ModelGraph) -> list[Tensor]:
+    """Return two random images, smaller than the example's if the network is large and takes them."""
+    geometry = graph.geometry
+    macs = geometry.shapes().weights[0] @ [layer.macs_per_weight for layer in geometry.layers]
+    if macs > MACS_LIMIT:
+        smaller = [_two_images(x, (MACS_LIMIT / macs) ** 0.5) for x in example_inputs]
+        if _runs(model, smaller):
+            return smaller
+    return [_two_images(x, 1.0) for x in example_inputs]
+
+
+@torch.no_grad()
+def _runs(model: nn.Module, inputs: Sequence[Tensor]) -> bool:
+    try:
+        model(*inputs)
+    except Exception:  # whatever the user's forward raises
+        return False
+    return True
+
+
+def _two_images(example: Tensor, scale: float) -> Tensor:
+    """Return a random batch of two like the example, its height and width scaled to a multiple of 32."""
+    if not example.is_floating_point():
+        return example[:1].expand(2, *example.shape[1:])
+    size = [2, *example.shape[1:]]
+    if example.dim() == 4 and scale < 1:
+        size[2:] = [min(length, max(64, round(length * scale / 32) * 32)) for length in size[2:]]
+    generator = torch.Generator(example.device).manual_seed(0)
+    return torch.randn(size, generator=generator, dtype=example.dtype, device=example.device)

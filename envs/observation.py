@@ -1,0 +1,83 @@
+"""What an actor sees: the layer at hand, and how far the budget reaches."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from envs.core import Budget
+from envs.feasibility import FeasibleSpace
+
+LAYER_FEATURES = (
+    "position", "is_linear", "is_depthwise", "in_channels", "out_channels", "kernel", "stride", "output_size",
+    "macs_share", "weights_share",
+)  # fmt: skip
+
+
+def observation_names(kinds: tuple[str, ...], costs: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the name of every entry of an observation (see `CompressionEnv`)."""
+    return (
+        *LAYER_FEATURES,
+        *(f"chooses_{kind}" for kind in kinds),
+        *(f"last_{kind}" for kind in kinds),
+        *(f"{what}_{cost}" for cost in costs for what in ("reachable", "spent", "limit")),
+    )
+
+
+class Observer:
+    """Computes observations, (observation_dim,) float32 in [0, 1]."""
+
+    def __init__(self, space: FeasibleSpace):
+        self.space = space
+        self.costs = tuple(space.cost_models)
+        self.names = observation_names(space.space.kinds, self.costs)
+        self._static = _layer_features(space)
+
+    def __call__(self, step: int, decision: int, levels: np.ndarray, last: np.ndarray, budget: Budget) -> np.ndarray:
+        """Return the observation before `step`.
+
+        Args:
+            step: 0..num_steps; num_steps is the end of the episode.
+            decision: how many decisions are executed already.
+            levels: (decisions,) whose first `decision` entries are executed.
+            last: (action_dim,) the previous step's executed action.
+            budget: the episode's budget.
+        """
+        ends = np.stack([self.space.space.strongest, self.space.space.weakest])
+        ends[:, :decision] = levels[:decision]
+        costs = self.space.costs(ends)
+        reach = [
+            share
+            for name in self.costs
+            for share in (*(costs[name] / self.space.dense_costs[name]), self._limit(name, budget))
+        ]
+        row = self._static[min(step, self.space.num_steps - 1)]
+        return np.clip(np.concatenate([row, last, reach]), 0, 1).astype(np.float32)
+
+    def _limit(self, name: str, budget: Budget) -> float:
+        return budget.limits.get(name, self.space.dense_costs[name]) / self.space.dense_costs[name]
+
+
+def _layer_features(space: FeasibleSpace) -> np.ndarray:
+    """(num_steps, LAYER_FEATURES + kinds): everything that the policy does not change."""
+    layers = space.space.geometry.layers
+    weights = space.space.geometry.shapes().weights[0]
+    macs = weights * [layer.macs_per_weight for layer in layers]
+    widest = np.log2(1 + max(max(layer.in_channels, layer.out_channels) for layer in layers))
+    largest = max(max(layer.out_hw) for layer in layers)
+    rows = []
+    for step, index in enumerate(space.space.step_layers):
+        layer = layers[index]
+        rows.append([
+            step / space.num_steps,
+            layer.kind == "linear",
+            layer.depthwise,
+            np.log2(1 + layer.in_channels) / widest,
+            np.log2(1 + layer.out_channels) / widest,
+            max(layer.kernel) / 7,
+            max(layer.stride) / 4,
+            max(layer.out_hw) / largest,
+            macs[index] / max(macs.max(), 1),
+            weights[index] / weights.max(),
+            *space.used[step],
+        ])
+    return np.array(rows, float)

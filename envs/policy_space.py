@@ -1,0 +1,217 @@
+"""The policies that can be chosen: which decisions there are, in which order, and what each action means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import cached_property
+
+import numpy as np
+
+from cost_models.core import FLOAT_BITS, InputError
+from envs.core import CompressionPolicy
+from envs.model_graph.plan import ChannelGroup, ModelGraph
+
+KINDS = ("prune_ratio", "weight_bits", "activation_bits")
+MAX_LEVELS = 64
+"""A group of thousands of units gets this many evenly spaced widths: finer steps cannot be told apart by accuracy."""
+
+
+@dataclass(frozen=True)
+class SpaceConfig:
+    """What may be chosen.
+
+    Attributes:
+        prune_ratio: (least, largest) share of a group's units removed, 0 <= least <= largest < 1; None: no pruning.
+        channel_multiple: widths in channels of a group's first producer are multiples of this, or dense.
+        weight_bits, activation_bits: allowed widths, 2..8 or 32; one entry is applied everywhere without a decision; None: 32.
+        exclude: patterns of layer names that are neither pruned nor quantized.
+    """
+
+    prune_ratio: tuple[float, float] | None = (0.0, 0.9)
+    channel_multiple: int = 1
+    weight_bits: tuple[int, ...] | None = None
+    activation_bits: tuple[int, ...] | None = None
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.prune_ratio is not None and not 0 <= self.prune_ratio[0] <= self.prune_ratio[1] < 1:
+            raise InputError(
+                f"`space.prune_ratio` must be [least, largest] with 0 <= least <= largest < 1, but got "
+                f"{list(self.prune_ratio)}. A ratio is the share of channels removed."
+            )
+        if self.channel_multiple < 1:
+            raise InputError(f"`space.channel_multiple` must be at least 1, but got {self.channel_multiple}.")
+        for name in KINDS[1:]:
+            for bits in getattr(self, name) or ():
+                if bits != FLOAT_BITS and not 2 <= bits <= 8:
+                    raise InputError(f"`space.{name}` must be 2..8, or 32 for untouched, but got {bits}.")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One thing to choose.
+
+    Attributes:
+        name: e.g. "prune_ratio/layer1.0.conv1"; unique.
+        kind: one of `KINDS`.
+        target: index of the group (prune_ratio) or of the layer (bits).
+        levels: what the policy stores: widths or bit-widths, least compression first.
+        values: what a reader sees: prune ratios or bit-widths.
+        strengths: (levels,) increasing in [0, 1]: the action that means each level.
+    """
+
+    name: str
+    kind: str
+    target: int
+    levels: tuple[int, ...]
+    values: tuple[float, ...]
+    strengths: np.ndarray
+
+
+class PolicySpace:
+    """Turns tables of actions into policies and back.
+
+    A table holds the actions of an episode, (num_steps, action_dim) in [0, 1]. Each step belongs to a layer; its columns are
+    the kinds of choices that exist anywhere in the space, 0 = least compression, 1 = strongest. `used` says which entries
+    choose something. Internally a policy is a vector of *levels*, one integer per decision, so that whole populations are
+    decoded at once.
+    """
+
+    def __init__(self, graph: ModelGraph, config: SpaceConfig):
+        self.geometry = graph.geometry
+        self.config = config
+        self._base_bits = [self._fixed_bits(kind) for kind in KINDS[1:]]
+        steps = [step for index in range(len(self.geometry.layers)) for step in self._steps_of_layer(graph, index)]
+        self.kinds = tuple(kind for kind in KINDS if any(kind in step for _, step in steps))
+        self.decisions: tuple[Decision, ...] = tuple(
+            step[kind] for _, step in steps for kind in self.kinds if kind in step
+        )
+        self.step_layers = tuple(layer for layer, _ in steps)
+        self.num_steps, self.action_dim = len(steps), len(self.kinds)
+        self.used = np.array([[kind in step for kind in self.kinds] for _, step in steps], bool).reshape(
+            self.num_steps, self.action_dim
+        )
+        if not self.decisions:
+            raise InputError(
+                "The search space is empty: no group can be pruned and no layer has more than one bit-width. "
+                "Widen `space.prune_ratio`, `space.weight_bits` or `space.activation_bits`."
+            )
+        self.num_levels = np.array([len(decision.levels) for decision in self.decisions])
+        self._levels = np.zeros((len(self.decisions), self.num_levels.max()), int)
+        for row, decision in zip(self._levels, self.decisions, strict=True):
+            row[: len(decision.levels)] = decision.levels
+
+    def _fixed_bits(self, kind: str) -> np.ndarray:
+        """(L,) bit-widths before any decision: the least compression that the configuration allows."""
+        allowed = getattr(self.config, kind)
+        return np.array([
+            max(allowed) if allowed and layer.quantizable and not self._excluded(layer.name) else FLOAT_BITS
+            for layer in self.geometry.layers
+        ])
+
+    def _excluded(self, layer: str) -> bool:
+        return any(fnmatch(layer, pattern) for pattern in self.config.exclude)
+
+    def _steps_of_layer(self, graph: ModelGraph, index: int) -> list[tuple[int, dict[str, Decision]]]:
+        """The layer's first step holds its bits and its first group; every further group takes a step of its own."""
+        layer = self.geometry.layers[index]
+        prunes = []
+        if self.config.prune_ratio is not None:
+            for target, group in enumerate(graph.groups):
+                if group.producers[0] == layer.name and (decision := self._prune_decision(target, group)) is not None:
+                    prunes.append({"prune_ratio": decision})
+        bits = {}
+        for kind in KINDS[1:]:
+            allowed = sorted(set(getattr(self.config, kind) or ()), reverse=True)
+            if len(allowed) > 1 and layer.quantizable and not self._excluded(layer.name):
+                strengths = np.linspace(0, 1, len(allowed))
+                bits[kind] = Decision(f"{kind}/{layer.name}", kind, index, tuple(allowed), tuple(allowed), strengths)
+        first = {**(prunes[0] if prunes else {}), **bits}
+        return [(index, step) for step in [first, *prunes[1:]] if step]
+
+    def _prune_decision(self, target: int, group: ChannelGroup) -> Decision | None:
+        low, high = self.config.prune_ratio
+        multiplicity = next(
+            part.positions.shape[1] for part in group.slices if part.tensor.startswith(group.producers[0])
+        )
+        # Rounding guards against 0.1 * 30 = 3.0000000000000004 costing a channel.
+        least, most = int(np.ceil(round((1 - high) * group.units, 9))), int(np.floor(round((1 - low) * group.units, 9)))
+        widths = [
+            width
+            for width in range(most, max(least, 1) - 1, -1)
+            if width == group.units or width * multiplicity % self.config.channel_multiple == 0
+        ]
+        if len(widths) < 2:
+            return None
+        if len(widths) > MAX_LEVELS:
+            widths = [widths[i] for i in np.unique(np.linspace(0, len(widths) - 1, MAX_LEVELS).round().astype(int))]
+        ratios = 1 - np.array(widths) / group.units
+        strengths = (ratios - ratios[0]) / (ratios[-1] - ratios[0])
+        return Decision(
+            f"prune_ratio/{group.name}", "prune_ratio", target, tuple(widths), tuple(ratios.round(6).tolist()), strengths
+        )
+
+    @cached_property
+    def weakest(self) -> np.ndarray:
+        """(decisions,) levels of the least compression."""
+        return np.zeros(len(self.decisions), int)
+
+    @cached_property
+    def strongest(self) -> np.ndarray:
+        """(decisions,) levels of the strongest compression."""
+        return self.num_levels - 1
+
+    def columns(self, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return widths (population, G), weight bits and activation bits (population, L) of levels (population, decisions)."""
+        population = len(levels)
+        columns = {
+            kind: np.tile(base, (population, 1))
+            for kind, base in zip(KINDS, (self.geometry.group_units, *self._base_bits), strict=True)
+        }
+        chosen = self._levels[np.arange(len(self.decisions)), levels]
+        for kind, (which, targets) in self._targets.items():
+            columns[kind][:, targets] = chosen[:, which]
+        return tuple(columns[kind] for kind in KINDS)
+
+    @cached_property
+    def _targets(self) -> dict[str, tuple[list[int], list[int]]]:
+        """{kind: (decision indices, their targets)}."""
+        return {
+            kind: (
+                [i for i, decision in enumerate(self.decisions) if decision.kind == kind],
+                [decision.target for decision in self.decisions if decision.kind == kind],
+            )
+            for kind in self.kinds
+        }
+
+    def shapes(self, levels: np.ndarray):
+        """Return the `LayerShapes` of levels (population, decisions)."""
+        return self.geometry.shapes(*self.columns(levels))
+
+    def policy(self, levels: np.ndarray) -> CompressionPolicy:
+        """Return the policy of one level vector, (decisions,)."""
+        return CompressionPolicy(*(tuple(column[0].tolist()) for column in self.columns(levels[None])))
+
+    def snap(self, table: np.ndarray) -> np.ndarray:
+        """Return the nearest levels of tables, (..., num_steps, action_dim) to (..., decisions)."""
+        wanted = np.asarray(table)[..., self.used]
+        return np.stack(
+            [np.abs(wanted[..., i, None] - d.strengths).argmin(axis=-1) for i, d in enumerate(self.decisions)], axis=-1
+        )
+
+    def table(self, levels: np.ndarray) -> np.ndarray:
+        """Return the table that means these levels, (decisions,) to (num_steps, action_dim); unused entries are 0."""
+        table = np.zeros((self.num_steps, self.action_dim), np.float32)
+        table[self.used] = [decision.strengths[level] for decision, level in zip(self.decisions, levels, strict=True)]
+        return table
+
+    def values(self, policy: CompressionPolicy) -> tuple[float, ...]:
+        """Return what the policy chose, one value per decision, as in `Decision.values`."""
+        columns = dict(zip(KINDS, (policy.widths, policy.weight_bits, policy.activation_bits), strict=True))
+        return tuple(d.values[d.levels.index(columns[d.kind][d.target])] for d in self.decisions)
+
+    def describe(self, policy: CompressionPolicy) -> dict[str, float]:
+        """Return {decision name: chosen value}."""
+        return dict(zip((decision.name for decision in self.decisions), self.values(policy), strict=True))

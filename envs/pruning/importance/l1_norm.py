@@ -1,0 +1,35 @@
+"""L1 norm: how large the weights are that produce a channel.
+
+Source: Li et al. 2017, arXiv:1608.08710, section 3.1.
+
+Where we differ and why:
+1. Coupled channels are ranked by the mean over all layers that produce them, because they can only be removed together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor, nn
+
+from envs.model_graph.plan import ModelGraph
+from envs.pruning.importance.unit_slices import mean_over_producers
+
+
+@dataclass(frozen=True)
+class L1NormConfig:
+    """Nothing to set."""
+
+
+@dataclass(frozen=True)
+class L1Norm:
+    """Mean over the group's producers of sum |w| over each unit's filter."""
+
+    config: L1NormConfig = L1NormConfig()
+
+    def scores(
+        self, model: nn.Module, graph: ModelGraph, images: Tensor, labels: Tensor, rng: np.random.Generator
+    ) -> tuple[np.ndarray, ...]:
+        """See `Importance.scores`; reads the weights only."""
+        return tuple(mean_over_producers(model, group, lambda rows: rows.abs().sum(1)) for group in graph.groups)

@@ -1,0 +1,35 @@
+"""L2 norm: the Euclidean length of the weights that produce a channel.
+
+Source: the l2 criterion of He et al. 2018 (soft filter pruning), arXiv:1808.06866, eq. (2) with p = 2.
+
+Where we differ and why:
+1. Coupled channels are ranked by the mean over all layers that produce them, because they can only be removed together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor, nn
+
+from envs.model_graph.plan import ModelGraph
+from envs.pruning.importance.unit_slices import mean_over_producers
+
+
+@dataclass(frozen=True)
+class L2NormConfig:
+    """Nothing to set."""
+
+
+@dataclass(frozen=True)
+class L2Norm:
+    """Mean over the group's producers of sqrt(sum w^2) over each unit's filter."""
+
+    config: L2NormConfig = L2NormConfig()
+
+    def scores(
+        self, model: nn.Module, graph: ModelGraph, images: Tensor, labels: Tensor, rng: np.random.Generator
+    ) -> tuple[np.ndarray, ...]:
+        """See `Importance.scores`; reads the weights only."""
+        return tuple(mean_over_producers(model, group, lambda rows: rows.norm(dim=1)) for group in graph.groups)

@@ -1,0 +1,85 @@
+"""First-order Taylor importance: the squared change of the loss, to first order, when a unit is set to zero.
+
+Source: Molchanov et al. 2019, arXiv:1906.10771, eq. (8): I_S = (sum over s in S of g_s w_s)^2, averaged over batches.
+
+Where we differ and why:
+1. S is the scale and shift of the batch norms on a channel, where there are any: the paper's gate behind the batch
+   norm, since x * dloss/dx summed over a channel x = gamma * x^ + beta equals gamma * g_gamma + beta * g_beta.
+2. Otherwise S is what the unit occupies on the *output* side of its group (weights and biases), and not what reads it:
+   the reader's weights would count the same removal a second time.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from envs.core import InputError
+from envs.model_graph.plan import ChannelGroup, ModelGraph, TensorSlice
+from envs.pruning.importance.unit_slices import named_parameters, producer_weights, unit_rows
+
+
+@dataclass(frozen=True)
+class TaylorConfig:
+    """How the gradient is sampled.
+
+    Attributes:
+        batch_size: images per gradient; the square is taken per batch, so it is part of the criterion.
+        max_images: at most this many of the calibration images are used.
+    """
+
+    batch_size: int = 32
+    max_images: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_images"):
+            if getattr(self, name) < 1:
+                raise InputError(
+                    f"`{name}` of the importance `taylor` must be at least 1, but got {getattr(self, name)}."
+                )
+
+
+@dataclass(frozen=True)
+class Taylor:
+    """Mean over batches of (sum w * dloss/dw)^2 over each unit's scales and shifts, or its own weights."""
+
+    config: TaylorConfig = TaylorConfig()
+
+    def scores(
+        self, model: nn.Module, graph: ModelGraph, images: Tensor, labels: Tensor, rng: np.random.Generator
+    ) -> tuple[np.ndarray, ...]:
+        """See `Importance.scores`; cross-entropy in eval mode, so that batch statistics play no part."""
+        model = copy.deepcopy(model).eval().requires_grad_(True)
+        parameters = named_parameters(model)
+        places = [_gates(model, group) for group in graph.groups]
+        totals = [np.zeros(group.units) for group in graph.groups]
+        count = self.config.max_images
+        batches = list(zip(*(part[:count].split(self.config.batch_size) for part in (images, labels)), strict=True))
+        for batch_images, batch_labels in batches:
+            model.zero_grad()
+            F.cross_entropy(model(batch_images), batch_labels).backward()
+            for total, group_places in zip(totals, places, strict=True):
+                total += _first_order(parameters, group_places) ** 2 / len(batches)
+        return tuple(totals)
+
+
+def _gates(model: nn.Module, group: ChannelGroup) -> list[TensorSlice]:
+    """Return the set S of the group's units, see the top of this file."""
+    modules, parameters = dict(model.named_modules()), named_parameters(model)
+    vectors = [p for p in group.slices if p.tensor in parameters and parameters[p.tensor].dim() == 1]
+    scales = [p for p in vectors if isinstance(modules.get(p.tensor.rpartition(".")[0]), _BatchNorm)]
+    weights = [p for p in producer_weights(model, group) if parameters[p.tensor].dim() > 1]
+    return scales or weights + vectors
+
+
+def _first_order(parameters: dict[str, nn.Parameter], places: list[TensorSlice]) -> np.ndarray:
+    """Return sum of w * g over each unit's elements, (units,)."""
+    used = [place for place in places if parameters[place.tensor].grad is not None]
+    products = [unit_rows(parameters[place.tensor] * parameters[place.tensor].grad, place).sum(1) for place in used]
+    return torch.stack(products).sum(0).numpy()

@@ -1,0 +1,52 @@
+"""Reads what the units of a group occupy in the model's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from envs.model_graph.plan import ChannelGroup, TensorSlice
+
+
+def unit_rows(tensor: Tensor, place: TensorSlice) -> Tensor:
+    """Return everything that each unit occupies in one tensor: (units, elements), float64."""
+    positions = torch.as_tensor(place.positions)
+    picked = tensor.detach().double().movedim(place.axis, 0)[positions.reshape(-1)]
+    return picked.reshape(len(positions), -1)
+
+
+def producer_weights(model: nn.Module, group: ChannelGroup) -> list[TensorSlice]:
+    """Return where the group's units sit on the output axis of its producers' weights.
+
+    A weight can appear twice in a group, on its output and its input axis. Where no weight bears a producer's name (a
+    tied one, known to the plan by another of its names), every parameter of the group counts.
+    """
+    modules, parameters = dict(model.named_modules()), set(named_parameters(model))
+    places = [place for place in group.slices if place.tensor in parameters]
+    named = []
+    for place in places:
+        layer = place.tensor.removesuffix("weight").rstrip("._")
+        output_axis = 1 if isinstance(modules.get(layer), _ConvTransposeNd) else 0
+        if layer in group.producers and place.axis == output_axis:
+            named.append(place)
+    return named or places
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return all parameters by all of their names: a plan uses one name of a tied tensor."""
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
+def mean_over_producers(model: nn.Module, group: ChannelGroup, norm: Callable[[Tensor], Tensor]) -> np.ndarray:
+    """Return the mean over the producers of `norm` of each unit's weights, (units,) float64.
+
+    Args:
+        norm: (units, elements) -> (units,).
+    """
+    parameters = named_parameters(model)
+    per_producer = [norm(unit_rows(parameters[place.tensor], place)) for place in producer_weights(model, group)]
+    return torch.stack(per_producer).mean(0).numpy()

@@ -1,0 +1,190 @@
+"""Cutting units out of a model's tensors, and giving a model tensors of other sizes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cost_models.core import InputError
+
+if TYPE_CHECKING:
+    from envs.model_graph.plan import ModelGraph
+
+
+@torch.no_grad()
+def slice_model(model: nn.Module, graph: ModelGraph, kept: Sequence[np.ndarray]) -> nn.Module:
+    """Return a smaller copy of the model in which only the kept units are left.
+
+    Every tensor of the result is its own memory: fine-tuning or quantizing it in place never touches the original.
+
+    Args:
+        model: the dense model that `graph` was made from.
+        graph: its plan.
+        kept: per group, the sorted indices of the units that stay, at least one.
+    Raises:
+        ValueError: if `kept` does not fit the groups.
+    """
+    _check_kept(graph, kept)
+    sizes = _tensors(model)
+    stay = _staying(graph, kept, {name: tensor.shape for name, tensor in sizes.items()})
+    tensors = {}
+    for name, tensor in sizes.items():
+        for axis, mask in stay.get(name, {}).items():
+            tensor = tensor.index_select(axis, torch.from_numpy(np.flatnonzero(mask)).to(tensor.device))
+        tensors[name] = tensor if name in stay else tensor.clone()
+    return resize_model(share_tensors(model), tensors)
+
+
+@torch.no_grad()
+def masked_model(model: nn.Module, graph: ModelGraph, kept: Sequence[np.ndarray]) -> nn.Module:
+    """Return a copy of the model's full size in which the entries of the removed units are zero.
+
+    In eval mode it computes what the sliced model computes: the reference that slicing is tested against.
+    """
+    _check_kept(graph, kept)
+    model = copy.deepcopy(model)
+    tensors = _tensors(model)
+    for name, axes in _staying(graph, kept, {name: tensor.shape for name, tensor in tensors.items()}).items():
+        for axis, mask in axes.items():
+            gone = torch.from_numpy(np.flatnonzero(~mask)).to(tensors[name].device)
+            tensors[name].index_fill_(axis, gone, 0)
+    return model
+
+
+@torch.no_grad()
+def resize_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Give a module tree other parameters and buffers, in place, and make its modules' attributes agree with them.
+
+    `in_channels`, `groups`, `num_features` and their like follow from the shapes, so this needs no plan: it also
+    rebuilds an exported model. Tied tensors stay tied.
+
+    Args:
+        model: the architecture.
+        tensors: new values, by their names in `state_dict()`; they are used as they are, not copied. Names that are
+            missing keep their tensor. A bias may be given to a convolution or linear layer that has none.
+    Returns:
+        The model.
+    Raises:
+        InputError: if a name is unknown or a tensor has another number of axes.
+    """
+    tied = _tied_names(model)
+    old_shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()}
+    for name, tensor in tensors.items():
+        if name in old_shapes and len(old_shapes[name]) != tensor.dim():
+            raise InputError(
+                f"Tensor {name!r} has shape {tuple(tensor.shape)}, but the model's has {old_shapes[name]}: "
+                "these weights belong to another architecture."
+            )
+        value = None
+        for alias in tied.get(name, (name,)):
+            value = _assign(model, alias, tensor if value is None else value)
+    for path, module in model.named_modules():
+        _fix_attributes(module, f"{path}." if path else "", old_shapes)
+    return model
+
+
+def share_tensors(model: nn.Module) -> nn.Module:
+    """Return a copy of the module tree whose parameters and buffers are the very tensors of the original."""
+    memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, memo)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return all parameters and buffers, each once, by their first name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _tied_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return {name: all names of the same tensor}."""
+    names: dict[int, tuple[str, ...]] = {}
+    for source in (model.named_parameters, model.named_buffers):
+        for name, tensor in source(remove_duplicate=False):
+            names[id(tensor)] = (*names.get(id(tensor), ()), name)
+    return {name: same for same in names.values() for name in same}
+
+
+def _check_kept(graph: ModelGraph, kept: Sequence[np.ndarray]) -> None:
+    if len(kept) != len(graph.groups):
+        raise ValueError(f"`kept` must have one entry per group ({len(graph.groups)}), but has {len(kept)}.")
+    for group, units in zip(graph.groups, kept, strict=True):
+        units = np.asarray(units)
+        if len(units) == 0 or units[0] < 0 or units[-1] >= group.units or (np.diff(units) <= 0).any():
+            raise ValueError(
+                f"`kept` must hold 1 to {group.units} ascending unit indices below {group.units}, "
+                f"but group {group.name!r} got {units}."
+            )
+
+
+def _staying(
+    graph: ModelGraph, kept: Sequence[np.ndarray], shapes: Mapping[str, Sequence[int]]
+) -> dict[str, dict[int, np.ndarray]]:
+    """Return {tensor: {axis: mask of the positions that stay}} for the tensors that lose something."""
+    masks: dict[str, dict[int, np.ndarray]] = {}
+    for group, units in zip(graph.groups, kept, strict=True):
+        gone = np.ones(group.units, dtype=bool)
+        gone[np.asarray(units)] = False
+        if gone.any():
+            for s in group.slices:
+                axes = masks.setdefault(s.tensor, {})
+                mask = axes.setdefault(s.axis, np.ones(shapes[s.tensor][s.axis], dtype=bool))
+                mask[s.positions[gone].ravel()] = False
+    return masks
+
+
+def _assign(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """Put a tensor in its place, parameters as new `nn.Parameter`s; return what is now there."""
+    path, _, attribute = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        module = None
+    if module is not None and attribute in module._parameters:
+        old = module._parameters[attribute]
+        if not isinstance(tensor, nn.Parameter):
+            trainable = tensor.is_floating_point() if old is None else old.requires_grad
+            tensor = nn.Parameter(tensor, requires_grad=trainable)
+        module._parameters[attribute] = tensor
+    elif module is not None and attribute in module._buffers:
+        module._buffers[attribute] = tensor
+    else:
+        raise InputError(f"The model has no tensor {name!r}: these weights belong to another architecture.")
+    return tensor
+
+
+def _fix_attributes(module: nn.Module, prefix: str, old_shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Make the attributes that repeat a weight's shape agree with it."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        weight = getattr(module, "running_mean", None)
+    if not isinstance(weight, Tensor):
+        return
+    size = tuple(weight.shape)
+    if isinstance(module, nn.modules.conv._ConvNd):
+        _fix_convolution(module, size)
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = size
+    elif isinstance(module, (nn.modules.batchnorm._NormBase)):
+        module.num_features = size[0]
+    elif isinstance(module, nn.GroupNorm):
+        module.num_channels = size[0]
+    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        module.normalized_shape = size
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = size[0]
+
+
+def _fix_convolution(module: nn.modules.conv._ConvNd, size: tuple[int, ...]) -> None:
+    if module.transposed:
+        module.in_channels, module.out_channels = size[0], size[1] * module.groups
+    elif module.groups > 1 and module.groups == module.in_channels:
+        # A depthwise convolution loses a group with each channel.
+        multiplier = module.out_channels // module.in_channels
+        module.out_channels, module.in_channels = size[0], size[0] // multiplier
+        module.groups = module.in_channels
+    else:
+        module.out_channels, module.in_channels = size[0], size[1] * module.groups

@@ -1,0 +1,193 @@
+"""Makes a network from a config: `model.factory` builds it, `model.weights` fills it.
+
+`weights` is a file (safetensors, or torch.save of a state dict) or the word "trained": then the module of the factory
+must offer
+
+    def train_weights(model: nn.Module, data: TaskData, progress: Progress | None = None) -> Path
+
+which trains a network like `model` on `data.train`, or finds it in its cache, and returns a weights file.
+`envs.tasks.digits` is an example.
+"""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from envs.core import InputError
+from envs.tasks.data import TaskData
+from envs.tasks.imports import did_you_mean, import_object
+from envs.tasks.training import Progress
+
+TRAINED = "trained"
+"""In place of a weights file: train the network with the recipe of its module."""
+
+NESTING_KEYS = ("state_dict", "model_state_dict", "model")
+"""Where training scripts put the state dict inside a checkpoint."""
+
+NAME_PREFIXES = ("module.", "_orig_mod.")
+"""What DataParallel and torch.compile put before every tensor's name."""
+
+
+def load_model(
+    factory: str,
+    weights: str | Path | None = None,
+    factory_args: Mapping[str, object] | None = None,
+    data: TaskData | None = None,
+    progress: Progress | None = None,
+) -> nn.Module:
+    """Return the network, float32, in eval mode.
+
+    Args:
+        factory: "package.module:function", or "torchvision:resnet18" for a model of torchvision.
+        weights: a file, "trained", or None for the factory's own initialisation.
+        factory_args: keyword arguments of the factory.
+        data: needed by "trained" only.
+        progress: told how the training goes.
+    Raises:
+        InputError: if the factory is unknown or fails, or the weights are missing, unreadable or for another model.
+    """
+    model = build_model(factory, factory_args)
+    if weights == TRAINED:
+        weights = _train(factory, model, data, progress)
+    if weights is not None:
+        load_weights(model, weights)
+    return model.float().eval()
+
+
+def build_model(factory: str, factory_args: Mapping[str, object] | None = None) -> nn.Module:
+    """Return what the factory builds, with its own initialisation."""
+    function, arguments = _find_factory(factory, dict(factory_args or {}))
+    try:
+        model = function(**arguments)
+    except Exception as error:  # the user's factory runs arbitrary code
+        raise InputError(
+            f"`model.factory: {factory}` failed with arguments {arguments}: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise InputError(f"`model.factory: {factory}` must return a torch.nn.Module, but got {type(model).__name__}.")
+    return model
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Fill `model` in place from a weights file; tensors are cast to the model's precision.
+
+    Raises:
+        InputError: if the file is missing or unreadable, wants to execute code, or belongs to another architecture.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise InputError(f"`model.weights: {path}` is not a file.")
+    tensors = _plain_names(_read_tensors(path))
+    _check_names(model, tensors, path)
+    broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if broken:
+        raise InputError(f"`model.weights: {path}` is damaged: `{broken[0]}` holds NaN or infinite values.")
+    model.load_state_dict(tensors, strict=False)  # names and shapes are checked above, with better words
+
+
+def _find_factory(factory: str, arguments: dict[str, object]):
+    if not factory.startswith("torchvision:"):
+        _, function = import_object(factory, "model.factory")
+        return function, arguments
+    from torchvision import models
+
+    name = factory.partition(":")[2]
+    if name not in models.list_models(module=models):
+        known = models.list_models(module=models)
+        raise InputError(f"`model.factory: {factory}`: torchvision has no model `{name}`.{did_you_mean(name, known)}")
+    function = models.get_model_builder(name)
+    if name in ("googlenet", "inception_v3"):
+        arguments = {"init_weights": True, **arguments}  # says what they would otherwise warn about
+    return function, {"weights": None, **arguments}
+
+
+def _train(factory: str, model: nn.Module, data: TaskData | None, progress: Progress | None) -> Path:
+    module = inspect.getmodule(import_object(factory, "model.factory")[1]) if "torchvision:" not in factory else None
+    if not hasattr(module, "train_weights"):
+        raise InputError(
+            f"`model.weights: trained` needs a function `train_weights` beside `model.factory: {factory}`. "
+            "Name a weights file instead."
+        )
+    if data is None or data.train is None:
+        raise InputError('`model.weights: trained` needs training images: load the data with train="rest".')
+    return module.train_weights(model, data, progress)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a weights file by name."""
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"`model.weights: {path}` is not a readable safetensors file: {error}") from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols; the errors below say what matters
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises what the damaged archive happens to cause
+        if isinstance(error, pickle.UnpicklingError) and ("GLOBAL" in str(error) or _is_bare_pickle(path)):
+            raise InputError(
+                f"`model.weights: {path}` is a pickle that wants to execute code, so it was not loaded. "
+                "Save the tensors alone: torch.save(model.state_dict(), path)."
+            ) from error
+        raise InputError(f"`model.weights: {path}` is damaged or not a file of torch.save.") from error
+    for key in NESTING_KEYS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise InputError(
+            f"`model.weights: {path}` must hold a state dict (tensors by name), optionally under one of "
+            f"{', '.join(NESTING_KEYS)}. Save it with torch.save(model.state_dict(), path)."
+        )
+    return dict(content)
+
+
+def _is_bare_pickle(path: Path) -> bool:
+    """Whether the file starts as pickle.dump writes it, with the opcode that names the protocol."""
+    with path.open("rb") as file:
+        return file.read(1) == pickle.PROTO
+
+
+def _plain_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    for prefix in NAME_PREFIXES:
+        if all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def _check_names(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raise InputError with the first disagreement of names or shapes."""
+    expected = model.state_dict()
+    # Files from before torch 0.4.1 and some converters lack the batch counters, which inference does not read.
+    missing = [name for name in expected if name not in tensors and not name.endswith("num_batches_tracked")]
+    unexpected = [name for name in tensors if name not in expected]
+    other = [name for name in tensors if name in expected and tensors[name].shape != expected[name].shape]
+    parts = []
+    if missing:
+        parts.append(f"{len(missing)} tensors are missing, first `{missing[0]}` {_shape(expected[missing[0]])}")
+    if unexpected:
+        parts.append(f"{len(unexpected)} are unknown, first `{unexpected[0]}` {_shape(tensors[unexpected[0]])}")
+    if other:
+        name = other[0]
+        parts.append(
+            f"{len(other)} have another shape, first `{name}`: file {_shape(tensors[name])}, "
+            f"model {_shape(expected[name])}"
+        )
+    if parts:
+        raise InputError(
+            f"`model.weights: {path}` belongs to another architecture than `model.factory`: {'; '.join(parts)}."
+        )
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))

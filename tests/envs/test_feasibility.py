@@ -1,0 +1,124 @@
+"""Decisions, the wall, and tables bent to a budget, on a geometry small enough to check by enumeration."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from cost_models import COST_MODELS
+from envs.core import Budget, InputError
+from envs.feasibility import FeasibleSpace
+from envs.policy_space import PolicySpace, SpaceConfig
+
+
+def all_levels(space):
+    return np.array(list(itertools.product(*(range(n) for n in space.space.num_levels))))
+
+
+def test_decisions_follow_the_layers_and_only_where_there_is_a_choice(chain_graph):
+    space = PolicySpace(chain_graph(), SpaceConfig((0.0, 0.5), weight_bits=(8, 4), activation_bits=(8,), exclude=("b",)))
+    assert [d.name for d in space.decisions] == [
+        "prune_ratio/a", "weight_bits/a", "prune_ratio/b", "weight_bits/c",
+    ]  # fmt: skip
+    assert space.kinds == ("prune_ratio", "weight_bits")
+    assert space.used.tolist() == [[True, True], [True, False], [False, True]]
+    policy = space.policy(space.strongest)
+    assert policy.widths == (4, 3)
+    assert policy.weight_bits == (4, 32, 4)
+    assert policy.activation_bits == (8, 32, 8)
+
+
+def test_widths_keep_the_channel_multiple_or_stay_dense(chain_graph):
+    space = PolicySpace(chain_graph((10, 6)), SpaceConfig((0.0, 0.9), channel_multiple=4))
+    assert [d.levels for d in space.decisions] == [(10, 8, 4), (6, 4)]
+
+
+def test_every_level_survives_the_way_through_a_table(feasible_space):
+    space = feasible_space(prune_ratio=(0.0, 0.8), weight_bits=(8, 6, 4), activation_bits=(8, 4)).space
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        levels = rng.integers(space.num_levels)
+        assert (space.snap(space.table(levels)) == levels).all()
+        policy = space.policy(levels)
+        assert space.values(policy) == tuple(d.values[k] for d, k in zip(space.decisions, levels, strict=True))
+
+
+def test_empty_space_is_refused(chain_graph):
+    with pytest.raises(InputError, match="search space is empty"):
+        PolicySpace(chain_graph(), SpaceConfig(prune_ratio=None, weight_bits=(8,)))
+
+
+BUDGETS = [
+    Budget("macs", {"macs": 2000.0}),
+    Budget("both", {"macs": 3000.0, "weight_bytes": 900.0}),
+    Budget("memory", {"peak_activation_bytes": 300.0}),
+]
+
+
+@pytest.mark.parametrize("budget", BUDGETS, ids=lambda b: b.name)
+def test_every_walk_ends_feasible_and_is_the_least_compression(budget, feasible_space):
+    space = feasible_space(prune_ratio=(0.0, 0.8), weight_bits=(8, 4), activation_bits=(8, 4))
+    space.check(budget)
+    rng = np.random.default_rng(1)
+    for _ in range(100):
+        wanted = rng.integers(space.space.num_levels)
+        executed = space.walk(wanted, budget)
+        assert space.slack(executed[None], budget)[0] <= 0
+        assert (executed >= wanted).all()
+        for decision in np.flatnonzero(executed > wanted):
+            weaker = np.concatenate([executed[:decision], [executed[decision] - 1], space.space.strongest[decision + 1 :]])
+            assert space.slack(weaker[None], budget)[0] > 0, "the wall compressed more than it had to"
+
+
+@pytest.mark.parametrize("budget", BUDGETS, ids=lambda b: b.name)
+def test_feasible_policies_pass_the_wall_unchanged(budget, feasible_space):
+    space = feasible_space(prune_ratio=(0.0, 0.5), weight_bits=(8, 4), activation_bits=(8, 4))
+    levels = all_levels(space)
+    for policy in levels[space.slack(levels, budget) <= 0][::37]:
+        assert (space.walk(policy, budget) == policy).all()
+
+
+class Staircase:
+    """A cost that is not monotone: odd widths are as slow as the next multiple of four."""
+
+    name = "staircase"
+
+    def total(self, shapes):
+        return np.where(shapes.widths % 4 == 0, shapes.widths, shapes.widths + 4).sum(axis=1).astype(float)
+
+
+def test_the_wall_holds_for_a_cost_that_is_not_monotone(chain_graph):
+    space = PolicySpace(chain_graph((16, 16)), SpaceConfig((0.0, 0.9)))
+    feasible = FeasibleSpace(space, {"staircase": Staircase()}, ("top1",), 0.9, 1)
+    least = feasible.costs(space.strongest[None])["staircase"][0]
+    rng = np.random.default_rng(2)
+    for limit in np.linspace(least, 32, 12):
+        budget = Budget("s", {"staircase": limit})
+        for _ in range(20):
+            assert feasible.slack(feasible.walk(rng.integers(space.num_levels), budget)[None], budget)[0] <= 0
+
+
+def test_impossible_budget_says_what_is_needed(feasible_space):
+    space = feasible_space(prune_ratio=(0.0, 0.5))
+    with pytest.raises(InputError, match=r"Budget 'tiny' cannot be met: it needs at least [\d.]+ % of the dense macs"):
+        space.check(Budget("tiny", {"macs": 1.0}))
+
+
+def test_fit_reaches_the_edge_of_the_budget(chain_graph):
+    space = FeasibleSpace(
+        PolicySpace(chain_graph((64, 64)), SpaceConfig((0.0, 0.9))), {"macs": COST_MODELS["macs"]()}, ("top1", "macs"), 1, 1
+    )
+    budget = Budget("half", {"macs": 0.5 * space.dense_costs["macs"]})
+    rng = np.random.default_rng(3)
+    for _ in range(20):
+        table = space.fit(rng.uniform(size=(space.num_steps, space.action_dim)), budget)
+        cost = space.costs(space.space.snap(table)[None])["macs"][0] / space.dense_costs["macs"]
+        assert 0.48 < cost <= 0.5
+        assert np.array_equal(space.execute(table, budget), table)
+
+
+def test_fit_returns_the_dense_network_when_it_fits(feasible_space):
+    space = feasible_space(prune_ratio=(0.0, 0.5))
+    budget = Budget("all", {"macs": space.dense_costs["macs"]})
+    table = space.fit(np.full((space.num_steps, space.action_dim), 0.5), budget)
+    assert (space.space.snap(table) == 0).all()
