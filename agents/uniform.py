@@ -1,0 +1,73 @@
+"""Uniform compression: the same strength everywhere, bent to the edge of the budget. The dull baseline of every table.
+
+With one kind of choice there is exactly one such policy per budget. With several (prune ratio, weight bits, activation
+bits) one more thing is free: how much of the work each kind does. Further evaluations therefore walk a fixed family:
+strength 0.5 ** exponent in all entries of a kind, for every combination of exponents with 1 as the smallest, most even
+first. Bending moves all strengths together, so each combination stands for one ratio between the kinds. Equal policies
+are handed out once. When the family is used up the agent has nothing more to try: `ask` returns nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+
+from agents.core import TableActor
+from envs.core import ActionSpace, Actor, Budget, CompressionPolicy, Episode, InputError
+
+
+@dataclass(frozen=True)
+class UniformConfig:
+    """Options of uniform compression.
+
+    Attributes:
+        exponents: how many exponents each kind of choice tries: 1, sqrt(2), 2 ... The seventh is 8: nearly untouched.
+    """
+
+    exponents: int = 7
+
+    def __post_init__(self):
+        if self.exponents < 1:
+            raise InputError(f"`exponents` of the uniform baseline must be at least 1, but got {self.exponents}.")
+
+
+class Uniform:
+    """Hands out the uniform policies of every budget, budgets in turn; see the module. It draws nothing at random."""
+
+    def __init__(self, config: UniformConfig, space: ActionSpace, budgets: Sequence[Budget], rng: np.random.Generator):
+        self.space = space
+        family = uniform_family(space, config.exponents)
+        self._waiting = [(budget, table) for table in family for budget in budgets]
+        self._asked = 0
+        self._known: set[tuple[str, CompressionPolicy]] = set()
+
+    def ask(self, count: int) -> list[Actor]:
+        """Return at most `count` actors; none when the family is used up."""
+        actors: list[Actor] = []
+        while self._waiting and len(actors) < count:
+            budget, wanted = self._waiting.pop(0)
+            table = self.space.fit(wanted, budget)
+            key = budget.name, self.space.decode(table)
+            if key not in self._known:
+                self._known.add(key)
+                actors.append(TableActor(budget, table, self._asked))
+                self._asked += 1
+        return actors
+
+    def tell(self, results: Sequence[tuple[Actor, Episode]]) -> None:
+        """Ignore the episodes: the family is fixed."""
+
+
+def uniform_family(space: ActionSpace, exponents: int) -> list[np.ndarray]:
+    """Return tables that are constant within each kind of choice, most even first; see the module."""
+    kinds = np.flatnonzero(space.used.any(axis=0))
+    choices = np.array([c for c in product(range(exponents), repeat=len(kinds)) if min(c) == 0])
+    family = []
+    for choice in choices[np.argsort(choices.sum(axis=1), kind="stable")]:
+        strengths = np.zeros(space.action_dim)
+        strengths[kinds] = 0.5 ** (2 ** (choice / 2))
+        family.append(np.where(space.used, strengths, 0.0))
+    return family

@@ -1,0 +1,69 @@
+import numpy as np
+import pytest
+
+from agents import AGENTS
+from agents.uniform import uniform_family
+from envs.core import Budget, InputError
+
+
+def make(name, toy, budgets=None, seed=0, **options):
+    config_class, agent = AGENTS[name]
+    return agent(config_class(**options), toy, budgets or toy.budgets, np.random.default_rng(seed))
+
+
+def test_random_search_stays_at_the_edge_of_the_budget(toy):
+    step = 0.25 / 11  # what one level of one entry costs
+    for episode in toy.run(make("random", toy), 100):
+        limit = next(b for b in toy.budgets if b.name == episode.budget).limits["cost"]
+        # `fit` shifts all entries at once, so several of them may round up together.
+        assert limit - 6 * step <= episode.evaluation.costs["cost"] <= limit
+
+
+def test_random_search_covers_every_level_and_repeats_no_policy(toy):
+    episodes = toy.run(make("random", toy, toy.budgets[:1]), 300)
+    actions = np.array([episode.actions for episode in episodes])
+    for step, column in np.argwhere(toy.used):
+        assert len(np.unique(actions[:, step, column])) == 5
+    assert len({episode.policy for episode in episodes}) == 300
+
+
+def test_random_search_goes_below_the_edge_when_it_knows_all_of_it(toy):
+    loose = Budget("loose", {"cost": 1.0})  # its edge is a single policy: no compression
+    episodes = toy.run(make("random", toy, [loose]), 20)
+    assert len({episode.policy for episode in episodes}) == 20
+
+
+@pytest.mark.parametrize("name", ["random", "bee_colony"])
+def test_budgets_share_the_evaluations_evenly(name, toy):
+    episodes = toy.run(make(name, toy), 60)
+    assert sum(episode.budget == "half" for episode in episodes) == 30
+
+
+def test_uniform_is_one_policy_per_budget_when_there_is_one_kind_of_choice(toy):
+    toy.used[:, 1] = False
+    agent = make("uniform", toy)
+    episodes = toy.run(agent, 100)
+    assert [episode.budget for episode in episodes] == ["half", "quarter"]
+    assert all(len(np.unique(episode.actions[:, 0])) == 1 for episode in episodes)
+    assert agent.ask(5) == []
+
+
+def test_uniform_starts_even_then_varies_the_ratio_between_the_kinds(toy):
+    family = uniform_family(toy, exponents=7)
+    assert len(family) == 7**2 - 6**2
+    assert len(np.unique(family[0][toy.used])) == 1
+    assert all(len(np.unique(table[toy.used[:, k], k])) == 1 for table in family for k in range(2))
+    assert {table[0, 0] > table[0, 1] for table in family[1:]} == {True, False}
+    assert len({tuple(table[0]) for table in family}) == len(family)
+
+
+def test_uniform_repeats_no_policy(toy):
+    episodes = toy.run(make("uniform", toy), 1000)
+    keys = [(episode.budget, episode.policy) for episode in episodes]
+    assert len(keys) == len(set(keys)) < 26
+
+
+@pytest.mark.parametrize(("name", "options"), [("random", {"redraws": -1}), ("uniform", {"exponents": 0})])
+def test_options_out_of_range(name, options):
+    with pytest.raises(InputError, match="at least 1|0 or more"):
+        AGENTS[name][0](**options)

@@ -1,0 +1,246 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from agents.bee_colony import BeeColony, BeeColonyConfig, Colony, Source, predict_utility
+from agents.random_search import RandomConfig, RandomSearch
+from envs.core import Budget, InputError
+
+TOP1 = np.array([1.0, 0.0])
+
+
+class FreeSpace:
+    """No budget and no levels: what a move draws is what comes out."""
+
+    num_steps, action_dim, observation_dim = 8, 1, 1
+    objectives = ("top1", "cost")
+    dense_top1 = 1.0
+    used = np.ones((8, 1), bool)
+
+    def execute(self, table, budget):
+        return table
+
+    fit = execute
+
+    def decode(self, table):
+        return table.tobytes()
+
+
+def colony_of(space, seed=0, **options):
+    """A colony whose sources are random tables with made-up utilities, the first the best."""
+    colony = Colony(BeeColonyConfig(**options), space, Budget("b", {}), TOP1, np.random.default_rng(seed))
+    tables = 0.3 + 0.4 * np.random.default_rng(seed + 1).random((colony.config.sources, *space.used.shape))
+    colony.sources = [Source(table, 0.0, -float(i)) for i, table in enumerate(tables)]
+    colony.best = colony.sources[0]
+    colony.trials[:] = 0
+    return colony
+
+
+def run_phase(colony, toy, top1=None):
+    """Evaluate one whole phase; return its episodes."""
+    episodes = []
+    while colony.ready and (not episodes or colony._waiting):
+        actor = colony.next()
+        episodes.append((actor, toy.episode(actor, top1)))
+    for actor, episode in reversed(episodes):
+        colony.learn(actor, episode)
+    return [episode for _, episode in episodes]
+
+
+def test_finds_the_best_toy_policy_and_beats_random_search(toy):
+    budget, evaluations = toy.budgets[:1], 200
+    bees, blind = [], []
+    for seed in range(10):
+        colony = BeeColony(BeeColonyConfig(), toy, budget, np.random.default_rng(seed))
+        bees.append(max(episode.evaluation.top1 for episode in toy.run(colony, evaluations)))
+        random = RandomSearch(RandomConfig(), toy, budget, np.random.default_rng(seed))
+        blind.append(max(episode.evaluation.top1 for episode in toy.run(random, evaluations)))
+    assert sum(top1 == 1 for top1 in bees) >= 8
+    assert np.mean(bees) > np.mean(blind) + 0.01
+
+
+def test_a_source_never_gets_worse_before_it_is_given_up(toy):
+    colony = Colony(BeeColonyConfig(limit=1000), toy, toy.budgets[0], TOP1, np.random.default_rng(0))
+    run_phase(colony, toy)
+    for _ in range(8):
+        before = [source.rank_key for source in colony.sources]
+        run_phase(colony, toy)
+        after = [source.rank_key for source in colony.sources]
+        assert all(new <= old for new, old in zip(after, before, strict=True))
+    assert after < before or min(after) < (0.0, -0.9)
+
+
+def test_a_broken_constraint_outweighs_any_utility():
+    feasible, broken = Source(np.zeros(1), 0.0, 0.1), Source(np.zeros(1), 0.01, 0.9)
+    assert feasible.better_than(broken) and not broken.better_than(feasible)
+    assert broken.better_than(Source(np.zeros(1), 0.02, 1.0))
+    assert not feasible.better_than(feasible)
+
+
+def test_first_phase_holds_the_uniform_table_and_random_ones(toy):
+    colony = Colony(BeeColonyConfig(), toy, toy.budgets[0], TOP1, np.random.default_rng(0))
+    episodes = run_phase(colony, toy)
+    assert len(episodes) == 10
+    assert len(np.unique(episodes[0].actions[toy.used])) == 1
+    assert all(len(np.unique(episode.actions[toy.used])) > 1 for episode in episodes[1:])
+
+
+def test_scouts_replace_every_exhausted_source_and_the_best_is_remembered(toy):
+    colony = Colony(BeeColonyConfig(limit=3), toy, toy.budgets[0], TOP1, np.random.default_rng(0))
+    run_phase(colony, toy)
+    best, sources = colony.best, list(colony.sources)
+    colony._onlookers_next = False
+    colony.trials[:] = [3, 0, 3, 3] + [0] * 6
+    run_phase(colony, toy, top1=0.0)  # worse than all there is
+    replaced = [new is not old for new, old in zip(colony.sources, sources, strict=True)]
+    assert replaced == [True, False, True, True] + [False] * 6
+    np.testing.assert_array_equal(colony.trials, [0, 1, 0, 0] + [1] * 6)
+    assert colony.best is best
+
+
+def test_trials_count_failures_and_start_anew_with_an_improvement(toy):
+    colony = Colony(BeeColonyConfig(), toy, toy.budgets[0], TOP1, np.random.default_rng(0))
+    run_phase(colony, toy)
+    run_phase(colony, toy, top1=-1.0)  # onlookers
+    assert colony.trials.sum() == 10
+    run_phase(colony, toy, top1=2.0)  # every employed bee improves
+    assert colony.trials.sum() == 0
+
+
+def test_onlookers_prefer_better_sources(toy):
+    colony = colony_of(FreeSpace(), candidates=1)
+    visits = np.zeros(10)
+    for _ in range(200):
+        for flight in colony._onlookers():
+            visits[flight.slot] += 1
+    assert visits[:3].sum() > 2 * visits[3:6].sum() > 2 * visits[6:].sum() > 0
+
+
+def test_every_gene_moves_the_last_included():
+    colony = colony_of(FreeSpace(), genes=1 / 8, candidates=1)
+    moved = np.array([(colony._neighbor(3) != colony.sources[3].table).ravel() for _ in range(400)])
+    assert moved.sum(axis=1).max() == 1
+    assert np.all(moved.sum(axis=0) > 400 / 8 / 2)
+
+
+def test_a_move_changes_distinct_genes_from_one_to_all():
+    colony = colony_of(FreeSpace(), candidates=1)
+    counts = [(colony._neighbor(3) != colony.sources[3].table).sum() for _ in range(800)]
+    assert set(counts) == set(range(1, 9))
+    assert np.bincount(counts)[1:].min() > 800 / 8 / 2
+
+
+def test_moves_are_unbiased_without_guidance():
+    colony = colony_of(FreeSpace(), guidance=0.0, candidates=1)
+    steps = np.array([(colony._neighbor(3) - colony.sources[3].table).mean() for _ in range(4000)])
+    assert abs(steps.mean()) < 4 * steps.std() / np.sqrt(len(steps))
+    assert steps.std() > 0.01
+
+
+def test_guidance_pulls_towards_the_best_source():
+    def distance(guidance):
+        colony = colony_of(FreeSpace(), guidance=guidance, candidates=1)
+        moves = np.array([colony._neighbor(3) for _ in range(2000)])
+        return np.abs(moves.mean(axis=0) - colony.best.table).mean()
+
+    assert distance(1.5) < 0.8 * distance(0.0)
+
+
+def test_no_policy_is_asked_for_twice(toy):
+    agent = BeeColony(BeeColonyConfig(), toy, toy.budgets[:1], np.random.default_rng(0))
+    episodes = toy.run(agent, 300)
+    assert len({episode.policy for episode in episodes}) == 300
+
+
+def test_a_used_up_space_repeats_itself_rather_than_to_hang(toy):
+    toy.used[:] = False
+    toy.used[0, 0] = True
+    agent = BeeColony(BeeColonyConfig(), toy, [Budget("loose", {"cost": 1.0})], np.random.default_rng(0))
+    assert {episode.policy.widths[0] for episode in toy.run(agent, 60)} == {0, 1, 2, 3, 4}
+
+
+def test_the_regression_recovers_a_quadratic():
+    rng = np.random.default_rng(0)
+
+    def truth(genes):
+        return 1 - genes**2 @ np.array([0.1, 0.5, 0.2]) + genes @ np.array([0.1, 0.0, 0.3])
+
+    genes, wanted = rng.random((60, 3)), rng.random((20, 3))
+    np.testing.assert_allclose(predict_utility(genes, truth(genes), wanted, 1e-6), truth(wanted), atol=1e-3)
+    # All penalty and no data leave the mean.
+    np.testing.assert_allclose(predict_utility(genes, truth(genes), wanted, 1e9), truth(genes).mean(), atol=1e-6)
+
+
+def test_bees_try_the_most_promising_of_their_moves():
+    space = FreeSpace()
+    colony = colony_of(space, candidates=8)
+    tables = np.random.default_rng(5).random((100, 8, 1))
+    colony.evaluated = [Source(table, 0.0, -float(table[2, 0])) for table in tables]  # the third gene decides
+    screened = np.mean([colony._move(3).table[2] for _ in range(50)])
+    colony.evaluated = []
+    assert screened < np.mean([colony._move(3).table[2] for _ in range(50)]) - 0.05
+
+
+def test_scores_are_remembered_by_what_was_executed(toy):
+    agent = BeeColony(BeeColonyConfig(), toy, toy.budgets[:1], np.random.default_rng(0))
+    (actor,) = agent.ask(1)
+    executed = toy.execute(np.ones((6, 2)), actor.budget)
+    agent.tell([(actor, replace(toy.episode(actor), actions=executed))])
+    flight, source = agent.colonies["half"]._back[actor.ticket]
+    np.testing.assert_array_equal(source.table, executed)
+
+
+def test_an_accuracy_limit_is_a_constraint(toy):
+    """Below the limit on the drop the smallest violation leads, whatever the preference says."""
+    budget = replace(toy.budgets[0], top1_drop=0.05)
+    agent = BeeColony(BeeColonyConfig(preference=(0.0, 1.0)), toy, [budget], np.random.default_rng(0))
+    feasible = [episode.feasible for episode in toy.run(agent, 200)]
+    assert sum(feasible[-50:]) > sum(feasible[:50])
+
+
+def test_a_preference_for_low_costs_leaves_the_edge(toy):
+    def cheapest(**options):
+        agent = BeeColony(BeeColonyConfig(**options), toy, toy.budgets[:1], np.random.default_rng(0))
+        toy.run(agent, 200)
+        return agent.colonies["half"].best
+
+    assert toy.cost(cheapest(preference=(0.1, 0.9)).table) < 0.5 * toy.cost(cheapest().table)
+
+
+def test_archive_holds_the_front_of_all_feasible_episodes(toy):
+    agent = BeeColony(BeeColonyConfig(), toy, toy.budgets, np.random.default_rng(0))
+    episodes = toy.run(agent, 100)
+    best = max(episodes, key=lambda episode: episode.reward[0])
+    assert best.policy in agent.archive.policies
+    assert agent.archive.objectives[:, 0].min() == -best.reward[0]
+
+
+def test_an_episode_comes_back_once(toy):
+    agent = BeeColony(BeeColonyConfig(), toy, toy.budgets, np.random.default_rng(0))
+    (actor,) = agent.ask(1)
+    agent.tell([(actor, toy.episode(actor))])
+    with pytest.raises(ValueError, match="ticket 0 of budget 'half' is not out"):
+        agent.tell([(actor, toy.episode(actor))])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sources": 1},
+        {"limit": 0},
+        {"genes": 0},
+        {"genes": 1.5},
+        {"ridge": 0},
+        {"preference": (0, 0)},
+        {"preference": (2, -1)},
+    ],
+)
+def test_options_out_of_range(options):
+    with pytest.raises(InputError, match=f"`{next(iter(options))}` of the bee colony"):
+        BeeColonyConfig(**options)
+
+
+def test_a_preference_needs_one_weight_per_objective(toy):
+    with pytest.raises(InputError, match="one weight for each of top1, cost, but got 3"):
+        BeeColony(BeeColonyConfig(preference=(1, 0, 0)), toy, toy.budgets, np.random.default_rng(0))

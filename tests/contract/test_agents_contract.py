@@ -1,0 +1,120 @@
+"""What every agent promises, on a toy problem."""
+
+import pickle
+from dataclasses import fields, is_dataclass
+
+import numpy as np
+import pytest
+
+from agents import AGENTS
+from agents.core import TableActor
+from envs.core import Episode
+
+
+@pytest.fixture(params=AGENTS)
+def make(request, toy):
+    config_class, agent = AGENTS[request.param]
+    return lambda seed=0: agent(config_class(), toy, toy.budgets, np.random.default_rng(seed))
+
+
+def tables(actors):
+    return [(actor.budget.name, actor.table.tolist()) for actor in actors]
+
+
+def ask_all(agent, most=40):
+    """What an agent hands out at once."""
+    actors = []
+    while len(actors) < most and (more := agent.ask(1)):
+        actors += more
+    return actors
+
+
+def test_configs_are_frozen_dataclasses_with_defaults():
+    for config_class, _ in AGENTS.values():
+        assert is_dataclass(config_class) and config_class.__dataclass_params__.frozen
+        assert hash(config_class()) == hash(config_class())
+        assert all(field.name in config_class.__doc__ for field in fields(config_class))
+
+
+def test_same_seed_same_run(make, toy):
+    def run(seed):
+        return [(episode.budget, episode.policy) for episode in toy.run(make(seed), 80)]
+
+    assert run(3) == run(3)
+
+
+def test_actors_are_valid_tables_behind_the_wall(make, toy):
+    for episode in toy.run(make(), 80):
+        assert episode.actions.shape == toy.used.shape
+        assert episode.feasible
+    for actor in make().ask(5):
+        assert actor.table.shape == toy.used.shape
+        assert actor.table.min() >= 0 and actor.table.max() <= 1
+        np.testing.assert_array_equal(toy.execute(actor.table, actor.budget), actor.table)
+        np.testing.assert_array_equal(actor.act(np.zeros(1), 2), actor.table[2])
+
+
+def test_asks_at_most_what_is_wanted_and_serves_every_budget(make, toy):
+    agent = make()
+    assert agent.ask(0) == []
+    actors = agent.ask(6)
+    assert len(actors) == 6
+    assert {actor.budget.name for actor in actors} == {"half", "quarter"}
+
+
+def test_never_idles_while_nothing_is_out_unless_for_good(make, toy):
+    agent = make()
+    for _ in range(100):
+        actors = agent.ask(3)
+        if not actors:
+            assert agent.ask(1) == []
+            return
+        agent.tell([(actor, toy.episode(actor)) for actor in actors])
+
+
+def test_order_of_the_episodes_changes_nothing(make, toy):
+    rng = np.random.default_rng(0)
+    first, second = make(), make()
+    for _ in range(6):
+        actors, same = ask_all(first), ask_all(second)
+        assert tables(actors) == tables(same)
+        first.tell([(actor, toy.episode(actor)) for actor in actors])
+        for i in rng.permutation(len(same)):
+            second.tell([(same[i], toy.episode(same[i]))])
+    assert tables(ask_all(first)) == tables(ask_all(second))
+
+
+def test_pickles_with_episodes_out_and_goes_on_alike(make, toy):
+    agent = make()
+    toy.run(agent, 25)
+    actors = agent.ask(3)
+    restored, restored_actors = pickle.loads(pickle.dumps((agent, actors)))
+    assert all(isinstance(actor, TableActor) for actor in restored_actors)
+    agent.tell([(actor, toy.episode(actor)) for actor in actors])
+    restored.tell([(actor, toy.episode(actor)) for actor in restored_actors])
+    for _ in range(10):
+        actors, same = agent.ask(4), restored.ask(4)
+        assert tables(actors) == tables(same)
+        agent.tell([(actor, toy.episode(actor)) for actor in actors])
+        restored.tell([(actor, toy.episode(actor)) for actor in same])
+
+
+def broken(kind, actor, toy):
+    if kind == "failed":
+        return Episode(actor.budget.name, None, None, failure="RuntimeError: out of memory")
+    return toy.episode(actor, top1=np.nan)
+
+
+@pytest.mark.parametrize("kind", ["failed", "nan"])
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_survives_failed_and_nan_episodes(make, toy, kind, share):
+    rng = np.random.default_rng(0)
+    agent, asked = make(), 0
+    while asked < 120 and (actors := agent.ask(4)):
+        asked += len(actors)
+        agent.tell([(a, broken(kind, a, toy) if rng.random() < share else toy.episode(a)) for a in actors])
+    finite = [actor.table for actor in ask_all(agent)]
+    assert all(np.isfinite(table).all() for table in finite)
+    if hasattr(agent, "archive"):
+        assert np.isfinite(agent.archive.objectives).all()
+        assert bool(len(agent.archive)) == (share < 1)
