@@ -1,0 +1,164 @@
+"""Measurements: how fast the cost models are, and which agent finds the best models at equal evaluations."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from search.build import Problem, build_agent, build_front
+from search.finalize import dense_test_score, finalize
+from search.loop import Runner, run_loop
+
+
+@dataclass(frozen=True)
+class CostSpeed:
+    """Policies per second that one cost model answers on one core, decoding of the policies included and excluded."""
+
+    cost: str
+    policies_per_second: float
+    with_decoding: float
+
+
+def benchmark_costs(space, population: int = 4096, repeats: int = 9, seed: int = 0) -> list[CostSpeed]:
+    """Return the speed of every cost model over random policies; medians over `repeats`.
+
+    Args:
+        space: a `FeasibleSpace`.
+        population: policies per call.
+    """
+    rng = np.random.default_rng(seed)
+    levels = rng.integers(space.space.num_levels, size=(population, len(space.space.num_levels)))
+    columns = space.space.columns(levels)
+
+    def rate(call: Callable[[], object]) -> float:
+        seconds = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - start)
+        return population / float(np.median(seconds))
+
+    return [
+        CostSpeed(
+            name,
+            rate(lambda model=model: model.total(space.space.geometry.shapes(*columns))),
+            rate(lambda model=model: model.total(space.space.shapes(levels))),
+        )
+        for name, model in space.cost_models.items()
+    ]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one agent found under one budget with one seed.
+
+    Attributes:
+        validation_top1: of the winner, on the images that chose it.
+        test_top1: of the winner, on images that nobody chose by, before any fine-tuning.
+        evaluations: episodes run; fewer than asked when the agent had nothing more to try.
+        feasible: share of the episodes that broke no constraint.
+        hypervolume: of the run's overall front (`Front.hypervolume`).
+        seconds: wall time of the search, finalists not counted.
+    """
+
+    agent: str
+    seed: int
+    budget: str
+    validation_top1: float
+    test_top1: float
+    evaluations: int
+    feasible: float
+    hypervolume: float
+    seconds: float
+
+
+def benchmark_search(
+    problem: Problem,
+    runner: Runner,
+    agents: Sequence[str],
+    seeds: Sequence[int],
+    evaluations: int,
+    on_outcome: Callable[[Outcome], None],
+) -> list[Outcome]:
+    """Return the outcome of every agent, seed and budget; `evaluations` are shared by the budgets of a run."""
+    outcomes = []
+    for seed in seeds:
+        for name in agents:
+            options = problem.config.search.options if name == problem.config.search.agent else {}
+            agent, front = build_agent(problem, name, options, seed), build_front(problem)
+            start = time.perf_counter()
+            run_loop(agent, runner, evaluations, lambda actor, episode, front=front: front.add(episode))
+            seconds = time.perf_counter() - start
+            for finalist in finalize(problem, front, top=1):
+                outcome = Outcome(
+                    name,
+                    seed,
+                    finalist.budget,
+                    finalist.proxy.top1,
+                    finalist.final.top1,
+                    front.evaluations,
+                    front.feasible / front.evaluations,
+                    front.hypervolume,
+                    seconds,
+                )
+                outcomes.append(outcome)
+                on_outcome(outcome)
+    return outcomes
+
+
+def outcome_line(outcome: Outcome) -> str:
+    """Return one outcome in one line."""
+    return (
+        f"{outcome.agent}, seed {outcome.seed}, {outcome.budget}: validation {100 * outcome.validation_top1:.2f} %, "
+        f"test {100 * outcome.test_top1:.2f} % after {outcome.evaluations} evaluations in {outcome.seconds:.0f} s"
+    )
+
+
+def summary(outcomes: Sequence[Outcome]) -> str:
+    """Return a Markdown table: mean +- standard deviation over seeds, best mean test top-1 first within each budget."""
+    lines = [
+        "| budget | agent | seeds | evaluations | validation top-1 % | test top-1 % | feasible % | hypervolume | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    rows: dict[tuple[str, str], list[Outcome]] = {}
+    for outcome in outcomes:
+        rows.setdefault((outcome.budget, outcome.agent), []).append(outcome)
+
+    def spread(group: list[Outcome], field: str, factor: float = 1.0, digits: int = 2) -> str:
+        values = factor * np.array([getattr(outcome, field) for outcome in group])
+        return f"{values.mean():.{digits}f}" + (f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else "")
+
+    def order(item):
+        return item[0][0], -np.mean([outcome.test_top1 for outcome in item[1]])
+
+    for (budget, agent), group in sorted(rows.items(), key=order):
+        lines.append(
+            f"| {budget} | {agent} | {len(group)} | {max(outcome.evaluations for outcome in group)} "
+            f"| {spread(group, 'validation_top1', 100)} | {spread(group, 'test_top1', 100)} "
+            f"| {spread(group, 'feasible', 100, 0)} | {spread(group, 'hypervolume', 1, 4)} | {spread(group, 'seconds', 1, 0)} |"
+        )
+    return "\n".join(lines)
+
+
+def write_results(folder: Path, problem: Problem, outcomes: Sequence[Outcome]) -> None:
+    """Write results.json (everything) and results.md (the table and what it was measured on)."""
+    dense = dense_test_score(problem)
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {
+        "schema": 1,
+        "config": problem.config.model_dump(mode="json"),
+        "data": problem.data.source,
+        "dense": {"validation_top1": problem.dense.top1, "test_top1": dense.top1, "costs": dict(dense.costs)},
+        "precision": asdict(problem.precision),
+        "outcomes": [asdict(outcome) for outcome in outcomes],
+    }
+    (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / "results.md").write_text(
+        f"{summary(outcomes)}\n\nDense: {100 * problem.dense.top1:.2f} % on {problem.dense.images} validation images, "
+        f"{100 * dense.top1:.2f} % on {dense.images} test images. {problem.data.source}\n"
+    )

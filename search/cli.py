@@ -1,0 +1,274 @@
+"""The `secateur` command. Verbs import what they need when they run, so that `--help` comes at once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from typer.core import TyperGroup
+
+from cost_models.core import InputError
+
+INTERRUPTED = 130
+"""The exit code of a process that Ctrl-C has ended."""
+
+
+class _Verbs(TyperGroup):
+    """The one place where errors become messages and exit codes."""
+
+    def invoke(self, context):
+        try:
+            return super().invoke(context)
+        except InputError as error:
+            for line in str(error).splitlines():
+                print(f"error: {line}", file=sys.stderr)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
+
+
+app = typer.Typer(
+    cls=_Verbs,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Searches for prune ratios and bit-widths that fit all budgets of a device and cost the least accuracy.",
+)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; the installed examples are found too.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, e.g. runs/digits-1.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one value, e.g. search.evaluations=50.")
+]
+BudgetOption = Annotated[str | None, typer.Option("--budget", help="Name of one budget.")]
+
+
+class Format(StrEnum):
+    """How `front` prints."""
+
+    TABLE = "table"
+    JSON = "json"
+    CSV = "csv"
+
+
+@app.callback()
+def main() -> None:
+    """Set up logging for every verb; on stderr, because stdout is for results."""
+    handler = RichHandler(console=Console(stderr=True), show_path=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+
+
+@app.command()
+def init(path: Annotated[Path, typer.Argument(help="File to write.")] = Path("secateur.yaml")) -> None:
+    """Write a starter configuration with comments."""
+    from search.config import INSTALLED_CONFIGS
+
+    text = (INSTALLED_CONFIGS / "starter.yaml").read_text(encoding="utf-8")
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise InputError(f"{path} exists already. Name another file: secateur init other.yaml") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error}") from None
+    print(f"wrote {path}; edit it, then: secateur inspect {path}")
+
+
+@app.command()
+def inspect(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Show layers, coupled groups, what is never pruned and why, and whether the budgets can be met."""
+    from search.config import load_config
+
+    settings = load_config(config, overrides or ())
+    from search import tables
+    from search.build import build_model_and_graph, build_space, feasibility_table
+    from search.progress import SearchProgress
+
+    with SearchProgress(Console(stderr=True)) as progress:
+        data, _, graph = build_model_and_graph(settings, progress.say)
+        space, budgets = build_space(settings, graph, dense_top1=float("nan"))
+    console = Console()
+    console.print(tables.layer_table(graph, space.space))
+    console.print(tables.group_table(graph))
+    if graph.frozen:
+        console.print(tables.frozen_table(graph))
+    rows = feasibility_table(space, budgets)
+    console.print(tables.feasibility_report(rows))
+    dense = ", ".join(f"{cost} {tables.amount(cost, value)}" for cost, value in space.dense_costs.items())
+    console.print(f"dense: {dense}", highlight=False)
+    console.print(f"data: {data.source}", highlight=False, markup=False)
+    if not all(row.satisfiable for row in rows):
+        raise InputError("A budget cannot be met. Raise its limit, or allow stronger compression in `space`.")
+
+
+@app.command()
+def search(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to use instead of a local one.")] = None,
+) -> None:
+    """Search, and write a run: study, Pareto front, test scores of the best policies. Ctrl-C ends it early."""
+    from search.config import load_config
+
+    settings = load_config(config, [*(overrides or ()), *([f"search.address={address}"] if address else [])])
+    from search.progress import SearchProgress
+    from search.run import search as run_search
+
+    console = Console()
+    with SearchProgress(console) as progress:
+        try:
+            run_search(settings, progress)
+        except KeyboardInterrupt:
+            progress.stop()
+            if progress.run is None:
+                raise
+            _show_run(console, progress.run)
+            print("interrupted: the run holds what was found until then", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
+    _show_run(console, progress.run)
+
+
+def _show_run(console: Console, run: Path) -> None:
+    from search.front import read_front
+    from search.tables import front_tables
+
+    for table in front_tables(read_front(run)):
+        console.print(table)
+    print(f"run: {run}")
+
+
+@app.command()
+def front(
+    run: RunPath,
+    budget: BudgetOption = None,
+    output: Annotated[Format, typer.Option("--format", help="What to print.")] = Format.TABLE,
+) -> None:
+    """Print the Pareto front of a run, also while it is still searching."""
+    from search.front import FRONT_CSV, check_budget, read_front
+    from search.tables import front_tables
+
+    document = read_front(run)
+    if budget is not None:
+        check_budget(document, budget)
+    if output is Format.JSON:
+        print(json.dumps(document, indent=1))
+    elif output is Format.CSV:
+        print((run / FRONT_CSV).read_text(encoding="utf-8"), end="")
+    else:
+        for table in front_tables(document, budget):
+            Console().print(table)
+
+
+@app.command()
+def export(
+    run: RunPath,
+    budget: Annotated[str, typer.Option("--budget", help="Name of the budget whose winner is exported.")],
+    output: Annotated[Path | None, typer.Option(help="Folder to write; default: RUN/exports/BUDGET.")] = None,
+) -> None:
+    """Write the best model of a budget: policy.json and safetensors, reloadable without pickles."""
+    from search.front import read_front, winner
+    from search.run_folder import load_manifest
+
+    settings, _ = load_manifest(run)
+    point = winner(read_front(run), budget)
+    folder = output or run / "exports" / budget
+    from search.build import build_problem
+    from search.export import check_free, export_point
+    from search.progress import SearchProgress
+
+    check_free(folder)
+    with SearchProgress(Console(stderr=True)) as progress:
+        problem = build_problem(settings, progress.say)
+        progress.say("exporting")
+        test = export_point(folder, problem, budget, point)
+    print(f"validation top-1 {100 * point['top1']:.2f} %, test top-1 {100 * test.top1:.2f} % of {test.images} images")
+    print(f"export: {folder}")
+
+
+benchmark = typer.Typer(no_args_is_help=True, help="Measure: agents against each other, or the speed of the cost models.")
+app.add_typer(benchmark, name="benchmark")
+
+
+@benchmark.command("search")
+def benchmark_search(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    agent: Annotated[list[str] | None, typer.Option(help="Agent to run; repeat for several. Default: all.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from the configuration's on.")] = 3,
+    output: Annotated[Path, typer.Option(help="Folder for results.json and results.md; must not exist.")] = Path(
+        "results/search"
+    ),
+) -> None:
+    """Run agents at equal evaluations over several seeds; winners are chosen on validation and scored on test images."""
+    from search.config import load_config
+
+    settings = load_config(config, overrides or ())
+    from agents import AGENTS
+    from search import benchmark as measure
+    from search.build import build_problem, open_runner
+    from search.progress import SearchProgress
+
+    names = list(agent or AGENTS)
+    for name in names:
+        load_config(config, [*(overrides or ()), f"search.agent={name}", "search.options={}"])  # unknown names end here
+    if output.exists():
+        raise InputError(f"The results folder {output} exists already. Choose another with --output.")
+    console = Console()
+    with SearchProgress(Console(stderr=True)) as progress:
+        problem = build_problem(settings, progress.say)
+        progress.say("starting the workers")
+        runner = open_runner(problem)
+        progress.stop()
+        try:
+            outcomes = measure.benchmark_search(
+                problem,
+                runner,
+                names,
+                range(settings.search.seed, settings.search.seed + seeds),
+                settings.search.evaluations,
+                lambda outcome: console.print(measure.outcome_line(outcome), highlight=False),
+            )
+        finally:
+            runner.close()
+        measure.write_results(output, problem, outcomes)
+    print(measure.summary(outcomes))
+    print(f"results: {output}")
+
+
+@benchmark.command("costs")
+def benchmark_costs(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Print how many policies per second every cost model answers, on one core."""
+    from search.config import load_config
+
+    settings = load_config(config, overrides or ())
+    import torch
+
+    from search.benchmark import benchmark_costs as measure
+    from search.build import build_model_and_graph, build_space
+
+    torch.set_num_threads(1)
+    _, _, graph = build_model_and_graph(settings)
+    space, _ = build_space(settings, graph, dense_top1=float("nan"))
+    print("| cost | policies/s | with decoding of the policies |")
+    print("|---|---|---|")
+    for speed in measure(space):
+        print(f"| {speed.cost} | {speed.policies_per_second:,.0f} | {speed.with_decoding:,.0f} |")
+
+
+@app.command()
+def support(
+    models: Annotated[list[str] | None, typer.Argument(help="torchvision classifiers; default: all.")] = None,
+    output: Annotated[Path, typer.Option(help="Table to write; rows of other models are kept.")] = Path("SUPPORT.md"),
+) -> None:
+    """Analyse, slice, compare and train torchvision's classifiers, and rewrite the support matrix. All take an hour."""
+    from search.support import support_matrix
+
+    support_matrix(models or None, output, progress=print)

@@ -1,0 +1,302 @@
+"""Writes a compressed model to a folder and builds it again: JSON and safetensors, no pickles.
+
+policy.json         what was chosen, kept and scored; everything but the numbers of the network
+model.safetensors   its tensors; the weights of quantized layers as packed integer codes and one scale per channel
+README.md           how to load it
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from cost_models.core import FLOAT_BITS
+from envs.core import Budget, CompressionPolicy, Evaluation, InputError
+from envs.evaluator import top1
+from envs.pruning.slicing import resize_model
+from envs.quantization.fake_quantize import (
+    activation_grid,
+    quantized_weight,
+    set_activation_grid,
+    set_quantized_weight,
+)
+from envs.quantization.packing import pack_bits, unpack_bits
+from envs.quantization.quantizers import ActivationGrid, dequantize
+from envs.tasks.models import build_model
+from search.front import policy_of
+
+if TYPE_CHECKING:
+    from search.build import Problem
+
+POLICY, WEIGHTS, README = "policy.json", "model.safetensors", "README.md"
+CODES, SCALE = ".weight.codes", ".weight.scale"
+
+
+# -------------------------------------------------------------------------------------------------------------- writing
+
+
+def write_export(
+    folder: str | Path,
+    problem: Problem,
+    policy: CompressionPolicy,
+    budget: Budget,
+    validation: Evaluation,
+    test: Evaluation | None = None,
+) -> nn.Module:
+    """Write a policy's network to a new folder, read it back, and return what was read.
+
+    Args:
+        folder: must not exist, or be empty. Nothing is left in it if anything fails.
+        problem: the search that the policy belongs to.
+        policy: what to build.
+        budget: whose limits it meets.
+        validation, test: its scores; they go into policy.json.
+    Raises:
+        InputError: if the folder is not free.
+        RuntimeError: if the model that is read back computes anything else.
+    """
+    folder = Path(folder)
+    check_free(folder)
+    network = problem.assembler.assemble(policy)
+    draft = folder.parent / f".{folder.name}.draft-{os.getpid()}"
+    draft.mkdir(parents=True)
+    try:
+        save_file(_packed_tensors(network), draft / WEIGHTS)
+        document = _document(problem, policy, network, budget, validation, test)
+        document["weights_sha256"] = _checksum(draft / WEIGHTS)
+        (draft / POLICY).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        (draft / README).write_text(_readme(document, folder.name), encoding="utf-8")
+        loaded = load_compressed(draft)
+        images = problem.assembler.images[:16]
+        with torch.inference_mode():
+            if not torch.equal(loaded(images), network(images)):
+                raise RuntimeError("The exported model computes something else than the one that was searched.")
+        os.replace(draft, folder)
+    except BaseException:
+        shutil.rmtree(draft)
+        raise
+    return loaded
+
+
+def export_point(folder: str | Path, problem: Problem, budget: str, point: Mapping[str, Any]) -> Evaluation:
+    """Write the export of a point in front.json; return its test score.
+
+    Raises:
+        InputError: if the folder is not free, or model, data or code are no longer what the run was made with.
+    """
+    policy = policy_of(point)
+    costs = problem.space.policy_costs(policy)
+    if costs != point["costs"]:
+        raise InputError(
+            f"The run was made with another model: its policy cost {point['costs']}, now it costs {costs}. "
+            "Restore the model's code and weights, or search again."
+        )
+    validation = Evaluation(point["top1"], costs, "proxy", point["images"])
+    images, labels = problem.data.tensors(problem.data.test)
+    score = top1(problem.assembler.assemble(policy), images, labels)
+    test = Evaluation(score, costs, "final", len(labels))
+    limits = next(entry for entry in problem.budgets if entry.name == budget)
+    write_export(folder, problem, policy, limits, validation, test)
+    return test
+
+
+def check_free(folder: Path) -> None:
+    """Raise InputError unless an export can be written to `folder`."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"The export folder {folder} exists already. Remove it, or choose another with --output.")
+
+
+def _packed_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors to store; tied parameters once."""
+    tensors = {name: tensor.detach() for name, tensor in (*network.named_parameters(), *network.named_buffers())}
+    for name, module in network.named_modules():
+        if (quantized := quantized_weight(module)) is not None:
+            del tensors[f"{name}.weight"]
+            tensors[name + CODES] = torch.from_numpy(pack_bits(quantized.codes.numpy(), quantized.bits))
+            tensors[name + SCALE] = quantized.scale
+    return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}  # safetensors wants them apart
+
+
+def _document(
+    problem: Problem,
+    policy: CompressionPolicy,
+    network: nn.Module,
+    budget: Budget,
+    validation: Evaluation,
+    test: Evaluation | None,
+) -> dict[str, Any]:
+    model, data, graph = problem.config.model, problem.data, problem.assembler.graph
+    kept = problem.assembler.kept(policy)
+    return {
+        "schema": 1,
+        "model": {"factory": model.factory, "args": model.args, "input": list(model.input)},
+        "normalization": {
+            "formula": "(pixel / 255 - mean) / std",
+            "mean": [float(value) for value in data.mean],
+            "std": [float(value) for value in data.std],
+        },
+        "classes": list(data.classes),
+        "budget": {"name": budget.name, "limits": dict(budget.limits), "top1_drop": budget.top1_drop},
+        "costs": dict(validation.costs),
+        "dense_costs": dict(problem.dense.costs),
+        "scores": {
+            "validation": {"top1": validation.top1, "images": validation.images},
+            "test": None if test is None else {"top1": test.top1, "images": test.images},
+            "dense_validation": {"top1": problem.dense.top1, "images": problem.dense.images},
+        },
+        "data": data.source,
+        "groups": [
+            {
+                "name": group.name,
+                "units": group.units,
+                "prune_ratio": 1 - len(units) / group.units,
+                "kept": units.tolist(),
+            }
+            for group, units in zip(graph.groups, kept, strict=True)
+        ],
+        "layers": _layers(network),
+        "note": "Weights are stored in their bits. Activation bits are simulated: values are rounded to the grid, the "
+        "arithmetic is float32.",
+    }
+
+
+def _layers(network: nn.Module) -> list[dict[str, Any]]:
+    """Return the quantized layers: bits, shape of the weight, grid of the input."""
+    layers = []
+    for name, module in network.named_modules():
+        weight, grid = quantized_weight(module), activation_grid(module)
+        if weight is not None or grid is not None:
+            layers.append(
+                {
+                    "name": name,
+                    "weight_bits": FLOAT_BITS if weight is None else weight.bits,
+                    "weight_shape": list(module.weight.shape),
+                    "activation_bits": FLOAT_BITS if grid is None else grid.bits,
+                    "activation_grid": None if grid is None else asdict(grid),
+                }
+            )
+    return layers
+
+
+def _readme(document: Mapping[str, Any], name: str) -> str:
+    scores = [(split, score) for split, score in document["scores"].items() if score is not None]
+    lines = "\n".join(
+        f"- {split} top-1: {100 * score['top1']:.2f} % of {score['images']} images" for split, score in scores
+    )
+    costs = "\n".join(
+        f"- {cost}: {value:,.0f} ({100 * value / document['dense_costs'][cost]:.1f} % of dense)"
+        for cost, value in document["costs"].items()
+    )
+    mean, std = ([round(value, 6) for value in document["normalization"][key]] for key in ("mean", "std"))
+    shape = ", ".join(map(str, document["model"]["input"]))
+    return f"""# {document["model"]["factory"]}, compressed for the budget "{document["budget"]["name"]}"
+
+```python
+import torch
+from search.export import load_compressed  # of the package secateur
+
+model = load_compressed("{name}")  # this folder; a torch.nn.Module in eval mode
+mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in ({mean}, {std}))
+logits = model((pixels.float() / 255 - mean) / std)  # pixels: (N, {shape}) uint8
+```
+
+{costs}
+{lines}
+
+{document["note"]}
+"""
+
+
+# -------------------------------------------------------------------------------------------------------------- loading
+
+
+def read_export(folder: str | Path) -> dict[str, Any]:
+    """Return the content of an export's policy.json.
+
+    Raises:
+        InputError: if the folder is no export, or the file is damaged.
+    """
+    path = Path(folder) / POLICY
+    if not path.is_file():
+        raise InputError(f"{folder} is not an export: it has no {POLICY}.")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        schema = document["schema"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+    if schema != 1:
+        raise InputError(f"{path} has schema {schema}; this version reads schema 1.")
+    return document
+
+
+def load_compressed(folder: str | Path) -> nn.Module:
+    """Return the compressed model in an export folder, eval mode; its weights are those that were scored, bit for bit.
+
+    Raises:
+        InputError: if the folder is no export, its files are damaged or were changed, or the model's code has changed.
+    """
+    folder = Path(folder)
+    document = read_export(folder)
+    try:
+        packed = _read_weights(folder / WEIGHTS, document["weights_sha256"])
+        model = build_model(document["model"]["factory"], document["model"]["args"]).float().eval()
+        _restore(model, packed, document["layers"])
+        with torch.inference_mode():
+            model(torch.zeros(1, *document["model"]["input"]))
+    except InputError:
+        raise
+    except Exception as error:  # a hand-edited file can break any step above in its own way
+        raise InputError(f"{folder / POLICY} does not fit the model: {type(error).__name__}: {error}") from error
+    return model
+
+
+def _read_weights(path: Path, checksum: str) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise InputError(f"{path.parent} is not an export: it has no {path.name}.")
+    if _checksum(path) != checksum:
+        raise InputError(f"{path} is not the file that was exported: it is truncated or was changed. Export it again.")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise InputError(f"{path} is damaged: {error}") from None
+
+
+def _restore(model: nn.Module, packed: Mapping[str, Tensor], layers: list[dict[str, Any]]) -> None:
+    """Give a freshly built dense model the stored tensors, their shapes and the quantizers, in place."""
+    tensors = {name: tensor for name, tensor in packed.items() if not name.endswith((CODES, SCALE))}
+    codes = {}
+    for layer in layers:
+        if layer["weight_bits"] != FLOAT_BITS:
+            name, shape = layer["name"], tuple(layer["weight_shape"])
+            stream = packed[name + CODES].numpy().astype(np.uint8, copy=False)
+            codes[name] = torch.from_numpy(unpack_bits(stream, layer["weight_bits"], shape))
+            tensors[f"{name}.weight"] = dequantize(codes[name], packed[name + SCALE])
+    expected = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    if missing := sorted(expected - set(tensors)):
+        raise InputError(
+            f"The export has no tensor `{missing[0]}`, which the factory makes: the model's code has changed."
+        )
+    resize_model(model, tensors)
+    for layer in layers:
+        module = model.get_submodule(layer["name"])
+        if layer["name"] in codes:
+            set_quantized_weight(module, codes[layer["name"]], packed[layer["name"] + SCALE], layer["weight_bits"])
+        if layer["activation_bits"] != FLOAT_BITS:
+            set_activation_grid(module, ActivationGrid(**layer["activation_grid"]))
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

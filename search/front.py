@@ -1,0 +1,257 @@
+"""The anytime result of a search: which policies fit which budget, and the best trade-offs among them.
+
+Validation scores choose; test scores are reported. The two are kept apart: a front never mixes them.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from agents.pareto import Archive, hypervolume
+from envs.core import Budget, CompressionPolicy, Episode, Evaluation, InputError
+from envs.rewards import constraints, reward_vector
+
+if TYPE_CHECKING:
+    from search.finalize import Finalist
+
+FRONT_JSON, FRONT_CSV = "front.json", "front.csv"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A policy that fits at least one budget.
+
+    Attributes:
+        number: of the evaluation that found it.
+        policy: what it is.
+        evaluation: its validation score.
+        fits: names of the budgets that it fits, whichever it was asked for.
+    """
+
+    number: int
+    policy: CompressionPolicy
+    evaluation: Evaluation
+    fits: tuple[str, ...]
+
+
+class Front:
+    """Collects episodes; keeps the Pareto front of every budget, and of all policies that fit any of them.
+
+    Args:
+        objectives: "top1", then the costs that are traded against it.
+        budgets: of the search.
+        dense: validation score and costs of the dense model.
+        num_classes: chance level of the hypervolume's reference point.
+
+    Attributes:
+        evaluations, feasible, failed: how many episodes were added, fit the budget they were asked for, had a failure.
+    """
+
+    def __init__(self, objectives: Sequence[str], budgets: Sequence[Budget], dense: Evaluation, num_classes: int):
+        self.objectives, self.budgets, self.dense = tuple(objectives), tuple(budgets), dense
+        self.evaluations = self.feasible = self.failed = 0
+        self._reference = np.array([1 - 1 / num_classes] + [1.0] * (len(objectives) - 1))
+        self._candidates: dict[CompressionPolicy, Candidate] = {}
+        self._overall = Archive()
+        self._archives = {budget.name: Archive() for budget in budgets}
+
+    def add(self, episode: Episode) -> bool:
+        """Count the episode; return whether any front has changed."""
+        number = self.evaluations
+        self.evaluations += 1
+        self.feasible += episode.feasible
+        self.failed += episode.failure is not None
+        if episode.evaluation is None or episode.policy in self._candidates:
+            return False
+        fits = tuple(budget.name for budget in self.budgets if self._fits(episode.evaluation, budget))
+        if not fits:
+            return False
+        self._candidates[episode.policy] = Candidate(number, episode.policy, episode.evaluation, fits)
+        # Minimised: the share of wrong answers, and every cost by its dense value.
+        losses = -reward_vector(episode.evaluation, self.objectives, self.dense.costs).astype(float)
+        losses[0] += 1
+        changed = [archive.add(episode.policy, losses) for archive in (self._overall, *map(self._archives.get, fits))]
+        return any(changed)
+
+    def _fits(self, evaluation: Evaluation, budget: Budget) -> bool:
+        return all(slack <= 0 for slack in constraints(evaluation, budget, self.dense.top1).values())
+
+    def of(self, budget: str | None = None) -> list[Candidate]:
+        """Return the front of a budget, or of all of them together; best top-1 first."""
+        archive = self._overall if budget is None else self._archives[budget]
+        candidates = [self._candidates[policy] for policy in archive.policies]
+        return sorted(candidates, key=lambda candidate: (-candidate.evaluation.top1, candidate.number))
+
+    def best(self, budget: str, count: int) -> list[Candidate]:
+        """Return the `count` policies with the best validation top-1 that fit the budget; the first one wins it."""
+        fitting = [candidate for candidate in self._candidates.values() if budget in candidate.fits]
+        undominated = set(self._archives[budget].policies)  # of equal top-1, the cheaper one goes first, as in `of`
+
+        def order(candidate: Candidate):
+            return -candidate.evaluation.top1, candidate.policy not in undominated, candidate.number
+
+        return sorted(fitting, key=order)[:count]
+
+    def best_top1(self, budget: str) -> float | None:
+        """Return the best validation top-1 that fits the budget, or None."""
+        front = self.of(budget)
+        return front[0].evaluation.top1 if front else None
+
+    @property
+    def hypervolume(self) -> float:
+        """Volume between the overall front and (chance, dense costs), in shares; in [0, 1]."""
+        return hypervolume(self._overall.objectives, self._reference)
+
+    def document(
+        self,
+        describe: Callable[[CompressionPolicy], Mapping[str, float]],
+        finalists: Sequence[Finalist] = (),
+        dense_final: Evaluation | None = None,
+    ) -> dict[str, Any]:
+        """Return what front.json holds.
+
+        Args:
+            describe: names a policy's choices.
+            finalists: policies with their test scores, winners of a budget first.
+            dense_final: test score of the dense model.
+        """
+        shown = {candidate.number: candidate for candidate in self.of()}
+        for budget in self.budgets:
+            shown |= {candidate.number: candidate for candidate in self.of(budget.name)}
+        shown |= {(winner := self._candidates[finalist.policy]).number: winner for finalist in finalists}
+        return {
+            "schema": 1,
+            "objectives": list(self.objectives),
+            "evaluations": self.evaluations,
+            "feasible": self.feasible,
+            "failed": self.failed,
+            "hypervolume": self.hypervolume,
+            "dense": _scores(self.dense),
+            "budgets": {
+                budget.name: {
+                    "limits": dict(budget.limits),
+                    "top1_drop": budget.top1_drop,
+                    "front": [candidate.number for candidate in self.of(budget.name)],
+                }
+                for budget in self.budgets
+            },
+            "front": [candidate.number for candidate in self.of()],
+            "points": [
+                {
+                    "evaluation": candidate.number,
+                    "fits": list(candidate.fits),
+                    **_scores(candidate.evaluation),
+                    "policy": asdict(candidate.policy),
+                    "choices": dict(describe(candidate.policy)),
+                }
+                for _, candidate in sorted(shown.items())
+            ],
+            "final": {
+                "dense": None if dense_final is None else _scores(dense_final),
+                "points": [
+                    {
+                        "budget": finalist.budget,
+                        "evaluation": self._candidates[finalist.policy].number,
+                        **_scores(finalist.final),
+                    }
+                    for finalist in finalists
+                ],
+            },
+        }
+
+
+def _scores(evaluation: Evaluation) -> dict[str, Any]:
+    return {"top1": evaluation.top1, "images": evaluation.images, "costs": dict(evaluation.costs)}
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def write_front(run: Path, document: Mapping[str, Any]) -> None:
+    """Replace front.json and front.csv of a run; a reader sees the old files or the new ones, never half of them."""
+    _replace(run / FRONT_JSON, json.dumps(document, indent=1) + "\n")
+    _replace(run / FRONT_CSV, _csv(document))
+
+
+def _replace(path: Path, text: str) -> None:
+    draft = path.with_name(path.name + ".draft")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)
+
+
+def _csv(document: Mapping[str, Any]) -> str:
+    """Return one row per policy: when it was found, what it fits, validation and test score apart, its choices."""
+    tested = {point["evaluation"]: point["top1"] for point in document["final"]["points"]}
+    on_front = set(document["front"])
+    rows = [
+        {
+            "evaluation": point["evaluation"],
+            "on_front": point["evaluation"] in on_front,
+            "fits": " ".join(point["fits"]),
+            "validation_top1": point["top1"],
+            "test_top1": tested.get(point["evaluation"], ""),
+            **point["costs"],
+            **point["choices"],
+        }
+        for point in document["points"]
+    ]
+    table = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return table.getvalue()
+
+
+def read_front(run: str | Path) -> dict[str, Any]:
+    """Return the document in a run's front.json.
+
+    Raises:
+        InputError: if the folder is no run, or the file is damaged.
+    """
+    path = Path(run) / FRONT_JSON
+    if not path.is_file():
+        raise InputError(f"{run} is not a run: it has no {FRONT_JSON}.")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["schema"] != 1:
+            raise InputError(f"{path} has schema {document['schema']}; this version reads schema 1.")
+        return document
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+
+
+def check_budget(document: Mapping[str, Any], budget: str) -> None:
+    """Raise InputError unless the run has this budget."""
+    if budget not in document["budgets"]:
+        raise InputError(f"There is no budget `{budget}`; the run has {', '.join(document['budgets'])}.")
+
+
+def winner(document: Mapping[str, Any], budget: str) -> dict[str, Any]:
+    """Return the point to export for a budget: the best on validation, whatever the test scores say.
+
+    Raises:
+        InputError: if there is no such budget, or nothing fits it.
+    """
+    check_budget(document, budget)
+    tested = [point["evaluation"] for point in document["final"]["points"] if point["budget"] == budget]
+    best = (tested or document["budgets"][budget]["front"])[:1]
+    if not best:
+        raise InputError(
+            f"Nothing in {document['evaluations']} evaluations fits budget `{budget}`. Search longer, or allow more."
+        )
+    return next(point for point in document["points"] if point["evaluation"] == best[0])
+
+
+def policy_of(point: Mapping[str, Any]) -> CompressionPolicy:
+    """Return the policy of a point in the document."""
+    return CompressionPolicy(**{name: tuple(values) for name, values in point["policy"].items()})

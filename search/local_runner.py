@@ -1,0 +1,36 @@
+"""Runs episodes in this process, one at a time: the reference that the other runner must agree with."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from envs.compression_env import CompressionEnv
+from envs.core import Actor, Episode
+from envs.rollout import rollout
+
+
+class LocalRunner:
+    """A `Runner` (search/loop.py) without any other process.
+
+    Args:
+        make_env: returns the environment; called once.
+    """
+
+    slots = 1
+
+    def __init__(self, make_env: Callable[[], CompressionEnv]):
+        self._env = make_env()
+        self._queue: deque[Actor] = deque()
+
+    def submit(self, actor: Actor) -> None:
+        """Note the actor; its episode runs in `wait`."""
+        self._queue.append(actor)
+
+    def wait(self) -> list[tuple[Actor, Episode]]:
+        """Run the next episode and return it."""
+        actor = self._queue.popleft()
+        return [(actor, rollout(self._env, actor))]
+
+    def close(self) -> None:
+        """Nothing to free."""

@@ -1,0 +1,85 @@
+"""The main job: build the problem, search, and leave a run folder that is worth reading at any moment."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from envs.core import Actor, Episode
+from search.build import Problem, build_agent, build_front, build_problem, open_runner
+from search.config import SearchConfig
+from search.finalize import dense_test_score, finalize
+from search.front import Front, write_front
+from search.loop import run_loop
+from search.progress import SearchProgress
+from search.run_folder import create_run_folder, write_manifest
+from search.study import StudyRecorder
+
+
+def search(config: SearchConfig, progress: SearchProgress) -> Path:
+    """Run the search that `config` describes, and return its run folder.
+
+    front.json is on disk from the start on and follows every change, and the study holds every evaluation as soon as it is
+    done. Whatever ends the search early (Ctrl-C, an error) leaves both with all that was found.
+
+    Raises:
+        InputError: for anything in the configuration that cannot be used; nothing is written then.
+    """
+    problem = build_problem(config, progress.say)
+    run = create_run_folder(config.output)
+    write_manifest(run, config, _facts(problem))
+    front = build_front(problem)
+    write_front(run, front.document(problem.space.space.describe))
+    recorder = _recorder(problem, run)
+    progress.say("starting the workers")
+    runner = open_runner(problem)
+    try:
+        agent = build_agent(problem, config.search.agent, config.search.options, config.search.seed)
+        on_episode = _follow(problem, run, front, recorder, progress)
+        progress.on_start(run, front, config.search.evaluations, config.search.time_limit)
+        run_loop(agent, runner, config.search.evaluations, on_episode, _clock(config.search.time_limit))
+    finally:
+        write_front(run, front.document(problem.space.space.describe))
+        runner.close()
+    progress.say("scoring the best policies on the test images")
+    finalists = finalize(problem, front, config.finalize.top)
+    write_front(run, front.document(problem.space.space.describe, finalists, dense_test_score(problem)))
+    progress.stop()
+    return run
+
+
+def _facts(problem: Problem) -> dict:
+    """What the manifest says beyond the configuration and the versions."""
+    return {
+        "data": problem.data.source,
+        "precision": asdict(problem.precision),
+        "dense": asdict(problem.dense),
+        "budgets": [asdict(budget) for budget in problem.budgets],
+    }
+
+
+def _recorder(problem: Problem, run: Path) -> StudyRecorder:
+    attributes = {"agent": problem.config.search.agent, "seed": problem.config.search.seed, "data": problem.data.source}
+    return StudyRecorder(run, problem.space.space, problem.space.objectives, problem.budgets, attributes)
+
+
+def _follow(
+    problem: Problem, run: Path, front: Front, recorder: StudyRecorder, progress: SearchProgress
+) -> Callable[[Actor, Episode], None]:
+    """Return what happens to every finished episode: record, keep the front, show."""
+
+    def on_episode(actor: Actor, episode: Episode) -> None:
+        recorder.record(front.evaluations, problem.config.search.agent, episode)
+        if front.add(episode):
+            write_front(run, front.document(problem.space.space.describe))
+        progress.on_episode()
+
+    return on_episode
+
+
+def _clock(limit: float | None) -> Callable[[], bool]:
+    """Return a function that tells whether `limit` seconds have passed since now; never, without a limit."""
+    start = time.monotonic()
+    return lambda: limit is not None and time.monotonic() - start > limit

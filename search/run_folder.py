@@ -1,0 +1,92 @@
+"""The folder of a run: made once, never overwritten, with a manifest that says what was searched and with what."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from envs.core import InputError
+from search.config import OutputSection, SearchConfig, parse_config
+
+MANIFEST = "manifest.json"
+PACKAGES = ("secateur", "torch", "torchvision", "ray", "optuna", "gymnasium", "numpy", "moocore")
+
+
+def create_run_folder(output: OutputSection) -> Path:
+    """Make and return the folder of a new run: the named one, or the first free number after the prefix.
+
+    Raises:
+        InputError: if the named folder exists, or none can be made.
+    """
+    root = Path(output.root).expanduser()
+    names = [output.name] if output.name is not None else (f"{output.prefix}-{number}" for number in count(1))
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            try:
+                (root / name).mkdir()
+                return root / name
+            except FileExistsError:
+                continue
+    except OSError as error:
+        raise InputError(f"`output.root: {output.root}` cannot hold runs: {error}.") from None
+    raise InputError(
+        f"The run folder {root / output.name} exists already. Choose another `output.name`, or leave it out: runs are "
+        "then numbered."
+    )
+
+
+def write_manifest(run: Path, config: SearchConfig, facts: Mapping[str, Any]) -> None:
+    """Write the resolved configuration, the versions that ran it, and `facts` (JSON values) about the run."""
+    manifest = {
+        "schema": 1,
+        "config": config.model_dump(mode="json"),
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "versions": {package: _version(package) for package in PACKAGES},
+        "commit": _commit(),
+        **facts,
+    }
+    (run / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def load_manifest(run: str | Path) -> tuple[SearchConfig, dict[str, Any]]:
+    """Return a run's configuration and its whole manifest.
+
+    Raises:
+        InputError: if the folder is no run, or the manifest is damaged.
+    """
+    path = Path(run) / MANIFEST
+    if not path.is_file():
+        raise InputError(f"{run} is not a run: it has no {MANIFEST}.")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["schema"] != 1:
+            raise InputError(f"{path} has schema {manifest['schema']}; this version reads schema 1.")
+        values = manifest["config"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+    return parse_config(values, str(path)), manifest
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # a checkout that is not installed
+        return None
+
+
+def _commit() -> str | None:
+    """Return the commit of the checkout that this code runs from, with "-dirty" if it was changed; None without one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None

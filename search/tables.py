@@ -1,0 +1,170 @@
+"""Tables for the terminal: the front of a run, and what an inspection found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from envs.model_graph.plan import ModelGraph
+    from envs.policy_space import PolicySpace
+    from search.build import Feasibility
+
+MAX_ROWS = 12
+"""Rows of one front that are shown; the files hold all."""
+
+
+def amount(cost: str, value: float) -> str:
+    """Return a cost with a prefix that leaves three or four digits: "1.25 M", "82.5 kB"."""
+    unit = "B" if cost.endswith("_bytes") else ""
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{value / factor:.4g} {prefix}{unit}"
+    return f"{value:.4g} {unit}".rstrip()
+
+
+def percent(fraction: float, digits: int = 2) -> str:
+    """Return a fraction as percent."""
+    return f"{100 * fraction:.{digits}f} %"
+
+
+# ---------------------------------------------------------------------------------------------------------------- front
+
+
+def front_tables(document: Mapping[str, Any], budget: str | None = None) -> list[Table]:
+    """Return one table per budget and one for all of them, from the document in front.json.
+
+    Args:
+        budget: only this one's.
+    """
+    names = list(document["budgets"]) if budget is None else [budget]
+    tables = [_budget_table(document, name) for name in names]
+    return tables if budget is not None or len(names) == 1 else [*tables, _overall_table(document)]
+
+
+def _budget_table(document: Mapping[str, Any], name: str) -> Table:
+    budget, dense = document["budgets"][name], document["dense"]
+    limits = [
+        f"{cost} <= {amount(cost, limit)} ({percent(limit / dense['costs'][cost], 1)})"
+        for cost, limit in budget["limits"].items()
+    ]
+    if budget["top1_drop"] is not None:
+        limits.append(f"top-1 drop <= {100 * budget['top1_drop']:g} points")
+    tested = {point["evaluation"]: point["top1"] for point in document["final"]["points"] if point["budget"] == name}
+    # Finalists that another policy dominates by a hair are shown too: their test scores were paid for.
+    numbers = [*tested, *(number for number in budget["front"] if number not in tested)]
+    return _front_table(document, f"{name}: {', '.join(limits)}", numbers, tested, list(budget["limits"]))
+
+
+def _overall_table(document: Mapping[str, Any]) -> Table:
+    tested = {point["evaluation"]: point["top1"] for point in document["final"]["points"]}
+    title = "Pareto front of all policies that fit a budget"
+    return _front_table(document, title, document["front"], tested, document["objectives"][1:], fits=True)
+
+
+def _front_table(
+    document: Mapping[str, Any],
+    title: str,
+    numbers: Sequence[int],
+    tested: Mapping[int, float],
+    costs: Sequence[str],
+    fits: bool = False,
+) -> Table:
+    points = {point["evaluation"]: point for point in document["points"]}
+    shown = sorted((points[number] for number in numbers), key=lambda point: -point["top1"])[:MAX_ROWS]
+    table = Table(title=title, caption=_caption(document, len(numbers)), title_justify="left", caption_justify="left")
+    for heading in ("policy", "validation top-1", "test top-1", *(cost.replace("_", " ") for cost in costs)):
+        table.add_column(heading, justify="right")
+    if fits:
+        table.add_column("fits")
+    dense, dense_final = document["dense"], document["final"]["dense"]
+    for point in shown:
+        number = point["evaluation"]
+        shares = [percent(point["costs"][cost] / dense["costs"][cost], 1) for cost in costs]
+        test = percent(tested[number]) if number in tested else ""
+        table.add_row(str(number), percent(point["top1"]), test, *shares, *([", ".join(point["fits"])] if fits else []))
+    if not shown:
+        table.add_row("-", "nothing fits yet")
+    table.add_section()
+    test = percent(dense_final["top1"]) if dense_final is not None else ""
+    table.add_row("dense", percent(dense["top1"]), test, *(amount(cost, dense["costs"][cost]) for cost in costs))
+    return table
+
+
+def _caption(document: Mapping[str, Any], rows: int) -> str:
+    dense_final = document["final"]["dense"]
+    images = f"{document['dense']['images']:,} validation"
+    images += f" and {dense_final['images']:,} test images" if dense_final is not None else " images"
+    more = f" The best {MAX_ROWS} of {rows}; front.csv has all." if rows > MAX_ROWS else ""
+    return f"Costs in percent of the dense model; {images}.{more}"
+
+
+# -------------------------------------------------------------------------------------------------------------- inspect
+
+
+def layer_table(graph: ModelGraph, space: PolicySpace) -> Table:
+    """Return the layers in execution order, with what can be chosen for each."""
+    choices: dict[str, list[str]] = {}
+    for decision in space.decisions:
+        kind, _, target = decision.name.partition("/")
+        choices.setdefault(target.partition("#")[0], []).append(_choice(kind, decision.values))
+    table = Table("layer", "kind", "channels", "output", "choices", title="Layers", title_justify="left")
+    for layer in graph.geometry.layers:
+        kind = "depthwise conv" if layer.depthwise else layer.kind
+        table.add_row(
+            layer.name,
+            kind,
+            f"{layer.in_channels} -> {layer.out_channels}",
+            f"{layer.out_hw[0]} x {layer.out_hw[1]}",
+            ", ".join(choices.get(layer.name, [])),
+        )
+    return table
+
+
+def _choice(kind: str, values: Sequence[float]) -> str:
+    if kind == "prune_ratio":
+        return f"prune {values[0]:.2f}..{values[-1]:.2f}"
+    return f"{kind.replace('_', ' ')} {'/'.join(f'{value:g}' for value in values)}"
+
+
+def group_table(graph: ModelGraph) -> Table:
+    """Return the coupled groups."""
+    table = Table("group", "units", "made by", "read by", title="Coupled channel groups", title_justify="left")
+    for group in graph.groups:
+        table.add_row(group.name, str(group.units), _names(group.producers), _names(group.consumers))
+    return table
+
+
+def frozen_table(graph: ModelGraph) -> Table:
+    """Return what is never pruned, and why."""
+    table = Table("layer", "channels", "reason", title="Never pruned", title_justify="left")
+    for frozen in graph.frozen:
+        table.add_row(frozen.layer, str(frozen.channels), escape(frozen.reason))
+    return table
+
+
+def _names(names: Sequence[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def feasibility_report(rows: Iterable[Feasibility]) -> Table:
+    """Return each limit beside what can be reached."""
+    table = Table(title="Budgets", title_justify="left")
+    for heading in ("budget", "cost"):
+        table.add_column(heading)
+    for heading in ("least reachable", "limit", "dense"):
+        table.add_column(heading, justify="right")
+    table.add_column("satisfiable")
+    for row in rows:
+        table.add_row(
+            row.budget,
+            row.cost,
+            f"{amount(row.cost, row.least)} ({percent(row.least / row.dense, 1)})",
+            f"{amount(row.cost, row.limit)} ({percent(row.limit / row.dense, 1)})",
+            amount(row.cost, row.dense),
+            "[green]yes[/]" if row.satisfiable else "[red]no[/]",
+        )
+    return table

@@ -1,0 +1,195 @@
+"""Exports: the model that is read back is the one that was searched, and damaged folders are refused."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from envs.assembler import Assembler
+from envs.core import Budget, CompressionPolicy, Evaluation, InputError
+from envs.model_graph import analyze
+from envs.pruning.importance import IMPORTANCES
+from envs.quantization.calibration import calibrate_activations
+from envs.quantization.fake_quantize import activation_grid, quantized_weight
+from envs.quantization.quantizers import QUANTIZERS
+from envs.recovery import RECOVERIES
+from envs.tasks import synthetic
+from envs.tasks.models import load_model
+from search.export import POLICY, README, WEIGHTS, load_compressed, read_export, write_export
+
+FACTORY = "envs.tasks.synthetic:synthetic_net"
+BUDGET = Budget("phone", {"macs": 1e5}, top1_drop=0.02)
+COSTS = {"macs": 9e4, "weight_bytes": 3e3}
+VALIDATION, TEST = Evaluation(0.8, COSTS, images=256), Evaluation(0.7, COSTS, "final", images=768)
+
+
+def plugin(registry, name):
+    config, made = registry[name]
+    return made(config())
+
+
+@pytest.fixture(scope="module")
+def problem():
+    torch.manual_seed(0)
+    data = synthetic.load()
+    model = load_model(FACTORY)
+    graph = analyze(model, (torch.zeros(1, 3, 8, 8),))
+    images, labels = data.tensors(data.calibration)
+    scores = plugin(IMPORTANCES, "l1_norm").scores(model, graph, images, labels, np.random.default_rng(0))
+    ranges = calibrate_activations(model, [layer.name for layer in graph.geometry.layers], images)
+    recovery = plugin(RECOVERIES, "batch_norm")
+    prepared = [(recovery, recovery.prepare(model, graph, images))]
+    assembler = Assembler(model, graph, scores, ranges, plugin(QUANTIZERS, "uniform"), prepared, images)
+    config = SimpleNamespace(model=SimpleNamespace(factory=FACTORY, args={}, input=(3, 8, 8)))
+    dense = Evaluation(0.9, {"macs": 3e5, "weight_bytes": 1e4}, images=256)
+    return SimpleNamespace(config=config, data=data, assembler=assembler, dense=dense)
+
+
+@pytest.fixture(scope="module")
+def policy(problem):
+    """Half of every group; all kinds of bits next to each other."""
+    layers = len(problem.assembler.graph.geometry.layers)
+    widths = tuple(group.units // 2 for group in problem.assembler.graph.groups)
+    return CompressionPolicy(widths, (8, 4, 3, 32, 2)[:layers], (8, 32, 8, 8, 32)[:layers])
+
+
+@pytest.fixture
+def folder(tmp_path, problem, policy):
+    write_export(tmp_path / "phone", problem, policy, BUDGET, VALIDATION, TEST)
+    return tmp_path / "phone"
+
+
+def test_the_model_read_back_is_the_same_bit_for_bit(folder, problem, policy):
+    network, loaded = problem.assembler.assemble(policy), load_compressed(folder)
+    expected = network.state_dict()
+    assert set(loaded.state_dict()) == set(expected)
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    images, _ = problem.data.tensors(problem.data.test)
+    with torch.inference_mode():
+        assert torch.equal(loaded(images[:64]), network(images[:64]))
+    assert not loaded.training
+
+
+def test_bits_and_grids_come_back(folder, problem, policy):
+    loaded = dict(load_compressed(folder).named_modules())
+    for layer, weight_bits, activation_bits in zip(
+        problem.assembler.graph.geometry.layers, policy.weight_bits, policy.activation_bits, strict=True
+    ):
+        weight, grid = quantized_weight(loaded[layer.name]), activation_grid(loaded[layer.name])
+        assert (32 if weight is None else weight.bits) == weight_bits
+        assert (32 if grid is None else grid.bits) == activation_bits
+
+
+def test_the_files_are_as_small_as_the_bits_promise(tmp_path, problem):
+    graph = problem.assembler.graph
+    widths = tuple(group.units for group in graph.groups)
+    sizes = {}
+    for bits in (32, 8, 4):
+        policy = CompressionPolicy(widths, (bits,) * len(graph.geometry.layers), (32,) * len(graph.geometry.layers))
+        write_export(tmp_path / str(bits), problem, policy, BUDGET, VALIDATION)
+        sizes[bits] = (tmp_path / str(bits) / WEIGHTS).stat().st_size
+    weights = sum(
+        np.prod(problem.assembler.model.get_submodule(layer.name).weight.shape) for layer in graph.geometry.layers
+    )
+    assert sizes[8] - sizes[4] == pytest.approx(weights / 2, abs=200)  # the header may differ by a few bytes
+    assert sizes[32] - sizes[8] > 2.5 * weights
+
+
+def test_policy_json_says_what_was_kept_and_scored(folder, problem, policy):
+    document = read_export(folder)
+    assert document["schema"] == 1 and document["model"] == {"factory": FACTORY, "args": {}, "input": [3, 8, 8]}
+    assert [group["kept"] for group in document["groups"]] == [k.tolist() for k in problem.assembler.kept(policy)]
+    assert all(group["prune_ratio"] == 0.5 for group in document["groups"])
+    assert document["budget"] == {"name": "phone", "limits": {"macs": 1e5}, "top1_drop": 0.02}
+    assert document["scores"]["validation"] == {"top1": 0.8, "images": 256}
+    assert document["scores"]["test"] == {"top1": 0.7, "images": 768}
+    assert document["costs"] == COSTS
+    assert "simulated" in document["note"]
+
+
+def test_the_code_in_the_readme_runs(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    code = (folder / README).read_text().split("```python\n")[1].split("```")[0]
+    scope = {"pixels": torch.zeros(2, 3, 8, 8, dtype=torch.uint8)}
+    exec(code, scope)
+    assert scope["logits"].shape == (2, synthetic.NUM_CLASSES)
+
+
+def test_an_existing_folder_is_left_alone(folder, problem, policy):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(InputError, match="exists already"):
+        write_export(folder, problem, policy, BUDGET, VALIDATION)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    file = folder.parent / "file"
+    file.write_text("")
+    with pytest.raises(InputError, match="exists already"):
+        write_export(file, problem, policy, BUDGET, VALIDATION)
+    (folder.parent / "empty").mkdir()
+    write_export(folder.parent / "empty", problem, policy, BUDGET, VALIDATION)
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path, problem, policy, monkeypatch):
+    monkeypatch.setattr("search.export.load_compressed", lambda folder: load_model(FACTORY))
+    with pytest.raises(RuntimeError, match="computes something else"):
+        write_export(tmp_path / "phone", problem, policy, BUDGET, VALIDATION)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_truncated_or_changed_weights_file_is_refused(folder):
+    weights = folder / WEIGHTS
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-10])
+    with pytest.raises(InputError, match="truncated or was changed"):
+        load_compressed(folder)
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(InputError, match="truncated or was changed"):
+        load_compressed(folder)
+    weights.unlink()
+    with pytest.raises(InputError, match="has no model.safetensors"):
+        load_compressed(folder)
+
+
+def edit(folder, change):
+    document = json.loads((folder / POLICY).read_text())
+    change(document)
+    (folder / POLICY).write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d.pop("layers"),
+        lambda d: d.update(schema=2),
+        lambda d: d.pop("schema"),
+        lambda d: d["layers"][0].update(weight_bits=4),
+        lambda d: d["layers"][0].update(weight_shape=[1, 1]),
+        lambda d: d["layers"][0].update(name="conv9"),
+        lambda d: d["layers"][0].update(activation_grid=None),
+        lambda d: d["layers"].pop(0),
+        lambda d: d["model"].update(factory="envs.tasks.synthetic:no_such_net"),
+        lambda d: d["model"].update(factory="envs.tasks.cifar_resnet:resnet20"),
+        lambda d: d["model"].update(input=[5, 8, 8]),
+        lambda d: d["model"].update(args=[1]),
+    ],
+)
+def test_a_hand_edited_policy_is_refused(folder, change):
+    edit(folder, change)
+    with pytest.raises(InputError):
+        load_compressed(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "\x00"])
+def test_a_damaged_policy_is_named(folder, text):
+    (folder / POLICY).write_text(text)
+    with pytest.raises(InputError, match="policy.json is damaged"):
+        load_compressed(folder)
+
+
+def test_what_is_no_export_is_named(tmp_path):
+    with pytest.raises(InputError, match="is not an export"):
+        load_compressed(tmp_path)

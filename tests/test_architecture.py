@@ -1,0 +1,113 @@
+"""Imports go one way: search -> agents -> envs.core -> cost_models.core, and search -> envs, cost_models."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("cost_models", "envs", "agents", "search")
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for package in PACKAGES
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
+
+ALLOWED = {
+    "cost_models": ("cost_models",),
+    "envs": ("envs", "cost_models.core"),
+    "agents": ("agents", "envs.core", "cost_models.core"),
+    "search": PACKAGES,
+}
+"""What of ours each package may import."""
+
+THIRD_PARTY = {"cost_models": {"numpy"}, "agents": {"numpy", "moocore"}}
+"""What else these packages may import, besides the standard library."""
+
+ONLY_IN = {"ray": {"search.ray_runner"}, "optuna": {"search.study"}, "typer": {"search.cli"}, "yaml": {"search.config"}}
+"""Libraries that one module hides from all others."""
+
+SPINE = ("agents.core", "envs.core", "cost_models.core")
+"""All of ours that the loop may know."""
+
+
+def imports(path: Path, at_import_time: bool = False) -> set[str]:
+    """Return the modules that a file imports; "from a import b" counts as a.b where that is a module of ours.
+
+    Args:
+        at_import_time: leave out what runs later or never: in functions, and under `if TYPE_CHECKING`.
+    """
+    found = set()
+
+    def visit(node: ast.AST) -> None:
+        if at_import_time and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            return
+        if at_import_time and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            parts = {f"{node.module}.{alias.name}" for alias in node.names}
+            found.update(part if part in FILES else node.module for part in parts)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")))
+    return found
+
+
+def within(module: str, allowed: tuple[str, ...]) -> bool:
+    return any(module == name or module.startswith(f"{name}.") for name in allowed)
+
+
+def test_all_packages_are_looked_at():
+    assert {name.partition(".")[0] for name in FILES} == set(PACKAGES)
+    assert {"search.loop", "search.cli", *SPINE} <= set(FILES)
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_imports_follow_the_arrows(module):
+    package = module.partition(".")[0]
+    for imported in imports(FILES[module]):
+        top = imported.partition(".")[0]
+        if top in (*PACKAGES, "tests", "configs"):
+            assert within(imported, ALLOWED[package]), f"{module} must not import {imported}"
+        elif package in THIRD_PARTY and top not in sys.stdlib_module_names:
+            assert top in THIRD_PARTY[package], f"{module} must not import {imported}"
+        if top in ONLY_IN:
+            assert module in ONLY_IN[top], f"{imported} belongs to {ONLY_IN[top]}, but {module} imports it"
+
+
+def test_the_loop_knows_the_spine_only():
+    ours = {imported for imported in imports(FILES["search.loop"]) if imported.partition(".")[0] in PACKAGES}
+    assert ours and all(within(imported, SPINE) for imported in ours)
+
+
+@pytest.mark.parametrize("module", SPINE)
+def test_the_spine_rests_on_itself(module):
+    ours = {imported for imported in imports(FILES[module]) if imported.partition(".")[0] in PACKAGES}
+    assert ours <= set(SPINE)
+
+
+def test_nothing_imports_the_command():
+    assert [module for module in FILES if "search.cli" in imports(FILES[module])] == []
+
+
+def test_there_are_no_import_cycles():
+    graph = {module: imports(path, at_import_time=True) & set(FILES) - {module} for module, path in FILES.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"import cycle: {' <- '.join(error.args[1])}")
+
+
+def test_the_command_starts_without_heavy_imports():
+    code = "import sys, search.cli; print(sorted({'torch', 'ray', 'optuna', 'pydantic'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
