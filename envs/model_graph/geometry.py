@@ -18,9 +18,7 @@ from envs.model_graph.plan import ChannelGroup
 from envs.model_graph.trace import Trace, arguments, op_name, run_with, shape_of
 
 
-def network_geometry(
-    trace: Trace, flow: ChannelFlow, groups: Sequence[ChannelGroup], group_of: np.ndarray
-) -> NetworkGeometry:
+def network_geometry(trace: Trace, flow: ChannelFlow, groups: Sequence[ChannelGroup], group_of: np.ndarray) -> NetworkGeometry:
     """Return how the widths of the groups fix every shape of the network.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import operator
 from collections.abc import Mapping, Sequence
@@ -83,14 +84,18 @@ def trace_model(model: nn.Module, example_inputs: Sequence[Tensor]) -> Trace:
         InputError: if the forward pass or the export fails.
     """
     inputs = tuple(x[:1] for x in example_inputs)
-    _try_forward(model, inputs)
+    exporter_log = logging.getLogger("torch._subclasses.fake_tensor")
+    exporter_log.disabled, was_disabled = True, exporter_log.disabled  # it prints a traceback besides raising
     try:
         program = torch.export.export(model, inputs, strict=False)
-    except Exception as error:  # the exporter raises many types, on data-dependent control flow and the like
+    except Exception as error:  # the exporter raises many types, and whatever the user's forward raises
+        _try_forward(model, inputs)
         raise InputError(
             f"`torch.export` cannot trace {type(model).__name__}: {first_line(error)}. "
             "Its forward pass must not depend on the values of the input."
         ) from error
+    finally:
+        exporter_log.disabled = was_disabled
     return _read(program, model)
 
 
@@ -134,9 +139,7 @@ def shape_of(node: Node) -> tuple[int, ...]:
 
 def run_with(node: Node, values: Mapping[Node, Tensor]) -> Any:
     """Return what the node's operator gives when its operands have these values."""
-    args, kwargs = pytree.tree_map(
-        lambda x: values[x] if isinstance(x, Node) else x, (list(node.args), dict(node.kwargs))
-    )
+    args, kwargs = pytree.tree_map(lambda x: values[x] if isinstance(x, Node) else x, (list(node.args), dict(node.kwargs)))
     return node.target(*args, **kwargs)
 
 

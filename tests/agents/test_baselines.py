@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from agents import AGENTS
+from agents.random_search import random_table
 from agents.uniform import uniform_family
 from envs.core import Budget, InputError
 
@@ -25,6 +26,15 @@ def test_random_search_covers_every_level_and_repeats_no_policy(toy):
     for step, column in np.argwhere(toy.used):
         assert len(np.unique(actions[:, step, column])) == 5
     assert len({episode.policy for episode in episodes}) == 300
+
+
+def test_random_tables_vary_the_ratio_between_the_kinds(toy):
+    rng = np.random.default_rng(0)
+    tables = np.array([random_table(toy, rng) for _ in range(2000)])
+    assert tables.min() >= 0 and tables.max() <= 1 and not tables[:, ~toy.used].any()
+    by_kind = tables[:, :5].mean(axis=1)
+    assert np.abs(by_kind - 0.5).max() > 0.45  # independent strengths would have to agree in five entries
+    assert np.std(by_kind[:, 0] - by_kind[:, 1]) > 1.2 * np.sqrt(2 / 12 / 5)
 
 
 def test_random_search_goes_below_the_edge_when_it_knows_all_of_it(toy):

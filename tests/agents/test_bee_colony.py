@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from agents.bee_colony import BeeColony, BeeColonyConfig, Colony, Source, predict_utility
+from agents.bee_colony import BeeColony, BeeColonyConfig, Colony, Source, regress
 from agents.random_search import RandomConfig, RandomSearch
 from envs.core import Budget, InputError
 
@@ -138,6 +138,18 @@ def test_moves_are_unbiased_without_guidance():
     assert steps.std() > 0.01
 
 
+def test_kinds_of_choices_are_traded_against_each_other(toy):
+    def common_step(kinds):
+        """Largest step that all genes of a kind make together, over many moves."""
+        toy.used[:, kinds:] = False
+        colony = colony_of(toy, genes=1 / 100, candidates=1)
+        moves = np.array([colony._neighbor(3) - colony.sources[3].table for _ in range(50)])
+        return np.median(np.abs(moves[:, :5, :kinds]), axis=1).max()
+
+    assert 0.2 < common_step(kinds=2) <= 0.3
+    assert common_step(kinds=1) == 0
+
+
 def test_guidance_pulls_towards_the_best_source():
     def distance(guidance):
         colony = colony_of(FreeSpace(), guidance=guidance, candidates=1)
@@ -164,12 +176,14 @@ def test_the_regression_recovers_a_quadratic():
     rng = np.random.default_rng(0)
 
     def truth(genes):
-        return 1 - genes**2 @ np.array([0.1, 0.5, 0.2]) + genes @ np.array([0.1, 0.0, 0.3])
+        return 1 - genes**2 @ np.array([[0.1, 0], [0.5, 0], [0.2, 0]]) + genes @ np.array([[0.1, 1], [0, 2], [0.3, 3]])
 
     genes, wanted = rng.random((60, 3)), rng.random((20, 3))
-    np.testing.assert_allclose(predict_utility(genes, truth(genes), wanted, 1e-6), truth(wanted), atol=1e-3)
+    np.testing.assert_allclose(regress(genes, truth(genes), wanted, 1e-6), truth(wanted), atol=1e-3)
     # All penalty and no data leave the mean.
-    np.testing.assert_allclose(predict_utility(genes, truth(genes), wanted, 1e9), truth(genes).mean(), atol=1e-6)
+    np.testing.assert_allclose(
+        regress(genes, truth(genes), wanted, 1e9), truth(genes).mean(axis=0, keepdims=True).repeat(20, 0), atol=1e-6
+    )
 
 
 def test_bees_try_the_most_promising_of_their_moves():

@@ -32,9 +32,7 @@ def random_geometry(rng: np.random.Generator) -> NetworkGeometry:
         )
         for i in range(num_layers)
     )
-    readers = tuple(
-        tuple(rng.choice(num_layers, rng.integers(0, num_layers + 1), replace=False)) for _ in range(num_buffers)
-    )
+    readers = tuple(tuple(rng.choice(num_layers, rng.integers(0, num_layers + 1), replace=False)) for _ in range(num_buffers))
     return NetworkGeometry(
         layers=layers,
         group_names=tuple(f"group{i}" for i in range(num_groups)),

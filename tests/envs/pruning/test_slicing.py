@@ -50,17 +50,13 @@ class Depthwise(nn.Sequential):
 
 class Grouped(nn.Sequential):
     def __init__(self):
-        super().__init__(
-            conv(3, 8), conv(8, 12, groups=4), conv(12, 6), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5)
-        )
+        super().__init__(conv(3, 8), conv(8, 12, groups=4), conv(12, 6), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5))
 
 
 class Flat(nn.Sequential):
     def __init__(self):
         hidden = nn.Linear(6 * 4, 9)
-        super().__init__(
-            conv(3, 6, stride=2), nn.MaxPool2d(2, ceil_mode=True), nn.Flatten(), hidden, nn.Tanh(), nn.Linear(9, 5)
-        )
+        super().__init__(conv(3, 6, stride=2), nn.MaxPool2d(2, ceil_mode=True), nn.Flatten(), hidden, nn.Tanh(), nn.Linear(9, 5))
 
 
 class SqueezeExcite(nn.Module):

@@ -1,0 +1,188 @@
+"""From a configuration to scores: the problem, its evaluator, finalists, and the benchmark, on the synthetic task."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from cost_models.core import InputError
+from envs.assembler import Assembler
+from envs.evaluator import Evaluator, Precision, batches, choose_precision, predict, top1
+from envs.pruning.slicing import masked_model, slice_model
+from search import finalize as finalists_of
+from search.benchmark import Outcome, benchmark_costs, benchmark_search, summary, write_results
+from search.build import build_front, build_problem, feasibility_table, make_env
+from search.config import parse_config
+from search.finalize import finalize
+from search.local_runner import LocalRunner
+
+VALUES = {
+    "model": {"factory": "envs.tasks.synthetic:synthetic_net", "weights": "trained", "input": [3, 8, 8]},
+    "data": {"name": "envs.tasks.synthetic:load", "train": "rest", "calibration": 64, "validation": 200},
+    "search": {"agent": "random", "evaluations": 6, "workers": 0},
+    "space": {"prune_ratio": [0.0, 0.75], "weight_bits": [4, 8], "activation_bits": [8]},
+    "recovery": ["least_squares", "batch_norm"],
+    "budgets": {"small": {"macs": "<= 50%"}, "tiny": {"macs": "<= 30%", "weight_bytes": "<= 10%", "top1_drop": "<= 60"}},
+}
+
+
+def build(**changes):
+    return build_problem(parse_config({**VALUES, **changes}, "test.yaml"))
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return build()
+
+
+@pytest.fixture
+def policies(problem):
+    """Ten policies of the first budget."""
+    rng, space = np.random.default_rng(0), problem.space
+    return [space.decode(space.fit(rng.uniform(size=space.used.shape), problem.budgets[0])) for _ in range(10)]
+
+
+def test_limits_are_absolute_and_drops_are_fractions(problem):
+    small, tiny = problem.budgets
+    assert small.limits == {"macs": pytest.approx(0.5 * problem.dense.costs["macs"])} and small.top1_drop is None
+    assert tiny.limits["weight_bytes"] == pytest.approx(0.1 * problem.dense.costs["weight_bytes"])
+    assert tiny.top1_drop == pytest.approx(0.6)
+    assert problem.space.objectives == ("top1", "macs", "weight_bytes")
+
+
+def test_dense_costs_are_those_of_the_model(problem):
+    parameters = sum(p.numel() for p in problem.assembler.model.parameters())
+    assert problem.dense.costs["weight_bytes"] == 4 * parameters
+    assert problem.dense.top1 > 0.9, "the task must be learnt, or nothing below means anything"
+
+
+def test_reachable_is_what_the_strongest_policy_costs(problem):
+    rows = feasibility_table(problem.space, problem.budgets)
+    assert [(row.budget, row.cost) for row in rows] == [("small", "macs"), ("tiny", "macs"), ("tiny", "weight_bytes")]
+    assert all(row.satisfiable and row.least < row.limit < row.dense for row in rows)
+
+
+def test_an_impossible_budget_ends_the_build():
+    with pytest.raises(InputError, match=r"Budget 'x' cannot be met: it needs at least \d.*% of the dense macs"):
+        build(budgets={"x": {"macs": "<= 1%"}})
+
+
+def test_a_model_with_other_classes_than_the_data_is_refused():
+    model = {"factory": "envs.tasks.cifar_resnet:resnet20", "input": [3, 8, 8]}
+    with pytest.raises(InputError, match="10 outputs, but the data has 6 classes"):
+        build(model=model)
+
+
+def test_evaluator_scores_what_the_assembled_network_scores(problem, policies):
+    images, labels = problem.data.tensors(problem.data.validation)
+    evaluator = Evaluator(problem.assembler, problem.space.policy_costs, images, labels, Precision("float32", "test"))
+    for policy in policies[:4]:
+        evaluation = evaluator.evaluate(policy)
+        # Folding batch norms may flip an image whose two best classes are equal to rounding.
+        assert evaluation.top1 == pytest.approx(top1(problem.assembler.assemble(policy), images, labels), abs=0.006)
+        assert evaluation.images == len(labels) and evaluation.fidelity == "proxy"
+
+
+def test_no_policy_is_evaluated_twice(problem, policies, monkeypatch):
+    calls, original = [], Assembler.assemble
+    monkeypatch.setattr(Assembler, "assemble", lambda self, policy: calls.append(policy) or original(self, policy))
+    evaluator = make_env(problem).evaluator
+    first = evaluator.evaluate(policies[0])
+    assert evaluator.evaluate(policies[0]) is first and len(calls) == 1
+
+
+def test_candidates_leave_the_dense_model_alone(problem, policies):
+    before = {name: tensor.clone() for name, tensor in problem.assembler.model.state_dict().items()}
+    evaluator = make_env(problem).evaluator
+    for policy in policies:
+        evaluator.evaluate(policy)
+    after = problem.assembler.model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_simulated_pruning_is_real_pruning(problem, policies):
+    """The score of a pruned network is the score of the full one with the same channels silenced."""
+    assembler, images = problem.assembler, problem.assembler.images
+    for policy in policies:
+        kept = assembler.kept(policy)
+        sliced, masked = (cut(assembler.model, assembler.graph, kept)(images) for cut in (slice_model, masked_model))
+        assert torch.allclose(sliced, masked, atol=1e-4)
+
+
+def test_bits_and_widths_of_the_network_are_those_of_the_policy(problem, policies):
+    network = problem.assembler.assemble(policies[0])
+    shapes = problem.space.space.geometry.shapes(*(np.array([row]) for row in vars(policies[0]).values()))
+    for layer, weights in zip(shapes.geometry.layers, shapes.weights[0], strict=True):
+        assert network.get_submodule(layer.name).weight.numel() == weights
+    for name, (bits, _) in problem.assembler.layer_bits(policies[0]).items():
+        for channel in network.get_submodule(name).weight:
+            assert len(channel.unique()) <= 2**bits
+
+
+def test_precision_is_float32_unless_bfloat16_is_harmless(problem, monkeypatch):
+    import envs.evaluator as module
+
+    graph = problem.graph
+    images, labels = problem.data.tensors(problem.data.validation)
+    everything = [np.arange(group.units) for group in graph.groups]
+
+    def dense():
+        return slice_model(problem.assembler.model, graph, everything)
+
+    def coarse(network, batch):
+        right = labels.clone()[: len(batch)]
+        return right if batch.dtype == torch.float32 else (right + 1) % 6
+
+    monkeypatch.setattr(module, "predict", coarse)
+    assert choose_precision(dense, graph, images, labels).dtype == "float32"
+    monkeypatch.undo()
+    found = choose_precision(dense, graph, images, labels)
+    assert found.dtype in ("bfloat16", "float32") and "200 validation images" in found.reason
+
+
+def test_batches_cover_all_images_in_order():
+    images = torch.arange(130.0).view(130, 1, 1, 1).expand(-1, 1, 32, 32)
+    parts = batches(images)
+    assert len(parts) == 3 and torch.equal(torch.cat(parts), images)
+    assert torch.equal(predict(lambda batch: torch.eye(130)[batch[:, 0, 0, 0].long()], images), torch.arange(130))
+
+
+def test_winners_are_chosen_on_validation_and_scored_on_test(problem):
+    front = build_front(problem)
+    outcomes = benchmark_search(problem, LocalRunner(partial(make_env, problem)), ["random"], [0], 8, lambda _: None)
+    from search.build import build_agent
+    from search.loop import run_loop
+
+    agent = build_agent(problem, "random", {}, 0)
+    run_loop(agent, LocalRunner(partial(make_env, problem)), 8, lambda _, episode: front.add(episode))
+    finalists = finalize(problem, front, top=2)
+    for budget in problem.budgets:
+        mine = [finalist for finalist in finalists if finalist.budget == budget.name]
+        assert mine[0].proxy.top1 == front.best_top1(budget.name) >= mine[-1].proxy.top1
+        assert all(f.final.fidelity == "final" and f.final.images == len(problem.data.test) for f in mine)
+        assert finalists_of.test_score(problem, mine[0].policy).top1 == mine[0].final.top1
+        found = next(outcome for outcome in outcomes if outcome.budget == budget.name)
+        assert (found.validation_top1, found.test_top1) == (mine[0].proxy.top1, mine[0].final.top1)
+
+
+def test_results_are_written_with_the_table(problem, tmp_path):
+    outcomes = [
+        Outcome("a", seed, "small", 0.8, 0.70 + seed / 50, 10, 1.0, 0.5, 3.0) for seed in range(2)
+    ] + [Outcome("b", 0, "small", 0.9, 0.95, 10, 1.0, 0.5, 3.0)]  # fmt: skip
+    lines = summary(outcomes).splitlines()
+    assert lines[2].startswith("| small | b | 1 | 10 | 90.00 | 95.00 |"), "the best on test comes first"
+    assert "| 71.00 ± 1.41 |" in lines[3]
+    write_results(tmp_path / "r", problem, outcomes)
+    record = json.loads((tmp_path / "r" / "results.json").read_text())
+    assert len(record["outcomes"]) == 3 and record["dense"]["validation_top1"] == problem.dense.top1
+    assert summary(outcomes) in (tmp_path / "r" / "results.md").read_text()
+
+
+def test_cost_speeds_are_measured_for_every_model(problem):
+    speeds = benchmark_costs(problem.space, population=64, repeats=3)
+    assert [speed.cost for speed in speeds] == list(problem.space.cost_models)
+    assert all(speed.policies_per_second > 0 and speed.with_decoding > 0 for speed in speeds)
