@@ -322,6 +322,7 @@ class SearchConfig(Section):
         name="uniform"
     )
     recovery: tuple[Annotated[PluginEntry, _plugin_of("envs.recovery:RECOVERIES")], ...] = (
+        PluginEntry(name="least_squares"),
         PluginEntry(name="batch_norm"),
     )
     budgets: Annotated[dict[BudgetName, BudgetConfig], Field(min_length=1)]

@@ -133,6 +133,8 @@ def test_a_move_changes_distinct_genes_from_one_to_all():
 
 def test_moves_are_unbiased_without_guidance():
     colony = colony_of(FreeSpace(), guidance=0.0, candidates=1)
+    far = Source(np.full((8, 1), 0.5), 0.0, 0.0)  # the others lie on one side, none so far that a move is clipped
+    colony.sources = [far if slot == 3 else Source(np.full((8, 1), 0.3), 0.0, 0.0) for slot in range(10)]
     steps = np.array([(colony._neighbor(3) - colony.sources[3].table).mean() for _ in range(4000)])
     assert abs(steps.mean()) < 4 * steps.std() / np.sqrt(len(steps))
     assert steps.std() > 0.01
@@ -228,6 +230,22 @@ def test_archive_holds_the_front_of_all_feasible_episodes(toy):
     best = max(episodes, key=lambda episode: episode.reward[0])
     assert best.policy in agent.archive.policies
     assert agent.archive.objectives[:, 0].min() == -best.reward[0]
+
+
+def test_a_colony_does_not_depend_on_how_far_the_others_are(toy):
+    def tables_of_half(tell_quarter):
+        agent, tables = BeeColony(BeeColonyConfig(), toy, toy.budgets, np.random.default_rng(0)), []
+        for _ in range(5):
+            for actor in agent.ask(20):
+                if actor.budget.name == "half":
+                    tables.append(actor.table.tolist())
+                if actor.budget.name == "half" or tell_quarter:
+                    agent.tell([(actor, toy.episode(actor))])
+        return tables
+
+    alone, together = tables_of_half(tell_quarter=False), tables_of_half(tell_quarter=True)
+    common = min(len(alone), len(together))
+    assert common >= 30 and alone[:common] == together[:common]
 
 
 def test_an_episode_comes_back_once(toy):
