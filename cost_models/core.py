@@ -160,9 +160,12 @@ class LayerShapes:
         """Bytes of every buffer for one image, (population, B) float."""
         elements = self.geometry.buffer_fixed + self.widths @ self.geometry.buffer_per_unit
         bits = np.full(elements.shape, float(FLOAT_BITS))
-        for index, readers in enumerate(self.geometry.buffer_readers):
-            if readers:
-                bits[:, index] = self.activation_bits[:, list(readers)].max(axis=1)
+        readers = self.geometry.buffer_readers
+        alone = [index for index, layers in enumerate(readers) if len(layers) == 1]
+        bits[:, alone] = self.activation_bits[:, [readers[index][0] for index in alone]]
+        for index, layers in enumerate(readers):
+            if len(layers) > 1:
+                bits[:, index] = self.activation_bits[:, list(layers)].max(axis=1)
         return elements * bits / 8
 
 

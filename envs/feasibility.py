@@ -101,10 +101,20 @@ class FeasibleSpace:
         return int(weaker[-1])
 
     def walk(self, levels: np.ndarray, budget: Budget) -> np.ndarray:
-        """Return the executed levels of a whole episode, (decisions,)."""
-        executed = np.array(levels)
-        for decision, wanted in enumerate(levels):
-            executed[decision] = self.admit(executed, decision, wanted, budget)
+        """Return the executed levels of a whole episode, (decisions,): `admit` at one decision after the other.
+
+        All decisions up to the next one that the wall changes are checked in one call.
+        """
+        executed, decisions = np.array(levels), len(levels)
+        start = 0
+        while start < decisions:
+            taken = np.arange(decisions) <= np.arange(start, decisions)[:, None]  # row d: decisions 0..d as they are
+            blocked = np.flatnonzero(self.slack(np.where(taken, executed, self.space.strongest), budget) > 0)
+            if not len(blocked):
+                break
+            start += int(blocked[0])
+            executed[start] = self.admit(executed, start, int(levels[start]), budget)
+            start += 1
         return executed
 
     def execute(self, table: np.ndarray, budget: Budget) -> np.ndarray:

@@ -149,9 +149,11 @@ def write_results(folder: Path, problem: Problem, outcomes: Sequence[Outcome]) -
     """Write results.json (everything) and results.md (the table and what it was measured on)."""
     dense = dense_test_score(problem)
     folder.mkdir(parents=True, exist_ok=True)
+    config = problem.config.model_dump(mode="json", exclude={"data": {"root"}, "output": True})
+    config["model"]["weights"] = problem.config.model.weights and Path(problem.config.model.weights).name
     record = {
         "schema": 1,
-        "config": problem.config.model_dump(mode="json"),
+        "config": config,  # without the folders of the machine that it ran on
         "data": problem.data.source,
         "dense": {"validation_top1": problem.dense.top1, "test_top1": dense.top1, "costs": dict(dense.costs)},
         "precision": asdict(problem.precision),

@@ -221,7 +221,6 @@ def benchmark_search(
         load_config(config, [*(overrides or ()), f"search.agent={name}", "search.options={}"])  # unknown names end here
     if output.exists():
         raise InputError(f"The results folder {output} exists already. Choose another with --output.")
-    console = Console()
     with SearchProgress(Console(stderr=True)) as progress:
         problem = build_problem(settings, progress.say)
         progress.say("starting the workers")
@@ -234,7 +233,7 @@ def benchmark_search(
                 names,
                 range(settings.search.seed, settings.search.seed + seeds),
                 settings.search.evaluations,
-                lambda outcome: console.print(measure.outcome_line(outcome), highlight=False),
+                lambda outcome: print(measure.outcome_line(outcome), flush=True),
             )
         finally:
             runner.close()

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from rich.console import Console
+
 from envs.core import Actor, Episode
 from search.build import Problem, build_agent, build_front, build_problem, open_runner
 from search.config import SearchConfig
@@ -14,12 +16,12 @@ from search.finalize import dense_test_score, finalize
 from search.front import Front, write_front
 from search.loop import run_loop
 from search.progress import SearchProgress
-from search.run_folder import create_run_folder, write_manifest
+from search.run_folder import check_run_folder, create_run_folder, write_manifest
 from search.study import StudyRecorder
 
 
-def search(config: SearchConfig, progress: SearchProgress) -> Path:
-    """Run the search that `config` describes, and return its run folder.
+def search(config: SearchConfig, progress: SearchProgress | None = None) -> Path:
+    """Run the search that `config` describes, and return its run folder; `progress` follows it, default: in silence.
 
     front.json is on disk from the start on and follows every change, and the study holds every evaluation as soon as it is
     done. Whatever ends the search early (Ctrl-C, an error) leaves both with all that was found.
@@ -27,6 +29,8 @@ def search(config: SearchConfig, progress: SearchProgress) -> Path:
     Raises:
         InputError: for anything in the configuration that cannot be used; nothing is written then.
     """
+    check_run_folder(config.output)
+    progress = progress or SearchProgress(Console(quiet=True))
     problem = build_problem(config, progress.say)
     run = create_run_folder(config.output)
     write_manifest(run, config, _facts(problem))

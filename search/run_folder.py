@@ -36,9 +36,18 @@ def create_run_folder(output: OutputSection) -> Path:
                 continue
     except OSError as error:
         raise InputError(f"`output.root: {output.root}` cannot hold runs: {error}.") from None
-    raise InputError(
-        f"The run folder {root / output.name} exists already. Choose another `output.name`, or leave it out: runs are "
-        "then numbered."
+    raise _taken(root / output.name)
+
+
+def check_run_folder(output: OutputSection) -> None:
+    """Raise InputError if the named folder exists: better before the calibration than after it."""
+    if output.name is not None and (folder := Path(output.root).expanduser() / output.name).exists():
+        raise _taken(folder)
+
+
+def _taken(folder: Path) -> InputError:
+    return InputError(
+        f"The run folder {folder} exists already. Choose another `output.name`, or leave it out: runs are then numbered."
     )
 
 

@@ -78,6 +78,18 @@ def test_feasible_policies_pass_the_wall_unchanged(budget, feasible_space):
         assert (space.walk(policy, budget) == policy).all()
 
 
+@pytest.mark.parametrize("budget", BUDGETS, ids=lambda b: b.name)
+def test_a_walk_is_one_admission_after_the_other(feasible_space, budget):
+    space = feasible_space(prune_ratio=(0.0, 0.8), weight_bits=(8, 4), activation_bits=(8, 4))
+    rng = np.random.default_rng(4)
+    for _ in range(50):
+        wanted = rng.integers(space.space.num_levels)
+        step_by_step = wanted.copy()
+        for decision in range(len(wanted)):
+            step_by_step[decision] = space.admit(step_by_step, decision, int(wanted[decision]), budget)
+        assert (space.walk(wanted, budget) == step_by_step).all()
+
+
 class Staircase:
     """A cost that is not monotone: odd widths are as slow as the next multiple of four."""
 
