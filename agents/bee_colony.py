@@ -39,8 +39,8 @@ Where we differ from Karaboga's or Lin's colony, and why:
 9. Onlookers choose by rank: with probabilities in proportion to the scores all sources are alike when accuracies are.
 10. Smaller violations win before utility counts (constraint domination). A failed or NaN episode is an infinite
     violation.
-11. No policy is evaluated twice: what is known is drawn again, and a source without new neighbors sends its bee to a
-    random table.
+11. As long as new policies are found, none is evaluated twice: what is known is drawn again, and a source without new
+    neighbors sends its bee to a random table.
 12. A bee looks at several moves and tries the one that a ridge regression over everything evaluated so far rates best,
     expected violation first. This uses all evaluations, not just the sources, and so also tempers the winner's curse:
     one lucky score moves the regression little. 52 instead of 49 % top-1 on the task of point 5.

@@ -69,10 +69,10 @@ class CompressionEnv(gym.Env):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
         """Start an episode; see the class for `options`."""
         super().reset(seed=seed)
+        self.policy = None
         self._budget = self._find_budget((options or {}).get("budget"))
         self._levels = self.space.space.strongest.copy()
         self._step = self._decision = 0
-        self.policy = None
         return self._observation(np.zeros(self.space.action_dim)), {"budget": self._budget.name}
 
     def _find_budget(self, budget: str | Budget | None) -> Budget:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fnmatch import fnmatch
+from fnmatch import fnmatchcase
 from functools import cached_property
 
 import numpy as np
@@ -22,7 +22,8 @@ class SpaceConfig:
     """What may be chosen.
 
     Attributes:
-        prune_ratio: (least, largest) share of a group's units removed, 0 <= least <= largest < 1; None: no pruning.
+        prune_ratio: (least, largest) share of a group's units removed, 0 <= least <= largest < 1; None: no pruning. A group
+            with one possible width has it without a decision.
         channel_multiple: widths in channels of a group's first producer are multiples of this, or dense.
         weight_bits, activation_bits: allowed widths, 2..8 or 32; one entry is applied everywhere without a decision; None: 32.
         exclude: patterns of layer names that are neither pruned nor quantized.
@@ -81,6 +82,7 @@ class PolicySpace:
     def __init__(self, graph: ModelGraph, config: SpaceConfig):
         self.geometry = graph.geometry
         self.config = config
+        self._base_widths = np.array(self.geometry.group_units)
         self._base_bits = [self._fixed_bits(kind) for kind in KINDS[1:]]
         steps = [step for index in range(len(self.geometry.layers)) for step in self._steps_of_layer(graph, index)]
         self.kinds = tuple(kind for kind in KINDS if any(kind in step for _, step in steps))
@@ -110,8 +112,17 @@ class PolicySpace:
             for layer in self.geometry.layers
         ])
 
+    @property
+    def activation_layers(self) -> tuple[str, ...]:
+        """Names of the layers whose input some policy quantizes."""
+        if min(self.config.activation_bits or (FLOAT_BITS,)) == FLOAT_BITS:
+            return ()
+        return tuple(
+            layer.name for layer in self.geometry.layers if layer.quantizable and not self._excluded(layer.name)
+        )
+
     def _excluded(self, layer: str) -> bool:
-        return any(fnmatch(layer, pattern) for pattern in self.config.exclude)
+        return any(fnmatchcase(layer, pattern) for pattern in self.config.exclude)
 
     def _steps_of_layer(self, graph: ModelGraph, index: int) -> list[tuple[int, dict[str, Decision]]]:
         """The layer's first step holds its bits and its first group; every further group takes a step of its own."""
@@ -132,9 +143,7 @@ class PolicySpace:
 
     def _prune_decision(self, target: int, group: ChannelGroup) -> Decision | None:
         low, high = self.config.prune_ratio
-        multiplicity = next(
-            part.positions.shape[1] for part in group.slices if part.tensor.startswith(group.producers[0])
-        )
+        multiplicity = self._channels_per_unit(target, group.producers[0])
         # Rounding guards against 0.1 * 30 = 3.0000000000000004 costing a channel.
         least, most = int(np.ceil(round((1 - high) * group.units, 9))), int(np.floor(round((1 - low) * group.units, 9)))
         widths = [
@@ -142,6 +151,7 @@ class PolicySpace:
             for width in range(most, max(least, 1) - 1, -1)
             if width == group.units or width * multiplicity % self.config.channel_multiple == 0
         ]
+        self._base_widths[target] = widths[0] if widths else group.units
         if len(widths) < 2:
             return None
         if len(widths) > MAX_LEVELS:
@@ -151,6 +161,11 @@ class PolicySpace:
         return Decision(
             f"prune_ratio/{group.name}", "prune_ratio", target, tuple(widths), tuple(ratios.round(6).tolist()), strengths
         )
+
+    def _channels_per_unit(self, group: int, layer: str) -> float:
+        """How many output channels of `layer` go with one unit of the group."""
+        index = [shape.name for shape in self.geometry.layers].index(layer)
+        return self.geometry.out_per_unit[group, index]
 
     @cached_property
     def weakest(self) -> np.ndarray:
@@ -167,7 +182,7 @@ class PolicySpace:
         population = len(levels)
         columns = {
             kind: np.tile(base, (population, 1))
-            for kind, base in zip(KINDS, (self.geometry.group_units, *self._base_bits), strict=True)
+            for kind, base in zip(KINDS, (self._base_widths, *self._base_bits), strict=True)
         }
         chosen = self._levels[np.arange(len(self.decisions)), levels]
         for kind, (which, targets) in self._targets.items():

@@ -9,6 +9,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from torch import nn
 
 from agents import AGENTS
@@ -30,7 +31,7 @@ from envs.recovery import RECOVERIES
 from envs.tasks.data import TaskData, load_data
 from envs.tasks.models import load_model
 from envs.tasks.training import Progress
-from search.config import BudgetConfig, SearchConfig
+from search.config import BudgetConfig, PluginEntry, SearchConfig
 from search.front import Front
 from search.local_runner import LocalRunner
 from search.loop import Runner
@@ -43,7 +44,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Problem:
-    """A search, ready to run: everything that is computed once. Picklable; workers get it without copies of the arrays.
+    """A search, ready to run: everything that is computed once. Picklable; workers share its numpy arrays without copies.
 
     Attributes:
         config: the resolved configuration.
@@ -88,7 +89,11 @@ def build_model_and_graph(
     example = torch.zeros(1, *config.model.input)
     graph = analyze(model, (example,), exclude=config.space.exclude)
     with torch.inference_mode():
-        data.check_outputs(model(example).shape[-1])
+        outputs = model(example)
+    if not isinstance(outputs, torch.Tensor) or outputs.dim() != 2:
+        shown = tuple(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
+        raise InputError(f"`model.factory` must give one tensor of scores (images, classes), but its output is {shown}.")
+    data.check_outputs(outputs.shape[1])
     return data, model, graph
 
 
@@ -131,35 +136,35 @@ def build_problem(config: SearchConfig, say: Say = log.info) -> Problem:
     say("calibrating")
     images, labels = data.tensors(data.calibration)
     rng = np.random.default_rng(config.search.seed)
-    importance = build_plugin(IMPORTANCES, "importance", config.importance)
+    importance = build_plugin(IMPORTANCES, config.importance)
     scores = importance.scores(model, graph, images, labels, rng)
-    layers = [layer.name for layer in graph.geometry.layers if layer.quantizable]
-    ranges = calibrate_activations(model, layers, images)
-    recoveries = [build_plugin(RECOVERIES, "recovery", entry) for entry in config.recovery]
+    layers = space.space.activation_layers
+    ranges = calibrate_activations(model, layers, images) if layers else {}
+    recoveries = [build_plugin(RECOVERIES, entry) for entry in config.recovery]
     prepared = [(recovery, recovery.prepare(model, graph, images)) for recovery in recoveries]
-    quantizer = build_plugin(QUANTIZERS, "quantizer", config.quantizer)
+    quantizer = build_plugin(QUANTIZERS, config.quantizer)
     assembler = Assembler(model, graph, tuple(scores), ranges, quantizer, prepared, images)
     say("scoring the dense model")
     images, labels = data.tensors(data.validation)
     everything = [np.arange(group.units) for group in graph.groups]
-    precision = choose_precision(lambda: slice_model(model, graph, everything), graph, images, labels)
+    if config.search.precision == "auto":
+        precision = choose_precision(lambda: slice_model(model, graph, everything), graph, images, labels)
+    else:
+        precision = Precision(config.search.precision, "chosen in the configuration")
     dense = Evaluation(top1(model, images, labels), space.dense_costs, "proxy", len(labels))
     space.dense_top1 = dense.top1
     return Problem(config, replace(data, train=None), assembler, space, budgets, dense, precision)
 
 
-def build_plugin(registry: dict[str, tuple[type, type]], what: str, entry):
-    """Return the plug-in that a config entry {name, ...options} names; unknown options are an InputError."""
+def build_plugin(registry: dict[str, tuple[type, type]], entry: PluginEntry):
+    """Return the plug-in that an entry of the configuration names."""
     config_class, plugin = registry[entry.name]
-    return plugin(build_options(config_class, what, entry.options))
+    return plugin(build_options(config_class, entry.options))
 
 
-def build_options(config_class: type, what: str, options: dict):
-    """Return the plug-in's configuration object."""
-    try:
-        return config_class(**options)
-    except TypeError as error:
-        raise InputError(f"`{what}` does not accept these options: {error}.") from None
+def build_options(config_class: type, options: dict):
+    """Return the plug-in's configuration object; the options have passed the same check when the file was read."""
+    return TypeAdapter(config_class).validate_python(options)
 
 
 def build_front(problem: Problem) -> Front:
@@ -170,7 +175,7 @@ def build_front(problem: Problem) -> Front:
 def build_agent(problem: Problem, name: str, options: dict, seed: int) -> Agent:
     """Return the agent `name` for this problem."""
     config_class, agent = AGENTS[name]
-    config = build_options(config_class, "search.options", options)
+    config = build_options(config_class, options)
     return agent(config, problem.space, problem.budgets, np.random.default_rng(seed))
 
 

@@ -197,6 +197,16 @@ benchmark = typer.Typer(no_args_is_help=True, help="Measure: agents against each
 app.add_typer(benchmark, name="benchmark")
 
 
+def make_results_folder(folder: Path) -> None:
+    """Make the folder for a benchmark's results, before hours of work depend on it."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise InputError(f"The results folder {folder} exists already. Choose another with --output.") from None
+    except OSError as error:
+        raise InputError(f"The results folder {folder} cannot be made: {error}.") from None
+
+
 @benchmark.command("search")
 def benchmark_search(
     config: ConfigPath,
@@ -214,31 +224,31 @@ def benchmark_search(
     from agents import AGENTS
     from search import benchmark as measure
     from search.build import build_problem, open_runner
+    from search.finalize import dense_test_score
     from search.progress import SearchProgress
 
     names = list(agent or AGENTS)
     for name in names:
         load_config(config, [*(overrides or ()), f"search.agent={name}", "search.options={}"])  # unknown names end here
-    if output.exists():
-        raise InputError(f"The results folder {output} exists already. Choose another with --output.")
+    make_results_folder(output)
     with SearchProgress(Console(stderr=True)) as progress:
         problem = build_problem(settings, progress.say)
         progress.say("starting the workers")
         runner = open_runner(problem)
         progress.stop()
+        dense, done = dense_test_score(problem), []
+
+        def on_outcome(outcome: measure.Outcome) -> None:
+            done.append(outcome)
+            print(measure.outcome_line(outcome), flush=True)
+            measure.write_results(output, problem, dense, done)
+
+        all_seeds = range(settings.search.seed, settings.search.seed + seeds)
         try:
-            outcomes = measure.benchmark_search(
-                problem,
-                runner,
-                names,
-                range(settings.search.seed, settings.search.seed + seeds),
-                settings.search.evaluations,
-                lambda outcome: print(measure.outcome_line(outcome), flush=True),
-            )
+            measure.benchmark_search(problem, runner, names, all_seeds, settings.search.evaluations, on_outcome)
         finally:
             runner.close()
-        measure.write_results(output, problem, outcomes)
-    print(measure.summary(outcomes))
+    print(measure.summary(done))
     print(f"results: {output}")
 
 

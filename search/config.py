@@ -252,6 +252,8 @@ class SearchSection(Section):
         workers: evaluations at the same time: Ray workers; "auto": one per core; 0: in this process, without Ray.
         address: of a running Ray cluster; None: a local one is started for this search and ended with it.
         time_limit: seconds after which no new evaluation starts; None: no limit.
+        precision: number format of the evaluations; "auto": bfloat16 where the processor has it and the dense model keeps
+            its top-1. Final scores are always in float32.
     """
 
     agent: StrictStr = "bee_colony"
@@ -261,6 +263,7 @@ class SearchSection(Section):
     workers: Annotated[int | str, _count_or("auto", 0)] = "auto"
     address: StrictStr | None = None
     time_limit: Annotated[float, Field(gt=0)] | None = None
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
 
     @field_validator("agent")
     @classmethod

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
+import torch
+
 from envs.compression_env import CompressionEnv
 from envs.core import Actor, Episode
 from envs.rollout import rollout
@@ -15,12 +17,15 @@ class LocalRunner:
 
     Args:
         make_env: returns the environment; called once.
+        threads: torch threads while an episode runs; as many as a worker of the other runner has, because sums over
+            images may differ in the last bit with their number.
     """
 
     slots = 1
 
-    def __init__(self, make_env: Callable[[], CompressionEnv]):
+    def __init__(self, make_env: Callable[[], CompressionEnv], threads: int = 1):
         self._env = make_env()
+        self._threads = threads
         self._queue: deque[Actor] = deque()
 
     def submit(self, actor: Actor) -> None:
@@ -30,7 +35,12 @@ class LocalRunner:
     def wait(self) -> list[tuple[Actor, Episode]]:
         """Run the next episode and return it."""
         actor = self._queue.popleft()
-        return [(actor, rollout(self._env, actor))]
+        before = torch.get_num_threads()
+        torch.set_num_threads(self._threads)
+        try:
+            return [(actor, rollout(self._env, actor))]
+        finally:
+            torch.set_num_threads(before)
 
     def close(self) -> None:
         """Nothing to free."""

@@ -27,6 +27,9 @@ from envs.rollout import rollout
 log = logging.getLogger(__name__)
 
 LOCAL, AUTO = "local", "auto"
+START_SECONDS = 900
+"""How long workers may take to get their cores and build their environments."""
+
 MAX_LOSSES = 2
 """A candidate that has cost this many workers is a failure; the first loss may have been somebody else's fault."""
 
@@ -95,7 +98,7 @@ class RayRunner:
             # Kept: Ray forgets what only the constructor calls of its actors refer to, and replacements need it too.
             self._make_env = ray.put(make_env)
             self._workers = [self._new_worker() for _ in range(self.slots)]
-            ray.get([worker.ready.remote() for worker in self._workers])
+            self._wait_until_ready()
         except BaseException:
             self.close()
             raise
@@ -105,6 +108,15 @@ class RayRunner:
         self._evaluated: list[tuple[CompressionPolicy, Evaluation]] = []
         self._known: set[CompressionPolicy] = set()
         self._told = [0] * self.slots
+
+    def _wait_until_ready(self) -> None:
+        try:
+            self._ray.get([worker.ready.remote() for worker in self._workers], timeout=START_SECONDS)
+        except self._ray.exceptions.GetTimeoutError:
+            raise InputError(
+                f"Ray did not start {self.slots} workers within {START_SECONDS // 60} minutes: the cluster's cores are "
+                "probably taken. Lower `search.workers`, or try again later."
+            ) from None
 
     def _count(self, workers: int | str) -> int:
         cores = int(self._ray.cluster_resources().get("CPU", 0))
@@ -166,12 +178,12 @@ class RayRunner:
 
     def _collect(self, reference: Any) -> Sequence[tuple[Actor, Episode]]:
         """Return the finished episode, or nothing if its worker was lost and it is tried again."""
-        from ray.exceptions import OutOfMemoryError, RayActorError
+        from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError
 
         task = self._out.pop(reference)
         try:
             episode = self._ray.get(reference)
-        except (RayActorError, OutOfMemoryError) as error:  # ActorDiedError and ActorUnavailableError alike
+        except (RayActorError, OutOfMemoryError, ObjectLostError) as error:  # ActorDiedError and ActorUnavailableError alike
             task.losses += 1
             log.warning("a worker was lost (loss %d of this candidate): %s", task.losses, _first_line(error))
             self._replace(task.worker)

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from rich.console import Console
 
+from agents.core import Agent
 from envs.core import Actor, Episode
 from search.build import Problem, build_agent, build_front, build_problem, open_runner
 from search.config import SearchConfig
 from search.finalize import dense_test_score, finalize
 from search.front import Front, write_front
-from search.loop import run_loop
+from search.loop import Runner, run_loop
 from search.progress import SearchProgress
 from search.run_folder import check_run_folder, create_run_folder, write_manifest
 from search.study import StudyRecorder
@@ -32,26 +33,34 @@ def search(config: SearchConfig, progress: SearchProgress | None = None) -> Path
     check_run_folder(config.output)
     progress = progress or SearchProgress(Console(quiet=True))
     problem = build_problem(config, progress.say)
-    run = create_run_folder(config.output)
-    write_manifest(run, config, _facts(problem))
-    front = build_front(problem)
-    write_front(run, front.document(problem.space.space.describe))
-    recorder = _recorder(problem, run)
+    agent = build_agent(problem, config.search.agent, config.search.options, config.search.seed)
     progress.say("starting the workers")
     runner = open_runner(problem)
     try:
-        agent = build_agent(problem, config.search.agent, config.search.options, config.search.seed)
-        on_episode = _follow(problem, run, front, recorder, progress)
-        progress.on_start(run, front, config.search.evaluations, config.search.time_limit)
-        run_loop(agent, runner, config.search.evaluations, on_episode, _clock(config.search.time_limit))
+        run, front = _evaluate(problem, agent, runner, progress)
     finally:
-        write_front(run, front.document(problem.space.space.describe))
         runner.close()
     progress.say("scoring the best policies on the test images")
     finalists = finalize(problem, front, config.finalize.top)
     write_front(run, front.document(problem.space.space.describe, finalists, dense_test_score(problem)))
     progress.stop()
     return run
+
+
+def _evaluate(problem: Problem, agent: Agent, runner: Runner, progress: SearchProgress) -> tuple[Path, Front]:
+    """Make the run folder, and search: nothing is written before everything that can be refused has been built."""
+    config = problem.config
+    run = create_run_folder(config.output)
+    write_manifest(run, config, _facts(problem))
+    front = build_front(problem)
+    write_front(run, front.document(problem.space.space.describe))
+    on_episode = _follow(problem, run, front, _recorder(problem, run), progress)
+    progress.on_start(run, front, config.search.evaluations, config.search.time_limit)
+    try:
+        run_loop(agent, runner, config.search.evaluations, on_episode, _clock(config.search.time_limit))
+    finally:
+        write_front(run, front.document(problem.space.space.describe))
+    return run, front
 
 
 def _facts(problem: Problem) -> dict:

@@ -15,7 +15,7 @@ from envs.evaluator import Evaluator, Precision, batches, choose_precision, pred
 from envs.pruning.slicing import masked_model, slice_model
 from search import finalize as finalists_of
 from search.benchmark import Outcome, benchmark_costs, benchmark_search, summary, write_results
-from search.build import build_front, build_problem, feasibility_table, make_env
+from search.build import build_agent, build_front, build_problem, feasibility_table, make_env
 from search.config import parse_config
 from search.finalize import finalize
 from search.local_runner import LocalRunner
@@ -137,11 +137,52 @@ def test_precision_is_float32_unless_bfloat16_is_harmless(problem, monkeypatch):
         right = labels.clone()[: len(batch)]
         return right if batch.dtype == torch.float32 else (right + 1) % 6
 
+    monkeypatch.setattr(module, "processor_has_bfloat16", lambda: True)
+    assert choose_precision(dense, graph, images, labels).dtype == "bfloat16", "the synthetic task is that easy"
     monkeypatch.setattr(module, "predict", coarse)
     assert choose_precision(dense, graph, images, labels).dtype == "float32"
-    monkeypatch.undo()
-    found = choose_precision(dense, graph, images, labels)
-    assert found.dtype in ("bfloat16", "float32") and "200 validation images" in found.reason
+    monkeypatch.setattr(module, "processor_has_bfloat16", lambda: False)
+    assert "no bfloat16" in choose_precision(dense, graph, images, labels).reason
+
+
+class WithConstant(torch.nn.Module):
+    """A user's module that keeps a float32 tensor of its own: bfloat16 weights then meet float32 activations."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.linear = torch.nn.Conv2d(3, 8, 3), torch.nn.Linear(8, 6)
+        self.scale = [torch.full((1, 3, 1, 1), 2.0)]
+
+    def forward(self, x):
+        return self.linear(self.conv(x * self.scale[0]).mean((2, 3)))
+
+
+def test_a_model_that_does_not_run_in_bfloat16_is_searched_in_float32(problem, monkeypatch):
+    import envs.evaluator as module
+    from envs.model_graph import analyze
+
+    monkeypatch.setattr(module, "processor_has_bfloat16", lambda: True)
+    images, labels = problem.data.tensors(problem.data.validation)
+    graph = analyze(WithConstant().eval(), (images[:1],))
+    found = choose_precision(lambda: WithConstant().eval(), graph, images, labels)
+    assert found.dtype == "float32" and "does not run in bfloat16" in found.reason
+
+
+def test_options_are_used_as_they_were_checked():
+    agent = build_agent(build(), "bee_colony", {"sources": 4.0}, 0)  # 4.0 means 4; a list cannot be repeated 4.0 times
+    assert len(agent.ask(4)) == 4
+
+
+def test_one_prune_ratio_is_applied_everywhere_without_a_decision():
+    problem = build(space={"prune_ratio": [0.5, 0.5], "weight_bits": [4, 8]}, budgets={"any": {"macs": "<= 100%"}})
+    assert {decision.kind for decision in problem.space.space.decisions} == {"weight_bits"}
+    policy = problem.space.space.policy(problem.space.space.weakest)
+    assert policy.widths == tuple(group.units // 2 for group in problem.graph.groups)
+
+
+def test_a_model_that_returns_something_else_than_scores_is_refused():
+    with pytest.raises(InputError, match="one tensor of scores"):
+        build(model={"factory": "torch.nn:Identity", "input": [3, 8, 8]})
 
 
 def test_batches_cover_all_images_in_order():
@@ -154,7 +195,6 @@ def test_batches_cover_all_images_in_order():
 def test_winners_are_chosen_on_validation_and_scored_on_test(problem):
     front = build_front(problem)
     outcomes = benchmark_search(problem, LocalRunner(partial(make_env, problem)), ["random"], [0], 8, lambda _: None)
-    from search.build import build_agent
     from search.loop import run_loop
 
     agent = build_agent(problem, "random", {}, 0)
@@ -171,15 +211,17 @@ def test_winners_are_chosen_on_validation_and_scored_on_test(problem):
 
 def test_results_are_written_with_the_table(problem, tmp_path):
     outcomes = [
-        Outcome("a", seed, "small", 0.8, 0.70 + seed / 50, 10, 1.0, 0.5, 3.0) for seed in range(2)
-    ] + [Outcome("b", 0, "small", 0.9, 0.95, 10, 1.0, 0.5, 3.0)]  # fmt: skip
+        *(Outcome("a", seed, "small", 0.8, 0.70 + seed / 50, 10, 1.0, 0.5) for seed in range(2)),
+        Outcome("a", 2, "small", None, None, 10, 0.0, 0.0),
+        Outcome("b", 0, "small", 0.9, 0.95, 10, 1.0, 0.5),
+    ]
     lines = summary(outcomes).splitlines()
     assert lines[2].startswith("| small | b | 1 | 10 | 90.00 | 95.00 |"), "the best on test comes first"
-    assert "| 71.00 ± 1.41 |" in lines[3]
-    write_results(tmp_path / "r", problem, outcomes)
-    record = json.loads((tmp_path / "r" / "results.json").read_text())
-    assert len(record["outcomes"]) == 3 and record["dense"]["validation_top1"] == problem.dense.top1
-    assert summary(outcomes) in (tmp_path / "r" / "results.md").read_text()
+    assert "| 2 of 3 |" in lines[3] and "| 71.00 ± 1.41 |" in lines[3]
+    write_results(tmp_path, problem, problem.dense, outcomes)
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert len(record["outcomes"]) == 4 and record["dense"]["validation_top1"] == problem.dense.top1
+    assert summary(outcomes) in (tmp_path / "results.md").read_text()
 
 
 def test_cost_speeds_are_measured_for_every_model(problem):
