@@ -1,13 +1,12 @@
 """The support matrix: every torchvision classifier is analysed, sliced, compared and trained one step; see SUPPORT.md.
 
-`python -m search.support` checks all classifiers with up to 100 M parameters, `python -m search.support NAME ...` only
-some, replacing just their rows.
+`secateur support` checks all 63 classifiers with up to 100 M parameters and four larger ones, `secateur support NAME ...`
+only some, replacing just their rows.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -46,7 +45,7 @@ the predicted one, and one training step (forward, backward) of the sliced netwo
 - *analysis*: processor seconds of one thread, tracing and the proof by trying included.
 - *error*: largest difference between sliced and masked network, relative to the largest output.
 
-Written by `python -m search.support`; naming models on the command line replaces only their rows.
+Written by `secateur support`; naming models on the command line replaces only their rows.
 
 """
 _COLUMNS = ("model", "result", "M params", "GMACs", "groups", "prunable", "frozen", "analysis", "error", "train")
@@ -244,6 +243,3 @@ def _write(rows: Sequence[SupportRow], output: Path) -> None:
     passed = sum(line.split("|")[2].strip() == "ok" for line in lines.values())
     output.write_text(_HEADER + f"{passed} of {len(lines)} models pass.\n\n" + "\n".join(table) + "\n")
 
-
-if __name__ == "__main__":
-    support_matrix(sys.argv[1:] or None, Path("SUPPORT.md"), progress=print)

@@ -96,10 +96,16 @@ def _product_macs(node: Node) -> float:
 
 def _einsum_macs(node: Node) -> float:
     equation, operands = node.args[0].replace(" ", "").split("->")[0], node.args[1]
-    sizes: dict[str, int] = {}
+    sizes: dict[str | int, int] = {}
     for letters, operand in zip(equation.split(","), operands, strict=True):
-        if "." not in letters:
-            sizes.update(zip(letters, shape_of(operand), strict=True))
+        shape = shape_of(operand)
+        before, dots, after = letters.partition("...")
+        sizes.update(zip(before, shape, strict=False))
+        sizes.update(zip(reversed(after), reversed(shape), strict=False))
+        # The axes behind the dots are named by their place from the right; where one is broadcast, the other counts.
+        hidden = shape[len(before) : len(shape) - len(after)] if dots else ()
+        for place, size in enumerate(reversed(hidden)):
+            sizes[place] = max(size, sizes.get(place, 1))
     return math.prod(sizes.values()) if len(operands) > 1 else 0
 
 

@@ -219,11 +219,13 @@ def _layer(weight: str, nodes: tuple[Node, ...], tensors: Mapping[Node, str], mo
     axes = (1, 0) if transposed else (0, 1)  # of the output and the input channels
     owners = {_calling_module(call) for call in nodes}
     owner = model.get_submodule(_calling_module(node) or "")
-    owned = len(owners) == 1 and getattr(owner, "weight", None) is model.get_parameter(weight)
+    # A module may be registered under several names; the one that its weight goes by is the layer's.
+    home, _, attribute = weight.rpartition(".")
+    owned = len(owners) == 1 and attribute == "weight" and model.get_submodule(home) is owner
     bias = tensors.get(given["bias"])
     positions, calls = _positions(nodes, linear, transposed)
     shape = LayerShape(
-        name=_calling_module(node) if owned else weight.removesuffix("weight").rstrip("._"),
+        name=home if owned else weight.removesuffix("weight").rstrip("._"),
         kind="linear" if linear else "conv",
         in_channels=size[axes[1]] * (1 if transposed else groups),
         out_channels=size[axes[0]] * (groups if transposed else 1),

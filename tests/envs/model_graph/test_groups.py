@@ -33,7 +33,7 @@ def total_parameters(graph):
 @pytest.mark.parametrize("name", ["resnet18", "vgg11"])
 @pytest.mark.filterwarnings("ignore")
 def test_torch_pruning_finds_the_same_groups(name):
-    torch_pruning = pytest.importorskip("torch_pruning")
+    import torch_pruning  # slow to import
     model = torchvision.models.get_model(name).eval()
     graph = analyze(model, image_of(64), verify=False)
     dependencies = torch_pruning.DependencyGraph().build_dependency(model, image_of(64)[0])
@@ -185,3 +185,22 @@ def test_the_model_is_left_alone_and_the_plan_travels():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert pickle.loads(pickle.dumps(graph)).geometry.group_names == graph.geometry.group_names
     assert graph.seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes", "macs"),
+    [
+        ("nij,njk->nik", [(2, 3, 4), (2, 4, 5)], 2 * 3 * 4 * 5),
+        ("...ij,...jk->...ik", [(2, 7, 3, 4), (2, 7, 4, 5)], 2 * 7 * 3 * 4 * 5),
+        ("b...j,jk->b...k", [(2, 7, 6, 4), (4, 5)], 2 * 7 * 6 * 4 * 5),
+        ("...ij,...jk->...ik", [(7, 3, 4), (1, 4, 5)], 7 * 3 * 4 * 5),
+    ],
+)
+def test_products_of_einsum_are_counted(equation, shapes, macs):
+    class Product(nn.Module):
+        def forward(self, x):
+            first, second = (torch.ones(shape) for shape in shapes)
+            return torch.einsum(equation, first * x.mean(), second)
+
+    geometry = analyze(Product(), (torch.ones(1, 2),), verify=False).geometry
+    assert geometry.fixed_macs == macs

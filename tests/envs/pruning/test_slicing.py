@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from cost_models.core import InputError
 from envs.model_graph import analyze, fold_batch_norms
+from envs.policy_space import PolicySpace, SpaceConfig
 from envs.pruning.slicing import masked_model, resize_model, slice_model
 from search.support import randomize
 
@@ -183,9 +184,22 @@ class Tokens(nn.Module):
         return self.head((x + self.down(F.relu(self.up(x))))[:, 0])
 
 
+class Renamed(nn.Module):
+    """Modules that are registered twice and run under their second name."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.stem = nn.Sequential(self.conv, self.norm)
+        self.linear = nn.Linear(6, 5)
+
+    def forward(self, x):
+        return self.linear(self.stem(x).relu().mean((2, 3)))
+
+
 NETWORKS = [
     Residual, Concat, Depthwise, Grouped, Flat, SqueezeExcite, Shuffle, SlicedHalves, TwoInputs, Shared, ZeroPadded,
-    Normalized, Gated, Transposed, Tokens,
+    Normalized, Gated, Transposed, Tokens, Renamed,
 ]  # fmt: skip
 
 
@@ -360,3 +374,13 @@ def _check_slices(model, size):
     assert graph.groups
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
     return graph
+
+
+def test_layers_go_by_the_names_of_their_weights():
+    model = randomized(Renamed())
+    graph = analyze(model, images(model))
+    assert [layer.name for layer in graph.geometry.layers] == ["conv", "linear"]
+    assert PolicySpace(graph, SpaceConfig()).decisions[0].name == "prune_ratio/conv"
+    expected = model(*images(model))
+    fold_batch_norms(model, graph)
+    assert torch.allclose(model(*images(model)), expected) and isinstance(model.stem[1], nn.Identity)

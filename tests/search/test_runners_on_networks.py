@@ -1,0 +1,50 @@
+"""The runners agree on real networks, not only on toys: same policies, same costs, same scores."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+
+from agents.core import TableActor
+from envs.evaluator import Precision
+from search.build import build_problem, make_env
+from search.config import parse_config
+from search.local_runner import LocalRunner
+from search.ray_runner import RayRunner
+
+VALUES = {
+    "model": {"factory": "envs.tasks.synthetic:synthetic_net", "weights": "trained", "input": [3, 8, 8]},
+    "data": {"name": "envs.tasks.synthetic:load", "train": "rest", "calibration": 64, "validation": 200},
+    "space": {"prune_ratio": [0.0, 0.75], "weight_bits": [4, 8], "activation_bits": [8]},
+    "budgets": {"small": {"macs": "<= 50%"}},
+}
+
+
+def run(runner, actors):
+    """Return the episodes in the order of the actors."""
+    found, waiting = {}, list(actors)
+    while len(found) < len(actors):
+        while waiting and len(actors) - len(waiting) - len(found) < runner.slots:
+            runner.submit(waiting.pop(0))
+        found |= {actor.ticket: episode for actor, episode in runner.wait()}
+    return [found[ticket] for ticket in sorted(found)]
+
+
+def test_local_and_ray_runners_score_networks_alike():
+    problem = replace(build_problem(parse_config(VALUES, "test.yaml")), precision=Precision("float32", "test"))
+    rng, space = np.random.default_rng(0), problem.space
+    tables = [space.fit(rng.uniform(size=space.used.shape), problem.budgets[0]) for _ in range(6)]
+    actors = [TableActor(problem.budgets[0], table, ticket) for ticket, table in enumerate(tables)]
+    local = run(LocalRunner(partial(make_env, problem)), actors)
+    runner = RayRunner(partial(make_env, problem), 2)
+    try:
+        distributed = run(runner, actors)
+    finally:
+        runner.close()
+    assert len({episode.policy for episode in local}) == 6 and all(episode.failure is None for episode in local)
+    for mine, theirs in zip(local, distributed, strict=True):
+        assert mine.policy == theirs.policy and mine.evaluation.costs == theirs.evaluation.costs
+        assert mine.evaluation.top1 == theirs.evaluation.top1
+        assert np.array_equal(mine.observations, theirs.observations)
