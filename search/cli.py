@@ -152,16 +152,16 @@ def front(
     output: Annotated[Format, typer.Option("--format", help="What to print.")] = Format.TABLE,
 ) -> None:
     """Print the Pareto front of a run, also while it is still searching."""
-    from search.front import FRONT_CSV, check_budget, read_front
+    from search.front import front_csv, only_budget, read_front
     from search.tables import front_tables
 
     document = read_front(run)
     if budget is not None:
-        check_budget(document, budget)
+        document = only_budget(document, budget)
     if output is Format.JSON:
         print(json.dumps(document, indent=1))
     elif output is Format.CSV:
-        print((run / FRONT_CSV).read_text(encoding="utf-8"), end="")
+        print(front_csv(document), end="")
     else:
         for table in front_tables(document, budget):
             Console().print(table)
@@ -178,7 +178,8 @@ def export(
     from search.run_folder import load_manifest
 
     settings, _ = load_manifest(run)
-    point = winner(read_front(run), budget)
+    document = read_front(run)
+    point = winner(document, budget)
     folder = output or run / "exports" / budget
     from search.build import build_problem
     from search.export import check_free, export_point
@@ -188,7 +189,7 @@ def export(
     with SearchProgress(Console(stderr=True)) as progress:
         problem = build_problem(settings, progress.say)
         progress.say("exporting")
-        test = export_point(folder, problem, budget, point)
+        test = export_point(folder, problem, document, budget)
     print(f"validation top-1 {100 * point['top1']:.2f} %, test top-1 {100 * test.top1:.2f} % of {test.images} images")
     print(f"export: {folder}")
 
@@ -277,7 +278,14 @@ def support(
     models: Annotated[list[str] | None, typer.Argument(help="torchvision classifiers; default: all.")] = None,
     output: Annotated[Path, typer.Option(help="Table to write; rows of other models are kept.")] = Path("SUPPORT.md"),
 ) -> None:
-    """Analyse, slice, compare and train torchvision's classifiers, and rewrite the support matrix. All take an hour."""
+    """Analyse, slice, compare and train torchvision's classifiers, and rewrite the support matrix. All take a quarter of an hour."""
+    existed = output.exists()
+    try:
+        output.open("a", encoding="utf-8").close()  # only trying tells whether the result can be written
+    except OSError as error:
+        raise InputError(f"The table {output} cannot be written: {error.strerror}. Choose another with --output.") from None
+    if not existed:
+        output.unlink()
     from search.support import support_matrix
 
     support_matrix(models or None, output, progress=print)

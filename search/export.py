@@ -11,9 +11,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,14 +35,17 @@ from envs.quantization.fake_quantize import (
 )
 from envs.quantization.packing import pack_bits, unpack_bits
 from envs.quantization.quantizers import ActivationGrid, dequantize
-from envs.tasks.models import build_model
-from search.front import policy_of
+from envs.tasks.models import build_model, call_factory, find_factory, is_model_factory
+from search.front import policy_of, winner
+from search.run_folder import read_json
 
 if TYPE_CHECKING:
     from search.build import Problem
 
 POLICY, WEIGHTS, README = "policy.json", "model.safetensors", "README.md"
 CODES, SCALE = ".weight.codes", ".weight.scale"
+SAME_TOP1 = 0.005
+"""Scores that differ by more than this come from another network; the number of threads can move a last bit."""
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
@@ -64,7 +68,7 @@ def write_export(
         budget: whose limits it meets.
         validation, test: its scores; they go into policy.json.
     Raises:
-        InputError: if the folder is not free.
+        InputError: if the folder is not free or cannot be written.
         RuntimeError: if the model that is read back computes anything else.
     """
     folder = Path(folder)
@@ -78,7 +82,8 @@ def write_export(
         document["weights_sha256"] = _checksum(draft / WEIGHTS)
         (draft / POLICY).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         (draft / README).write_text(_readme(document, folder.name), encoding="utf-8")
-        loaded = load_compressed(draft)
+        # The user's own configuration named the factory: here it needs no check.
+        loaded = load_compressed(draft, lambda **arguments: build_model(problem.config.model.factory, arguments))
         images = problem.assembler.images[:16]
         with torch.inference_mode():
             if not torch.equal(loaded(images), network(images)):
@@ -90,12 +95,19 @@ def write_export(
     return loaded
 
 
-def export_point(folder: str | Path, problem: Problem, budget: str, point: Mapping[str, Any]) -> Evaluation:
-    """Write the export of a point in front.json; return its test score.
+def export_point(folder: str | Path, problem: Problem, document: Mapping[str, Any], budget: str) -> Evaluation:
+    """Write the export of a budget's winner; return its test score.
 
+    Args:
+        folder: must not exist, or be empty.
+        problem: the search, built again from the run's configuration.
+        document: the run's front.json.
+        budget: name of the budget.
     Raises:
-        InputError: if the folder is not free, or model, data or code are no longer what the run was made with.
+        InputError: if nothing fits the budget, the folder is not free, or model, data or code are no longer what the
+            run was made with.
     """
+    point = winner(document, budget)
     policy = policy_of(point)
     costs = problem.space.policy_costs(policy)
     if costs != point["costs"]:
@@ -103,19 +115,40 @@ def export_point(folder: str | Path, problem: Problem, budget: str, point: Mappi
             f"The run was made with another model: its policy cost {point['costs']}, now it costs {costs}. "
             "Restore the model's code and weights, or search again."
         )
+    _check_same("validation top-1 of the dense model", document["dense"]["top1"], problem.dense.top1)
     validation = Evaluation(point["top1"], costs, "proxy", point["images"])
     images, labels = problem.data.tensors(problem.data.test)
     score = top1(problem.assembler.assemble(policy), images, labels)
+    for tested in document["final"]["points"]:
+        if tested["evaluation"] == point["evaluation"]:
+            _check_same("test top-1 of the exported policy", tested["top1"], score)
     test = Evaluation(score, costs, "final", len(labels))
     limits = next(entry for entry in problem.budgets if entry.name == budget)
     write_export(folder, problem, policy, limits, validation, test)
     return test
 
 
+def _check_same(score: str, recorded: float, found: float) -> None:
+    # Not exactly equal: the number of threads changes the order of float sums, and with it now and then an answer.
+    if abs(found - recorded) > SAME_TOP1:
+        raise InputError(
+            f"The {score} was {100 * recorded:.2f} % in the run and is {100 * found:.2f} % now: weights, data or code "
+            "have changed. Restore the weights, data and versions of the run, or search again."
+        )
+
+
 def check_free(folder: Path) -> None:
-    """Raise InputError unless an export can be written to `folder`."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"The export folder {folder} exists already. Remove it, or choose another with --output.")
+    """Raise InputError unless an export can be written to `folder`; leaves nothing behind."""
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"The export folder {folder} exists already. Remove it, or choose another with --output.")
+        parent = next(parent for parent in folder.absolute().parents if parent.exists())
+        with TemporaryDirectory(dir=parent):  # only trying tells: permissions, read-only disks, files in the way
+            pass
+    except OSError as error:
+        raise InputError(
+            f"The export folder {folder} cannot be written: {error.strerror}. Choose another with --output."
+        ) from None
 
 
 def _packed_tensors(network: nn.Module) -> dict[str, Tensor]:
@@ -201,19 +234,26 @@ def _readme(document: Mapping[str, Any], name: str) -> str:
     )
     mean, std = ([round(value, 6) for value in document["normalization"][key]] for key in ("mean", "std"))
     shape = ", ".join(map(str, document["model"]["input"]))
-    return f"""# {document["model"]["factory"]}, compressed for the budget "{document["budget"]["name"]}"
+    factory = document["model"]["factory"]
+    imported, override = "", ""
+    if not is_model_factory(find_factory(factory)[0]):
+        module, _, function = factory.partition(":")
+        imported, override = f"\nfrom {module} import {function}", f", factory={function}"
+    return f"""# {factory}, compressed for the budget "{document["budget"]["name"]}"
 
 ```python
 import torch
-from search.export import load_compressed  # of the package secateur
+from search.export import load_compressed  # of the package secateur{imported}
 
-model = load_compressed("{name}")  # this folder; a torch.nn.Module in eval mode
+model = load_compressed("{name}"{override})  # this folder; a torch.nn.Module in eval mode
 mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in ({mean}, {std}))
 logits = model((pixels.float() / 255 - mean) / std)  # pixels: (N, {shape}) uint8
 ```
 
 {costs}
 {lines}
+
+Loading imports the module of `{factory}` and calls it: its code runs. Load exports of people you trust only.
 
 {document["note"]}
 """
@@ -228,30 +268,27 @@ def read_export(folder: str | Path) -> dict[str, Any]:
     Raises:
         InputError: if the folder is no export, or the file is damaged.
     """
-    path = Path(folder) / POLICY
-    if not path.is_file():
-        raise InputError(f"{folder} is not an export: it has no {POLICY}.")
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        schema = document["schema"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged: {type(error).__name__}: {error}") from None
-    if schema != 1:
-        raise InputError(f"{path} has schema {schema}; this version reads schema 1.")
-    return document
+    return read_json(Path(folder) / POLICY, "an export")
 
 
-def load_compressed(folder: str | Path) -> nn.Module:
+def load_compressed(folder: str | Path, factory: Callable[..., nn.Module] | None = None) -> nn.Module:
     """Return the compressed model in an export folder, eval mode; its weights are those that were scored, bit for bit.
 
+    Loading imports the module of the factory that policy.json names, which runs that module's code, and calls the
+    factory if it looks like one of networks. With `factory` neither happens.
+
+    Args:
+        folder: of the export.
+        factory: called in place of the one that policy.json names, with the same arguments.
     Raises:
-        InputError: if the folder is no export, its files are damaged or were changed, or the model's code has changed.
+        InputError: if the folder is no export, its files are damaged or were changed, the model's code has changed, or
+            what policy.json names is no factory of networks.
     """
     folder = Path(folder)
     document = read_export(folder)
     try:
         packed = _read_weights(folder / WEIGHTS, document["weights_sha256"])
-        model = build_model(document["model"]["factory"], document["model"]["args"]).float().eval()
+        model = _build_dense(document["model"], factory).float().eval()
         _restore(model, packed, document["layers"])
         with torch.inference_mode():
             model(torch.zeros(1, *document["model"]["input"]))
@@ -260,6 +297,19 @@ def load_compressed(folder: str | Path) -> nn.Module:
     except Exception as error:  # a hand-edited file can break any step above in its own way
         raise InputError(f"{folder / POLICY} does not fit the model: {type(error).__name__}: {error}") from error
     return model
+
+
+def _build_dense(model: Mapping[str, Any], factory: Callable[..., nn.Module] | None) -> nn.Module:
+    """Return the network before compression; calls nothing that policy.json names unless it makes networks."""
+    if factory is not None:
+        return call_factory(factory, model["args"], model["factory"])
+    function, arguments = find_factory(model["factory"], model["args"])
+    if not is_model_factory(function):
+        raise InputError(
+            f"{POLICY} names `{model['factory']}`, which is no torch.nn.Module class and no function of a module with "
+            "one, so it was not called. If it makes the network, pass it: load_compressed(folder, factory=...)."
+        )
+    return call_factory(function, arguments, model["factory"])
 
 
 def _read_weights(path: Path, checksum: str) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ import numpy as np
 from agents.pareto import Archive, hypervolume
 from envs.core import Budget, CompressionPolicy, Episode, Evaluation, InputError
 from envs.rewards import constraints, reward_vector
+from search.run_folder import read_json
 
 if TYPE_CHECKING:
     from search.finalize import Finalist
@@ -179,7 +180,7 @@ def _scores(evaluation: Evaluation) -> dict[str, Any]:
 def write_front(run: Path, document: Mapping[str, Any]) -> None:
     """Replace front.json and front.csv of a run; a reader sees the old files or the new ones, never half of them."""
     _replace(run / FRONT_JSON, json.dumps(document, indent=1) + "\n")
-    _replace(run / FRONT_CSV, _csv(document))
+    _replace(run / FRONT_CSV, front_csv(document))
 
 
 def _replace(path: Path, text: str) -> None:
@@ -188,7 +189,7 @@ def _replace(path: Path, text: str) -> None:
     os.replace(draft, path)
 
 
-def _csv(document: Mapping[str, Any]) -> str:
+def front_csv(document: Mapping[str, Any]) -> str:
     """Return one row per policy: when it was found, what it fits, validation and test score apart, its choices."""
     tested = {point["evaluation"]: point["top1"] for point in document["final"]["points"]}
     on_front = set(document["front"])
@@ -218,22 +219,32 @@ def read_front(run: str | Path) -> dict[str, Any]:
     Raises:
         InputError: if the folder is no run, or the file is damaged.
     """
-    path = Path(run) / FRONT_JSON
-    if not path.is_file():
-        raise InputError(f"{run} is not a run: it has no {FRONT_JSON}.")
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        if document["schema"] != 1:
-            raise InputError(f"{path} has schema {document['schema']}; this version reads schema 1.")
-        return document
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+    return read_json(Path(run) / FRONT_JSON, "a run")
 
 
 def check_budget(document: Mapping[str, Any], budget: str) -> None:
     """Raise InputError unless the run has this budget."""
     if budget not in document["budgets"]:
         raise InputError(f"There is no budget `{budget}`; the run has {', '.join(document['budgets'])}.")
+
+
+def only_budget(document: Mapping[str, Any], budget: str) -> dict[str, Any]:
+    """Return the document with the front and the finalists of one budget; counts and hypervolume stay the whole run's.
+
+    Raises:
+        InputError: if there is no such budget.
+    """
+    check_budget(document, budget)
+    front = document["budgets"][budget]["front"]
+    tested = [point for point in document["final"]["points"] if point["budget"] == budget]
+    shown = {*front, *(point["evaluation"] for point in tested)}
+    return {
+        **document,
+        "budgets": {budget: document["budgets"][budget]},
+        "front": front,
+        "points": [point for point in document["points"] if point["evaluation"] in shown],
+        "final": {**document["final"], "points": tested},
+    }
 
 
 def winner(document: Mapping[str, Any], budget: str) -> dict[str, Any]:

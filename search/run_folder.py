@@ -72,16 +72,31 @@ def load_manifest(run: str | Path) -> tuple[SearchConfig, dict[str, Any]]:
         InputError: if the folder is no run, or the manifest is damaged.
     """
     path = Path(run) / MANIFEST
+    manifest = read_json(path, "a run")
+    if "config" not in manifest:
+        raise InputError(f"{path} is damaged: it has no `config`.")
+    return parse_config(manifest["config"], str(path)), manifest
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """Return the content of a JSON file of ours.
+
+    Args:
+        path: of the file.
+        what: the folder around it should be, for the error: "a run".
+    Raises:
+        InputError: if there is no such file, it is damaged, or another version wrote it.
+    """
     if not path.is_file():
-        raise InputError(f"{run} is not a run: it has no {MANIFEST}.")
+        raise InputError(f"{path.parent} is not {what}: it has no {path.name}.")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["schema"] != 1:
-            raise InputError(f"{path} has schema {manifest['schema']}; this version reads schema 1.")
-        values = manifest["config"]
+        document = json.loads(path.read_text(encoding="utf-8"))
+        schema = document["schema"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged: {type(error).__name__}: {error}") from None
-    return parse_config(values, str(path)), manifest
+    if schema != 1:
+        raise InputError(f"{path} has schema {schema}; this version reads schema 1.")
+    return document
 
 
 def _version(package: str) -> str | None:

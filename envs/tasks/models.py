@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import inspect
 import pickle
+import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -65,7 +66,11 @@ def load_model(
 
 def build_model(factory: str, factory_args: Mapping[str, object] | None = None) -> nn.Module:
     """Return what the factory builds, with its own initialisation."""
-    function, arguments = _find_factory(factory, dict(factory_args or {}))
+    return call_factory(*find_factory(factory, factory_args), factory)
+
+
+def call_factory(function: Callable[..., object], arguments: Mapping[str, object], factory: str) -> nn.Module:
+    """Return what `function` builds; `factory` is its name in errors."""
     try:
         model = function(**arguments)
     except Exception as error:  # the user's factory runs arbitrary code
@@ -94,7 +99,11 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     model.load_state_dict(tensors, strict=False)  # names and shapes are checked above, with better words
 
 
-def _find_factory(factory: str, arguments: dict[str, object]):
+def find_factory(
+    factory: str, factory_args: Mapping[str, object] | None = None
+) -> tuple[Callable[..., object], dict[str, object]]:
+    """Return what `factory` names, not yet called, and the arguments to call it with."""
+    arguments = dict(factory_args or {})
     if not factory.startswith("torchvision:"):
         _, function = import_object(factory, "model.factory")
         return function, arguments
@@ -108,6 +117,22 @@ def _find_factory(factory: str, arguments: dict[str, object]):
     if name in ("googlenet", "inception_v3"):
         arguments = {"init_weights": True, **arguments}  # says what they would otherwise warn about
     return function, {"weights": None, **arguments}
+
+
+def is_model_factory(function: object) -> bool:
+    """Whether it is a class of modules, or a function from a module that holds one or belongs to torchvision's models.
+
+    Names in files that come from others are called only then: `os:system` can be named as well as a network.
+    """
+    if isinstance(function, type):
+        return issubclass(function, nn.Module)
+    if not inspect.isfunction(function):
+        return False
+    home = function.__module__
+    known = list(vars(sys.modules[home]).values()) if home in sys.modules else []
+    return home.startswith("torchvision.models.") or any(
+        isinstance(value, type) and issubclass(value, nn.Module) for value in known
+    )
 
 
 def _train(factory: str, model: nn.Module, data: TaskData | None, progress: Progress | None) -> Path:
@@ -144,12 +169,17 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
             break
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+    if not isinstance(content, Mapping) or not content or not all(map(_is_named_tensor, content.items())):
         raise InputError(
             f"`model.weights: {path}` must hold a state dict (tensors by name), optionally under one of "
             f"{', '.join(NESTING_KEYS)}. Save it with torch.save(model.state_dict(), path)."
         )
     return dict(content)
+
+
+def _is_named_tensor(entry: tuple[object, object]) -> bool:
+    name, tensor = entry
+    return isinstance(name, str) and isinstance(tensor, Tensor)
 
 
 def _is_bare_pickle(path: Path) -> bool:

@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
+from envs.tasks import synthetic
+from envs.tasks.models import load_model
 from search.cli import app
 from search.config import load_config
 
@@ -103,6 +106,46 @@ print(top1(load_compressed("runs/small-1/exports/watch"), *data.tensors(data.tes
     assert again.exit_code == 2 and "exists already" in again.stderr
 
 
+def test_front_of_one_budget_holds_nothing_of_the_others():
+    document = json.loads(secateur("front", "runs/small-1", "--format", "json", "--budget", "watch").stdout)
+    assert list(document["budgets"]) == ["watch"]
+    assert {point["budget"] for point in document["final"]["points"]} == {"watch"}
+    assert document["points"] and all("watch" in point["fits"] for point in document["points"])
+    rows = secateur("front", "runs/small-1", "--format", "csv", "--budget", "watch").stdout.splitlines()
+    assert len(rows) == 1 + len(document["points"])
+    whole = secateur("front", "runs/small-1", "--format", "csv").stdout
+    assert whole == Path("runs/small-1/front.csv").read_text()
+
+
+def test_an_export_is_refused_after_the_weights_were_swapped(folder):
+    data = synthetic.load(validation=256, train="rest")
+    trained = load_model(CONFIG["model"]["factory"], "trained", data=data)
+    torch.save(trained.state_dict(), "net.pth")
+    changes = ("--set", "model.weights=net.pth", "--set", "output.root=swapped")
+    assert secateur("search", write(folder), *changes).exit_code == 0
+    run = Path("swapped/small-1")
+    before = sorted(run.rglob("*"))
+    command = ("export", run, "--budget", "phone")
+
+    torch.save(load_model(CONFIG["model"]["factory"]).state_dict(), "net.pth")
+    swapped = secateur(*command)
+    assert swapped.exit_code == 2 and "validation top-1 of the dense model was" in swapped.stderr
+    assert sorted(run.rglob("*")) == before
+
+    torch.save(trained.state_dict(), "net.pth")
+    text = (run / "front.json").read_text()
+    document = json.loads(text)
+    for point in document["final"]["points"]:
+        point["top1"] -= 0.02
+    (run / "front.json").write_text(json.dumps(document))
+    tested = secateur(*command)
+    assert tested.exit_code == 2 and "test top-1 of the exported policy was" in tested.stderr
+    assert sorted(run.rglob("*")) == before
+
+    (run / "front.json").write_text(text)
+    assert secateur(*command).exit_code == 0
+
+
 def test_inspect_shows_groups_and_budgets(folder):
     done = secateur("inspect", "small.yaml")
     assert done.exit_code == 0, done.output
@@ -134,6 +177,8 @@ def test_an_impossible_budget_is_refused_before_anything_is_written(folder):
         (["front", "runs/small-1", "--budget", "fone"], "There is no budget `fone`"),
         (["export", "runs/small-1", "--budget", "fone"], "There is no budget `fone`"),
         (["export", "runs", "--budget", "phone"], "is not a run"),
+        (["export", "runs/small-1", "--budget", "phone", "--output", "small.yaml/x"], "cannot be written"),
+        (["support", "alexnet", "--output", "missing/SUPPORT.md"], "cannot be written"),
     ],
 )
 def test_mistakes_are_one_sentence_and_exit_code_2(folder, arguments, message):

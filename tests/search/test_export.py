@@ -19,7 +19,7 @@ from envs.quantization.quantizers import QUANTIZERS
 from envs.recovery import RECOVERIES
 from envs.tasks import synthetic
 from envs.tasks.models import load_model
-from search.export import POLICY, README, WEIGHTS, load_compressed, read_export, write_export
+from search.export import POLICY, README, WEIGHTS, check_free, load_compressed, read_export, write_export
 
 FACTORY = "envs.tasks.synthetic:synthetic_net"
 BUDGET = Budget("phone", {"macs": 1e5}, top1_drop=0.02)
@@ -133,8 +133,24 @@ def test_an_existing_folder_is_left_alone(folder, problem, policy):
     write_export(folder.parent / "empty", problem, policy, BUDGET, VALIDATION)
 
 
+def test_a_place_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file" / "x", tmp_path / "file" / "x" / "y", tmp_path / ("x" * 300)):
+        with pytest.raises(InputError, match="cannot be written: .*--output"):
+            check_free(place)
+    check_free(tmp_path / "new" / "folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+    def refuse(path, mode=0o777):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr("os.mkdir", refuse)  # root may write everywhere, so file modes are no test
+    with pytest.raises(InputError, match="cannot be written: Permission denied"):
+        check_free(tmp_path / "new")
+
+
 def test_a_failure_leaves_nothing_behind(tmp_path, problem, policy, monkeypatch):
-    monkeypatch.setattr("search.export.load_compressed", lambda folder: load_model(FACTORY))
+    monkeypatch.setattr("search.export.load_compressed", lambda folder, factory: load_model(FACTORY))
     with pytest.raises(RuntimeError, match="computes something else"):
         write_export(tmp_path / "phone", problem, policy, BUDGET, VALIDATION)
     assert list(tmp_path.iterdir()) == []
@@ -181,6 +197,31 @@ def test_a_hand_edited_policy_is_refused(folder, change):
     edit(folder, change)
     with pytest.raises(InputError):
         load_compressed(folder)
+
+
+def test_a_function_that_makes_no_network_is_never_called(folder):
+    mark = folder.parent / "executed"
+    edit(folder, lambda d: d["model"].update(factory="os:system", args={"command": f"touch {mark}"}))
+    with pytest.raises(InputError, match="`os:system`.* not called.*factory="):
+        load_compressed(folder)
+    assert not mark.exists()
+    assert isinstance(load_compressed(folder, lambda command: load_model(FACTORY)), torch.nn.Module)
+
+
+def test_a_factory_that_does_not_look_like_one_is_named_in_the_readme(tmp_path, problem, policy, monkeypatch):
+    (tmp_path / "plain_factory.py").write_text(
+        "def net():\n    from envs.tasks.synthetic import synthetic_net\n\n    return synthetic_net()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    model = SimpleNamespace(factory="plain_factory:net", args={}, input=(3, 8, 8))
+    monkeypatch.setattr(problem.config, "model", model)
+    write_export(tmp_path / "phone", problem, policy, BUDGET, VALIDATION)
+    with pytest.raises(InputError, match="was not called"):
+        load_compressed("phone")
+    code = (tmp_path / "phone" / README).read_text().split("```python\n")[1].split("```")[0]
+    exec(code, scope := {"pixels": torch.zeros(2, 3, 8, 8, dtype=torch.uint8)})
+    assert scope["logits"].shape == (2, synthetic.NUM_CLASSES)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "\x00"])

@@ -13,7 +13,7 @@ import pytest
 from envs.core import Budget, CompressionPolicy, Episode, Evaluation, InputError
 from envs.policy_space import Decision
 from envs.rewards import constraints
-from search.front import FRONT_CSV, FRONT_JSON, Front, policy_of, read_front, winner, write_front
+from search.front import FRONT_CSV, FRONT_JSON, Front, front_csv, only_budget, policy_of, read_front, winner, write_front
 from search.study import StudyRecorder, limited_quantities, load_study
 
 DENSE = Evaluation(0.9, {"macs": 100.0, "weight_bytes": 400.0}, images=500)
@@ -91,7 +91,7 @@ def test_failed_and_unscored_episodes_are_failed_trials(recorder, tmp_path):
 
 
 def test_the_dashboard_shows_the_constraints(recorder, tmp_path):
-    serializer = pytest.importorskip("optuna_dashboard._serializer")
+    from optuna_dashboard import _serializer as serializer
     recorder.record(0, "random", episode(70, 0.75, 60.0, 300.0, WATCH))
     study = load_study(tmp_path)
     shown = serializer.serialize_frozen_trial(study._study_id, study.trials[0], {})
@@ -197,6 +197,31 @@ def test_the_winner_is_the_best_on_validation():
     empty = Front(OBJECTIVES, (PHONE,), DENSE, num_classes=10).document(SPACE.describe)
     with pytest.raises(InputError, match="Nothing in 0 evaluations fits"):
         winner(empty, "phone")
+
+
+def test_one_budget_keeps_its_front_and_its_finalists():
+    front, _ = small_front()
+    final = Evaluation(0.7, {"macs": 60.0, "weight_bytes": 150.0}, "final")
+    dominated = CompressionPolicy((46,), (8,), (32,))  # on no front, but a finalist
+    finalists = [
+        SimpleNamespace(budget="phone", policy=dominated, final=final),
+        SimpleNamespace(budget="watch", policy=front.of("watch")[0].policy, final=final),
+    ]
+    whole = front.document(SPACE.describe, finalists, DENSE)
+    document = only_budget(whole, "phone")
+    assert list(document["budgets"]) == ["phone"] and document["front"] == [0, 2]
+    assert [point["evaluation"] for point in document["points"]] == [0, 2, 3]
+    assert [point["evaluation"] for point in document["final"]["points"]] == [3]
+    assert document["final"]["dense"] == whole["final"]["dense"] and len(whole["points"]) == 4
+    assert winner(document, "phone") == winner(whole, "phone")
+    rows = list(csv.DictReader(front_csv(document).splitlines()))
+    assert [(row["evaluation"], row["on_front"], row["test_top1"]) for row in rows] == [
+        ("0", "True", ""),
+        ("2", "True", ""),
+        ("3", "False", "0.7"),
+    ]
+    with pytest.raises(InputError, match="There is no budget `fone`"):
+        only_budget(whole, "fone")
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"schema": 2}', "[1]", "{}"])

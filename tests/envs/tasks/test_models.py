@@ -10,7 +10,7 @@ from torch import nn
 
 from envs.core import InputError
 from envs.tasks import synthetic
-from envs.tasks.models import load_model
+from envs.tasks.models import find_factory, is_model_factory, load_model
 
 FACTORY = "envs.tasks.cifar_resnet:resnet20"
 
@@ -91,6 +91,7 @@ def save_state(path, change):
         (lambda state: state.update({"linear.bias": torch.zeros(3)}), "`linear.bias`: file (3,), model (10,)"),
         (lambda state: state["conv1.weight"].fill_(float("nan")), "`conv1.weight` holds NaN"),
         (lambda state: state.update(epoch=3), "must hold a state dict"),
+        (lambda state: state.update({0: torch.zeros(3)}), "must hold a state dict (tensors by name)"),
     ],
 )
 def test_other_tensors_are_named(change, words, tmp_path):
@@ -147,6 +148,24 @@ def test_factory_errors_are_one_sentence(factory, arguments, words, monkeypatch)
     with pytest.raises(InputError) as error:
         load_model(factory, factory_args=arguments)
     assert words in str(error.value) and "model.factory" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("factory", "expected"),
+    [
+        (FACTORY, True),
+        ("envs.tasks.synthetic:SyntheticNet", True),
+        ("torchvision:squeezenet1_0", True),
+        ("torch.nn:Linear", True),
+        ("os:system", False),
+        ("shutil:rmtree", False),
+        ("subprocess:Popen", False),
+        ("torch:load", False),
+        ("torch.hub:load", False),
+    ],
+)
+def test_only_what_makes_networks_is_a_model_factory(factory, expected):
+    assert is_model_factory(find_factory(factory)[0]) is expected
 
 
 def test_missing_weights_file_is_named():
