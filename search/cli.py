@@ -278,7 +278,7 @@ def support(
     models: Annotated[list[str] | None, typer.Argument(help="torchvision classifiers; default: all.")] = None,
     output: Annotated[Path, typer.Option(help="Table to write; rows of other models are kept.")] = Path("SUPPORT.md"),
 ) -> None:
-    """Analyse, slice, compare and train torchvision's classifiers, and rewrite the support matrix. All take a quarter of an hour."""
+    """Analyse, slice, compare and train torchvision's classifiers, and rewrite the support matrix. All take 15 minutes."""
     existed = output.exists()
     try:
         output.open("a", encoding="utf-8").close()  # only trying tells whether the result can be written

@@ -1,7 +1,7 @@
 """The support matrix: every torchvision classifier is analysed, sliced, compared and trained one step; see SUPPORT.md.
 
-`secateur support` checks all 63 classifiers with up to 100 M parameters and four larger ones, `secateur support NAME ...`
-only some, replacing just their rows.
+`secateur support` checks the 63 classifiers with at most 100 M parameters and 4 larger ones, 67 in all;
+`secateur support NAME ...` checks only some, replacing just their rows.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ from envs.model_graph import ModelGraph, analyze
 from envs.pruning.slicing import masked_model, slice_model
 
 PARAMETER_LIMIT = 100_000_000
+"""All 63 classifiers with at most this many parameters are checked, ..."""
 LARGER = ("vgg16", "regnet_x_32gf", "regnet_y_32gf", "regnet_y_128gf")
-"""Classifiers above the limit that are checked all the same."""
+"""... and these 4 above the limit."""
 PRUNE_RATIO = 0.3
 EXACT = 1e-4
 """Largest accepted difference between sliced and masked network, relative to the largest output (float32)."""
 
 _HEADER = """# Supported models
 
-Every torchvision classifier with up to 100 M parameters, and some larger ones, with random weights, random batch-norm
-statistics and at the input size of its published weights. For each: analysis, 30 % of the units of *every* group
+All 63 torchvision classifiers with at most 100 M parameters and 4 larger ones, 67 in all, with random weights, random
+batch-norm statistics and at the input size of the published weights. For each: analysis, 30 % of the units of *every* group
 removed, the sliced network compared with the full one whose same entries are zero, its parameter count compared with
 the predicted one, and one training step (forward, backward) of the sliced network.
 
@@ -242,4 +243,3 @@ def _write(rows: Sequence[SupportRow], output: Path) -> None:
     table = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS), *(lines[key] for key in sorted(lines))]
     passed = sum(line.split("|")[2].strip() == "ok" for line in lines.values())
     output.write_text(_HEADER + f"{passed} of {len(lines)} models pass.\n\n" + "\n".join(table) + "\n")
-

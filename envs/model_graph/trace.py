@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import operator
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -56,7 +57,8 @@ class Trace:
         tensor_shapes: the shape of each of these tensors, by name.
         parameters: names among them that are parameters.
         layers: the convolutions and linear layers, by first call.
-        batch_norms: batch norm node -> module path, for the `nn.BatchNorm` modules that are called once.
+        batch_norms: batch norm node -> module path, for the `nn.BatchNorm` modules that are called once and sit in one
+            place, so that they can be replaced there.
     """
 
     nodes: tuple[Node, ...]
@@ -217,11 +219,11 @@ def _layer(weight: str, nodes: tuple[Node, ...], tensors: Mapping[Node, str], mo
     size = shape_of(given["weight"])
     groups = 1 if linear else given["groups"]
     axes = (1, 0) if transposed else (0, 1)  # of the output and the input channels
-    owners = {_calling_module(call) for call in nodes}
-    owner = model.get_submodule(_calling_module(node) or "")
+    owners = {model.get_submodule(_calling_module(call) or "") for call in nodes}
     # A module may be registered under several names; the one that its weight goes by is the layer's.
     home, _, attribute = weight.rpartition(".")
-    owned = len(owners) == 1 and attribute == "weight" and model.get_submodule(home) is owner
+    owner = model.get_submodule(home)
+    owned = owners == {owner} and attribute == "weight"
     bias = tensors.get(given["bias"])
     positions, calls = _positions(nodes, linear, transposed)
     shape = LayerShape(
@@ -268,10 +270,12 @@ def _repeated(values: Sequence[int], count: int) -> list[int]:
 
 
 def _batch_norms(nodes: Sequence[Node], model: nn.Module) -> dict[Node, str]:
-    calls: dict[str, list[Node]] = {}
+    calls: dict[nn.Module, list[Node]] = {}
     for node in nodes:
         if op_name(node) == "batch_norm":
-            path = _calling_module(node)
-            if path and isinstance(model.get_submodule(path), nn.modules.batchnorm._BatchNorm):
-                calls.setdefault(path, []).append(node)
-    return {found[0]: path for path, found in calls.items() if len(found) == 1}
+            module = model.get_submodule(_calling_module(node) or "")
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                calls.setdefault(module, []).append(node)
+    paths = {module: path for path, module in model.named_modules()}
+    places = Counter(child for parent in model.modules() for child in parent._modules.values())
+    return {found[0]: paths[norm] for norm, found in calls.items() if len(found) == places[norm] == 1}

@@ -194,6 +194,7 @@ def test_the_model_is_left_alone_and_the_plan_travels():
         ("...ij,...jk->...ik", [(2, 7, 3, 4), (2, 7, 4, 5)], 2 * 7 * 3 * 4 * 5),
         ("b...j,jk->b...k", [(2, 7, 6, 4), (4, 5)], 2 * 7 * 6 * 4 * 5),
         ("...ij,...jk->...ik", [(7, 3, 4), (1, 4, 5)], 7 * 3 * 4 * 5),
+        ("...ij,...ik->...jk", [(8, 16, 16), (8, 16, 16)], 32_768),
     ],
 )
 def test_products_of_einsum_are_counted(equation, shapes, macs):

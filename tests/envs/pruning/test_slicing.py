@@ -13,6 +13,7 @@ from cost_models.core import InputError
 from envs.model_graph import analyze, fold_batch_norms
 from envs.policy_space import PolicySpace, SpaceConfig
 from envs.pruning.slicing import masked_model, resize_model, slice_model
+from envs.recovery.least_squares import LeastSquares
 from search.support import randomize
 
 
@@ -185,16 +186,18 @@ class Tokens(nn.Module):
 
 
 class Renamed(nn.Module):
-    """Modules that are registered twice and run under their second name."""
+    """Modules that are registered twice and run under their second name, `twice` under both."""
 
     def __init__(self):
         super().__init__()
-        self.conv, self.norm = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
-        self.stem = nn.Sequential(self.conv, self.norm)
-        self.linear = nn.Linear(6, 5)
+        self.conv, self.norm, self.twice = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 1)
+        self.stem = nn.Sequential(self.conv, self.norm, nn.ReLU(), self.twice)
+        self.block = conv(6, 7)
+        self.last = nn.Sequential(self.block)
+        self.linear = nn.Linear(7, 5)
 
     def forward(self, x):
-        return self.linear(self.stem(x).relu().mean((2, 3)))
+        return self.linear(self.last(self.twice(self.stem(x)).relu()).mean((2, 3)))
 
 
 NETWORKS = [
@@ -379,8 +382,30 @@ def _check_slices(model, size):
 def test_layers_go_by_the_names_of_their_weights():
     model = randomized(Renamed())
     graph = analyze(model, images(model))
-    assert [layer.name for layer in graph.geometry.layers] == ["conv", "linear"]
-    assert PolicySpace(graph, SpaceConfig()).decisions[0].name == "prune_ratio/conv"
+    names = [layer.name for layer in graph.geometry.layers]
+    assert names == ["conv", "twice", "block.0", "linear"] and all(layer.quantizable for layer in graph.geometry.layers)
+    assert {f"{name}.weight" for name in names} <= {s.tensor for group in graph.groups for s in group.slices}
+    space = PolicySpace(graph, SpaceConfig())
+    assert [d.name for d in space.decisions] == ["prune_ratio/conv", "prune_ratio/block.0"]
+
+
+def test_a_batch_norm_in_two_places_is_not_folded_and_one_in_a_shared_block_is():
+    model = randomized(Renamed())
+    graph = analyze(model, images(model))
+    assert graph.batch_norms == (("block.0", "block.1"),)
     expected = model(*images(model))
     fold_batch_norms(model, graph)
-    assert torch.allclose(model(*images(model)), expected) and isinstance(model.stem[1], nn.Identity)
+    torch.testing.assert_close(model(*images(model)), expected)
+    assert isinstance(model.last[0][1], nn.Identity)
+
+
+def test_least_squares_finds_the_layers_that_have_two_names():
+    model = randomized(Renamed()).float()
+    inputs = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    graph = analyze(model, (inputs,))
+    kept, recovery = some_units(graph), LeastSquares()
+    network = slice_model(model, graph, kept)
+    before = network.block[0].weight.clone()
+    with torch.no_grad():
+        recovery.apply(network, model, graph, kept, recovery.prepare(model, graph, inputs), inputs)
+    assert not torch.equal(network.last[0][0].weight, before)

@@ -162,6 +162,7 @@ def test_factory_errors_are_one_sentence(factory, arguments, words, monkeypatch)
         ("subprocess:Popen", False),
         ("torch:load", False),
         ("torch.hub:load", False),
+        ("torch.export:load", False),
     ],
 )
 def test_only_what_makes_networks_is_a_model_factory(factory, expected):
