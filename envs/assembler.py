@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import nn
 
 from cost_models.core import FLOAT_BITS
+from envs.calibration.core import Calibration
+from envs.candidate import Candidate
 from envs.core import CompressionPolicy
 from envs.model_graph.plan import ModelGraph
-from envs.pruning.slicing import slice_model
-from envs.quantization.fake_quantize import quantize_model
+from envs.piece_cache import PieceCache
+from envs.pruning.slicing import Slicer
+from envs.quantization.quantizers.core import Quantizer
+from envs.recovery.core import Recovery
 
 
 @dataclass(frozen=True)
@@ -25,19 +29,30 @@ class Assembler:
         model: the dense network, eval mode.
         graph: its plan.
         scores: importance of every unit, one array (units,) per group; the largest are kept.
-        ranges: calibrated (low, high) of each quantizable layer's input.
         quantizer: plug-in of envs/quantization/quantizers.
-        recoveries: (plug-in of envs/recovery, what its `prepare` returned) pairs, applied in this order.
-        images: normalised calibration images, (N, C, H, W) float32.
+        recoveries: plug-ins of envs/recovery, applied in this order.
+        calibration: statistics of every layer's input; None if nothing needs images.
+        images: normalised calibration images, (N, C, H, W) float32; None likewise.
+        cache: pieces that candidates have in common; every process fills its own.
+        dtype: number format in which recoveries may run images; see `Candidate`.
     """
 
     model: nn.Module
     graph: ModelGraph
     scores: tuple[np.ndarray, ...]
-    ranges: Mapping[str, tuple[float, float]]
-    quantizer: Any
-    recoveries: Sequence[tuple[Any, Any]]
-    images: torch.Tensor
+    quantizer: Quantizer
+    recoveries: Sequence[Recovery]
+    calibration: Calibration | None = None
+    images: torch.Tensor | None = None
+    cache: PieceCache = field(default_factory=PieceCache)
+    dtype: torch.dtype = torch.float32
+
+    @cached_property
+    def _slicer(self) -> Slicer:
+        return Slicer(self.model, self.graph)
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_slicer"}
 
     def kept(self, policy: CompressionPolicy) -> list[np.ndarray]:
         """Return the kept unit indices of every group, sorted; ties go to the lower index."""
@@ -51,19 +66,40 @@ class Assembler:
         layers = zip(self.graph.geometry.layers, policy.weight_bits, policy.activation_bits, strict=True)
         return {layer.name: (weight, act) for layer, weight, act in layers if min(weight, act) < FLOAT_BITS}
 
+    def candidate(self, policy: CompressionPolicy) -> Candidate:
+        """Return the policy's sliced network, nothing quantized or repaired."""
+        kept = self.kept(policy)
+        network, positions = self._slicer.slice(kept)
+        return Candidate(
+            network,
+            self.model,
+            self.graph,
+            kept,
+            self.layer_bits(policy),
+            self.quantizer,
+            self.calibration,
+            self.images,
+            self.cache,
+            positions,
+            self.dtype,
+        )
+
     def assemble(self, policy: CompressionPolicy) -> nn.Module:
         """Return the compressed network, float32, eval mode, batch norms in place, quantization simulated.
 
-        Order: slice; quantize weights and activations; recover in the configured order. A recovery that rewrites weights is
-        marked `before_quantization` and runs between the two, so that nothing it writes leaves the grid.
+        Order: slice; inputs on their grids; recoveries that rewrite weights; weights on their grids; the other recoveries.
+        So nothing that a recovery writes leaves the grid, and the last ones see the whole error.
         """
-        kept = self.kept(policy)
-        network = slice_model(self.model, self.graph, kept)
-        before = [pair for pair in self.recoveries if pair[0].before_quantization]
-        after = [pair for pair in self.recoveries if not pair[0].before_quantization]
-        for recovery, prepared in before:
-            recovery.apply(network, self.model, self.graph, kept, prepared, self.images)
-        quantize_model(network, self.layer_bits(policy), self.ranges, self.quantizer)
-        for recovery, prepared in after:
-            recovery.apply(network, self.model, self.graph, kept, prepared, self.images)
-        return network.eval()
+        candidate = self.candidate(policy)
+        for _, step in self.steps():
+            step(candidate)
+        return candidate.network.eval()
+
+    def steps(self) -> list[tuple[str, Callable[[Candidate], None]]]:
+        """Return what happens to a sliced candidate, by name and in order."""
+        before, after = (
+            [(type(recovery).__name__, recovery.apply) for recovery in self.recoveries if recovery.after_quantization is late]
+            for late in (False, True)
+        )
+        inputs, weights = ("inputs on grids", Candidate.quantize_inputs), ("weights on grids", Candidate.quantize_weights)
+        return [inputs, *before, weights, *after]

@@ -37,9 +37,13 @@ class Evaluation:
     Attributes:
         top1: fraction of images classified right, in [0, 1].
         costs: value of every cost model, by name.
-        fidelity: "proxy" (validation split, used by the search) or "final" (test split). The two never share a front.
+        fidelity: "proxy" (validation split, used by the search), "validation" (the same after the finalists' recovery) or
+            "final" (test split, likewise). They never share a front.
         images: number of images behind `top1`.
         seconds: wall time of the evaluation.
+        stopped: whether the score is that of the first images only, because the policy was clearly worse than another one
+            (envs/racing.py). Such a policy is on no front.
+        right: which images were classified right, as packed bits in the evaluator's own order; None: not kept.
     """
 
     top1: float
@@ -47,6 +51,8 @@ class Evaluation:
     fidelity: str = "proxy"
     images: int = 0
     seconds: float = 0.0
+    stopped: bool = False
+    right: bytes | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,8 @@ class ActionSpace(Protocol):
     used: np.ndarray  # (num_steps, action_dim) bool
     objectives: tuple[str, ...]  # names of the reward's components; the first is "top1"
     dense_top1: float
+    unit_magnitudes: tuple[np.ndarray, ...]  # per group (units,): mean |w| of what produces each unit
+    producer_macs: np.ndarray  # (groups,) multiply-accumulates of the dense layer that produces a group; of several, the mean
 
     def execute(self, table: np.ndarray, budget: Budget) -> np.ndarray:
         """Return the table that the environment would execute: behind the wall of the budget, rounded to real levels."""
@@ -124,6 +132,10 @@ class ActionSpace(Protocol):
 
     def fit(self, table: np.ndarray, budget: Budget) -> np.ndarray:
         """Return the table bent, keeping its order, to the edge of the budget, then executed: as little compression as fits."""
+        ...
+
+    def with_prune_ratios(self, table: np.ndarray, ratios: np.ndarray) -> np.ndarray:
+        """Return the table with the levels nearest to these prune ratios, (groups,), wherever a prune ratio is chosen."""
         ...
 
     def decode(self, table: np.ndarray) -> CompressionPolicy:

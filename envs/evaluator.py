@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ from envs.assembler import Assembler
 from envs.core import CompressionPolicy, Evaluation
 from envs.model_graph.folding import fold_batch_norms
 from envs.model_graph.plan import ModelGraph
+from envs.number_format import convert_network, prepare_images
+from envs.quantization.fake_quantize import use_integer_inputs
+from envs.racing import LOOKS, Race, is_clearly_worse, pack
 
 PRECISION_TOLERANCE = 0.002
 """bfloat16 is used only while it moves the dense model's top-1 by at most this."""
@@ -57,12 +60,10 @@ def top1(network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> floa
 def prepare_network(network: nn.Module, graph: ModelGraph, dtype: torch.dtype) -> nn.Module:
     """Return the network (changed in place) with batch norms folded, channels last, in `dtype`."""
     fold_batch_norms(network, graph)
-    return network.to(dtype=dtype, memory_format=torch.channels_last)
-
-
-def prepare_images(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return the images in the layout that `prepare_network` expects."""
-    return images.to(dtype=dtype, memory_format=torch.channels_last if images.dim() == 4 else torch.preserve_format)
+    if dtype == torch.bfloat16:
+        use_integer_inputs(network)
+    convert_network(network, dtype)
+    return network
 
 
 def processor_has_bfloat16() -> bool:
@@ -105,11 +106,14 @@ def choose_precision(
 class Evaluator:
     """Scores policies on the validation split; never the same policy twice.
 
+    Images are run in a fixed random order, so that the first ones are a fair sample whatever order the data has.
+
     Args:
         assembler: turns a policy into a network.
         costs: returns the value of every cost model for a policy.
         images, labels: the validation split, normalised float32 (N, C, H, W) and (N,) int64.
         precision: number format of the forward passes.
+        race: stops policies that are clearly worse than known ones; None: every policy is scored on all images.
 
     Attributes:
         known: evaluations by policy; runners add what other workers found.
@@ -122,19 +126,38 @@ class Evaluator:
         images: torch.Tensor,
         labels: torch.Tensor,
         precision: Precision,
+        race: Race | None = None,
     ):
-        self.assembler, self.costs = assembler, costs
         self.dtype = precision.torch_dtype
-        self.images, self.labels = prepare_images(images, self.dtype), labels
+        self.assembler, self.costs, self.race = replace(assembler, dtype=self.dtype), costs, race
+        order = torch.from_numpy(np.random.default_rng(0).permutation(len(labels)))
+        self.batches = batches(prepare_images(images[order], self.dtype))
+        self.labels = labels[order].split([len(batch) for batch in self.batches])
         self.known: dict[CompressionPolicy, Evaluation] = {}
 
     def evaluate(self, policy: CompressionPolicy) -> Evaluation:
         """Return the policy's validation score and costs, from memory if it is known."""
         if policy not in self.known:
             start = time.perf_counter()
-            network = prepare_network(self.assembler.assemble(policy), self.assembler.graph, self.dtype)
-            score = top1(network, self.images, self.labels)
-            self.known[policy] = Evaluation(
-                score, dict(self.costs(policy)), "proxy", len(self.labels), time.perf_counter() - start
-            )
+            costs = dict(self.costs(policy))
+            right, stopped = self.score(self.network(policy), costs)
+            seconds, bits = time.perf_counter() - start, None if stopped else pack(right)
+            self.known[policy] = Evaluation(float(right.mean()), costs, "proxy", len(right), seconds, stopped, bits)
         return self.known[policy]
+
+    def network(self, policy: CompressionPolicy) -> nn.Module:
+        """Return the policy's network as it is scored."""
+        return prepare_network(self.assembler.assemble(policy), self.assembler.graph, self.dtype)
+
+    def score(self, network: nn.Module, costs: Mapping[str, float]) -> tuple[np.ndarray, bool]:
+        """Return which of the images that were run the network has right, (seen,) bool, and whether it was stopped."""
+        reference = None if self.race is None else self.race.reference(costs, self.known.values())
+        looks = {} if reference is None else {round(share * len(self.batches)) for share in LOOKS}
+        right: list[np.ndarray] = []
+        for batch, labels in zip(self.batches, self.labels, strict=True):
+            right.append((predict(network, batch) == labels).numpy())
+            if len(right) in looks and len(right) < len(self.batches):
+                seen = np.concatenate(right)
+                if is_clearly_worse(seen, reference):
+                    return seen, True
+        return np.concatenate(right), False

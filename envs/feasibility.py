@@ -27,6 +27,8 @@ class FeasibleSpace:
         objectives: names of the reward's components, "top1" first, then costs.
         dense_top1: top-1 of the untouched model on the validation split.
         observation_dim: of the environment that this space belongs to.
+
+    `unit_magnitudes` (see `ActionSpace`) are all alike until they are set: costs need no weights.
     """
 
     def __init__(
@@ -43,6 +45,11 @@ class FeasibleSpace:
         self.dense_top1 = dense_top1
         self.observation_dim = observation_dim
         self.num_steps, self.action_dim, self.used = space.num_steps, space.action_dim, space.used
+        geometry = space.geometry
+        self.unit_magnitudes = tuple(np.ones(units) for units in geometry.group_units)
+        macs = geometry.shapes().weights[0] * [layer.macs_per_weight for layer in geometry.layers]
+        produces = geometry.out_per_unit > 0
+        self.producer_macs = produces @ macs / np.maximum(produces.sum(axis=1), 1)
         self.dense_costs = {
             name: float(model.total(space.geometry.shapes())[0]) for name, model in self.cost_models.items()
         }
@@ -136,6 +143,14 @@ class FeasibleSpace:
             best = feasible[-1] if len(feasible) else 0
             low, high = exponents[best], exponents[min(best + 1, _BENDS - 1)]
         return self.space.table(self.walk(population[best], budget))
+
+    def with_prune_ratios(self, table: np.ndarray, ratios: np.ndarray) -> np.ndarray:
+        """Return the table with the levels nearest to these prune ratios, (groups,); see `ActionSpace`."""
+        levels = self.space.snap(table)
+        for index, decision in enumerate(self.space.decisions):
+            if decision.kind == "prune_ratio":
+                levels[index] = np.abs(np.array(decision.values) - ratios[decision.target]).argmin()
+        return self.space.table(levels)
 
     def decode(self, table: np.ndarray) -> CompressionPolicy:
         """Return the policy of an executed table."""

@@ -16,6 +16,7 @@ from agents import AGENTS
 from agents.core import Agent
 from cost_models import COST_MODELS
 from envs.assembler import Assembler
+from envs.calibration import CalibrationConfig, LayerPlan, cached_calibration, plan_calibration
 from envs.compression_env import CompressionEnv
 from envs.core import Budget, Evaluation, InputError
 from envs.evaluator import Evaluator, Precision, choose_precision, top1
@@ -24,13 +25,15 @@ from envs.model_graph import ModelGraph, analyze
 from envs.observation import observation_names
 from envs.policy_space import PolicySpace, SpaceConfig
 from envs.pruning.importance import IMPORTANCES
+from envs.pruning.importance.core import DenseModel, Importance
+from envs.pruning.importance.unit_slices import mean_over_producers
 from envs.pruning.slicing import slice_model
-from envs.quantization.calibration import calibrate_activations
-from envs.quantization.quantizers import QUANTIZERS
-from envs.recovery import RECOVERIES
+from envs.quantization.quantizers import QUANTIZERS, Quantizer
+from envs.racing import Race
+from envs.recovery import RECOVERIES, Recovery
 from envs.tasks.data import TaskData, load_data
 from envs.tasks.models import load_model
-from envs.tasks.training import Progress
+from envs.tasks.training import Progress, cache_directory
 from search.config import BudgetConfig, PluginEntry, SearchConfig
 from search.front import Front
 from search.local_runner import LocalRunner
@@ -50,6 +53,7 @@ class Problem:
         config: the resolved configuration.
         data: calibration, validation and test splits.
         assembler: turns policies into networks; holds the dense model and its graph.
+        finalist_assembler: the same with the recoveries of the finalists.
         space: the decisions behind the wall.
         budgets: satisfiable budgets with absolute limits.
         dense: float32 score and costs of the dense model on the validation split.
@@ -59,6 +63,7 @@ class Problem:
     config: SearchConfig
     data: TaskData
     assembler: Assembler
+    finalist_assembler: Assembler
     space: FeasibleSpace
     budgets: tuple[Budget, ...]
     dense: Evaluation
@@ -131,19 +136,12 @@ def build_problem(config: SearchConfig, say: Say = log.info) -> Problem:
     """
     data, model, graph = build_model_and_graph(config, say)
     space, budgets = build_space(config, graph, dense_top1=float("nan"))
+    space.unit_magnitudes = tuple(
+        mean_over_producers(model, group, lambda rows: rows.abs().mean(1)) for group in graph.groups
+    )
     for budget in budgets:
         space.check(budget)
-    say("calibrating")
-    images, labels = data.tensors(data.calibration)
-    rng = np.random.default_rng(config.search.seed)
-    importance = build_plugin(IMPORTANCES, config.importance)
-    scores = importance.scores(model, graph, images, labels, rng)
-    layers = space.space.activation_layers
-    ranges = calibrate_activations(model, layers, images) if layers else {}
-    recoveries = [build_plugin(RECOVERIES, entry) for entry in config.recovery]
-    prepared = [(recovery, recovery.prepare(model, graph, images)) for recovery in recoveries]
-    quantizer = build_plugin(QUANTIZERS, config.quantizer)
-    assembler = Assembler(model, graph, tuple(scores), ranges, quantizer, prepared, images)
+    assembler, finalist_assembler = build_assemblers(config, data, model, graph, say)
     say("scoring the dense model")
     images, labels = data.tensors(data.validation)
     everything = [np.arange(group.units) for group in graph.groups]
@@ -153,7 +151,79 @@ def build_problem(config: SearchConfig, say: Say = log.info) -> Problem:
         precision = Precision(config.search.precision, "chosen in the configuration")
     dense = Evaluation(top1(model, images, labels), space.dense_costs, "proxy", len(labels))
     space.dense_top1 = dense.top1
-    return Problem(config, replace(data, train=None), assembler, space, budgets, dense, precision)
+    return Problem(config, replace(data, train=None), assembler, finalist_assembler, space, budgets, dense, precision)
+
+
+def build_assemblers(
+    config: SearchConfig, data: TaskData, model: nn.Module, graph: ModelGraph, say: Say = log.info
+) -> tuple[Assembler, Assembler]:
+    """Return what turns policies into networks, for the search and for finalists.
+
+    The calibration pass runs only if anything in the configuration needs it.
+
+    Raises:
+        InputError: if something needs images and there are none.
+    """
+    plugins = _Plugins.of(config)
+    calibration = images = labels = None
+    if users := _image_users(config, plugins):
+        if data.calibration is None:
+            raise InputError(
+                f"`data.calibration` is 0, but calibration images are needed by {', '.join(users)}. "
+                "Set `data.calibration` to a number of images, or choose what needs none, such as the recovery `data_free`."
+            )
+        images, labels = data.tensors(data.calibration)
+        settings = build_options(CalibrationConfig, config.calibration)
+        calibration = cached_calibration(model, graph, images, settings, cache_directory() / "calibration", say)
+    say("ranking the channels")
+    rng = np.random.default_rng(config.search.seed)
+    scores = plugins.importance.scores(DenseModel(model, graph, calibration, images, labels, rng))
+    assembler = Assembler(model, graph, tuple(scores), plugins.quantizer, plugins.recoveries, calibration, images)
+    return assembler, replace(assembler, recoveries=plugins.finalist_recoveries)
+
+
+def planned_calibration(config: SearchConfig, model: nn.Module, graph: ModelGraph) -> dict[str, LayerPlan] | None:
+    """Return what the calibration would keep, by layer; None if nothing in the configuration needs one."""
+    if config.data.calibration == 0 or not _image_users(config, _Plugins.of(config)):
+        return None
+    return plan_calibration(model, graph, build_options(CalibrationConfig, config.calibration))
+
+
+@dataclass(frozen=True)
+class _Plugins:
+    """The plug-ins of `envs` that a configuration names."""
+
+    importance: Importance
+    quantizer: Quantizer
+    recoveries: list[Recovery]
+    finalist_recoveries: list[Recovery]
+
+    @classmethod
+    def of(cls, config: SearchConfig) -> _Plugins:
+        finalist_entries = config.recovery if config.finalize.recovery is None else config.finalize.recovery
+        return cls(
+            build_plugin(IMPORTANCES, config.importance),
+            build_plugin(QUANTIZERS, config.quantizer),
+            [build_plugin(RECOVERIES, entry) for entry in config.recovery],
+            [build_plugin(RECOVERIES, entry) for entry in finalist_entries],
+        )
+
+
+def _image_users(config: SearchConfig, plugins: _Plugins) -> list[str]:
+    """Return what in the configuration needs calibration images, in words."""
+    entries = (*config.recovery, *(config.finalize.recovery or ()))
+    users = [(f"`importance: {config.importance.name}`", plugins.importance)]
+    users += [(f"the recovery `{entry.name}`", build_plugin(RECOVERIES, entry)) for entry in entries]
+    # Where there are no images, recoveries that make statistics of their own hand them to the quantizer.
+    lists = (plugins.recoveries, plugins.finalist_recoveries)
+    if config.data.calibration != 0 or not all(map(_makes_statistics, lists)):
+        users.append((f"`quantizer: {config.quantizer.name}`", plugins.quantizer))
+    names = [name for name, plugin in users if plugin.needs_images]
+    return list(dict.fromkeys(names)) + ["`space.activation_bits`"] * bool(config.space.activation_bits)
+
+
+def _makes_statistics(recoveries: Sequence[Recovery]) -> bool:
+    return any(getattr(recovery, "makes_statistics", False) for recovery in recoveries)
 
 
 def build_plugin(registry: dict[str, tuple[type, type]], entry: PluginEntry):
@@ -182,7 +252,15 @@ def build_agent(problem: Problem, name: str, options: dict, seed: int) -> Agent:
 def make_env(problem: Problem) -> CompressionEnv:
     """Return an environment of its own for one worker."""
     images, labels = problem.data.tensors(problem.data.validation)
-    evaluator = Evaluator(problem.assembler, problem.space.policy_costs, images, labels, problem.precision)
+    race = Race(problem.space.objectives[1:], [budget.limits for budget in problem.budgets])
+    evaluator = Evaluator(
+        problem.assembler,
+        problem.space.policy_costs,
+        images,
+        labels,
+        problem.precision,
+        race if problem.config.search.racing else None,
+    )
     return CompressionEnv(problem.space, evaluator, problem.budgets)
 
 

@@ -15,6 +15,8 @@ from rich.logging import RichHandler
 from typer.core import TyperGroup
 
 from cost_models.core import InputError
+from search.arguments import ConfigPath, Overrides
+from search.benchmarks.cli import benchmark
 
 INTERRUPTED = 130
 """The exit code of a process that Ctrl-C has ended."""
@@ -43,11 +45,9 @@ app = typer.Typer(
     help="Searches for prune ratios and bit-widths that fit all budgets of a device and cost the least accuracy.",
 )
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; the installed examples are found too.")]
+app.add_typer(benchmark, name="benchmark")
+
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, e.g. runs/digits-1.")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one value, e.g. search.evaluations=50.")
-]
 BudgetOption = Annotated[str | None, typer.Option("--budget", help="Name of one budget.")]
 
 
@@ -89,21 +89,27 @@ def inspect(config: ConfigPath, overrides: Overrides = None) -> None:
 
     settings = load_config(config, overrides or ())
     from search import tables
-    from search.build import build_model_and_graph, build_space, feasibility_table
+    from search.build import build_model_and_graph, build_space, feasibility_table, planned_calibration
     from search.progress import SearchProgress
 
     with SearchProgress(Console(stderr=True)) as progress:
-        data, _, graph = build_model_and_graph(settings, progress.say)
+        data, model, graph = build_model_and_graph(settings, progress.say)
         space, budgets = build_space(settings, graph, dense_top1=float("nan"))
+        plans = planned_calibration(settings, model, graph)
     console = Console()
     console.print(tables.layer_table(graph, space.space))
     console.print(tables.group_table(graph))
     if graph.frozen:
         console.print(tables.frozen_table(graph))
+    limited = tables.calibration_table(plans or {}, settings.calibration["max_matrix_bytes"])
+    if limited.row_count:
+        console.print(limited)
     rows = feasibility_table(space, budgets)
     console.print(tables.feasibility_report(rows))
     dense = ", ".join(f"{cost} {tables.amount(cost, value)}" for cost, value in space.dense_costs.items())
     console.print(f"dense: {dense}", highlight=False)
+    images = min(len(data.calibration), settings.calibration["max_images"])
+    console.print(tables.calibration_line(plans, images), highlight=False)
     console.print(f"data: {data.source}", highlight=False, markup=False)
     if not all(row.satisfiable for row in rows):
         raise InputError("A budget cannot be met. Raise its limit, or allow stronger compression in `space`.")
@@ -192,85 +198,6 @@ def export(
         test = export_point(folder, problem, document, budget)
     print(f"validation top-1 {100 * point['top1']:.2f} %, test top-1 {100 * test.top1:.2f} % of {test.images} images")
     print(f"export: {folder}")
-
-
-benchmark = typer.Typer(no_args_is_help=True, help="Measure: agents against each other, or the speed of the cost models.")
-app.add_typer(benchmark, name="benchmark")
-
-
-def make_results_folder(folder: Path) -> None:
-    """Make the folder for a benchmark's results, before hours of work depend on it."""
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        raise InputError(f"The results folder {folder} exists already. Choose another with --output.") from None
-    except OSError as error:
-        raise InputError(f"The results folder {folder} cannot be made: {error}.") from None
-
-
-@benchmark.command("search")
-def benchmark_search(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    agent: Annotated[list[str] | None, typer.Option(help="Agent to run; repeat for several. Default: all.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from the configuration's on.")] = 3,
-    output: Annotated[Path, typer.Option(help="Folder for results.json and results.md; must not exist.")] = Path(
-        "results/search"
-    ),
-) -> None:
-    """Run agents at equal evaluations over several seeds; winners are chosen on validation and scored on test images."""
-    from search.config import load_config
-
-    settings = load_config(config, overrides or ())
-    from agents import AGENTS
-    from search import benchmark as measure
-    from search.build import build_problem, open_runner
-    from search.finalize import dense_test_score
-    from search.progress import SearchProgress
-
-    names = list(agent or AGENTS)
-    for name in names:
-        load_config(config, [*(overrides or ()), f"search.agent={name}", "search.options={}"])  # unknown names end here
-    make_results_folder(output)
-    with SearchProgress(Console(stderr=True)) as progress:
-        problem = build_problem(settings, progress.say)
-        progress.say("starting the workers")
-        runner = open_runner(problem)
-        progress.stop()
-        dense, done = dense_test_score(problem), []
-
-        def on_outcome(outcome: measure.Outcome) -> None:
-            done.append(outcome)
-            print(measure.outcome_line(outcome), flush=True)
-            measure.write_results(output, problem, dense, done)
-
-        all_seeds = range(settings.search.seed, settings.search.seed + seeds)
-        try:
-            measure.benchmark_search(problem, runner, names, all_seeds, settings.search.evaluations, on_outcome)
-        finally:
-            runner.close()
-    print(measure.summary(done))
-    print(f"results: {output}")
-
-
-@benchmark.command("costs")
-def benchmark_costs(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Print how many policies per second every cost model answers, on one core."""
-    from search.config import load_config
-
-    settings = load_config(config, overrides or ())
-    import torch
-
-    from search.benchmark import benchmark_costs as measure
-    from search.build import build_model_and_graph, build_space
-
-    torch.set_num_threads(1)
-    _, _, graph = build_model_and_graph(settings)
-    space, _ = build_space(settings, graph, dense_top1=float("nan"))
-    print("| cost | policies/s | with decoding of the policies |")
-    print("|---|---|---|")
-    for speed in measure(space):
-        print(f"| {speed.cost} | {speed.policies_per_second:,.0f} | {speed.with_decoding:,.0f} |")
 
 
 @app.command()

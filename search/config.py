@@ -6,7 +6,7 @@ import importlib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +19,7 @@ from pydantic import (
     PlainSerializer,
     PlainValidator,
     RootModel,
+    StrictBool,
     StrictInt,
     StrictStr,
     TypeAdapter,
@@ -136,14 +137,22 @@ def _check_plugin(registry: Mapping[str, tuple[type, type]], name: str, options:
     """Raise InputError unless `registry` has `name` and its configuration takes these options."""
     if name not in registry:
         raise InputError(f"unknown name (got {name}).{did_you_mean(name, registry)} Known: {', '.join(registry)}")
-    config_class, _ = registry[name]
+    _check_options(registry[name][0], name, options)
+
+
+def _check_options(config_class: type, name: str, options: Mapping[str, Any]) -> Any:
+    """Return the configuration that these options make.
+
+    Raises:
+        InputError: if it does not take them; `name` says whose they are.
+    """
     known = [field.name for field in fields(config_class)]
     for option in options:
         if option not in known:
             takes = f"Known: {', '.join(known)}" if known else "It takes none"
             raise InputError(f"`{name}` has no option `{option}`.{did_you_mean(option, known)} {takes}")
     try:
-        TypeAdapter(config_class).validate_python(options)
+        return TypeAdapter(config_class).validate_python(options)
     except ValidationError as errors:
         error = errors.errors(include_url=False)[0]
         option = "".join(f" option `{part}`:" for part in error["loc"][:1])
@@ -182,6 +191,9 @@ def _plugin_of(path: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+RecoveryEntry = Annotated[PluginEntry, _plugin_of("envs.recovery:RECOVERIES")]
+
+
 # ------------------------------------------------------------------------------------------------------------- sections
 
 
@@ -217,11 +229,14 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
-    """The images and their splits; the attributes are the arguments of `envs.tasks.data.load_data`."""
+    """The images and their splits; the attributes are the arguments of `envs.tasks.data.load_data`.
+
+    `calibration: 0` is for importances, recoveries and quantizers that need no image.
+    """
 
     name: StrictStr
     root: StrictStr | None = None
-    calibration: ImageCount = 512
+    calibration: Annotated[int | str, _count_or("rest", 0)] = 512
     validation: ImageCount
     test: ImageCount = "rest"
     train: Annotated[int | str, _count_or("rest", 0)] = 0
@@ -254,6 +269,8 @@ class SearchSection(Section):
         time_limit: seconds after which no new evaluation starts; None: no limit.
         precision: number format of the evaluations; "auto": bfloat16 where the processor has it and the dense model keeps
             its top-1. Final scores are always in float32.
+        racing: whether policies that are clearly worse than a known one at the same cost are scored on the first images
+            only; see envs/racing.py. With Ray, which ones these are depends on the order in which evaluations finish.
     """
 
     agent: StrictStr = "bee_colony"
@@ -264,6 +281,7 @@ class SearchSection(Section):
     address: StrictStr | None = None
     time_limit: Annotated[float, Field(gt=0)] | None = None
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    racing: StrictBool = False
 
     @field_validator("agent")
     @classmethod
@@ -296,10 +314,28 @@ class SpaceSection(Section):
         return self
 
 
+def _with_defaults(options: dict[str, Any]) -> dict[str, Any]:
+    """Return all options of the calibration."""
+    from envs.calibration import CalibrationConfig
+
+    return asdict(_check_options(CalibrationConfig, "calibration", options))
+
+
+CalibrationOptions = Annotated[dict[str, Any], AfterValidator(_with_defaults), Field(validate_default=True)]
+"""How the calibration images are used: fields of `envs.calibration.CalibrationConfig`."""
+
+
 class FinalizeSection(Section):
-    """What happens to the best policies: the `top` of each budget are scored on the test split."""
+    """What happens to the best policies.
+
+    Attributes:
+        top: so many of each budget are finalists: repaired by `recovery`, scored on the validation split, which chooses
+            the winner, and on the test split.
+        recovery: plug-ins, as in `recovery` of the whole configuration; None: the same ones.
+    """
 
     top: PositiveInt = 3
+    recovery: tuple[RecoveryEntry, ...] | None = (PluginEntry(name="sequential"),)
 
 
 class OutputSection(Section):
@@ -324,10 +360,11 @@ class SearchConfig(Section):
     quantizer: Annotated[PluginEntry, _plugin_of("envs.quantization.quantizers:QUANTIZERS")] = PluginEntry(
         name="uniform"
     )
-    recovery: tuple[Annotated[PluginEntry, _plugin_of("envs.recovery:RECOVERIES")], ...] = (
+    recovery: tuple[RecoveryEntry, ...] = (
         PluginEntry(name="least_squares"),
         PluginEntry(name="batch_norm"),
     )
+    calibration: CalibrationOptions = {}
     budgets: Annotated[dict[BudgetName, BudgetConfig], Field(min_length=1)]
     finalize: FinalizeSection = FinalizeSection()
     output: OutputSection = OutputSection()

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from cost_models.core import FLOAT_BITS
 from envs.core import Budget, CompressionPolicy, Evaluation, InputError
-from envs.evaluator import top1
 from envs.pruning.slicing import resize_model
 from envs.quantization.fake_quantize import (
     activation_grid,
@@ -34,8 +33,9 @@ from envs.quantization.fake_quantize import (
     set_quantized_weight,
 )
 from envs.quantization.packing import pack_bits, unpack_bits
-from envs.quantization.quantizers import ActivationGrid, dequantize
+from envs.quantization.quantizers import ActivationGrid, QuantizedWeight
 from envs.tasks.models import build_model, call_factory, find_factory, is_model_factory
+from search.finalize import finalist_scores
 from search.front import policy_of, winner
 from search.run_folder import read_json
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from search.build import Problem
 
 POLICY, WEIGHTS, README = "policy.json", "model.safetensors", "README.md"
-CODES, SCALE = ".weight.codes", ".weight.scale"
+CODES, SCALE, LEVELS = ".weight.codes", ".weight.scale", ".weight.levels"
 SAME_TOP1 = 0.005
 """Scores that differ by more than this come from another network; the number of threads can move a last bit."""
 
@@ -73,7 +73,7 @@ def write_export(
     """
     folder = Path(folder)
     check_free(folder)
-    network = problem.assembler.assemble(policy)
+    network = problem.finalist_assembler.assemble(policy)
     draft = folder.parent / f".{folder.name}.draft-{os.getpid()}"
     draft.mkdir(parents=True)
     try:
@@ -84,7 +84,7 @@ def write_export(
         (draft / README).write_text(_readme(document, folder.name), encoding="utf-8")
         # The user's own configuration named the factory: here it needs no check.
         loaded = load_compressed(draft, lambda **arguments: build_model(problem.config.model.factory, arguments))
-        images = problem.assembler.images[:16]
+        images = problem.data.tensors(problem.data.validation)[0][:16]
         with torch.inference_mode():
             if not torch.equal(loaded(images), network(images)):
                 raise RuntimeError("The exported model computes something else than the one that was searched.")
@@ -116,13 +116,10 @@ def export_point(folder: str | Path, problem: Problem, document: Mapping[str, An
             "Restore the model's code and weights, or search again."
         )
     _check_same("validation top-1 of the dense model", document["dense"]["top1"], problem.dense.top1)
-    validation = Evaluation(point["top1"], costs, "proxy", point["images"])
-    images, labels = problem.data.tensors(problem.data.test)
-    score = top1(problem.assembler.assemble(policy), images, labels)
+    validation, test = finalist_scores(problem, policy)
     for tested in document["final"]["points"]:
         if tested["evaluation"] == point["evaluation"]:
-            _check_same("test top-1 of the exported policy", tested["top1"], score)
-    test = Evaluation(score, costs, "final", len(labels))
+            _check_same("test top-1 of the exported policy", tested["top1"], test.top1)
     limits = next(entry for entry in problem.budgets if entry.name == budget)
     write_export(folder, problem, policy, limits, validation, test)
     return test
@@ -159,6 +156,8 @@ def _packed_tensors(network: nn.Module) -> dict[str, Tensor]:
             del tensors[f"{name}.weight"]
             tensors[name + CODES] = torch.from_numpy(pack_bits(quantized.codes.numpy(), quantized.bits))
             tensors[name + SCALE] = quantized.scale
+            if quantized.levels is not None:
+                tensors[name + LEVELS] = quantized.levels
     return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}  # safetensors wants them apart
 
 
@@ -325,14 +324,15 @@ def _read_weights(path: Path, checksum: str) -> dict[str, Tensor]:
 
 def _restore(model: nn.Module, packed: Mapping[str, Tensor], layers: list[dict[str, Any]]) -> None:
     """Give a freshly built dense model the stored tensors, their shapes and the quantizers, in place."""
-    tensors = {name: tensor for name, tensor in packed.items() if not name.endswith((CODES, SCALE))}
-    codes = {}
+    tensors = {name: tensor for name, tensor in packed.items() if not name.endswith((CODES, SCALE, LEVELS))}
+    quantized = {}
     for layer in layers:
         if layer["weight_bits"] != FLOAT_BITS:
             name, shape = layer["name"], tuple(layer["weight_shape"])
             stream = packed[name + CODES].numpy().astype(np.uint8, copy=False)
-            codes[name] = torch.from_numpy(unpack_bits(stream, layer["weight_bits"], shape))
-            tensors[f"{name}.weight"] = dequantize(codes[name], packed[name + SCALE])
+            codes = torch.from_numpy(unpack_bits(stream, layer["weight_bits"], shape))
+            quantized[name] = QuantizedWeight(codes, packed[name + SCALE], layer["weight_bits"], packed.get(name + LEVELS))
+            tensors[f"{name}.weight"] = quantized[name].dequantize()
     expected = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     if missing := sorted(expected - set(tensors)):
         raise InputError(
@@ -341,8 +341,8 @@ def _restore(model: nn.Module, packed: Mapping[str, Tensor], layers: list[dict[s
     resize_model(model, tensors)
     for layer in layers:
         module = model.get_submodule(layer["name"])
-        if layer["name"] in codes:
-            set_quantized_weight(module, codes[layer["name"]], packed[layer["name"] + SCALE], layer["weight_bits"])
+        if layer["name"] in quantized:
+            set_quantized_weight(module, quantized[layer["name"]])
         if layer["activation_bits"] != FLOAT_BITS:
             set_activation_grid(module, ActivationGrid(**layer["activation_grid"]))
 

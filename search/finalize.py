@@ -1,4 +1,4 @@
-"""The end of a search: the best policies of each budget, scored in float32 on images that the search never saw."""
+"""The end of a search: the best policies of each budget, repaired with care and scored on images that no search saw."""
 
 from __future__ import annotations
 
@@ -17,21 +17,25 @@ class Finalist:
     Attributes:
         budget: whose limits it meets.
         policy: what it is.
-        proxy: its validation score, which chose it.
-        final: its test score, which chose nothing.
+        proxy: its score in the search, which made it a finalist.
+        validation: its float32 score on the same images after the finalists' recovery, which chooses the winner.
+        final: its test score after the same recovery, which chose nothing.
     """
 
     budget: str
     policy: CompressionPolicy
     proxy: Evaluation
+    validation: Evaluation
     final: Evaluation
 
 
-def test_score(problem: Problem, policy: CompressionPolicy) -> Evaluation:
-    """Return the float32 score on the test split."""
-    images, labels = problem.data.tensors(problem.data.test)
-    network = problem.assembler.assemble(policy)
-    return Evaluation(top1(network, images, labels), problem.space.policy_costs(policy), "final", len(labels))
+def finalist_scores(problem: Problem, policy: CompressionPolicy) -> tuple[Evaluation, Evaluation]:
+    """Return the float32 scores after the finalists' recovery, on the validation and on the test split."""
+    network, costs = problem.finalist_assembler.assemble(policy), problem.space.policy_costs(policy)
+    splits = {"validation": problem.data.validation, "final": problem.data.test}
+    scored = {name: (top1(network, *problem.data.tensors(split)), len(split)) for name, split in splits.items()}
+    validation, final = (Evaluation(score, costs, name, images) for name, (score, images) in scored.items())
+    return validation, final
 
 
 def dense_test_score(problem: Problem) -> Evaluation:
@@ -41,12 +45,20 @@ def dense_test_score(problem: Problem) -> Evaluation:
 
 
 def finalize(problem: Problem, front: Front, top: int) -> list[Finalist]:
-    """Return the `top` policies of every budget, best validation score first: the first of each budget is its winner."""
-    scored: dict[CompressionPolicy, Evaluation] = {}
+    """Return the `top` policies of every budget, best validation score first: the first of each budget is its winner.
+
+    Those that break the budget's `top1_drop` even after the finalists' recovery are left out.
+    """
+    scored: dict[CompressionPolicy, tuple[Evaluation, Evaluation]] = {}
     finalists = []
     for budget in problem.budgets:
+        least = 0.0 if budget.top1_drop is None else problem.dense.top1 - budget.top1_drop
+        of_budget = []
         for candidate in front.best(budget.name, top):
             if candidate.policy not in scored:
-                scored[candidate.policy] = test_score(problem, candidate.policy)
-            finalists.append(Finalist(budget.name, candidate.policy, candidate.evaluation, scored[candidate.policy]))
+                scored[candidate.policy] = finalist_scores(problem, candidate.policy)
+            validation, final = scored[candidate.policy]
+            if validation.top1 >= least:
+                of_budget.append(Finalist(budget.name, candidate.policy, candidate.evaluation, validation, final))
+        finalists += sorted(of_budget, key=lambda finalist: -finalist.validation.top1)
     return finalists

@@ -36,12 +36,14 @@ class Candidate:
         policy: what it is.
         evaluation: its validation score.
         fits: names of the budgets that it fits, whichever it was asked for.
+        affordable: names of the budgets whose cost limits it meets; it fits those whose `top1_drop` it meets as well.
     """
 
     number: int
     policy: CompressionPolicy
     evaluation: Evaluation
     fits: tuple[str, ...]
+    affordable: tuple[str, ...]
 
 
 class Front:
@@ -66,25 +68,26 @@ class Front:
         self._archives = {budget.name: Archive() for budget in budgets}
 
     def add(self, episode: Episode) -> bool:
-        """Count the episode; return whether any front has changed."""
+        """Count the episode; return whether any front has changed. What was stopped early is counted, and no candidate."""
         number = self.evaluations
         self.evaluations += 1
         self.feasible += episode.feasible
         self.failed += episode.failure is not None
-        if episode.evaluation is None or episode.policy in self._candidates:
+        if episode.evaluation is None or episode.evaluation.stopped or episode.policy in self._candidates:
             return False
-        fits = tuple(budget.name for budget in self.budgets if self._fits(episode.evaluation, budget))
+        slacks = {budget.name: constraints(episode.evaluation, budget, self.dense.top1) for budget in self.budgets}
+        affordable = tuple(b.name for b in self.budgets if all(slacks[b.name][cost] <= 0 for cost in b.limits))
+        if not affordable:
+            return False
+        fits = tuple(name for name in affordable if all(slack <= 0 for slack in slacks[name].values()))
+        self._candidates[episode.policy] = Candidate(number, episode.policy, episode.evaluation, fits, affordable)
         if not fits:
             return False
-        self._candidates[episode.policy] = Candidate(number, episode.policy, episode.evaluation, fits)
         # Minimised: the share of wrong answers, and every cost by its dense value.
         losses = -reward_vector(episode.evaluation, self.objectives, self.dense.costs).astype(float)
         losses[0] += 1
         changed = [archive.add(episode.policy, losses) for archive in (self._overall, *map(self._archives.get, fits))]
         return any(changed)
-
-    def _fits(self, evaluation: Evaluation, budget: Budget) -> bool:
-        return all(slack <= 0 for slack in constraints(evaluation, budget, self.dense.top1).values())
 
     def of(self, budget: str | None = None) -> list[Candidate]:
         """Return the front of a budget, or of all of them together; best top-1 first."""
@@ -93,8 +96,11 @@ class Front:
         return sorted(candidates, key=lambda candidate: (-candidate.evaluation.top1, candidate.number))
 
     def best(self, budget: str, count: int) -> list[Candidate]:
-        """Return the `count` policies with the best validation top-1 that fit the budget; the first one wins it."""
-        fitting = [candidate for candidate in self._candidates.values() if budget in candidate.fits]
+        """Return the `count` policies with the best validation top-1 within the budget's cost limits: its finalists.
+
+        Its `top1_drop` is not asked here: finalists are repaired with more care, and judged again.
+        """
+        fitting = [candidate for candidate in self._candidates.values() if budget in candidate.affordable]
         undominated = set(self._archives[budget].policies)  # of equal top-1, the cheaper one goes first, as in `of`
 
         def order(candidate: Candidate):
@@ -162,6 +168,7 @@ class Front:
                     {
                         "budget": finalist.budget,
                         "evaluation": self._candidates[finalist.policy].number,
+                        "validation_top1": finalist.validation.top1,
                         **_scores(finalist.final),
                     }
                     for finalist in finalists
@@ -190,8 +197,8 @@ def _replace(path: Path, text: str) -> None:
 
 
 def front_csv(document: Mapping[str, Any]) -> str:
-    """Return one row per policy: when it was found, what it fits, validation and test score apart, its choices."""
-    tested = {point["evaluation"]: point["top1"] for point in document["final"]["points"]}
+    """Return one row per policy: when it was found, what it fits, validation and test scores apart, its choices."""
+    tested = {point["evaluation"]: point for point in document["final"]["points"]}
     on_front = set(document["front"])
     rows = [
         {
@@ -199,7 +206,8 @@ def front_csv(document: Mapping[str, Any]) -> str:
             "on_front": point["evaluation"] in on_front,
             "fits": " ".join(point["fits"]),
             "validation_top1": point["top1"],
-            "test_top1": tested.get(point["evaluation"], ""),
+            "finalist_validation_top1": tested.get(point["evaluation"], {}).get("validation_top1", ""),
+            "test_top1": tested.get(point["evaluation"], {}).get("top1", ""),
             **point["costs"],
             **point["choices"],
         }

@@ -52,6 +52,10 @@ class SearchProgress:
         self._status.update(text)
         self._status.start()
 
+    def note(self, text: str) -> None:
+        """Print a line that stays, whatever is shown around it."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
     def on_start(self, run: Path, front: Front, total: int, time_limit: float | None = None) -> None:
         """Begin to follow the evaluations.
 

@@ -33,6 +33,7 @@ def search(config: SearchConfig, progress: SearchProgress | None = None) -> Path
     check_run_folder(config.output)
     progress = progress or SearchProgress(Console(quiet=True))
     problem = build_problem(config, progress.say)
+    progress.note(f"evaluations in {problem.precision.dtype}: {problem.precision.reason}")
     agent = build_agent(problem, config.search.agent, config.search.options, config.search.seed)
     progress.say("starting the workers")
     runner = open_runner(problem)
@@ -68,7 +69,7 @@ def _facts(problem: Problem) -> dict:
     return {
         "data": problem.data.source,
         "precision": asdict(problem.precision),
-        "dense": asdict(problem.dense),
+        "dense": {name: getattr(problem.dense, name) for name in ("top1", "images", "costs")},
         "budgets": [asdict(budget) for budget in problem.budgets],
     }
 

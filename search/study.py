@@ -27,7 +27,8 @@ class StudyRecorder:
     """Writes the study of one run.
 
     A trial's parameters are the policy's choices, its values the objectives (top1 is maximized, every cost minimized),
-    its constraints the slacks value / limit - 1 of whatever any budget limits. A failed episode is a failed trial.
+    its constraints the slacks value / limit - 1 of whatever any budget limits. A failed episode is a failed trial, one that
+    was stopped early is a pruned trial.
 
     Args:
         folder: the run; the journal is made in it.
@@ -73,12 +74,12 @@ class StudyRecorder:
         slacks = {name: float(episode.constraints.get(name, UNLIMITED)) for name in self._limited}
         attributes = {"evaluation": number, "agent": agent, "budget": episode.budget, "feasible": episode.feasible}
         if episode.evaluation is not None:
-            attributes |= {"images": episode.evaluation.images, "seconds": episode.evaluation.seconds}
+            attributes |= {name: getattr(episode.evaluation, name) for name in ("images", "seconds", "stopped")}
             attributes |= {f"cost/{name}": float(value) for name, value in episode.evaluation.costs.items()}
         if failure is not None:
             attributes["failure"] = failure
         trial = create_trial(
-            state=TrialState.COMPLETE if failure is None else TrialState.FAIL,
+            state=_state(episode, failure),
             params=self._space.describe(episode.policy) if episode.policy is not None else {},
             distributions=self._distributions if episode.policy is not None else {},
             values=values if failure is None else None,
@@ -121,6 +122,12 @@ def load_study(run: str | Path) -> optuna.Study:
         return optuna.load_study(study_name=None, storage=JournalStorage(JournalFileBackend(str(journal))))
     except (ValueError, KeyError, AttributeError, TypeError) as error:  # what damaged lines happen to cause
         raise InputError(f"{journal} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _state(episode: Episode, failure: str | None) -> TrialState:
+    if failure is not None:
+        return TrialState.FAIL
+    return TrialState.PRUNED if episode.evaluation.stopped else TrialState.COMPLETE
 
 
 def _distribution(decision: Decision) -> BaseDistribution:

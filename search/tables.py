@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from envs.calibration import LayerPlan
     from envs.model_graph.plan import ModelGraph
     from envs.policy_space import PolicySpace
     from search.build import Feasibility
@@ -53,14 +54,14 @@ def _budget_table(document: Mapping[str, Any], name: str) -> Table:
     ]
     if budget["top1_drop"] is not None:
         limits.append(f"top-1 drop <= {100 * budget['top1_drop']:g} points")
-    tested = {point["evaluation"]: point["top1"] for point in document["final"]["points"] if point["budget"] == name}
+    tested = {point["evaluation"]: point for point in document["final"]["points"] if point["budget"] == name}
     # Finalists that another policy dominates by a hair are shown too: their test scores were paid for.
     numbers = [*tested, *(number for number in budget["front"] if number not in tested)]
     return _front_table(document, f"{name}: {', '.join(limits)}", numbers, tested, list(budget["limits"]))
 
 
 def _overall_table(document: Mapping[str, Any]) -> Table:
-    tested = {point["evaluation"]: point["top1"] for point in document["final"]["points"]}
+    tested = {point["evaluation"]: point for point in document["final"]["points"]}
     title = "Pareto front of all policies that fit a budget"
     return _front_table(document, title, document["front"], tested, document["objectives"][1:], fits=True)
 
@@ -69,14 +70,18 @@ def _front_table(
     document: Mapping[str, Any],
     title: str,
     numbers: Sequence[int],
-    tested: Mapping[int, float],
+    tested: Mapping[int, Mapping[str, Any]],
     costs: Sequence[str],
     fits: bool = False,
 ) -> Table:
     points = {point["evaluation"]: point for point in document["points"]}
-    shown = sorted((points[number] for number in numbers), key=lambda point: -point["top1"])[:MAX_ROWS]
+
+    def order(point: Mapping[str, Any]) -> tuple[float, float]:
+        return -tested.get(point["evaluation"], {}).get("validation_top1", 0.0), -point["top1"]
+
+    shown = sorted((points[number] for number in numbers), key=order)[:MAX_ROWS]
     table = Table(title=title, caption=_caption(document, len(numbers)), title_justify="left", caption_justify="left")
-    for heading in ("policy", "validation top-1", "test top-1", *(cost.replace("_", " ") for cost in costs)):
+    for heading in ("policy", "search top-1", "validation top-1", "test top-1", *(cost.replace("_", " ") for cost in costs)):
         table.add_column(heading, justify="right")
     if fits:
         table.add_column("fits")
@@ -84,13 +89,13 @@ def _front_table(
     for point in shown:
         number = point["evaluation"]
         shares = [percent(point["costs"][cost] / dense["costs"][cost], 1) for cost in costs]
-        test = percent(tested[number]) if number in tested else ""
-        table.add_row(str(number), percent(point["top1"]), test, *shares, *([", ".join(point["fits"])] if fits else []))
+        finals = [percent(tested[number][key]) for key in ("validation_top1", "top1")] if number in tested else ["", ""]
+        table.add_row(str(number), percent(point["top1"]), *finals, *shares, *([", ".join(point["fits"])] if fits else []))
     if not shown:
         table.add_row("-", "nothing fits yet")
     table.add_section()
     test = percent(dense_final["top1"]) if dense_final is not None else ""
-    table.add_row("dense", percent(dense["top1"]), test, *(amount(cost, dense["costs"][cost]) for cost in costs))
+    table.add_row("dense", "", percent(dense["top1"]), test, *(amount(cost, dense["costs"][cost]) for cost in costs))
     return table
 
 
@@ -99,7 +104,7 @@ def _caption(document: Mapping[str, Any], rows: int) -> str:
     images = f"{document['dense']['images']:,} validation"
     images += f" and {dense_final['images']:,} test images" if dense_final is not None else " images"
     more = f" The best {MAX_ROWS} of {rows}; front.csv has all." if rows > MAX_ROWS else ""
-    return f"Costs in percent of the dense model; {images}.{more}"
+    return f"Costs in percent of the dense model; {images}. Finalists are repaired with more care, then scored again.{more}"
 
 
 # -------------------------------------------------------------------------------------------------------------- inspect
@@ -144,6 +149,33 @@ def frozen_table(graph: ModelGraph) -> Table:
     for frozen in graph.frozen:
         table.add_row(frozen.layer, str(frozen.channels), escape(frozen.reason))
     return table
+
+
+_KEPT = {
+    "channel": "moments of its channels",
+    "diagonal": "mean and mean square of its channels",
+    "none": "range only",
+}
+"""What a calibration keeps of a layer whose whole matrix it does not, by `LayerPlan.kind`."""
+
+
+def calibration_table(plans: Mapping[str, LayerPlan], max_matrix_bytes: int) -> Table:
+    """Return the layers of which less than everything is kept, and why."""
+    table = Table("layer", "kept", "why", title="Calibrated with less detail", title_justify="left")
+    for name, plan in plans.items():
+        if plan.kind in _KEPT:
+            large = f"matrix of {amount('_bytes', plan.matrix_bytes)} > {amount('_bytes', max_matrix_bytes)}"
+            table.add_row(name, _KEPT[plan.kind], escape(plan.reason or large))
+    return table
+
+
+def calibration_line(plans: Mapping[str, LayerPlan] | None, images: int) -> str:
+    """Return what the calibration will take; `plans` are None where there is none."""
+    if plans is None:
+        return "calibration: nothing in this configuration needs one"
+    memory = amount("_bytes", sum(plan.nbytes for plan in plans.values()))
+    full = sum(plan.kind == "full" for plan in plans.values())
+    return f"calibration: {images:,} images, {memory}, {full} of {len(plans)} layers in full detail"
 
 
 def _names(names: Sequence[str], most: int = 4) -> str:

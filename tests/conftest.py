@@ -1,9 +1,14 @@
 """A toy search problem that every agent can be tried on: no network, and the best policy is known."""
 
-import numpy as np
-import pytest
+import os
 
-from envs.core import Budget, CompressionPolicy, Episode, Evaluation
+# The networks of the tests are tiny: more threads would only wait for each other. torch reads this when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+from envs.core import Budget, CompressionPolicy, Episode, Evaluation  # noqa: E402
 
 LEVELS = np.linspace(0, 1, 5)
 
@@ -18,6 +23,8 @@ class ToySpace:
     num_steps, action_dim, observation_dim = 6, 2, 1
     objectives = ("top1", "cost")
     dense_top1 = 1.0
+    unit_magnitudes = tuple(np.random.default_rng(0).random((6, 8)))  # one group per step; the first choice is its prune ratio
+    producer_macs = np.arange(1.0, 7.0)
     best = np.array([[1, 0], [0.25, 0.75], [0.5, 1], [0, 0.25], [0.75, 0.25], [1, 0]])
 
     def __init__(self):
@@ -48,6 +55,12 @@ class ToySpace:
         shifts = np.linspace(-1, 1, 401)
         left = 1 - _round(np.asarray(table)[self.used] + shifts[:, None]).mean(axis=1)
         return self.execute(table + shifts[np.argmax(left <= budget.limits["cost"])], budget)
+
+    def with_prune_ratios(self, table, ratios):
+        """Round the ratios to levels; column 0 holds them."""
+        table = np.array(table, float)
+        table[:, 0] = _round(ratios)
+        return table
 
     def decode(self, table):
         """The level numbers stand in for widths and bits."""

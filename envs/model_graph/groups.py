@@ -10,6 +10,7 @@ import numpy as np
 
 from cost_models.core import InputError
 from envs.model_graph.channel_flow import ChannelFlow
+from envs.model_graph.dataflow import dataflow
 from envs.model_graph.geometry import network_geometry
 from envs.model_graph.plan import ChannelGroup, FrozenChannels, ModelGraph, TensorSlice
 from envs.model_graph.trace import Trace
@@ -49,6 +50,7 @@ def build_graph(trace: Trace, flow: ChannelFlow) -> ModelGraph:
         frozen=tuple(_frozen(trace, flow, roots, reasons)),
         batch_norms=_foldable(trace),
         seconds=0.0,
+        operations=dataflow(trace),
     )
 
 

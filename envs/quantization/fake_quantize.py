@@ -6,16 +6,14 @@ the architecture and the names of the tensors stay as they are. Both survive dee
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from envs.quantization.quantizers.core import ActivationGrid, Quantizer, check_bits, dequantize
-
-UNTOUCHED = 32
-"""The bit-width that means "leave it alone"."""
+from envs.quantization.quantizers.core import ActivationGrid, QuantizedWeight, check_bits
 
 
 @dataclass(frozen=True)
@@ -32,68 +30,58 @@ class ActivationQuantizer:
 
     def round(self, x: Tensor) -> Tensor:
         """Return the nearest values of the grid, same shape, precision and memory format."""
+        if torch.is_inference_mode_enabled():
+            return self._round_fast(x)
         # In float32, because a code of bfloat16 arithmetic may be off by one.
         rounded = torch.fake_quantize_per_tensor_affine(
             x.float(), self.grid.scale, self.grid.zero_point, 0, self.grid.max_code
         )
         return rounded.to(x.dtype)
 
+    def _round_fast(self, x: Tensor) -> Tensor:
+        """Return the same values without any gradient: vectorized steps in place, where the operator is a scalar loop."""
+        return self._codes(x).mul_(self.grid.scale).to(x.dtype)
 
-@dataclass(frozen=True)
-class QuantizedWeight:
-    """A weight as integers: `dequantize(codes, scale)` is the parameter, bit for bit.
+    def _codes(self, x: Tensor) -> Tensor:
+        """Return the codes less the zero point, float32."""
+        lowest = -self.grid.zero_point
+        codes = x.to(torch.float32, copy=True).mul_(self._inverse_scale).round_()
+        return codes.clamp_(lowest, lowest + self.grid.max_code)
 
-    Attributes:
-        codes: shape of the weight, int8.
-        scale: (output channels,) float32.
-        bits: how many bits a code takes.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    bits: int
+    @cached_property
+    def _inverse_scale(self) -> float:
+        """As the operator has it: in float32."""
+        return float(1 / np.float32(self.grid.scale))
 
 
-def quantize_model(
-    model: nn.Module,
-    layers: Mapping[str, tuple[int, int]],
-    ranges: Mapping[str, tuple[float, float]],
-    quantizer: Quantizer,
-) -> None:
-    """Quantize layers of `model` in place; layers that are not named stay in float.
+class IntegerInput(ActivationQuantizer):
+    """A forward pre-hook that gives the layer the codes less the zero point; the scale is in its weight. No gradient."""
 
-    Args:
-        model: network whose convolutions and linear layers have the names used below.
-        layers: {layer: (weight_bits, activation_bits)}, each 2..8, or 32 for untouched.
-        ranges: {layer: (low, high)} of the layer's input, from `calibrate_activations`.
-        quantizer: chooses the grids.
-    Raises:
-        ValueError: if a layer does not exist, was quantized before, or a bit-width cannot be simulated.
-    """
-    modules = dict(model.named_modules())
-    for name, (weight_bits, activation_bits) in layers.items():
-        if name not in modules:
-            raise ValueError(f"The model has no layer `{name}` to quantize.")
-        module = modules[name]
-        if is_quantized(module):
-            raise ValueError(f"Layer `{name}` is quantized already; start from the float network.")
-        if weight_bits != UNTOUCHED:
-            set_quantized_weight(module, *quantizer.quantize_weight(module.weight, weight_bits), weight_bits)
-        if activation_bits != UNTOUCHED:
-            set_activation_grid(module, quantizer.activation_grid(*ranges[name], activation_bits))
+    def round(self, x: Tensor) -> Tensor:
+        """Return the integers in the precision of x: bfloat16 holds all of them, but not all their multiples."""
+        return self._codes(x).to(x.dtype)
+
+
+def use_integer_inputs(network: nn.Module) -> None:
+    """Let layers read integers instead of multiples of their scale, in place: the same function, exact in bfloat16."""
+    for module in network.modules():
+        for key, hook in module._forward_pre_hooks.items():
+            if type(hook) is ActivationQuantizer:
+                module.weight = nn.Parameter(module.weight.detach() * hook.grid.scale, module.weight.requires_grad)
+                module._forward_pre_hooks[key] = IntegerInput(hook.grid)
 
 
 def is_quantized(module: nn.Module) -> bool:
     """Whether the layer's weight or input is on a grid."""
-    return hasattr(module, "weight_scale") or activation_grid(module) is not None
+    return hasattr(module, "weight_codes") or activation_grid(module) is not None
 
 
-def set_quantized_weight(module: nn.Module, codes: Tensor, scale: Tensor, bits: int) -> None:
+def set_quantized_weight(module: nn.Module, quantized: QuantizedWeight) -> None:
     """Make a layer compute with these codes: also how an exported layer is restored."""
-    check_bits(bits)
+    check_bits(quantized.bits)
     # A new parameter: the old tensor may be shared with the dense model.
-    module.weight = nn.Parameter(dequantize(codes, scale).to(module.weight.device), module.weight.requires_grad)
-    module.weight_scale, module.weight_bits = scale, bits  # plain attributes: no new names in the state dict
+    module.weight = nn.Parameter(quantized.dequantize().to(module.weight.device), module.weight.requires_grad)
+    module.weight_codes = quantized  # a plain attribute: no new names in the state dict
 
 
 def quantized_weight(module: nn.Module) -> QuantizedWeight | None:
@@ -102,15 +90,12 @@ def quantized_weight(module: nn.Module) -> QuantizedWeight | None:
     Raises:
         ValueError: if the weight has been changed since it was quantized (by folding or training, say).
     """
-    if not hasattr(module, "weight_scale"):
-        return None
-    weight = module.weight.detach()
-    codes = (weight / module.weight_scale.view(-1, *[1] * (weight.dim() - 1))).round().to(torch.int8)
-    if not torch.equal(dequantize(codes, module.weight_scale), weight):
+    quantized = getattr(module, "weight_codes", None)
+    if quantized is not None and not torch.equal(quantized.dequantize(), module.weight.detach()):
         raise ValueError(
             "A weight has left its grid since it was quantized. Take the codes before batch norms are folded."
         )
-    return QuantizedWeight(codes, module.weight_scale, module.weight_bits)
+    return quantized
 
 
 def set_activation_grid(module: nn.Module, grid: ActivationGrid) -> None:

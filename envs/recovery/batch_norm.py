@@ -5,21 +5,25 @@ Source: Li et al. 2020 (EagleEye), arXiv:2007.02491, section 3.3 ("adaptive batc
 Where we differ and why:
 1. Statistics are the plain average over all batches (momentum None), not an exponential one: the last batches count no
    more than the first, and nothing is left of the dense network's statistics.
+2. In a search, images run in the number format of the scores, channels last. Sums, means and variances are float32
+   throughout, and two formats differ less than two batch sizes do: CIFAR ResNet-56 at half the multiply-accumulates,
+   512 images, bfloat16 instead of float32 moves means by at most 0.007 standard deviations and variances by 1.4 %
+   (batches of 64 instead of 256: 0.008 and 3.5 %).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from envs.candidate import Candidate
 from envs.core import InputError
-from envs.model_graph.plan import ModelGraph
+from envs.number_format import convert_network, prepare_images
+from envs.pruning.slicing import share_tensors
 
 
 @dataclass(frozen=True)
@@ -47,39 +51,38 @@ class BatchNorm:
     """Re-estimates mean and variance of every batch norm; does nothing to a network without any."""
 
     config: BatchNormConfig = BatchNormConfig()
-    before_quantization: ClassVar[bool] = False
+    after_quantization: ClassVar[bool] = True
+    needs_images: ClassVar[bool] = True
 
-    def prepare(self, model: nn.Module, graph: ModelGraph, images: Tensor) -> None:
-        """See `Recovery.prepare`; there is nothing to compute beforehand."""
-
-    def apply(
-        self,
-        network: nn.Module,
-        dense_model: nn.Module,
-        graph: ModelGraph,
-        kept: Sequence[np.ndarray],
-        prepared: None,
-        images: Tensor,
-    ) -> None:
+    def apply(self, candidate: Candidate) -> None:
         """See `Recovery.apply`."""
-        norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-        if not norms:
+        names = [name for name, module in candidate.layers.items() if _is_estimated(module)]
+        if not names:
             return
-        images = images[: self.config.max_images]
-        before = [(norm, norm.training, norm.momentum) for norm in norms]
-        for norm in norms:
-            # New tensors: the old ones may be shared with the dense model.
+        found = self._statistics(candidate, names)
+        for name in names:
+            norm = candidate.layers[name]
+            norm.running_mean, norm.running_var, norm.num_batches_tracked = found[name]
+
+    def _statistics(self, candidate: Candidate, names: list[str]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+        """Return the new buffers of the batch norms; a copy of the network is run, so that nothing else changes."""
+        network = share_tensors(candidate.network)
+        norms = {name: network.get_submodule(name) for name in names}
+        convert_network(network, candidate.dtype, keep=tuple(norms.values()))
+        for norm in norms.values():
+            # New tensors: the old ones are shared with the candidate, and perhaps with the dense model.
             norm.running_mean = torch.zeros_like(norm.running_mean)
             norm.running_var = torch.ones_like(norm.running_var)
             norm.num_batches_tracked = torch.zeros_like(norm.num_batches_tracked)
             norm.train()
             norm.momentum = None
-        try:
-            with torch.no_grad():
-                # Batches of equal size, because each counts the same in the average.
-                for batch in images.tensor_split(-(-len(images) // self.config.batch_size)):
-                    network(batch)
-        finally:
-            for norm, training, momentum in before:
-                norm.train(training)
-                norm.momentum = momentum
+        images = prepare_images(candidate.images[: self.config.max_images], candidate.dtype)
+        with torch.inference_mode():
+            # Batches of equal size, because each counts the same in the average.
+            for batch in images.tensor_split(-(-len(images) // self.config.batch_size)):
+                network(batch)
+        return {name: (norm.running_mean, norm.running_var, norm.num_batches_tracked) for name, norm in norms.items()}
+
+
+def _is_estimated(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and module.track_running_stats

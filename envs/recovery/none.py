@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-from torch import Tensor, nn
-
-from envs.model_graph.plan import ModelGraph
+from envs.candidate import Candidate
 
 
 @dataclass(frozen=True)
@@ -22,18 +18,8 @@ class NoRecovery:
     """Does nothing."""
 
     config: NoRecoveryConfig = NoRecoveryConfig()
-    before_quantization: ClassVar[bool] = False
+    after_quantization: ClassVar[bool] = False
+    needs_images: ClassVar[bool] = False
 
-    def prepare(self, model: nn.Module, graph: ModelGraph, images: Tensor) -> None:
-        """See `Recovery.prepare`."""
-
-    def apply(
-        self,
-        network: nn.Module,
-        dense_model: nn.Module,
-        graph: ModelGraph,
-        kept: Sequence[np.ndarray],
-        prepared: None,
-        images: Tensor,
-    ) -> None:
+    def apply(self, candidate: Candidate) -> None:
         """See `Recovery.apply`."""

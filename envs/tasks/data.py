@@ -3,7 +3,8 @@
 The rule that the splits keep: calibration comes from the training images; validation (rewards only) and test (final
 numbers only) are disjoint. Pretrained weights have usually seen every training image, so validation is by default the
 first part of the *test* files and the final numbers come from the rest of them (`validation_from="test"`). Where the
-weights are known not to have seen them, a part of the training images can be held out instead ("train").
+weights are known not to have seen them, a part of the training images can be held out instead ("train"). A dataset
+without training images gives all three splits from its test images, still disjoint.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ class TaskData:
     """The splits of one task.
 
     Attributes:
-        calibration: from the training images; statistics of activations come from these.
+        calibration: from the training images if there are any; statistics of activations come from these. None if not
+            asked for.
         validation: for rewards only.
         test: for final numbers only.
         train: for fine-tuning (contains the calibration images, never a validation image); None if not asked for.
@@ -77,7 +79,7 @@ class TaskData:
         source: one sentence that says which images are in which split.
     """
 
-    calibration: Split
+    calibration: Split | None
     validation: Split
     test: Split
     train: Split | None
@@ -102,7 +104,7 @@ class TaskData:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(channels, height, width)."""
-        return self.calibration.images.shape[1:]
+        return self.validation.images.shape[1:]
 
     def tensors(self, split: Split) -> tuple[Tensor, Tensor]:
         """Return a split as network input: images (N, C, H, W) float32 normalised, labels (N,) int64."""
@@ -124,9 +126,9 @@ class TaskData:
 def _check_split(name: str, split: Split, data: TaskData) -> None:
     if not len(split):
         raise InputError(f"`data.{name}` has no images; at least one is needed.")
-    shape, expected = split.images.shape[1:], data.calibration.images.shape[1:]
+    shape, expected = split.images.shape[1:], data.image_shape
     if shape != expected:
-        raise InputError(f"`data.{name}` has images of {_times(shape)}, but `data.calibration` of {_times(expected)}.")
+        raise InputError(f"`data.{name}` has images of {_times(shape)}, but `data.validation` of {_times(expected)}.")
     if len(data.mean) != shape[0] or len(data.std) != shape[0] or min(data.std) <= 0:
         raise InputError(
             f"`data.mean` and `data.std` need one number per channel ({shape[0]}), std above 0, "
@@ -158,9 +160,9 @@ class Pool:
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a reader in `DATASETS` returns."""
+    """What a reader in `DATASETS` returns; `train` is None where there are no training images."""
 
-    train: Pool
+    train: Pool | None
     test: Pool
     classes: tuple[str, ...]
     mean: tuple[float, ...]
@@ -188,9 +190,10 @@ def load_data(
             test, train, validation_from and seed as keywords and returns a `TaskData` (`split_dataset` makes one).
         root: folder of the files; unused by "digits".
         calibration, validation, test, train: number of images, or "rest". Calibration images are drawn from the
-            training images and may be in `train` too; 0 training images mean that `train` is None.
+            training images and may be in `train` too; 0 of these two mean that the split is None. Where the dataset has
+            no training images, calibration, validation and test are drawn from the test images, without overlap.
         validation_from: "test" or "train", see the top of this file.
-        seed: of the draw from the training images.
+        seed: of the draw from the training images, or from the test images where there are no others.
         input_shape: (channels, height, width) of the model; "image_folder" resizes to it, the others are checked.
         mean, std: per channel, instead of the dataset's own.
     Raises:
@@ -228,6 +231,13 @@ def split_dataset(
     """Return the splits of a dataset; arguments and errors as in `load_data`."""
     if validation_from not in ("test", "train"):
         raise InputError(f'`data.validation_from` must be "test" or "train", but got "{validation_from}".')
+    if dataset.train is None:
+        if train or validation_from == "train":
+            raise InputError(
+                f"`data.name: {name}` has no training images, so `data.train` must be 0 (got {train}) "
+                f'and `data.validation_from` "test" (got "{validation_from}").'
+            )
+        return _split_without_training(name, dataset, calibration, validation, test, seed)
     # Test images keep the order of the files, so that "the first N" is something another program can reproduce.
     test_order = np.arange(len(dataset.test.labels))
     train_order = np.random.default_rng(seed).permutation(len(dataset.train.labels))
@@ -244,7 +254,7 @@ def split_dataset(
     (train_indices,) = _take(fitting, "training images", train=train)
     tuning = f"; fine-tuning has {len(train_indices)} training images, those included" if len(train_indices) else ""
     return TaskData(
-        calibration=dataset.train.pick(calibration_indices),
+        calibration=dataset.train.pick(calibration_indices) if len(calibration_indices) else None,
         validation=validation_split,
         test=dataset.test.pick(final),
         train=dataset.train.pick(train_indices) if len(train_indices) else None,
@@ -254,6 +264,25 @@ def split_dataset(
         classes=dataset.classes,
         source=f"{name}: validation is {origin}; calibration is {len(calibration_indices)} training images{tuning} "
         f"(training images are drawn with seed {seed}).",
+    )
+
+
+def _split_without_training(
+    name: str, dataset: Dataset, calibration: int | str, validation: int | str, test: int | str, seed: int
+) -> TaskData:
+    """Return three disjoint splits of the test images; drawn, because files are often sorted by class."""
+    order = np.random.default_rng(seed).permutation(len(dataset.test.labels))
+    parts = _take(order, "test images", calibration=calibration, validation=validation, test=test)
+    splits = [dataset.test.pick(part) if len(part) else None for part in parts]
+    return TaskData(
+        *splits,
+        train=None,
+        mean=dataset.mean,
+        std=dataset.std,
+        num_classes=len(dataset.classes),
+        classes=dataset.classes,
+        source=f"{name}: there are no training images; calibration is {len(parts[0])}, validation {len(parts[1])} and test "
+        f"{len(parts[2])} of the {len(order)} test images, disjoint (drawn with seed {seed}).",
     )
 
 
@@ -284,7 +313,7 @@ def _take(order: np.ndarray, what: str, **counts: int | str) -> list[np.ndarray]
 
 
 def _check_count(field: str, count: int | str) -> None:
-    least = 0 if field == "train" else 1
+    least = 0 if field in ("train", "calibration") else 1
     if count == REST or (isinstance(count, int) and not isinstance(count, bool) and count >= least):
         return
     raise InputError(f"`data.{field}` must be a whole number of images from {least} on, or `rest`, but got {count!r}.")
@@ -380,12 +409,43 @@ def read_image_folder(root: str | Path | None, input_shape: tuple[int, int, int]
     return Dataset(_file_pool(train, input_shape), _file_pool(test, input_shape), tuple(train.classes), mean, std)
 
 
+def read_arrays(root: str | Path | None, input_shape: tuple[int, int, int] | None) -> Dataset:
+    """Return a .npz file that `root` names: x_test (N, H, W, C) uint8, y_test (N,), and optionally x_train, y_train, classes.
+
+    `classes` holds one name per class; without it there are as many classes as labels, called by their number.
+    """
+    holds = "x_test (N, H, W, C) in uint8 and y_test (N,), and optionally x_train, y_train and classes"
+    path = Path(root or "").expanduser()
+    if not path.is_file():
+        raise InputError(f"`data.root: {root}` must name a .npz file that holds {holds}.")
+    arrays = _read_arrays(path, holds)
+    pools = {part: _checked_pool(arrays, part, path, holds) for part in ("train", "test") if f"x_{part}" in arrays}
+    if "test" not in pools:
+        raise InputError(f"`data.root: {path}` has no x_test. It must hold {holds}.")
+    count = 1 + max(int(pool.labels.max(initial=0)) for pool in pools.values())
+    classes = tuple(map(str, arrays["classes"].tolist() if "classes" in arrays else range(count)))
+    channels = arrays["x_test"].shape[3]
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,) * channels, (0.5,) * channels)
+    return Dataset(pools.get("train"), pools["test"], classes, mean, std)
+
+
+def _checked_pool(arrays: Mapping[str, np.ndarray], part: str, path: Path, holds: str) -> Pool:
+    images, labels = arrays[f"x_{part}"], arrays.get(f"y_{part}", np.empty(0))
+    if images.dtype != np.uint8 or images.ndim != 4 or labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+        raise InputError(
+            f"`data.root: {path}` must hold {holds}, but x_{part} is {images.shape} in {images.dtype} "
+            f"and y_{part} {labels.shape} in {labels.dtype}."
+        )
+    return array_pool(images.transpose(0, 3, 1, 2), labels.astype(np.int64))
+
+
 DATASETS: Mapping[str, Callable[..., Dataset]] = {
     "digits": read_digits,
     "cifar10": read_cifar10,
     "cifar100": read_cifar100,
     "fashion_mnist": read_fashion_mnist,
     "image_folder": read_image_folder,
+    "arrays": read_arrays,
 }
 """Readers by name: (root, input_shape) -> Dataset."""
 
@@ -402,6 +462,15 @@ def _folder(root: str | Path | None, layout: str) -> Path:
 def array_pool(images: np.ndarray, labels: np.ndarray) -> Pool:
     """Return a pool of images (N, C, H, W) uint8 or float32 that are in memory."""
     return Pool(labels, images.__getitem__)
+
+
+def _read_arrays(path: Path, holds: str) -> dict[str, np.ndarray]:
+    """Return all arrays of a .npz file."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except Exception as error:  # numpy raises half a dozen kinds on damaged archives
+        raise InputError(f"`data.root: {path}` cannot be read ({error}). It must be a .npz file that holds {holds}.") from error
 
 
 def _read_npz(path: Path) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -1,4 +1,4 @@
-"""Trains the small networks that come with secateur, and keeps them in a cache."""
+"""Training: from scratch for the small networks that come with secateur (kept in a cache), and fine-tuning of any network."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from envs.tasks.data import TaskData
+from envs.core import InputError
+from envs.tasks.data import Split, TaskData
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,37 @@ class Recipe:
     weight_decay: float = 5e-4
     shift: int = 1
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """How to train a network on: SGD with momentum, the learning rate falling to zero along half a cosine.
+
+    Attributes:
+        shift: images are moved by up to this many pixels in each direction, filled with black.
+        flip: whether half of the images, drawn anew in every epoch, are mirrored left to right.
+        precision: "bfloat16": activations and products are in bfloat16 (autocast), weights stay in float32; or "float32".
+        seed: of the order of the images, shifts and flips.
+    """
+
+    epochs: int = 1
+    batch_size: int = 128
+    learning_rate: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    shift: int = 4
+    flip: bool = True
+    precision: str = "float32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("epochs", 1), ("batch_size", 2), ("shift", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"`{name}` of the fine-tuning must be at least {least}, but got {getattr(self, name)}.")
+        if not self.learning_rate > 0:
+            raise InputError(f"`learning_rate` of the fine-tuning must be above 0, but got {self.learning_rate}.")
+        if self.precision not in ("float32", "bfloat16"):
+            raise InputError(f"`precision` of the fine-tuning must be float32 or bfloat16, but got {self.precision}.")
 
 
 def cache_directory() -> Path:
@@ -94,19 +126,86 @@ def train(model: nn.Module, data: TaskData, recipe: Recipe, progress: Progress |
         model.parameters(), lr=recipe.learning_rate, momentum=0.9, weight_decay=recipe.weight_decay
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, total_steps=steps)
-    for epoch in range(1, recipe.epochs + 1):
-        loss_sum, right = 0.0, 0
-        for batch in torch.randperm(len(labels), generator=generator).split(recipe.batch_size):
-            logits = model(_shifted(images[batch], recipe.shift, generator))
-            loss = F.cross_entropy(logits, labels[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            loss_sum += loss.item() * len(batch)
-            right += int((logits.argmax(1) == labels[batch]).sum())
-        if progress is not None:
-            progress(TrainingProgress(epoch, recipe.epochs, loss_sum / len(labels), right / len(labels)))
+
+    def batch_at(indices: Tensor) -> tuple[Tensor, Tensor]:
+        return _shifted(images[indices], recipe.shift, generator), labels[indices]
+
+    return _descend(model, batch_at, len(labels), recipe, optimizer, schedule, generator, torch.float32, progress)
+
+
+def fine_tune(
+    network: nn.Module, data: TaskData, config: FineTuning, progress: Progress | None = None
+) -> nn.Module:
+    """Return a copy of the network, trained on with all of `data.train`, in eval mode.
+
+    Quantized weights would leave their grids: fine-tune the float network and quantize it afterwards.
+
+    Raises:
+        InputError: if there are no training images.
+    """
+    if data.train is None:
+        raise InputError("Fine-tuning needs training images: set `data.train`, for example to `rest`.")
+    # Convolutions are fastest with the channels innermost.
+    network = copy.deepcopy(network).to(memory_format=torch.channels_last).train()
+    generator = torch.Generator().manual_seed(config.seed)
+    steps = config.epochs * -(-len(data.train) // config.batch_size)
+    optimizer = torch.optim.SGD(
+        network.parameters(), lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+    def batch_at(indices: Tensor) -> tuple[Tensor, Tensor]:
+        split = Split(data.train.images[indices.numpy()], data.train.labels[indices.numpy()])
+        images, labels = data.tensors(split)
+        if config.flip:
+            mirrored = torch.rand(len(images), generator=generator) < 0.5
+            images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
+        images = _shifted(images, config.shift, generator)
+        return images.contiguous(memory_format=torch.channels_last), labels
+
+    dtype = getattr(torch, config.precision)
+    return _descend(network, batch_at, len(data.train), config, optimizer, schedule, generator, dtype, progress)
+
+
+def _descend(
+    model: nn.Module,
+    batch_at: Callable[[Tensor], tuple[Tensor, Tensor]],
+    count: int,
+    recipe: Recipe | FineTuning,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    generator: torch.Generator,
+    dtype: torch.dtype,
+    progress: Progress | None,
+) -> nn.Module:
+    """Return the model after `recipe.epochs` epochs of `count` images each, in eval mode.
+
+    Args:
+        batch_at: image indices -> augmented images and labels.
+        recipe: gives epochs, the largest batch, and the seed of what the network itself draws.
+        schedule: advanced after every batch.
+        generator: draws the order of the images.
+        dtype: of activations and products.
+    """
+    batches = -(-count // recipe.batch_size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)  # for dropout
+        for epoch in range(1, recipe.epochs + 1):
+            loss_sum, right = 0.0, 0
+            # Parts of equal size: a last batch of one image has no variance for a batch norm.
+            for batch in torch.randperm(count, generator=generator).tensor_split(batches):
+                images, labels = batch_at(batch)
+                with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                    logits = model(images)
+                loss = F.cross_entropy(logits.float(), labels)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                loss_sum += loss.item() * len(batch)
+                right += int((logits.argmax(1) == labels).sum())
+            if progress is not None:
+                progress(TrainingProgress(epoch, recipe.epochs, loss_sum / count, right / count))
     return model.eval()
 
 

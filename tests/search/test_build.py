@@ -1,9 +1,6 @@
-"""From a configuration to scores: the problem, its evaluator, finalists, and the benchmark, on the synthetic task."""
+"""From a configuration to scores: the problem and its evaluator, on the synthetic task."""
 
 from __future__ import annotations
-
-import json
-from functools import partial
 
 import numpy as np
 import pytest
@@ -13,12 +10,8 @@ from cost_models.core import InputError
 from envs.assembler import Assembler
 from envs.evaluator import Evaluator, Precision, batches, choose_precision, predict, top1
 from envs.pruning.slicing import masked_model, slice_model
-from search import finalize as finalists_of
-from search.benchmark import Outcome, benchmark_costs, benchmark_search, summary, write_results
-from search.build import build_agent, build_front, build_problem, feasibility_table, make_env
+from search.build import build_agent, build_problem, feasibility_table, make_env
 from search.config import parse_config
-from search.finalize import finalize
-from search.local_runner import LocalRunner
 
 VALUES = {
     "model": {"factory": "envs.tasks.synthetic:synthetic_net", "weights": "trained", "input": [3, 8, 8]},
@@ -190,41 +183,3 @@ def test_batches_cover_all_images_in_order():
     parts = batches(images)
     assert len(parts) == 3 and torch.equal(torch.cat(parts), images)
     assert torch.equal(predict(lambda batch: torch.eye(130)[batch[:, 0, 0, 0].long()], images), torch.arange(130))
-
-
-def test_winners_are_chosen_on_validation_and_scored_on_test(problem):
-    front = build_front(problem)
-    outcomes = benchmark_search(problem, LocalRunner(partial(make_env, problem)), ["random"], [0], 8, lambda _: None)
-    from search.loop import run_loop
-
-    agent = build_agent(problem, "random", {}, 0)
-    run_loop(agent, LocalRunner(partial(make_env, problem)), 8, lambda _, episode: front.add(episode))
-    finalists = finalize(problem, front, top=2)
-    for budget in problem.budgets:
-        mine = [finalist for finalist in finalists if finalist.budget == budget.name]
-        assert mine[0].proxy.top1 == front.best_top1(budget.name) >= mine[-1].proxy.top1
-        assert all(f.final.fidelity == "final" and f.final.images == len(problem.data.test) for f in mine)
-        assert finalists_of.test_score(problem, mine[0].policy).top1 == mine[0].final.top1
-        found = next(outcome for outcome in outcomes if outcome.budget == budget.name)
-        assert (found.validation_top1, found.test_top1) == (mine[0].proxy.top1, mine[0].final.top1)
-
-
-def test_results_are_written_with_the_table(problem, tmp_path):
-    outcomes = [
-        *(Outcome("a", seed, "small", 0.8, 0.70 + seed / 50, 10, 1.0, 0.5) for seed in range(2)),
-        Outcome("a", 2, "small", None, None, 10, 0.0, 0.0),
-        Outcome("b", 0, "small", 0.9, 0.95, 10, 1.0, 0.5),
-    ]
-    lines = summary(outcomes).splitlines()
-    assert lines[2].startswith("| small | b | 1 | 10 | 90.00 | 95.00 |"), "the best on test comes first"
-    assert "| 2 of 3 |" in lines[3] and "| 71.00 ± 1.41 |" in lines[3]
-    write_results(tmp_path, problem, problem.dense, outcomes)
-    record = json.loads((tmp_path / "results.json").read_text())
-    assert len(record["outcomes"]) == 4 and record["dense"]["validation_top1"] == problem.dense.top1
-    assert summary(outcomes) in (tmp_path / "results.md").read_text()
-
-
-def test_cost_speeds_are_measured_for_every_model(problem):
-    speeds = benchmark_costs(problem.space, population=64, repeats=3)
-    assert [speed.cost for speed in speeds] == list(problem.space.cost_models)
-    assert all(speed.policies_per_second > 0 and speed.with_decoding > 0 for speed in speeds)

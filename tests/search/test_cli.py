@@ -77,7 +77,8 @@ def test_front_prints_tables_json_and_csv():
     document = json.loads(secateur("front", "runs/small-1", "--format", "json").stdout)
     assert document["schema"] == 1
     rows = secateur("front", "runs/small-1", "--format", "csv").stdout.splitlines()
-    assert rows[0].startswith("evaluation,on_front,fits,validation_top1,test_top1,macs") and len(rows) > 1
+    heading = "evaluation,on_front,fits,validation_top1,finalist_validation_top1,test_top1,macs"
+    assert rows[0].startswith(heading) and len(rows) > 1
 
 
 def test_an_exported_model_scores_the_same_in_a_fresh_process(folder):
@@ -152,6 +153,17 @@ def test_inspect_shows_groups_and_budgets(folder):
     for shown in ("conv1", "Coupled channel groups", "satisfiable", "yes", "dense: macs"):
         assert shown in done.stdout
     assert sorted(path.name for path in (folder / "runs").iterdir()) == ["small-1"]
+
+
+def test_inspect_says_what_the_calibration_will_take(folder):
+    write(folder)
+    plain = " ".join(secateur("inspect", "small.yaml").stdout.split())
+    assert "calibration: 512 images, " in plain and "5 of 5 layers in full detail" in plain
+    limited = ("--set", "calibration.max_matrix_bytes=1000", "--set", "calibration.max_images=100")
+    shown = " ".join(secateur("inspect", "small.yaml", *limited).stdout.split())
+    assert "calibration: 100 images, " in shown and "Calibrated with less detail" in shown
+    unused = ("--set", "space.activation_bits=null", "--set", "recovery=[]", "--set", "finalize.recovery=null")
+    assert "nothing in this configuration needs one" in secateur("inspect", "small.yaml", *unused).stdout
 
 
 def test_an_impossible_budget_is_refused_before_anything_is_written(folder):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from envs.calibration import CalibrationConfig
 from envs.core import InputError
 from envs.policy_space import SpaceConfig
 from envs.tasks.data import load_data
@@ -54,6 +55,7 @@ def test_every_installed_configuration_is_valid(path):
 def test_defaults_are_those_of_the_parts_that_use_them():
     space = {field.name: field.default for field in dataclasses.fields(SpaceConfig)}
     assert SpaceSection().model_dump() == space
+    assert parse_config(MINIMAL, "small.yaml").calibration == dataclasses.asdict(CalibrationConfig())
     signature = inspect.signature(load_data).parameters
     for name, field in DataSection.model_fields.items():
         assert name in signature
@@ -63,7 +65,7 @@ def test_defaults_are_those_of_the_parts_that_use_them():
 
 def test_the_starter_shows_the_defaults():
     starter, plain = load_config("configs/starter.yaml"), parse_config(MINIMAL, "small.yaml")
-    for section in ("search", "space", "importance", "quantizer", "recovery", "finalize"):
+    for section in ("search", "space", "importance", "quantizer", "recovery", "calibration", "finalize"):
         assert getattr(starter, section) == getattr(plain, section), section
     assert starter.data.calibration == plain.data.calibration and starter.output.root == plain.output.root
 
@@ -71,10 +73,12 @@ def test_the_starter_shows_the_defaults():
 def test_the_dumped_configuration_reads_back_as_the_same():
     values = changed("budgets.phone", {"macs": "<= 40%", "weight_bytes": "<= 250kB", "top1_drop": "<= 1.5"})
     values["importance"] = {"name": "taylor", "options": {}}
+    values["calibration"] = {"positions": 8}
     config = parse_config(values, "small.yaml")
     dumped = json.loads(json.dumps(config.model_dump(mode="json")))
     assert parse_config(dumped, "manifest") == config
     assert dumped["budgets"]["phone"]["weight_bytes"] == "<= 250kB"
+    assert dumped["calibration"]["positions"] == 8 and dumped["calibration"]["samples"] == CalibrationConfig().samples
     assert config.budgets["phone"].top1_drop == 0.015 and set(config.budgets["phone"].limits) == {
         "macs",
         "weight_bytes",
@@ -171,6 +175,18 @@ def test_mistakes_in_budgets(budget, reason):
         ),
         ("quantizer", "unifrom", "quantizer: unknown name (got unifrom). Did you mean `uniform`?"),
         ("recovery", ["batchnorm"], "recovery.0: unknown name (got batchnorm). Did you mean `batch_norm`?"),
+        (
+            "calibration.positons",
+            3,
+            "calibration: `calibration` has no option `positons`. Did you mean `positions`? Known: max_images,",
+        ),
+        ("calibration.positions", 0, "calibration: `calibration`: `calibration.positions` must be at least 1"),
+        (
+            "calibration.seed",
+            "x",
+            "calibration: `calibration`: option `seed`: input should be a valid integer",
+        ),
+        ("calibration", 3, "calibration: must be a mapping (got 3)"),
         ("space.prune_ratio", [0.5, 1.0], "space: `space.prune_ratio` must be [least, largest]"),
         ("space.weight_bits", [1], "space: `space.weight_bits` must be 2..8"),
         ("model.input", [3, 32], "model.input.2: is missing"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,10 +11,11 @@ import pytest
 import torch
 
 from envs.assembler import Assembler
+from envs.calibration import CalibrationConfig, calibrate
 from envs.core import Budget, CompressionPolicy, Evaluation, InputError
 from envs.model_graph import analyze
 from envs.pruning.importance import IMPORTANCES
-from envs.quantization.calibration import calibrate_activations
+from envs.pruning.importance.core import DenseModel
 from envs.quantization.fake_quantize import activation_grid, quantized_weight
 from envs.quantization.quantizers import QUANTIZERS
 from envs.recovery import RECOVERIES
@@ -39,14 +41,17 @@ def problem():
     model = load_model(FACTORY)
     graph = analyze(model, (torch.zeros(1, 3, 8, 8),))
     images, labels = data.tensors(data.calibration)
-    scores = plugin(IMPORTANCES, "l1_norm").scores(model, graph, images, labels, np.random.default_rng(0))
-    ranges = calibrate_activations(model, [layer.name for layer in graph.geometry.layers], images)
-    recovery = plugin(RECOVERIES, "batch_norm")
-    prepared = [(recovery, recovery.prepare(model, graph, images))]
-    assembler = Assembler(model, graph, scores, ranges, plugin(QUANTIZERS, "uniform"), prepared, images)
+    calibration = calibrate(model, graph, images, CalibrationConfig())
+    dense_model = DenseModel(model, graph, calibration, images, labels, np.random.default_rng(0))
+    scores = plugin(IMPORTANCES, "l1_norm").scores(dense_model)
+    recoveries = [plugin(RECOVERIES, name) for name in ("least_squares", "batch_norm")]
+    assembler = Assembler(model, graph, scores, plugin(QUANTIZERS, "uniform"), recoveries[1:], calibration, images)
+    finalist_assembler = replace(assembler, recoveries=recoveries)
     config = SimpleNamespace(model=SimpleNamespace(factory=FACTORY, args={}, input=(3, 8, 8)))
     dense = Evaluation(0.9, {"macs": 3e5, "weight_bytes": 1e4}, images=256)
-    return SimpleNamespace(config=config, data=data, assembler=assembler, dense=dense)
+    return SimpleNamespace(
+        config=config, data=data, assembler=assembler, finalist_assembler=finalist_assembler, dense=dense
+    )
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +69,7 @@ def folder(tmp_path, problem, policy):
 
 
 def test_the_model_read_back_is_the_same_bit_for_bit(folder, problem, policy):
-    network, loaded = problem.assembler.assemble(policy), load_compressed(folder)
+    network, loaded = problem.finalist_assembler.assemble(policy), load_compressed(folder)
     expected = network.state_dict()
     assert set(loaded.state_dict()) == set(expected)
     for name, tensor in loaded.state_dict().items():

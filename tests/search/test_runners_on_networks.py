@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import partial
 
@@ -30,6 +31,23 @@ def run(runner, actors):
             runner.submit(waiting.pop(0))
         found |= {actor.ticket: episode for actor, episode in runner.wait()}
     return [found[ticket] for ticket in sorted(found)]
+
+
+def described_env(problem, file):
+    """Return an environment of the problem, and write down how this process holds the calibration."""
+    layers = problem.assembler.calibration.layers.values()
+    arrays = [array for layer in layers for array in (layer.moments, layer.samples)]
+    owners = [array.flags.owndata or array.base is None for array in arrays]
+    file.write_text(json.dumps({"writable": sum(array.flags.writeable for array in arrays), "copied": sum(owners)}))
+    return make_env(problem)
+
+
+def test_workers_share_the_calibration(tmp_path):
+    problem = build_problem(parse_config(VALUES, "test.yaml"))
+    assert len(problem.assembler.calibration.layers) == 5
+    runner = RayRunner(partial(described_env, problem, tmp_path / "worker.json"), 1)
+    runner.close()
+    assert json.loads((tmp_path / "worker.json").read_text()) == {"writable": 0, "copied": 0}
 
 
 def test_local_and_ray_runners_score_networks_alike():

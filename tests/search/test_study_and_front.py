@@ -146,6 +146,15 @@ def test_a_policy_counts_for_every_budget_that_it_fits():
     assert front.best_top1("watch") == 0.88
 
 
+def test_finalists_need_not_keep_the_top1_drop_yet():
+    front, _ = small_front()
+    assert [candidate.number for candidate in front.best("watch", 4)] == [1, 0, 3, 2]
+    assert [candidate.number for candidate in front.best("phone", 2)] == [0, 3]
+    lost = Front(OBJECTIVES, (WATCH,), DENSE, num_classes=10)
+    assert not lost.add(episode(30, 0.60, 30.0, 100.0)) and lost.of("watch") == []
+    assert [candidate.fits for candidate in lost.best("watch", 1)] == [()]
+
+
 def test_hypervolume_of_one_point_is_its_box():
     front = Front(("top1", "macs"), (PHONE,), DENSE, num_classes=10)
     assert front.hypervolume == 0 and front.best_top1("phone") is None
@@ -163,18 +172,27 @@ def test_files_hold_the_front_with_test_scores_apart(tmp_path):
     front, _ = small_front()
     policy = front.of("watch")[0].policy
     final = Evaluation(0.7, {"macs": 60.0, "weight_bytes": 150.0}, "final", images=300)
-    finalists = [SimpleNamespace(budget="watch", policy=policy, final=final)]
+    validation = Evaluation(0.89, final.costs, "validation", images=500)
+    finalists = [SimpleNamespace(budget="watch", policy=policy, validation=validation, final=final)]
     write_front(tmp_path, front.document(SPACE.describe, finalists, DENSE))
     document = read_front(tmp_path)
     assert document["front"] == [1, 0, 2] and document["budgets"]["watch"]["front"] == [1, 0]
     point = next(point for point in document["points"] if point["evaluation"] == 1)
     assert point["top1"] == 0.88 and policy_of(point) == policy
     assert document["final"]["points"] == [
-        {"budget": "watch", "evaluation": 1, "top1": 0.7, "images": 300, "costs": {"macs": 60.0, "weight_bytes": 150.0}}
+        {
+            "budget": "watch",
+            "evaluation": 1,
+            "validation_top1": 0.89,
+            "top1": 0.7,
+            "images": 300,
+            "costs": {"macs": 60.0, "weight_bytes": 150.0},
+        }
     ]
     rows = list(csv.DictReader((tmp_path / FRONT_CSV).read_text().splitlines()))
     assert [row["evaluation"] for row in rows] == ["0", "1", "2"]
     assert [row["test_top1"] for row in rows] == ["", "0.7", ""]
+    assert [row["finalist_validation_top1"] for row in rows] == ["", "0.89", ""]
     assert rows[1]["fits"] == "watch" and rows[1]["weight_bits/conv"] == "8" and rows[1]["validation_top1"] == "0.88"
     assert sorted(path.name for path in tmp_path.iterdir()) == [FRONT_CSV, FRONT_JSON]
 
@@ -187,7 +205,10 @@ def test_the_winner_is_the_best_on_validation():
     scores = {1: 0.7, 0: 0.8}
     finalists = [
         SimpleNamespace(
-            budget="watch", policy=c.policy, final=Evaluation(scores[c.number], c.evaluation.costs, "final")
+            budget="watch",
+            policy=c.policy,
+            validation=c.evaluation,
+            final=Evaluation(scores[c.number], c.evaluation.costs, "final"),
         )
         for c in front.of("watch")
     ]
@@ -204,8 +225,8 @@ def test_one_budget_keeps_its_front_and_its_finalists():
     final = Evaluation(0.7, {"macs": 60.0, "weight_bytes": 150.0}, "final")
     dominated = CompressionPolicy((46,), (8,), (32,))  # on no front, but a finalist
     finalists = [
-        SimpleNamespace(budget="phone", policy=dominated, final=final),
-        SimpleNamespace(budget="watch", policy=front.of("watch")[0].policy, final=final),
+        SimpleNamespace(budget="phone", policy=dominated, validation=final, final=final),
+        SimpleNamespace(budget="watch", policy=front.of("watch")[0].policy, validation=final, final=final),
     ]
     whole = front.document(SPACE.describe, finalists, DENSE)
     document = only_budget(whole, "phone")

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from envs.calibration import LayerPlan
 from envs.core import Budget, CompressionPolicy, Episode, Evaluation
 from search.build import Feasibility
 from search.front import Front
-from search.tables import MAX_ROWS, amount, feasibility_report, front_tables
+from search.tables import MAX_ROWS, amount, calibration_line, calibration_table, feasibility_report, front_tables
 
 DENSE = Evaluation(0.9, {"macs": 2e6, "weight_bytes": 4e5}, images=500)
 BUDGETS = (Budget("phone", {"macs": 1e6}), Budget("watch", {"weight_bytes": 2e5}, top1_drop=0.05))
@@ -44,7 +45,7 @@ def test_one_table_per_budget_and_one_for_all():
 def test_long_fronts_are_cut_and_say_so():
     text = shown(front_tables(document(MAX_ROWS + 5), "phone"))
     assert f"The best {MAX_ROWS} of {MAX_ROWS + 5}; front.csv has all." in text.replace("\n", " ")
-    assert text.count(" % │") - 1 == 2 * MAX_ROWS  # the dense row's cost is no share
+    assert text.count(" % │") - 1 == 2 * MAX_ROWS  # no finalists: their columns are empty; the dense row's cost is no share
 
 
 @pytest.mark.parametrize(
@@ -58,6 +59,19 @@ def test_long_fronts_are_cut_and_say_so():
 )
 def test_amounts(cost, value, text):
     assert amount(cost, value) == text
+
+
+def test_layers_that_are_calibrated_with_less_detail_say_why():
+    plans = {
+        "first": LayerPlan("full", 1_000_000),
+        "wide": LayerPlan("channel", 400_000, matrix_bytes=85_000_000),
+        "up": LayerPlan("none", 100_000, reason="it is special"),
+    }
+    text = shown([calibration_table(plans, 32_000_000)], width=120)
+    assert "first" not in text and "matrix of 85 MB > 32 MB" in text and "moments of its channels" in text
+    assert "it is special" in text and "range only" in text
+    assert calibration_line(plans, 1024) == "calibration: 1,024 images, 1.5 MB, 1 of 3 layers in full detail"
+    assert "needs one" in calibration_line(None, 1024)
 
 
 def test_feasibility_says_yes_or_no():

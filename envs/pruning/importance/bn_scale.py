@@ -11,13 +11,15 @@ Where we differ and why:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from envs.model_graph.plan import ChannelGroup, ModelGraph
+from envs.model_graph.plan import ChannelGroup
+from envs.pruning.importance.core import DenseModel
 from envs.pruning.importance.unit_slices import mean_over_producers, unit_rows
 
 
@@ -31,17 +33,16 @@ class BnScale:
     """Mean |gamma| over the group's batch norms; L1 norm of the producers where there is none."""
 
     config: BnScaleConfig = BnScaleConfig()
+    needs_images: ClassVar[bool] = False
 
-    def scores(
-        self, model: nn.Module, graph: ModelGraph, images: Tensor, labels: Tensor, rng: np.random.Generator
-    ) -> tuple[np.ndarray, ...]:
+    def scores(self, dense: DenseModel) -> tuple[np.ndarray, ...]:
         """See `Importance.scores`; reads the parameters only."""
         scales = {
             f"{name}.weight": module.weight
-            for name, module in model.named_modules()
+            for name, module in dense.model.named_modules()
             if isinstance(module, _BatchNorm) and module.affine
         }
-        return tuple(_group_scores(model, group, scales) for group in graph.groups)
+        return tuple(_group_scores(dense.model, group, scales) for group in dense.graph.groups)
 
 
 def _group_scores(model: nn.Module, group: ChannelGroup, scales: dict[str, Tensor]) -> np.ndarray:

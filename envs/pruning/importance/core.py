@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import numpy as np
 from torch import Tensor, nn
 
+from envs.calibration.core import Calibration
 from envs.model_graph.plan import ModelGraph
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """What an importance may look at.
+
+    Attributes:
+        model: the dense network, in eval mode.
+        graph: its plan.
+        calibration: statistics of every layer's input; None if the importance does not need images.
+        images, labels: calibration images (N, C, H, W) float32 normalised and their classes (N,); None likewise.
+        rng: the only source of randomness.
+    """
+
+    model: nn.Module
+    graph: ModelGraph
+    calibration: Calibration | None
+    images: Tensor | None
+    labels: Tensor | None
+    rng: np.random.Generator
 
 
 class Importance(Protocol):
@@ -16,15 +38,9 @@ class Importance(Protocol):
     Instances are made from their frozen config alone, pickle, and leave the model and its gradients as they were.
     """
 
-    def scores(
-        self, model: nn.Module, graph: ModelGraph, images: Tensor, labels: Tensor, rng: np.random.Generator
-    ) -> tuple[np.ndarray, ...]:
-        """Return one float64 array (units,) per group, in the order of `graph.groups`; larger = keep.
+    needs_images: ClassVar[bool]
+    """Whether it uses `calibration`, `images` or `labels`."""
 
-        Args:
-            model: the dense network, in eval mode.
-            graph: its plan.
-            images, labels: calibration images (N, C, H, W) float32 normalised and their classes (N,).
-            rng: the only source of randomness.
-        """
+    def scores(self, dense: DenseModel) -> tuple[np.ndarray, ...]:
+        """Return one float64 array (units,) per group, in the order of `graph.groups`; larger = keep."""
         ...

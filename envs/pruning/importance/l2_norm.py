@@ -9,11 +9,11 @@ Where we differ and why:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
-from torch import Tensor, nn
 
-from envs.model_graph.plan import ModelGraph
+from envs.pruning.importance.core import DenseModel
 from envs.pruning.importance.unit_slices import mean_over_producers
 
 
@@ -27,9 +27,8 @@ class L2Norm:
     """Mean over the group's producers of sqrt(sum w^2) over each unit's filter."""
 
     config: L2NormConfig = L2NormConfig()
+    needs_images: ClassVar[bool] = False
 
-    def scores(
-        self, model: nn.Module, graph: ModelGraph, images: Tensor, labels: Tensor, rng: np.random.Generator
-    ) -> tuple[np.ndarray, ...]:
+    def scores(self, dense: DenseModel) -> tuple[np.ndarray, ...]:
         """See `Importance.scores`; reads the weights only."""
-        return tuple(mean_over_producers(model, group, lambda rows: rows.norm(dim=1)) for group in graph.groups)
+        return tuple(mean_over_producers(dense.model, group, lambda rows: rows.norm(dim=1)) for group in dense.graph.groups)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
-from torch import Tensor, nn
 
-from envs.model_graph.plan import ModelGraph
+from envs.pruning.importance.core import DenseModel
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,8 @@ class Random:
     """Uniform scores in [0, 1), drawn once per search."""
 
     config: RandomConfig = RandomConfig()
+    needs_images: ClassVar[bool] = False
 
-    def scores(
-        self, model: nn.Module, graph: ModelGraph, images: Tensor, labels: Tensor, rng: np.random.Generator
-    ) -> tuple[np.ndarray, ...]:
+    def scores(self, dense: DenseModel) -> tuple[np.ndarray, ...]:
         """See `Importance.scores`; reads nothing but `rng`."""
-        return tuple(rng.random(group.units) for group in graph.groups)
+        return tuple(dense.rng.random(group.units) for group in dense.graph.groups)

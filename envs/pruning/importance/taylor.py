@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from envs.core import InputError
-from envs.model_graph.plan import ChannelGroup, ModelGraph, TensorSlice
+from envs.model_graph.plan import ChannelGroup, TensorSlice
+from envs.pruning.importance.core import DenseModel
 from envs.pruning.importance.unit_slices import named_parameters, producer_weights, unit_rows
 
 
@@ -50,17 +52,16 @@ class Taylor:
     """Mean over batches of (sum w * dloss/dw)^2 over each unit's scales and shifts, or its own weights."""
 
     config: TaylorConfig = TaylorConfig()
+    needs_images: ClassVar[bool] = True
 
-    def scores(
-        self, model: nn.Module, graph: ModelGraph, images: Tensor, labels: Tensor, rng: np.random.Generator
-    ) -> tuple[np.ndarray, ...]:
+    def scores(self, dense: DenseModel) -> tuple[np.ndarray, ...]:
         """See `Importance.scores`; cross-entropy in eval mode, so that batch statistics play no part."""
-        model = copy.deepcopy(model).eval().requires_grad_(True)
+        model = copy.deepcopy(dense.model).eval().requires_grad_(True)
         parameters = named_parameters(model)
-        places = [_gates(model, group) for group in graph.groups]
-        totals = [np.zeros(group.units) for group in graph.groups]
+        places = [_gates(model, group) for group in dense.graph.groups]
+        totals = [np.zeros(group.units) for group in dense.graph.groups]
         count = self.config.max_images
-        batches = list(zip(*(part[:count].split(self.config.batch_size) for part in (images, labels)), strict=True))
+        batches = list(zip(*(part[:count].split(self.config.batch_size) for part in (dense.images, dense.labels)), strict=True))
         for batch_images, batch_labels in batches:
             model.zero_grad()
             F.cross_entropy(model(batch_images), batch_labels).backward()

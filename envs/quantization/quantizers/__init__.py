@@ -1,9 +1,15 @@
 """Quantizers: which grid weights and activations are put on. A new one is a file and a line in `QUANTIZERS`."""
 
-from envs.quantization.quantizers.core import ActivationGrid, Quantizer, dequantize
+from envs.quantization.quantizers.core import ActivationGrid, QuantizedWeight, Quantizer
+from envs.quantization.quantizers.gptq import GPTQ, GPTQConfig
+from envs.quantization.quantizers.power_of_two import PowerOfTwo, PowerOfTwoConfig
 from envs.quantization.quantizers.uniform import Uniform, UniformConfig
 
-__all__ = ["QUANTIZERS", "ActivationGrid", "Quantizer", "dequantize"]
+__all__ = ["QUANTIZERS", "ActivationGrid", "QuantizedWeight", "Quantizer"]
 
-QUANTIZERS = {"uniform": (UniformConfig, Uniform)}
+QUANTIZERS = {
+    "uniform": (UniformConfig, Uniform),
+    "gptq": (GPTQConfig, GPTQ),
+    "power_of_two": (PowerOfTwoConfig, PowerOfTwo),
+}
 """Name -> (config, quantizer); a quantizer is made as `quantizer(config())`."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor
+
+from envs.calibration.core import LayerStatistics
 
 MIN_BITS, MAX_BITS = 2, 8
 """Bit-widths that can be simulated; 32 everywhere else means "untouched"."""
@@ -25,24 +28,50 @@ class ActivationGrid:
         return 2**self.bits - 1
 
 
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight as integers; `dequantize` gives the parameter that the network computes with, bit for bit.
+
+    Attributes:
+        codes: shape of the weight, int8, in -2^(bits - 1) .. 2^(bits - 1) - 1.
+        scale: (output channels,) float32.
+        bits: how many bits a code takes.
+        levels: (2^bits,) float32, the value of each code from the lowest on, in units of the scale; None: the code itself.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    bits: int
+    levels: Tensor | None = None
+
+    def dequantize(self) -> Tensor:
+        """Return level * scale of each output channel (axis 0), float32; the same bits on every call."""
+        if self.levels is None:
+            values = self.codes.float()
+        else:
+            values = self.levels[self.codes.to(torch.int64) + 2 ** (self.bits - 1)]
+        return values * self.scale.view(-1, *[1] * (self.codes.dim() - 1))
+
+
 class Quantizer(Protocol):
     """Chooses grids. Instances are made from their frozen config alone and pickle."""
 
-    def quantize_weight(self, weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-        """Return codes (shape of `weight`) int8 and one scale per output channel (axis 0) float32.
+    needs_images: ClassVar[bool]
+    """Whether `quantize_weight` needs the statistics."""
 
-        `dequantize(codes, scale)` is the weight that the network computes with.
+    def quantize_weight(self, weight: Tensor, bits: int, statistics: LayerStatistics | None = None) -> QuantizedWeight:
+        """Return the weight on its grid.
+
+        Args:
+            weight: (outputs, inputs per conv group, ...) float32.
+            bits: 2..8.
+            statistics: of the layer's input, of the weight's own size; None or of any kind, if less is known.
         """
         ...
 
-    def activation_grid(self, low: float, high: float, bits: int) -> ActivationGrid:
-        """Return the grid for activations that calibration found in [low, high]."""
+    def activation_grid(self, statistics: LayerStatistics, bits: int) -> ActivationGrid:
+        """Return the grid for activations from what calibration saw (`low`, `high`, `samples`)."""
         ...
-
-
-def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
-    """Return codes * scale of each output channel, float32; the same bits on every call."""
-    return codes.float() * scale.view(-1, *[1] * (codes.dim() - 1))
 
 
 def check_bits(bits: int) -> None:

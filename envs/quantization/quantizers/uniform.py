@@ -8,40 +8,36 @@ Where we differ and why (figures: CIFAR ResNet-56, weights at 3 bits, no recover
    clipped channel down: top-1 88.8 -> 82.4 %.
 2. `clip: mse` (default) does not let one outlier stretch a channel's grid: it takes the clipping point with the least
    squared error.
-3. Least error shrinks: s <w, q> < <w, w>, and over many layers the signal fades. So the scale is corrected to
-   s = <w, w> / <w, q>, which leaves an error orthogonal to w: top-1 67.2 -> 88.8 %.
+3. The scale is corrected for the shrinking that least error brings, see weight_grids.py: top-1 67.2 -> 88.8 %.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from envs.core import InputError
-from envs.quantization.quantizers.core import ActivationGrid, check_bits
-
-CLIPPING_POINTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
-"""Shares of a channel's largest weight among which the search chooses."""
-
-GAIN_CORRECTIONS = 3
-"""Rounds of correcting the scale and rounding again."""
+from envs.calibration.core import LayerStatistics
+from envs.quantization.quantizers.activation_grids import ActivationGridConfig, choose_activation_grid
+from envs.quantization.quantizers.core import ActivationGrid, QuantizedWeight, check_bits
+from envs.quantization.quantizers.weight_grids import check_clip, choose_scale, relative_rows, symmetric_grid
 
 
 @dataclass(frozen=True)
-class UniformConfig:
-    """How weight scales are chosen.
+class UniformConfig(ActivationGridConfig):
+    """How scales are chosen.
 
     Attributes:
         clip: "mse": least squared error, then unshrunk; "max": the largest weight of the channel is on the grid.
+        activations, percentile: see `ActivationGridConfig`.
     """
 
     clip: str = "mse"
 
     def __post_init__(self) -> None:
-        if self.clip not in ("mse", "max"):
-            raise InputError(f'`clip` of the quantizer `uniform` must be "mse" or "max", but got "{self.clip}".')
+        super().__post_init__()
+        check_clip(self.clip, "uniform")
 
 
 @dataclass(frozen=True)
@@ -49,53 +45,15 @@ class Uniform:
     """See the top of this file."""
 
     config: UniformConfig = UniformConfig()
+    needs_images: ClassVar[bool] = False
 
-    def quantize_weight(self, weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    def quantize_weight(self, weight: Tensor, bits: int, statistics: LayerStatistics | None = None) -> QuantizedWeight:
         """See `Quantizer.quantize_weight`."""
         check_bits(bits)
-        rows = weight.detach().float().flatten(1)
-        largest = rows.abs().amax(1).clamp_min(1e-36)  # an all-zero channel gets a scale too
-        scale = torch.full_like(largest, 1 / (2 ** (bits - 1) - 1))
-        if self.config.clip == "mse":
-            relative = rows / largest[:, None]  # squares of very small weights would vanish in float32
-            scale = _without_shrinking(relative, _least_error_scale(relative, scale, bits), scale, bits)
-        scale = scale * largest
-        return _codes(rows, scale, bits).to(torch.int8).view(weight.shape), scale
+        grid, relative = symmetric_grid(bits), relative_rows(weight)
+        scale = choose_scale(relative.rows, grid, self.config.clip)
+        return grid.quantized(grid.round(relative.rows / scale[:, None]), relative.scales(scale), weight.shape)
 
-    def activation_grid(self, low: float, high: float, bits: int) -> ActivationGrid:
-        """See `Quantizer.activation_grid`; the range is widened to hold zero, which padding needs exactly."""
-        check_bits(bits)
-        low, high = min(low, 0.0), max(high, 0.0)
-        scale = (high - low) / (2**bits - 1) or 1.0
-        return ActivationGrid(scale, round(-low / scale), bits)
-
-
-def _codes(rows: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Return the nearest codes as floats, (channels, elements)."""
-    largest = 2 ** (bits - 1) - 1
-    return (rows / scale[:, None]).round_().clamp_(-largest, largest)
-
-
-def _least_error_scale(rows: Tensor, widest: Tensor, bits: int) -> Tensor:
-    """Return the scale of each channel with the least squared error among the clipping points, (channels,).
-
-    Args:
-        rows: weights, (channels, elements).
-        widest: scale at which nothing is clipped, (channels,).
-    """
-    scales = torch.stack([share * widest for share in CLIPPING_POINTS])
-    errors = torch.stack([_squared_error(rows, scale, bits) for scale in scales])
-    return scales.gather(0, errors.argmin(0, keepdim=True))[0]
-
-
-def _without_shrinking(rows: Tensor, scale: Tensor, widest: Tensor, bits: int) -> Tensor:
-    """Return the scale, at most `widest`, at which the projection of the rounded channel on the channel is itself."""
-    for _ in range(GAIN_CORRECTIONS):
-        product = (rows * _codes(rows, scale, bits)).sum(1)
-        corrected = torch.minimum(rows.square().sum(1) / product, widest)
-        scale = torch.where(product > 0, corrected, scale)  # all codes 0: nothing to correct
-    return scale
-
-
-def _squared_error(rows: Tensor, scale: Tensor, bits: int) -> Tensor:
-    return (_codes(rows, scale, bits).mul_(scale[:, None]) - rows).square_().sum(1)
+    def activation_grid(self, statistics: LayerStatistics, bits: int) -> ActivationGrid:
+        """See `Quantizer.activation_grid`."""
+        return choose_activation_grid(statistics, bits, self.config)

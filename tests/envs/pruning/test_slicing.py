@@ -10,9 +10,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from cost_models.core import InputError
+from envs.calibration import CalibrationConfig, calibrate
+from envs.candidate import Candidate
 from envs.model_graph import analyze, fold_batch_norms
+from envs.piece_cache import PieceCache
 from envs.policy_space import PolicySpace, SpaceConfig
 from envs.pruning.slicing import masked_model, resize_model, slice_model
+from envs.quantization.quantizers.uniform import Uniform
 from envs.recovery.least_squares import LeastSquares
 from search.support import randomize
 
@@ -403,9 +407,10 @@ def test_least_squares_finds_the_layers_that_have_two_names():
     model = randomized(Renamed()).float()
     inputs = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(2))
     graph = analyze(model, (inputs,))
-    kept, recovery = some_units(graph), LeastSquares()
+    kept = some_units(graph)
     network = slice_model(model, graph, kept)
+    calibration = calibrate(model, graph, inputs, CalibrationConfig())
+    candidate = Candidate(network, model, graph, kept, {}, Uniform(), calibration, inputs, PieceCache())
     before = network.block[0].weight.clone()
-    with torch.no_grad():
-        recovery.apply(network, model, graph, kept, recovery.prepare(model, graph, inputs), inputs)
+    LeastSquares().apply(candidate)
     assert not torch.equal(network.last[0][0].weight, before)

@@ -1,23 +1,25 @@
-"""Simulated quantization computes what integers would, survives copying, and trains straight through."""
+"""Simulated quantization survives copying, trains straight through, and leaves everything else alone."""
 
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
-from torch import nn
 
-from envs.quantization.calibration import calibrate_activations
+from envs.calibration import CalibrationConfig, calibrate
+from envs.candidate import Candidate
+from envs.model_graph import analyze
+from envs.piece_cache import PieceCache
 from envs.quantization.fake_quantize import (
     ActivationQuantizer,
     activation_grid,
     is_quantized,
-    quantize_model,
     quantized_weight,
     set_activation_grid,
     set_quantized_weight,
 )
-from envs.quantization.quantizers import ActivationGrid, dequantize
+from envs.quantization.quantizers import QUANTIZERS, ActivationGrid
 from envs.quantization.quantizers.uniform import Uniform
 from envs.tasks.synthetic import synthetic_net
 
@@ -29,45 +31,38 @@ def images():
     return torch.randn(20, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture
-def quantized(images):
+def make_candidate(model, bits, images, quantizer=None, network=None):
+    """Return a candidate from which nothing is removed."""
+    graph = analyze(model, (images[:1],))
+    calibration = calibrate(model, graph, images, CalibrationConfig())
+    kept = [np.arange(group.units) for group in graph.groups]
+    network = copy.deepcopy(model) if network is None else network
+    return Candidate(network, model, graph, kept, bits, quantizer or Uniform(), calibration, images, PieceCache())
+
+
+def quantize(candidate):
+    candidate.quantize_inputs()
+    candidate.quantize_weights()
+    return candidate.network
+
+
+@pytest.fixture(params=QUANTIZERS)
+def quantized(images, request):
     torch.manual_seed(0)
-    model = synthetic_net().eval()
-    ranges = calibrate_activations(model, LAYERS, images)
-    quantize_model(model, {name: (4, 8) for name in LAYERS}, ranges, Uniform())
-    return model
-
-
-@pytest.mark.parametrize(("weight_bits", "activation_bits"), [(8, 8), (4, 8), (2, 3)])
-@pytest.mark.parametrize("options", [{"padding": 1}, {"stride": 2, "padding": 1, "bias": False}, {"groups": 4}])
-def test_convolution_equals_exact_integer_arithmetic(weight_bits, activation_bits, options):
-    generator = torch.Generator().manual_seed(0)
-    conv = nn.Conv2d(4, 8, 3, **options).double()
-    x = torch.randn(3, 4, 9, 9, generator=generator).double()
-    model = nn.Sequential(copy.deepcopy(conv).float())
-    quantize_model(model, {"0": (weight_bits, activation_bits)}, {"0": (-1.5, 2.0)}, Uniform())
-    grid, weight = activation_grid(model[0]), quantized_weight(model[0])
-
-    codes = (x.float() / grid.scale).round().add(grid.zero_point).clamp(0, grid.max_code).long()
-    assert codes.min() >= 0 and codes.max() < 2**activation_bits
-    unpadded = (codes - grid.zero_point).double()  # integers; sums below 2^53 are exact in float64
-    integers = nn.functional.conv2d(
-        unpadded, weight.codes.double(), stride=conv.stride, padding=conv.padding, groups=conv.groups
-    )
-    assert torch.equal(integers, integers.round())
-    expected = integers * grid.scale * weight.scale.double().view(1, -1, 1, 1)
-    expected += 0 if conv.bias is None else conv.bias.detach().view(1, -1, 1, 1)
-    assert torch.allclose(model(x.float()).double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    config, make = QUANTIZERS[request.param]
+    bits = {name: (2 if name == "conv3" else 4, 8) for name in LAYERS}
+    return quantize(make_candidate(synthetic_net().eval(), bits, images, make(config())))
 
 
 @pytest.mark.parametrize("bits", [2, 5, 8])
 def test_activations_are_rounded_to_at_most_2_to_the_bits_levels(bits):
-    grid = Uniform().activation_grid(-0.7, 2.1, bits)
+    scale = 2.8 / (2**bits - 1)
+    grid = ActivationGrid(scale, round(0.7 / scale), bits)
     quantize = ActivationQuantizer(grid).round
     x = torch.linspace(-3, 4, 20_001)
     rounded = quantize(x)
     assert len(rounded.unique()) == 2**bits
-    inside = (x >= -0.7) & (x <= 2.1)
+    inside = (x >= -grid.zero_point * scale) & (x <= (grid.max_code - grid.zero_point) * scale)
     assert (rounded - x).abs()[inside].max() <= grid.scale / 2 * 1.0001
     assert torch.equal(quantize(rounded), rounded)
     assert quantize(torch.zeros(3)).tolist() == [0.0] * 3
@@ -99,13 +94,13 @@ def test_memory_format_and_precision_are_kept():
     assert round_(x.bfloat16()).dtype == torch.bfloat16
 
 
-def test_quantized_parameter_is_its_codes_times_its_scale_bit_for_bit(quantized):
+def test_quantized_parameter_is_its_codes_bit_for_bit(quantized):
     for name in LAYERS:
         module = quantized.get_submodule(name)
         weight = quantized_weight(module)
-        assert torch.equal(dequantize(weight.codes, weight.scale), module.weight)
-        assert weight.bits == 4 and weight.codes.abs().max() <= 8
-        assert len(module.weight[0].unique()) <= 16
+        assert torch.equal(weight.dequantize(), module.weight)
+        assert weight.bits == (2 if name == "conv3" else 4)
+        assert len(module.weight[0].unique()) <= 2**weight.bits
 
 
 def test_restored_layers_compute_the_same(quantized, images):
@@ -114,8 +109,7 @@ def test_restored_layers_compute_the_same(quantized, images):
     restored.load_state_dict(quantized.state_dict())
     for name in LAYERS:
         source, target = quantized.get_submodule(name), restored.get_submodule(name)
-        weight = quantized_weight(source)
-        set_quantized_weight(target, weight.codes, weight.scale, weight.bits)
+        set_quantized_weight(target, quantized_weight(source))
         set_activation_grid(target, activation_grid(source))
     assert torch.equal(restored(images), quantized(images))
 
@@ -123,23 +117,40 @@ def test_restored_layers_compute_the_same(quantized, images):
 def test_bits_of_32_leave_a_layer_alone_and_shared_tensors_are_not_written(images):
     dense = synthetic_net().eval()
     before = copy.deepcopy(dense.state_dict())
-    model = copy.deepcopy(dense)
-    model.conv2.weight = dense.conv2.weight
-    ranges = calibrate_activations(dense, LAYERS, images)
-    quantize_model(model, {"conv1": (32, 32), "conv2": (4, 32), "conv3": (32, 6)}, ranges, Uniform())
+    network = copy.deepcopy(dense)
+    network.conv2.weight = dense.conv2.weight
+    bits = {"conv1": (32, 32), "conv2": (4, 32), "conv3": (32, 6)}
+    model = quantize(make_candidate(dense, bits, images, network=network))
     assert not is_quantized(model.conv1) and quantized_weight(model.conv1) is None
     assert activation_grid(model.conv2) is None and quantized_weight(model.conv2).bits == 4
     assert activation_grid(model.conv3).bits == 6 and quantized_weight(model.conv3) is None
+    assert not is_quantized(model.conv4)
     assert all(torch.equal(tensor, before[name]) for name, tensor in dense.state_dict().items())
 
 
+def test_a_layer_is_quantized_once_from_the_statistics_that_are_given(images):
+    torch.manual_seed(0)
+    model = synthetic_net().eval()
+    config, make = QUANTIZERS["gptq"]
+    once, twice = (make_candidate(model, {"conv2": (3, 32)}, images, make(config())) for _ in range(2))
+    once.quantize("conv2")
+    before = once.network.conv2.weight
+    once.quantize("conv2", once.statistics("conv4"))
+    assert once.network.conv2.weight is before
+    assert torch.equal(once.float_weights["conv2"], model.conv2.weight)
+    twice.quantize("conv2", twice.statistics("conv3"))
+    assert not torch.equal(twice.network.conv2.weight, before)
+
+
 def test_misuse_is_refused(quantized, images):
-    with pytest.raises(ValueError, match="no layer `conv9`"):
-        quantize_model(quantized, {"conv9": (8, 8)}, {}, Uniform())
-    with pytest.raises(ValueError, match="quantized already"):
-        quantize_model(quantized, {"conv1": (8, 32)}, {}, Uniform())
+    with pytest.raises(ValueError, match="`conv1` is quantized already"):
+        make_candidate(synthetic_net().eval(), {"conv1": (8, 8)}, images, network=quantized).quantize_inputs()
     with pytest.raises(ValueError, match="16"):
-        quantize_model(synthetic_net(), {"conv1": (16, 32)}, {}, Uniform())
+        make_candidate(synthetic_net().eval(), {"conv1": (16, 32)}, images).quantize_weights()
+    candidate = make_candidate(synthetic_net().eval(), {"conv1": (8, 8)}, images)
+    candidate.calibration = None
+    with pytest.raises(ValueError, match="`conv1` was not calibrated"):
+        candidate.quantize_inputs()
     quantized.conv1.weight.data *= 1.5
     with pytest.raises(ValueError, match="left its grid"):
         quantized_weight(quantized.conv1)

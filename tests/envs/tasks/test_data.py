@@ -168,7 +168,7 @@ def test_function_of_the_user_gets_the_counts(this_module):
         ({"name": "digits", "validation": 797}, "too few"),
         ({"name": "digits", "validation": "rest"}, "Only one"),
         ({"name": "digits", "calibration": 1001}, "There are 1000 training images"),
-        ({"name": "digits", "calibration": 0}, "`data.calibration`"),
+        ({"name": "digits", "calibration": -1}, "`data.calibration`"),
         ({"name": "digits", "train": "all"}, "`data.train`"),
         ({"name": "digits", "test": True}, "`data.test`"),
         ({"name": "digits", "validation_from": "both"}, "validation_from"),

@@ -1,9 +1,8 @@
-"""Measurements: how fast the cost models are, and which agent finds the best models at equal evaluations."""
+"""Which agent finds the best models at equal evaluations."""
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,50 +16,13 @@ from search.loop import Runner, run_loop
 
 
 @dataclass(frozen=True)
-class CostSpeed:
-    """Policies per second that one cost model answers on one core, decoding of the policies included and excluded."""
-
-    cost: str
-    policies_per_second: float
-    with_decoding: float
-
-
-def benchmark_costs(space, population: int = 4096, repeats: int = 9, seed: int = 0) -> list[CostSpeed]:
-    """Return the speed of every cost model over random policies; medians over `repeats`.
-
-    Args:
-        space: a `FeasibleSpace`.
-        population: policies per call.
-    """
-    rng = np.random.default_rng(seed)
-    levels = rng.integers(space.space.num_levels, size=(population, len(space.space.num_levels)))
-    columns = space.space.columns(levels)
-
-    def rate(call: Callable[[], object]) -> float:
-        seconds = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            call()
-            seconds.append(time.perf_counter() - start)
-        return population / float(np.median(seconds))
-
-    return [
-        CostSpeed(
-            name,
-            rate(lambda model=model: model.total(space.space.geometry.shapes(*columns))),
-            rate(lambda model=model: model.total(space.space.shapes(levels))),
-        )
-        for name, model in space.cost_models.items()
-    ]
-
-
-@dataclass(frozen=True)
 class Outcome:
     """What one agent found under one budget with one seed.
 
     Attributes:
-        validation_top1: of the winner, on the images that chose it; None if nothing fitted the budget.
-        test_top1: of the winner, on images that nobody chose by, before any fine-tuning.
+        search_top1: of the winner, as the search scored it; None if nothing fitted the budget.
+        validation_top1: of the winner after the finalists' recovery, on the images that chose it.
+        test_top1: likewise, on images that nobody chose by, before any fine-tuning.
         evaluations: episodes run; fewer than asked when the agent had nothing more to try.
         feasible: share of the episodes that broke no constraint.
         hypervolume: of the run's overall front (`Front.hypervolume`).
@@ -69,6 +31,7 @@ class Outcome:
     agent: str
     seed: int
     budget: str
+    search_top1: float | None
     validation_top1: float | None
     test_top1: float | None
     evaluations: int
@@ -94,7 +57,8 @@ def benchmark_search(
             options = problem.config.search.options if name == problem.config.search.agent else {}
             agent, front = build_agent(problem, name, options, seed), build_front(problem)
             run_loop(agent, runner, evaluations, lambda actor, episode, front=front: front.add(episode))
-            winners = {finalist.budget: finalist for finalist in finalize(problem, front, top=1)}
+            finalists = finalize(problem, front, problem.config.finalize.top)
+            winners = {finalist.budget: finalist for finalist in reversed(finalists)}  # the first one of each budget
             for budget in problem.budgets:
                 winner = winners.get(budget.name)
                 outcome = Outcome(
@@ -102,6 +66,7 @@ def benchmark_search(
                     seed,
                     budget.name,
                     winner and winner.proxy.top1,
+                    winner and winner.validation.top1,
                     winner and winner.final.top1,
                     front.evaluations,
                     front.feasible / front.evaluations,
@@ -126,8 +91,9 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     Seeds without any policy that fits have no top-1; the column of the seeds says how many have one.
     """
     lines = [
-        "| budget | agent | seeds | evaluations | validation top-1 % | test top-1 % | feasible % | hypervolume |",
-        "|---|---|---|---|---|---|---|---|",
+        "| budget | agent | seeds | evaluations | search top-1 % | validation top-1 % | test top-1 % | feasible % "
+        "| hypervolume |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     rows: dict[tuple[str, str], list[Outcome]] = {}
     for outcome in outcomes:
@@ -147,7 +113,8 @@ def summary(outcomes: Sequence[Outcome]) -> str:
         seeds = f"{len(group)}" if found == len(group) else f"{found} of {len(group)}"
         lines.append(
             f"| {budget} | {agent} | {seeds} | {max(outcome.evaluations for outcome in group)} "
-            f"| {spread(group, 'validation_top1', 100)} | {spread(group, 'test_top1', 100)} "
+            f"| {spread(group, 'search_top1', 100)} | {spread(group, 'validation_top1', 100)} "
+            f"| {spread(group, 'test_top1', 100)} "
             f"| {spread(group, 'feasible', 100, 0)} | {spread(group, 'hypervolume', 1, 4)} |"
         )
     return "\n".join(lines)

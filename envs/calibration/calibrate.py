@@ -1,0 +1,193 @@
+"""The calibration pass: every layer's input is watched while the dense network runs once over the images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cost_models.core import LayerShape
+from envs.calibration.core import CHANNEL, DIAGONAL, FULL, NONE, Calibration, CalibrationConfig, LayerStatistics
+from envs.calibration.patches import is_plain, num_positions, patches, sample_positions
+from envs.core import InputError
+from envs.model_graph.plan import ModelGraph
+
+_FLOAT_BYTES = 4
+_STRIP = 128
+"""Rows of a matrix that are computed at once; see `_upper_moments`."""
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What the pass will keep of a layer's input.
+
+    Attributes:
+        kind: see `LayerStatistics.kind`.
+        nbytes: of the arrays.
+        matrix_bytes: of the next larger matrix, which was too large; 0 if there is none.
+        reason: why there are no moments at all; empty otherwise.
+    """
+
+    kind: str
+    nbytes: int
+    matrix_bytes: int = 0
+    reason: str = ""
+
+
+def plan_calibration(model: nn.Module, graph: ModelGraph, config: CalibrationConfig) -> dict[str, LayerPlan]:
+    """Return what a calibration will keep, by layer; a layer that turns out not to run as a module will be missing."""
+    modules = _modules(model, graph)
+    return {layer.name: _planned(layer, modules[layer.name], config) for layer in graph.geometry.layers if layer.name in modules}
+
+
+def _modules(model: nn.Module, graph: ModelGraph) -> dict[str, nn.Module]:
+    """Return the layers that are modules; `named_modules` would leave out second names."""
+    modules = {}
+    for layer in graph.geometry.layers:
+        try:
+            modules[layer.name] = model.get_submodule(layer.name)
+        except AttributeError:  # the weight of an operator that some other module calls
+            continue
+    return modules
+
+
+def _planned(shape: LayerShape, layer: nn.Module, config: CalibrationConfig) -> LayerPlan:
+    samples = _FLOAT_BYTES * config.samples
+    if not is_plain(layer):
+        return LayerPlan(NONE, samples, reason="its output is not its weight times patches of zero-padded images")
+    if not shape.quantizable:
+        return LayerPlan(NONE, samples, reason="its weight is used outside of its module")
+    groups, channels, entries = getattr(layer, "groups", 1), layer.weight.shape[1], layer.weight[0].numel()
+    too_large = 0
+    for kind, size in ((FULL, entries), (CHANNEL, channels)):
+        matrix = _FLOAT_BYTES * groups * (size + 1) ** 2
+        if matrix <= config.max_matrix_bytes:
+            return LayerPlan(kind, matrix + samples, too_large)
+        too_large = matrix
+    return LayerPlan(DIAGONAL, _FLOAT_BYTES * groups * 2 * channels + samples, too_large)
+
+
+@torch.inference_mode()
+def calibrate(
+    model: nn.Module, graph: ModelGraph, images: Tensor, config: CalibrationConfig
+) -> Calibration:
+    """Return the statistics of every convolution and linear layer that runs as a module.
+
+    Args:
+        model: the dense network, in eval mode.
+        graph: its plan.
+        images: calibration images, (N, C, H, W) float32 normalised.
+        config: how much is kept.
+    Raises:
+        InputError: if a layer saw NaN or infinite values.
+    """
+    batches = images[: config.max_images].split(config.batch_size)
+    observers = _observers(model, graph, config, -(-config.samples // len(batches)))
+    modules = _modules(model, graph)
+    hooks = [modules[name].register_forward_pre_hook(observer, with_kwargs=True) for name, observer in observers.items()]
+    try:
+        for batch in batches:
+            for observer in observers.values():
+                observer.images = len(batch)
+            model(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    layers = {name: observer.statistics(name) for name, observer in observers.items() if observer.samples}
+    return Calibration(layers, min(len(images), config.max_images), config)
+
+
+def _observers(model: nn.Module, graph: ModelGraph, config: CalibrationConfig, samples: int) -> Mapping[str, _Observer]:
+    plans = plan_calibration(model, graph, config)
+    modules = _modules(model, graph)
+    return {
+        name: _Observer(plan.kind, modules[name], config, np.random.default_rng((config.seed, index)), samples)
+        for index, (name, plan) in enumerate(plans.items())
+    }
+
+
+class _Observer:
+    """A forward pre-hook that adds up the moments of a layer's sampled inputs and follows their range.
+
+    Args:
+        samples: input values to keep of every call.
+    """
+
+    def __init__(
+        self, kind: str, layer: nn.Module, config: CalibrationConfig, rng: np.random.Generator, samples: int
+    ) -> None:
+        self.kind, self.config, self.rng, self.samples_per_call = kind, config, rng, samples
+        self.area = layer.weight[0, 0].numel() if kind != NONE else 1
+        self.images = 1
+        self.total: Tensor | None = None
+        self.count = 0
+        self.low, self.high = np.float32("inf"), np.float32("-inf")
+        self.samples: list[Tensor] = []
+
+    def __call__(self, layer: nn.Module, inputs: tuple, keywords: dict[str, Tensor]) -> None:
+        x = (inputs[0] if inputs else keywords["input"]).float()
+        low, high = x.aminmax()
+        # numpy's minimum hands NaN on, Python's does not.
+        self.low, self.high = np.minimum(self.low, low.numpy()), np.maximum(self.high, high.numpy())
+        self.samples.append(x.flatten()[torch.from_numpy(self.rng.integers(x.numel(), size=self.samples_per_call))])
+        if self.kind != NONE:
+            rows = self._rows(layer, x)
+            moments = _power_sums(rows) if self.kind == DIAGONAL else _upper_moments(rows)
+            self.total = moments.double() if self.total is None else self.total.add_(moments)
+            self.count += rows.shape[1]
+
+    def _rows(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """Return sampled inputs, (conv_groups, rows, entries)."""
+        most = self.config.positions
+        if isinstance(layer, nn.Linear) and x.shape[0] % self.images == 0:
+            x = x.reshape(self.images, -1, layer.in_features)  # windows that were folded into the batch are tokens too
+        if self.kind == FULL or isinstance(layer, nn.Linear):
+            picked = sample_positions(num_positions(layer, x), most, self.rng)
+            return patches(layer, x, picked).flatten(0, 1).transpose(0, 1)
+        pixels = x.flatten(2)
+        picked = sample_positions(pixels.shape[2], most, self.rng)
+        rows = pixels[:, :, picked].transpose(1, 2).reshape(-1, layer.groups, layer.weight.shape[1])
+        return rows.transpose(0, 1)
+
+    def statistics(self, name: str) -> LayerStatistics:
+        """Return what was seen."""
+        low, high = float(self.low), float(self.high)
+        if not float("-inf") < low <= high < float("inf"):
+            raise InputError(
+                f"The input of layer `{name}` has no finite range on the calibration images "
+                f"({low} to {high}). Check the weights, or exclude the layer from the search."
+            )
+        samples = torch.cat(self.samples).numpy()
+        if len(samples) > self.config.samples:
+            samples = self.rng.choice(samples, self.config.samples, replace=False)
+        return LayerStatistics(self.kind, self._means(), low, high, np.sort(samples), self.area, self.count)
+
+    def _means(self) -> np.ndarray:
+        """Return `LayerStatistics.moments`."""
+        if self.kind == NONE:
+            return np.zeros(0, np.float32)
+        means = (self.total / self.count).float()
+        return (means if self.kind == DIAGONAL else means.triu() + means.triu(1).mT).numpy()
+
+
+def _power_sums(rows: Tensor) -> Tensor:
+    """Return the sums over rows of x and of x^2, (conv_groups, 2, entries) float64."""
+    return torch.stack([rows.sum(1, dtype=torch.float64), rows.double().square().sum(1)], dim=1)
+
+
+def _upper_moments(rows: Tensor) -> Tensor:
+    """Return the sum over rows of [x, 1] [x, 1]^T, (conv_groups, entries + 1, entries + 1) float32; its lower half is junk.
+
+    The matrix is symmetric: strips of it that end at the diagonal take little more than half of the time.
+    """
+    groups, count, entries = rows.shape
+    moments = rows.new_empty(groups, entries + 1, entries + 1)
+    for first in range(0, entries, _STRIP):
+        strip = slice(first, min(first + _STRIP, entries))
+        moments[:, strip, first:-1] = rows[:, :, strip].mT @ rows[:, :, first:]
+    moments[:, :-1, -1] = rows.sum(1)
+    moments[:, -1, -1] = count
+    return moments

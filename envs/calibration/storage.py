@@ -1,0 +1,126 @@
+"""Keeps calibrations on disk, as safetensors with a JSON header, so that the next start on the same network is quick."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, astuple
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor, nn
+
+from envs.calibration.calibrate import calibrate
+from envs.calibration.core import Calibration, CalibrationConfig, LayerStatistics
+from envs.model_graph.plan import ModelGraph
+
+logger = logging.getLogger(__name__)
+
+MAX_FOLDER_BYTES = 2_000_000_000
+"""Calibrations on disk take at most this much; those that were used longest ago go first."""
+
+
+def cached_calibration(
+    model: nn.Module,
+    graph: ModelGraph,
+    images: Tensor,
+    config: CalibrationConfig,
+    folder: Path,
+    say: Callable[[str], None] = logger.info,
+) -> Calibration:
+    """Return `calibrate` of these arguments, read from `folder` if it was computed before, and kept there otherwise.
+
+    A file that is damaged or belongs to something else is written anew. Without a folder that can be written, nothing is
+    kept, and a warning says so.
+
+    Args:
+        folder: made if it does not exist.
+        say: told what happens.
+    """
+    key = _key(model, graph, images, config)
+    path = folder / f"{key}.safetensors"
+    if path.exists():
+        try:
+            calibration = load_calibration(path, key)
+            os.utime(path)
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("The calibration in %s is damaged and is computed anew: %s", path, error)
+        else:
+            say(f"calibration read from {path}")
+            return calibration
+    say("calibrating")
+    calibration = calibrate(model, graph, images, config)
+    try:
+        save_calibration(calibration, path, key)
+        _shrink(folder, MAX_FOLDER_BYTES)
+    except OSError as error:
+        logger.warning("The calibration cannot be kept in %s, so the next start computes it again: %s", folder, error)
+    return calibration
+
+
+def save_calibration(calibration: Calibration, path: Path, key: str) -> None:
+    """Write a calibration; `key` says what it belongs to. Folders are made; the file appears complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays, layers = {}, []
+    for index, (name, layer) in enumerate(calibration.layers.items()):
+        arrays |= {f"{index}.moments": layer.moments, f"{index}.samples": layer.samples}
+        values = {field: getattr(layer, field) for field in ("kind", "low", "high", "area", "count")}
+        layers.append({"name": name, **values})
+    header = {"key": key, "images": calibration.images, "config": asdict(calibration.config), "layers": layers}
+    handle, unfinished = tempfile.mkstemp(dir=path.parent, suffix=".unfinished")
+    os.close(handle)
+    try:
+        save_file(arrays, unfinished, metadata={"secateur": json.dumps(header)})
+        os.replace(unfinished, path)
+    except BaseException:
+        os.unlink(unfinished)
+        raise
+
+
+def load_calibration(path: Path, key: str) -> Calibration:
+    """Return the calibration in a file.
+
+    Raises:
+        ValueError: if the file belongs to another key.
+        SafetensorError, OSError, ValueError, KeyError, TypeError: if it is damaged.
+    """
+    with safe_open(path, framework="numpy") as file:
+        header = json.loads(file.metadata()["secateur"])
+        if header["key"] != key:
+            raise ValueError(f"it belongs to {header['key']}")
+        layers = {
+            layer.pop("name"): LayerStatistics(
+                moments=file.get_tensor(f"{index}.moments"), samples=file.get_tensor(f"{index}.samples"), **layer
+            )
+            for index, layer in enumerate(header["layers"])
+        }
+    return Calibration(layers, header["images"], CalibrationConfig(**header["config"]))
+
+
+def _key(model: nn.Module, graph: ModelGraph, images: Tensor, config: CalibrationConfig) -> str:
+    """Return a hash of all that a calibration depends on: code, architecture, weights, images, configuration."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    digest.update(f"{model}{graph.geometry.layers}{graph.operations}{astuple(config)}".encode())
+    tensors = [*model.named_parameters(), *model.named_buffers(), ("", images[: config.max_images])]
+    for name, tensor in tensors:
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _shrink(folder: Path, most: int) -> None:
+    """Delete the calibrations that were used longest ago until the others take at most so many bytes."""
+    files = sorted(folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime, reverse=True)
+    total = 0
+    for file in files:
+        total += file.stat().st_size
+        if total > most:
+            file.unlink(missing_ok=True)

@@ -1,0 +1,179 @@
+"""A network on its way from dense to compressed: what recoveries and the quantizer work on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cost_models.core import FLOAT_BITS
+from envs.calibration.core import NONE, Calibration, LayerStatistics
+from envs.model_graph.plan import ModelGraph
+from envs.piece_cache import PieceCache
+from envs.pruning.slicing import Positions, kept_positions
+from envs.quantization.fake_quantize import is_quantized, set_activation_grid, set_quantized_weight
+
+
+@dataclass(frozen=True)
+class KeptAxes:
+    """What slicing leaves of a layer's dense weight.
+
+    Attributes:
+        outputs, inputs: kept positions of axis 0 and axis 1, sorted.
+        conv_groups: kept conv groups, sorted; a depthwise convolution loses one with each channel.
+    """
+
+    outputs: np.ndarray
+    inputs: np.ndarray
+    conv_groups: np.ndarray
+
+
+@dataclass
+class Candidate:
+    """One policy's network, sliced, and everything that its repair may use. Lives for one evaluation.
+
+    Attributes:
+        network: changed in place, module by module; its tensors are replaced, never written into.
+        dense_model: the original; never touched.
+        graph: its plan.
+        kept: kept units of every group, sorted.
+        layer_bits: {layer: (weight_bits, activation_bits)} of the layers that are quantized at all; 32 = untouched.
+        quantizer: plug-in of envs/quantization/quantizers.
+        calibration: statistics of the dense network; None where nothing needs images.
+        images: calibration images, (N, C, H, W) float32 normalised; None likewise.
+        cache: of computed pieces, shared by the candidates of this process.
+        positions: what slicing left of the dense tensors; None: found when it is needed.
+        dtype: number format in which recoveries may run images through the network, if they only estimate something.
+        float_weights: {layer: weight before it was quantized}, filled by `quantize`.
+    """
+
+    network: nn.Module
+    dense_model: nn.Module
+    graph: ModelGraph
+    kept: Sequence[np.ndarray]
+    layer_bits: Mapping[str, tuple[int, int]]
+    quantizer: Any
+    calibration: Calibration | None
+    images: Tensor | None
+    cache: PieceCache
+    positions: Positions | None = None
+    dtype: torch.dtype = torch.float32
+    float_weights: dict[str, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def layers(self) -> dict[str, nn.Module]:
+        """Modules of the network by name."""
+        return dict(self.network.named_modules())
+
+    @cached_property
+    def dense_layers(self) -> dict[str, nn.Module]:
+        """Modules of the dense model by name."""
+        return dict(self.dense_model.named_modules())
+
+    @cached_property
+    def batch_norms(self) -> dict[str, str]:
+        """{layer: batch norm that is its only reader}."""
+        return dict(self.graph.batch_norms)
+
+    @cached_property
+    def _axes(self) -> Positions:
+        if self.positions is not None:
+            return self.positions
+        return kept_positions(self.dense_model, self.graph, self.kept)
+
+    def kept_axes(self, name: str) -> KeptAxes:
+        """Return what is left of a layer's weight."""
+        dense = self.dense_layers[name]
+        axes = self._axes.get(f"{name}.weight", {})
+        outputs, inputs = (axes.get(axis, np.arange(dense.weight.shape[axis])) for axis in (0, 1))
+        conv_groups = getattr(dense, "groups", 1)
+        per_group = dense.weight.shape[0] // conv_groups
+        return KeptAxes(outputs, inputs, np.unique(outputs // per_group) if conv_groups > 1 else np.zeros(1, int))
+
+    def statistics(self, name: str) -> LayerStatistics | None:
+        """Return what the dense network's calibration knows about the kept inputs of a layer, if anything."""
+        known = None if self.calibration is None else self.calibration.layers.get(name)
+        if known is None or known.kind == NONE:
+            return known
+        axes = self.kept_axes(name)
+        return known.restricted(axes.inputs, axes.conv_groups if len(known.moments) > 1 else None)
+
+    def norm(self, name: str) -> nn.Module | None:
+        """Return the batch norm that is a layer's only reader, if there is one and it is not folded."""
+        norm = self.layers.get(self.batch_norms.get(name))
+        return norm if getattr(norm, "running_mean", None) is not None else None
+
+    def has_intercept(self, name: str) -> bool:
+        """Whether a layer's output can be shifted: by its bias, or by the batch norm behind it."""
+        return self.layers[name].bias is not None or self.norm(name) is not None
+
+    def set_weight(self, name: str, weight: Tensor) -> None:
+        """Give a layer another weight, of the shape it has."""
+        layer = self.layers[name]
+        layer.weight = nn.Parameter(weight.detach(), layer.weight.requires_grad)
+
+    def shift(self, name: str, shift: Tensor) -> None:
+        """Add (outputs,) to a layer's output, in its bias or the running mean of the batch norm behind it."""
+        layer, norm = self.layers[name], self.norm(name)
+        if layer.bias is not None:
+            layer.bias = nn.Parameter(layer.bias.detach() + shift, layer.bias.requires_grad)
+        elif norm is not None:
+            norm.running_mean = norm.running_mean - shift
+        else:
+            raise ValueError(f"The output of layer `{name}` cannot be shifted.")
+
+    def quantize(self, name: str, statistics: LayerStatistics | None = None) -> None:
+        """Put a layer's weight on the grid of its bits, once; nothing happens if it is to stay in float.
+
+        Args:
+            name: of the layer.
+            statistics: of its input as it is now; None: those of the dense network.
+        """
+        bits, layer = self.layer_bits.get(name, (FLOAT_BITS, FLOAT_BITS))[0], self.layers[name]
+        if bits == FLOAT_BITS or name in self.float_weights:
+            return
+        weight = layer.weight.detach()
+        self.float_weights[name] = weight
+        if statistics is not None:
+            quantized = self.quantizer.quantize_weight(weight, bits, statistics)
+        else:
+            axes = self.kept_axes(name)
+            key = ("quantized", name, bits, axes.inputs.tobytes(), axes.outputs.tobytes(), _digest(weight))
+            quantized = self.cache.get(key, lambda: self.quantizer.quantize_weight(weight, bits, self._needed(name)))
+        set_quantized_weight(layer, quantized)
+
+    def _needed(self, name: str) -> LayerStatistics | None:
+        return self.statistics(name) if self.quantizer.needs_images else None
+
+    def quantize_weights(self) -> None:
+        """Quantize every weight that has bits and is in float still."""
+        for name in self.layer_bits:
+            self.quantize(name)
+
+    def quantize_inputs(self) -> None:
+        """Put the inputs of all layers that have activation bits on their grids.
+
+        Raises:
+            ValueError: if a layer is quantized already or was not calibrated.
+        """
+        for name, (_, bits) in self.layer_bits.items():
+            if bits == FLOAT_BITS:
+                continue
+            if is_quantized(self.layers[name]):
+                raise ValueError(f"Layer `{name}` is quantized already; start from the float network.")
+            if self.calibration is None or name not in self.calibration.layers:
+                raise ValueError(f"The input of layer `{name}` was not calibrated.")
+            key = ("activation_grid", name, bits)
+            known = self.calibration.layers[name]
+            grid = self.cache.get(key, lambda known=known, bits=bits: self.quantizer.activation_grid(known, bits))
+            set_activation_grid(self.layers[name], grid)
+
+
+def _digest(weight: Tensor) -> bytes:
+    return hashlib.blake2b(weight.contiguous().numpy().data, digest_size=16).digest()

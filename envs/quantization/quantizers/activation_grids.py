@@ -1,0 +1,76 @@
+"""Grids for activations: asymmetric, one for the whole tensor, zero always on it (padding needs it exactly).
+
+Source: Jacob et al. 2018, arXiv:1712.05877, eq. (1).
+
+Where we differ and why:
+1. By default the grid covers the range with the least squared error, not everything seen. CIFAR ResNet-56, top-1 93.50 %,
+   inputs of all layers at 4 bits, 8,000 test images: 88.7 -> 90.6 %; at 8 bits: 93.47 and 93.51 %.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from envs.calibration.core import LayerStatistics
+from envs.core import InputError
+from envs.quantization.quantizers.core import ActivationGrid, check_bits
+
+SHARES = 0.9 ** np.arange(32)
+"""Shares of each end of the range among which "mse" chooses, every pair of them."""
+
+
+@dataclass(frozen=True)
+class ActivationGridConfig:
+    """What the configurations of all quantizers have in common.
+
+    Attributes:
+        activations: which range the grid covers; "max": everything seen; "mse": the range with the least squared error on
+            the sampled values; "percentile": all but the tails of the samples.
+        percentile: of "percentile"; the share that is left out is the same at both ends.
+    """
+
+    activations: str = "mse"
+    percentile: float = 99.99
+
+    def __post_init__(self) -> None:
+        if self.activations not in ("max", "mse", "percentile"):
+            raise InputError(
+                f'`activations` of the quantizer must be "max", "mse" or "percentile", but got "{self.activations}".'
+            )
+        if not 50 < self.percentile <= 100:
+            raise InputError(f"`percentile` of the quantizer must be above 50, up to 100, but got {self.percentile}.")
+
+
+def choose_activation_grid(statistics: LayerStatistics, bits: int, config: ActivationGridConfig) -> ActivationGrid:
+    """Return the grid of a layer's input; see `Quantizer.activation_grid`."""
+    check_bits(bits)
+    low, high = statistics.low, statistics.high
+    if config.activations == "percentile":
+        low, high = np.percentile(statistics.samples, [100 - config.percentile, config.percentile]).tolist()
+    low, high = min(low, 0.0), max(high, 0.0)
+    if config.activations == "mse":
+        low, high = _least_error_range(statistics.samples.astype(np.float64), low, high, bits)
+    scale, zero_point = (float(values) for values in _scale_and_zero(low, high, bits))
+    return ActivationGrid(scale, int(zero_point), bits)
+
+
+def _scale_and_zero(low: np.ndarray | float, high: np.ndarray | float, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return scale and zero point of the grids over these ranges; an empty range gets the scale 1."""
+    scale = (np.asarray(high) - low) / (2**bits - 1)
+    scale = np.where(scale > 0, scale, 1.0)
+    return scale, np.rint(-np.asarray(low) / scale)
+
+
+def _least_error_range(samples: np.ndarray, low: float, high: float, bits: int) -> tuple[float, float]:
+    """Return the range within (low, high) with the least squared error on the samples."""
+    highs = np.unique(high * SHARES)
+    tried = []
+    for end in np.unique(low * SHARES):
+        scale, zero_point = (values[:, None] for values in _scale_and_zero(end, highs, bits))
+        codes = np.clip(np.rint(samples / scale) + zero_point, 0, 2**bits - 1)
+        errors = np.square((codes - zero_point) * scale - samples).sum(1)
+        tried.append((errors.min(), end, highs[errors.argmin()]))
+    _, low, high = min(tried)
+    return float(low), float(high)

@@ -1,0 +1,58 @@
+"""Weights are zero or plus/minus a power of two times their channel's scale: multiplications become shifts.
+
+The levels of b bits are 0 and +-2^-i, i = 0 .. 2^(b-1) - 2; the scale belongs to the output channel.
+
+Source: Chen et al. 2020, n-BQ-NN, IEEE TNNLS.
+
+Where we differ and why:
+1. One scale per output channel, with the clipping point of least squared error, corrected so that the channel does not
+   shrink (see weight_grids.py); the paper trains its weights towards the levels, here they are only rounded.
+2. Exponents end at -23, so from 6 bits on some codes stay unused: smaller weights vanish beside the largest in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from envs.calibration.core import LayerStatistics
+from envs.quantization.quantizers.activation_grids import ActivationGridConfig, choose_activation_grid
+from envs.quantization.quantizers.core import ActivationGrid, QuantizedWeight, check_bits
+from envs.quantization.quantizers.weight_grids import check_clip, choose_scale, power_of_two_grid, relative_rows
+
+
+@dataclass(frozen=True)
+class PowerOfTwoConfig(ActivationGridConfig):
+    """How scales are chosen.
+
+    Attributes:
+        clip: "mse": least squared error, then unshrunk; "max": the largest weight of the channel is on the grid.
+        activations, percentile: see `ActivationGridConfig`.
+    """
+
+    clip: str = "mse"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_clip(self.clip, "power_of_two")
+
+
+@dataclass(frozen=True)
+class PowerOfTwo:
+    """See the top of this file."""
+
+    config: PowerOfTwoConfig = PowerOfTwoConfig()
+    needs_images: ClassVar[bool] = False
+
+    def quantize_weight(self, weight: Tensor, bits: int, statistics: LayerStatistics | None = None) -> QuantizedWeight:
+        """See `Quantizer.quantize_weight`."""
+        check_bits(bits)
+        grid, relative = power_of_two_grid(bits), relative_rows(weight)
+        scale = choose_scale(relative.rows, grid, self.config.clip)
+        return grid.quantized(grid.round(relative.rows / scale[:, None]), relative.scales(scale), weight.shape)
+
+    def activation_grid(self, statistics: LayerStatistics, bits: int) -> ActivationGrid:
+        """See `Quantizer.activation_grid`."""
+        return choose_activation_grid(statistics, bits, self.config)

@@ -1,0 +1,141 @@
+"""The values that weights may take, and the scale of each output channel.
+
+`choose_scale` takes the clipping point with the least squared error and then corrects the scale to
+
+    s = <w, w> / <w, q>                                                                                            (1)
+
+q the rounded channel in units of s: least error shrinks, s <w, q> < <w, w>, and over many layers the signal fades;
+eq. (1) leaves an error orthogonal to w.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from envs.core import InputError
+from envs.quantization.quantizers.core import QuantizedWeight
+
+CLIPPING_POINTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+"""Shares of a channel's largest weight among which the search chooses."""
+
+GAIN_CORRECTIONS = 3
+"""Rounds of correcting the scale and rounding again."""
+
+MAX_SHIFT = 23
+"""The smallest power of two in a grid is 2^-23, float32's last bit: beside the largest weight anything below vanishes."""
+
+
+@dataclass(frozen=True)
+class WeightGrid:
+    """The values of a channel in units of its scale.
+
+    Attributes:
+        values: (at most 2^bits,) float32, increasing; code `first_code` means the first, and so on.
+        first_code: the smallest code.
+        bits: of a code.
+        offset: the values are `offset` plus all integers between the ends; None: they are spaced otherwise.
+    """
+
+    values: Tensor
+    first_code: int
+    bits: int
+    offset: float | None
+
+    def round(self, x: Tensor) -> Tensor:
+        """Return the nearest values, same shape."""
+        if self.offset is None:
+            return self.values[torch.bucketize(x, (self.values[1:] + self.values[:-1]) / 2)]
+        return (x - self.offset).round_().add_(self.offset).clamp_(float(self.values[0]), float(self.values[-1]))
+
+    def quantized(self, values: Tensor, scale: Tensor, shape: torch.Size) -> QuantizedWeight:
+        """Return values of the grid, (outputs, ...), as codes of this shape; scale: (outputs,)."""
+        codes = (torch.searchsorted(self.values, values.contiguous()) + self.first_code).to(torch.int8).view(shape)
+        levels = None
+        if self.offset != 0:
+            levels = torch.zeros(2**self.bits)
+            start = self.first_code + 2 ** (self.bits - 1)
+            levels[start : start + len(self.values)] = self.values
+        return QuantizedWeight(codes, scale, self.bits, levels)
+
+
+def symmetric_grid(bits: int) -> WeightGrid:
+    """Return the integers from -(2^(bits - 1) - 1) to 2^(bits - 1) - 1: as many below zero as above."""
+    largest = 2 ** (bits - 1) - 1
+    return WeightGrid(torch.arange(-largest, largest + 1.0), -largest, bits, 0)
+
+
+def half_step_grid(bits: int) -> WeightGrid:
+    """Return -(2^(bits - 1) - 1/2), ..., -1/2, 1/2, ..., 2^(bits - 1) - 1/2: symmetric with all 2^bits codes, without zero."""
+    count = 2 ** (bits - 1)
+    return WeightGrid(torch.arange(-count, count) + 0.5, -count, bits, 0.5)
+
+
+def power_of_two_grid(bits: int) -> WeightGrid:
+    """Return 0 and +-2^-i for i = 0 .. 2^(bits - 1) - 2, at most `MAX_SHIFT`."""
+    largest = min(2 ** (bits - 1) - 2, MAX_SHIFT)
+    powers = torch.ldexp(torch.ones(largest + 1), torch.arange(-largest, 1))
+    return WeightGrid(torch.cat([-powers.flip(0), torch.zeros(1), powers]), -(largest + 1), bits, None)
+
+
+@dataclass(frozen=True)
+class RelativeRows:
+    """A weight by output channel: (outputs, entries) in units of each channel's largest, (outputs,).
+
+    Squares of very small weights would vanish in float32, so everything is computed with these.
+    """
+
+    rows: Tensor
+    largest: Tensor
+
+    def scales(self, relative: Tensor) -> Tensor:
+        """Return scales in units of the weight; an all-zero channel gets 0, and so stays zero on a grid without zero."""
+        return relative * self.largest
+
+
+def relative_rows(weight: Tensor) -> RelativeRows:
+    """Return a weight, (outputs, ...), in units of each channel's largest; all-zero channels stay zero."""
+    rows = weight.detach().float().flatten(1)
+    largest = rows.abs().amax(1)
+    return RelativeRows(rows / largest.clamp_min(torch.finfo(torch.float32).tiny)[:, None], largest)
+
+
+def check_clip(clip: str, quantizer: str) -> None:
+    """Raise InputError unless `clip` is known."""
+    if clip not in ("mse", "max"):
+        raise InputError(f'`clip` of the quantizer `{quantizer}` must be "mse" or "max", but got "{clip}".')
+
+
+def choose_scale(rows: Tensor, grid: WeightGrid, clip: str) -> Tensor:
+    """Return the scale of each channel, (channels,).
+
+    Args:
+        rows: of `RelativeRows`, (channels, elements).
+        grid: what they are rounded to.
+        clip: "mse": see the top of this file; "max": the largest weight is on the grid.
+    """
+    widest = torch.full_like(rows[:, 0], 1 / float(grid.values[-1]))
+    if clip == "max":
+        return widest
+    return _without_shrinking(rows, _least_error_scale(rows, widest, grid), widest, grid)
+
+
+def _least_error_scale(rows: Tensor, widest: Tensor, grid: WeightGrid) -> Tensor:
+    scales = torch.stack([share * widest for share in CLIPPING_POINTS])
+    errors = torch.stack([_squared_error(rows, scale, grid) for scale in scales])
+    return scales.gather(0, errors.argmin(0, keepdim=True))[0]
+
+
+def _without_shrinking(rows: Tensor, scale: Tensor, widest: Tensor, grid: WeightGrid) -> Tensor:
+    """Return the scale of eq. (1), at most `widest`."""
+    for _ in range(GAIN_CORRECTIONS):
+        product = (rows * grid.round(rows / scale[:, None])).sum(1)
+        corrected = torch.minimum(rows.square().sum(1) / product, widest)
+        scale = torch.where(product > 0, corrected, scale)  # all codes 0: nothing to correct
+    return scale
+
+
+def _squared_error(rows: Tensor, scale: Tensor, grid: WeightGrid) -> Tensor:
+    return (grid.round(rows / scale[:, None]) * scale[:, None] - rows).square_().sum(1)

@@ -1,0 +1,121 @@
+"""How the channels of a group compare with what they were: filters with the batch norms behind them, before and after.
+
+A channel is x = gamma W u / sigma + (beta - gamma mu / sigma), u its layer's input. With X = gamma W / sigma and
+y = beta - gamma mu / sigma, and hats for the layer after quantization, a reader does best to scale it by
+
+    c = (<X^, X> + lambda_1 y^ y) / (|X^|^2 + lambda_1 y^2 + lambda_2)                                                 (1)
+
+which minimises |c X^ - X|^2 + lambda_1 (c y^ - y)^2 + lambda_2 c^2.
+
+Source: Chen et al. 2023 (DF-MPC), arXiv:2307.00498, eq. (27) for one channel; with mu^ = mu, sigma^ = sigma, lambda_2 = 0 it
+is the scale of Bai et al. 2023 (UDFC), arXiv:2308.07209, eq. (21).
+
+Channels that several layers produce: of a sum, all the filters are stacked; a depthwise convolution comes behind the others, so
+its own scale is a factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from envs.calibration.patches import is_plain
+from envs.candidate import Candidate
+from envs.model_graph.plan import ChannelGroup, TensorSlice
+from envs.pruning.importance.unit_slices import producer_weights, unit_rows
+
+
+@dataclass(frozen=True)
+class Filters:
+    """A layer's filters and offsets as its batch norm leaves them: X (outputs, entries) and y (outputs,), float64."""
+
+    rows: Tensor
+    offsets: Tensor
+
+
+def filters(layer: nn.Module, norm: nn.Module) -> Filters:
+    """Return X and y of a layer and the batch norm behind it, as they are."""
+    beta, gamma, bias = (None if tensor is None else tensor.detach().double() for tensor in (norm.bias, norm.weight, layer.bias))
+    scale = (1 if gamma is None else gamma) / (norm.running_var.double() + norm.eps).sqrt()
+    offsets = (0 if beta is None else beta) - scale * (norm.running_mean.double() - (0 if bias is None else bias))
+    return Filters(layer.weight.detach().double().flatten(1) * scale[:, None], offsets)
+
+
+def is_depthwise(layer: nn.Module) -> bool:
+    """Whether every conv group has one input channel."""
+    return isinstance(layer, nn.Conv2d) and layer.groups > 1 and layer.groups == layer.in_channels
+
+
+def normed_producers(candidate: Candidate, group: ChannelGroup) -> Iterator[tuple[str, TensorSlice]]:
+    """Yield (layer, place of the group's units) of the producers with a batch norm behind them."""
+    for place in producer_weights(candidate.dense_model, group):
+        name = place.tensor.removesuffix(".weight")
+        if is_plain(candidate.layers.get(name)) and place.axis == 0 and candidate.norm(name) is not None:
+            yield name, place
+
+
+def reading_places(candidate: Candidate, group: ChannelGroup) -> Iterator[tuple[str, TensorSlice]]:
+    """Yield (layer, place of the group's units) of the ordinary layers that read them."""
+    for place in group.slices:
+        name = place.tensor.removesuffix(".weight")
+        layer = candidate.layers.get(name)
+        if name in group.consumers and place.axis == 1 and is_plain(layer) and getattr(layer, "groups", 1) == 1:
+            yield name, place
+
+
+@dataclass
+class ScaleBook:
+    """Remembers the filters of layers around their quantization, and what scales follow for those behind.
+
+    Attributes:
+        lambda1, lambda2: of eq. (1).
+        before, after: by layer.
+    """
+
+    lambda1: float
+    lambda2: float = 0.0
+    before: dict[str, Filters] = field(default_factory=dict)
+    after: dict[str, Filters] = field(default_factory=dict)
+
+    def scales(self, candidate: Candidate, group: ChannelGroup, kept: np.ndarray, producers: list[str]) -> Tensor:
+        """Return c of the kept units, (units,) float64, at least 0.
+
+        Args:
+            producers: the layers among the group's producers that have been quantized.
+        """
+        product, square = torch.zeros(len(kept)).double(), torch.zeros(len(kept)).double()
+        factor = torch.ones(len(kept)).double()
+        for name, place in normed_producers(candidate, group):
+            if name not in producers:
+                continue
+            units = TensorSlice(place.tensor, 0, np.searchsorted(candidate.kept_axes(name).outputs, place.positions[kept]))
+            parts = self._sums(self.before[name], self.after[name], units)
+            if is_depthwise(candidate.layers[name]):
+                factor = factor * self._ratio(*parts)
+            else:
+                product, square = product + parts[0], square + parts[1]
+        return factor * self._ratio(product, square)
+
+    def _sums(self, before: Filters, after: Filters, units: TensorSlice) -> tuple[Tensor, Tensor]:
+        """Return numerator and denominator of eq. (1) without lambda_2, (units,) each."""
+        rows, rows_after = unit_rows(before.rows, units), unit_rows(after.rows, units)
+        y, y_after = unit_rows(before.offsets, units), unit_rows(after.offsets, units)
+        product = (rows_after * rows).sum(1) + self.lambda1 * (y_after * y).sum(1)
+        return product, rows_after.square().sum(1) + self.lambda1 * y_after.square().sum(1)
+
+    def _ratio(self, product: Tensor, square: Tensor) -> Tensor:
+        square = square + self.lambda2
+        return torch.where(square > 0, product / square, 1).clamp_min(0)
+
+
+def scale_inputs(candidate: Candidate, name: str, place: TensorSlice, kept: np.ndarray, scales: Tensor) -> None:
+    """Scale what a layer reads of a group's kept units."""
+    weight = candidate.layers[name].weight.detach()
+    factors = torch.ones(weight.shape[1])
+    positions = np.searchsorted(candidate.kept_axes(name).inputs, place.positions[kept])
+    factors[torch.from_numpy(positions)] = scales.float()[:, None].expand(positions.shape)
+    candidate.set_weight(name, weight * factors.view(1, -1, *[1] * (weight.dim() - 2)))

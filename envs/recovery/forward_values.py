@@ -1,0 +1,192 @@
+"""The values of a forward pass, numbered in the order in which torch's functions return them, whatever the architecture.
+
+A pruned network runs the code of the dense one, so a value has the same number in both: what is found out once about the
+dense network says where to look in every candidate.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+_ADDITIONS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__)
+_CLIPS = {
+    **dict.fromkeys((F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_), (0.0, float("inf"))),
+    F.relu6: (0.0, 6.0),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the error of a layer is seen.
+
+    Attributes:
+        value: number of the layer's output, behind its batch norm if there is one; or of the sum that it goes into.
+        other: number of what is added to it, if `value` is a sum; it is known before the layer runs.
+        clip: (lowest, highest) that the only reader of the value lets through; None: it lets everything through.
+        sample: the value for the first image, of the dense network.
+    """
+
+    value: int
+    other: int | None
+    clip: tuple[float, float] | None
+    sample: Tensor
+
+
+@dataclass(frozen=True)
+class ForwardPlan:
+    """What one run of the dense network tells about all others.
+
+    Attributes:
+        functions: those that returned tensors, in the order in which they ran.
+        targets: by layer name, of the layers that ran once.
+    """
+
+    functions: tuple[Callable, ...]
+    targets: Mapping[str, Target]
+
+
+class ValueTap(TorchFunctionMode):
+    """Shows the values of a forward pass to a function, before anything can overwrite them.
+
+    Args:
+        functions: of the plan. From the first other function on, nothing is shown and `agrees` is False.
+        on_value: takes number and value.
+    """
+
+    def __init__(self, functions: tuple[Callable, ...], on_value: Callable[[int, Tensor], None]) -> None:
+        super().__init__()
+        self.functions, self.on_value = functions, on_value
+        self.ran = self.values = 0
+        self.agrees, self.paused = True, False
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        values = [] if self.paused else _tensors(result)
+        if values:
+            self.agrees &= self.ran < len(self.functions) and function == self.functions[self.ran]
+            self.ran += 1
+        for value in values if self.agrees else ():
+            self.on_value(self.values, value)
+            self.values += 1
+        return result
+
+
+@contextmanager
+def counting(mode: ValueTap | _Recorder, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Let a mode see a forward pass, but not what pre-hooks of these modules do: a quantized layer has one more."""
+    hooks = []
+
+    def pause(paused: bool) -> Callable:
+        return lambda *_: setattr(mode, "paused", paused)
+
+    for module in modules.values():
+        hooks += [
+            module.register_forward_pre_hook(pause(True), prepend=True),
+            module.register_forward_pre_hook(pause(False)),
+        ]
+    try:
+        with mode:
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def plan_forward(
+    model: nn.Module, layers: Mapping[str, str | None], hidden: Mapping[str, nn.Module], image: Tensor
+) -> ForwardPlan:
+    """Return where the errors of layers are seen.
+
+    Args:
+        model: the dense network, in eval mode.
+        layers: {layer: batch norm that is its only reader, or None} of the layers in question.
+        hidden: modules whose pre-hooks are not counted.
+        image: one image as a batch.
+    """
+    modules = dict(model.named_modules())
+    recorder = _Recorder()
+    calls, first_value, output = Counter(), {}, {}
+
+    def enter(name: str) -> None:
+        calls[name] += 1
+        first_value[name] = len(recorder.copies)
+
+    def leave(name: str, result: Tensor) -> None:
+        output[name] = recorder.number(result)
+
+    watched = {*layers, *filter(None, layers.values())}
+    hooks = [modules[name].register_forward_pre_hook(lambda *_, name=name: enter(name)) for name in watched]
+    hooks += [modules[name].register_forward_hook(lambda *args, name=name: leave(name, args[2])) for name in watched]
+    image = image.clone()  # a tensor without versions (made in inference mode) becomes one that has them
+    try:
+        with counting(recorder, hidden):
+            model(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    targets = {}
+    for name, norm in layers.items():
+        end = output.get(norm or name)
+        if calls[name] == 1 and calls[norm or name] == 1 and end is not None:
+            targets[name] = recorder.target(end, before=first_value[name])
+    return ForwardPlan(tuple(recorder.functions), targets)
+
+
+class _Recorder(TorchFunctionMode):
+    """Numbers all values and notes which are added to which, and which are clipped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.functions: list[Callable] = []
+        self.copies: list[Tensor] = []
+        self.known: dict[int, tuple[int, int, Tensor]] = {}  # by id, which the tensor in it keeps from being used again
+        self.readers: Counter[int] = Counter()
+        self.sums: dict[int, tuple[int, int]] = {}
+        self.clips: dict[int, tuple[float, float]] = {}
+        self.paused = False
+
+    def number(self, tensor: Tensor) -> int | None:
+        """Return a value's number; None if no function returned it, or if it was overwritten since."""
+        number, version, _ = self.known.get(id(tensor), (None, None, None))
+        return number if number is not None and tensor._version == version else None
+
+    def target(self, value: int, before: int) -> Target:
+        """Return the target of a layer whose output is `value` and that runs when `before` values are known."""
+        total, other = self.sums.get(value, (value, None))
+        if other is None or other >= before or self.readers[value] > 1:
+            total, other = value, None
+        clip = self.clips.get(total) if self.readers[total] == 1 else None
+        return Target(total, other, clip, self.copies[total])
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        arguments = [argument for argument in _tensors((args, kwargs)) if id(argument) in self.known]
+        numbers = [self.number(argument) for argument in arguments]
+        plain_sum = function in _ADDITIONS and not kwargs and len(arguments) == 2 and args[0].shape == args[1].shape
+        result = function(*args, **(kwargs or {}))
+        values = [] if self.paused else _tensors(result)
+        if not values:
+            return result
+        self.functions.append(function)
+        self.readers.update(set(numbers) - {None})
+        if plain_sum and None not in numbers:
+            self.sums |= {numbers[0]: (len(self.copies), numbers[1]), numbers[1]: (len(self.copies), numbers[0])}
+        if function in _CLIPS and len(numbers) == 1:
+            self.clips[numbers[0]] = _CLIPS[function]
+        for value in values:
+            self.known[id(value)] = len(self.copies), value._version, value
+            self.copies.append(value.clone())
+        return result
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]

@@ -1,0 +1,324 @@
+"""What a network's batch norms and weights say about the inputs of its layers, without any image.
+
+A batch norm's output has mean beta and standard deviation |gamma| in every channel. From there means and covariances of
+the channels are followed through the recorded operators (`ModelGraph.operations`):
+
+    function f       E f(z_i) f(z_j) = sum_n rho_ij^n a_n(i) a_n(j), a_n(i) = E f(beta_i + |gamma_i| t) h_n(t)          (1)
+    layer            mean W m + b, covariance W (C x S) W^T, S_pq = r^|p - q| between the positions p, q of the kernel  (2)
+    batch norm       the correlations of its input with the signs of gamma, and its own means and variances             (3)
+    sum              means and covariances add up; product: second moments multiply                                     (4)
+
+with t standard normal, h_n the normalised Hermite polynomials, rho_ij the correlation of the Gaussians z_i and z_j.
+
+Source: (1) is Mehler's formula; the means of rectified batch-norm outputs are those of Nagel et al. 2019 (data-free
+quantization), arXiv:1906.04721, section 4.2.1. The rest is ours.
+
+Approximations: every input of a function is Gaussian; operands of sums and products are independent; neighbouring
+pixels correlate alike in all channels; the image is white; pooling changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from envs.calibration.core import FULL, LayerStatistics
+from envs.calibration.patches import is_plain
+from envs.candidate import Candidate
+from envs.model_graph.plan import ModelGraph, Operation
+
+HERMITE_TERMS = 12
+"""Terms of eq. (1); what is cut off goes to the variances, so that the matrix stays positive."""
+
+MAX_STATISTICS_BYTES = 256_000_000
+"""Layers whose synthetic statistics would be larger are quantized without."""
+
+_GRID = torch.linspace(-6, 6, 241, dtype=torch.float64)
+"""Points t at which the expectations of eq. (1) are taken."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and covariance of the channels of one value.
+
+    Attributes:
+        mean: (channels,) float32.
+        covariance: (channels, channels) float32.
+        known: False: the input was unknown and taken as white noise, so that only correlations mean anything.
+        size: (height, width) if each channel has been flattened into so many.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    known: bool = True
+    size: tuple[int, int] = (1, 1)
+
+    def restricted(self, channels: np.ndarray) -> Moments:
+        """Return the moments of some of the channels."""
+        picked = torch.from_numpy(channels)
+        return Moments(self.mean[picked], self.covariance[picked[:, None], picked], self.known, self.size)
+
+
+def input_moments(model: nn.Module, graph: ModelGraph, spatial_correlation: float) -> dict[str, Moments]:
+    """Return the moments of what the layers read, as far as they are known, by layer name.
+
+    Args:
+        model: the dense network.
+        graph: its plan.
+        spatial_correlation: r in eq. (2), of neighbouring pixels, in [0, 1).
+    """
+    modules = dict(model.named_modules())
+    values: list[Moments | None] = []
+    found = {}
+    for operation in graph.operations:
+        inputs = [values[i] if i >= 0 else None for i in operation.inputs]
+        if operation.kind == "layer":
+            if inputs[0] is not None and inputs[0].known and is_plain(modules[operation.name]):
+                found[operation.name] = inputs[0]
+            values.append(_layer(modules[operation.name], inputs[0], spatial_correlation))
+        elif operation.kind == "batch_norm":
+            values.append(_batch_norm(modules[operation.name], inputs[0]))
+        elif all(value is not None and value.known for value in inputs):
+            values.append(_RULES[operation.kind](operation, inputs))
+        else:
+            values.append(None)
+    return found
+
+
+def output_moments(layer: nn.Module, weight: Tensor, moments: Moments, spatial_correlation: float) -> tuple[Tensor, Tensor]:
+    """Return mean (without the bias) and variance of a layer's outputs by eq. (2), (outputs,) each.
+
+    Args:
+        layer: for which `is_plain` holds.
+        weight: of its shape.
+        moments: of its input.
+        spatial_correlation: r.
+    """
+    rows = _grouped(layer, weight, moments.size)
+    groups, _, channels, _ = rows.shape
+    picked = torch.arange(groups)
+    blocks = moments.covariance.view(groups, channels, groups, channels)[picked, :, picked]
+    mean = torch.einsum("goip,gi->go", rows, moments.mean.view(groups, channels))
+    variance = sum((part @ blocks * part).sum(2) for part in _decorrelated(rows, layer, moments.size, spatial_correlation))
+    return mean.flatten(), variance.flatten()
+
+
+def kept_moments(candidate: Candidate, name: str, moments: Moments) -> Moments:
+    """Return the moments of a layer's input after slicing."""
+    axes, dense = candidate.kept_axes(name), candidate.dense_layers[name]
+    inputs = np.unique(axes.inputs // math.prod(moments.size))
+    per_group = len(moments.mean) // getattr(dense, "groups", 1)
+    return moments.restricted((axes.conv_groups[:, None] * per_group + inputs).ravel())
+
+
+# ---------------------------------------------------------------------------------------------------------- eq. (1)-(4)
+
+
+def _grouped(layer: nn.Module, weight: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return a weight as (conv groups, outputs, channels, positions) float32, whatever `size` a channel is flattened to."""
+    groups = getattr(layer, "groups", 1)
+    channels = weight.shape[1] // math.prod(size)
+    return weight.detach().float().reshape(groups, len(weight) // groups, channels, -1)
+
+
+def _decorrelated(rows: Tensor, layer: nn.Module, size: tuple[int, int], r: float) -> tuple[Tensor, ...]:
+    """Return W L with S = L L^T, by position: parts (conv groups, outputs, channels) over which eq. (2) is a sum."""
+    return (rows @ torch.linalg.cholesky(_spatial(layer, size, r)).float()).unbind(3)
+
+
+def _spatial(layer: nn.Module, size: tuple[int, int], r: float) -> Tensor:
+    """Return S of eq. (2), (positions, positions) float64."""
+    size, dilation = getattr(layer, "kernel_size", size), getattr(layer, "dilation", (1, 1))
+    axes = (torch.arange(n, dtype=torch.float64) * d for n, d in zip(size, dilation, strict=True))
+    return torch.kron(*(r ** (axis[:, None] - axis).abs() for axis in axes))
+
+
+def _layer(layer: nn.Module, moments: Moments | None, r: float) -> Moments | None:
+    if not is_plain(layer):
+        return None
+    if moments is None:
+        channels = layer.weight.shape[1] * getattr(layer, "groups", 1)
+        moments = Moments(torch.zeros(channels), torch.eye(channels), False)
+    rows = _grouped(layer, layer.weight, moments.size)
+    groups, _, channels, _ = rows.shape
+    covariance = torch.zeros(len(layer.weight), len(layer.weight))
+    for part in _decorrelated(rows, layer, moments.size, r):
+        half = (part @ moments.covariance.view(groups, channels, -1)).flatten(0, 1)  # W C, (outputs, channels)
+        covariance += (part @ half.T.reshape(groups, channels, -1)).flatten(0, 1)
+    mean = torch.einsum("goip,gi->go", rows, moments.mean.view(groups, channels)).flatten()
+    bias = 0 if layer.bias is None else layer.bias.detach().float()
+    return Moments(mean + bias, covariance, moments.known)
+
+
+def _batch_norm(norm: nn.Module, moments: Moments | None) -> Moments | None:
+    if norm.running_mean is None:
+        return None
+    mean = torch.zeros_like(norm.running_mean) if norm.bias is None else norm.bias.detach().float()
+    gamma = torch.ones_like(mean) if norm.weight is None else norm.weight.detach().float()
+    deviation = gamma * (norm.running_var / (norm.running_var + norm.eps)).sqrt()
+    correlation = torch.eye(len(mean)) if moments is None else _correlation(moments.covariance)
+    return Moments(mean, correlation * deviation * deviation[:, None])
+
+
+def _correlation(covariance: Tensor) -> Tensor:
+    scale = covariance.diagonal().clamp_min(0).sqrt()
+    inverse = torch.where(scale > 0, 1 / scale, 0)
+    correlation = (covariance * inverse * inverse[:, None]).clamp(-1, 1)
+    return correlation.fill_diagonal_(1)
+
+
+def _function(operation: Operation, inputs: list[Moments]) -> Moments | None:
+    (x,) = inputs
+    function = _operator(operation)
+    deviation = x.covariance.diagonal().clamp_min(0).sqrt().double()
+    density = torch.exp(-_GRID.square() / 2)
+    density = density / density.sum()
+    y = function((x.mean.double()[:, None] + deviation[:, None] * _GRID).float()).double()  # (channels, points)
+    if not y.isfinite().all():  # a logarithm, say
+        return None
+    coefficients = y * density @ torch.from_numpy(_hermite()).T  # a_n, (channels, terms)
+    correlation = _correlation(x.covariance).double()
+    covariance, power = torch.zeros_like(correlation), torch.ones_like(correlation)
+    for a in coefficients.T[1:]:
+        power = power * correlation
+        covariance += power * a * a[:, None]
+    mean = coefficients[:, 0]
+    covariance.diagonal().copy_((y - mean[:, None]).square() @ density)
+    return Moments(mean.float(), covariance.float(), size=x.size)
+
+
+def _operator(operation: Operation) -> Callable[[Tensor], Tensor]:
+    _, packet, overload = operation.name.split(".")
+    function = getattr(getattr(torch.ops.aten, packet), overload)
+    return lambda x: function(x, **dict(operation.arguments))
+
+
+def _hermite() -> np.ndarray:
+    """Return the normalised Hermite polynomials at the grid, (terms, points)."""
+    rows = np.eye(HERMITE_TERMS) / np.sqrt([math.factorial(n) for n in range(HERMITE_TERMS)])
+    return np.stack([np.polynomial.hermite_e.hermeval(_GRID.numpy(), row) for row in rows])
+
+
+def _add(operation: Operation, inputs: list[Moments]) -> Moments:
+    x, y = inputs
+    return Moments(x.mean + y.mean, x.covariance + y.covariance, size=x.size)
+
+
+def _mul(operation: Operation, inputs: list[Moments]) -> Moments:
+    x, y = inputs
+    mean = x.mean * y.mean
+    second = (x.covariance + torch.outer(x.mean, x.mean)) * (y.covariance + torch.outer(y.mean, y.mean))
+    return Moments(mean, second - torch.outer(mean, mean), size=x.size)
+
+
+def _cat(operation: Operation, inputs: list[Moments]) -> Moments | None:
+    if any(x.size != (1, 1) for x in inputs):
+        return None
+    return Moments(torch.cat([x.mean for x in inputs]), torch.block_diag(*(x.covariance for x in inputs)))
+
+
+def _pad(operation: Operation, inputs: list[Moments]) -> Moments:
+    (x,), (before, after) = inputs, dict(operation.arguments).values()
+    mean = nn.functional.pad(x.mean, (before, after))
+    return Moments(mean, nn.functional.pad(x.covariance, (before, after, before, after)))
+
+
+def _flatten(operation: Operation, inputs: list[Moments]) -> Moments:
+    return Moments(inputs[0].mean, inputs[0].covariance, size=tuple(dict(operation.arguments).values()))
+
+
+_RULES = {"function": _function, "add": _add, "mul": _mul, "cat": _cat, "pad": _pad, "flatten": _flatten}
+
+
+def synthetic_statistics(layer: nn.Module, moments: Moments, spatial_correlation: float) -> LayerStatistics | None:
+    """Return in the form of calibration what a layer's weight needs to be rounded with compensation; None if too large.
+
+    The range and the samples are empty: nothing here tells them.
+    """
+    groups, area = getattr(layer, "groups", 1), 1 if isinstance(layer, nn.Linear) else layer.weight[0, 0].numel()
+    spatial = _spatial(layer, moments.size, spatial_correlation)
+    channels = len(moments.mean) // groups
+    entries = channels * len(spatial)
+    if 4 * groups * (entries + 1) ** 2 > MAX_STATISTICS_BYTES:
+        return None
+    result = np.empty((groups, entries + 1, entries + 1), np.float32)
+    for group, mean in enumerate(moments.mean.double().view(groups, channels)):
+        part = slice(group * channels, (group + 1) * channels)
+        mean = torch.cat([mean.repeat_interleave(len(spatial)), torch.ones(1)]).double()
+        second = torch.outer(mean, mean)
+        second[:-1, :-1] += torch.kron(moments.covariance[part, part].double(), spatial)
+        result[group] = second.numpy()
+    return LayerStatistics(FULL, result, 0.0, 0.0, np.zeros(0, np.float32), area, 0)
+
+
+def quantize_in_place(candidate: Candidate, name: str, moments: Moments | None, spatial_correlation: float) -> None:
+    """Quantize a layer; a quantizer that asks for statistics gets those of the moments if there was no calibration."""
+    statistics = None
+    if candidate.quantizer.needs_images and candidate.calibration is None and moments is not None:
+        kept = kept_moments(candidate, name, moments)
+        statistics = synthetic_statistics(candidate.layers[name], kept, spatial_correlation)
+    candidate.quantize(name, statistics)
+
+
+# ------------------------------------------------------------------------------------------ batch norms told of a change
+
+VARIANCE_RATIOS = (0.05, 20.0)
+"""A variance is never restated by more: beyond, the estimate says more about itself than about the layer."""
+
+
+@dataclass(frozen=True)
+class Before:
+    """A layer's weight as it was, and the moments of what it read then; None: unknown."""
+
+    weight: Tensor
+    moments: Moments | None
+
+
+def dense_state(candidate: Candidate, name: str, moments: Moments | None) -> Before:
+    """Return a layer's state before its inputs were removed: the dense weight of the outputs that are left."""
+    axes, dense = candidate.kept_axes(name), candidate.dense_layers[name]
+    if moments is not None:
+        per_group = len(moments.mean) // getattr(dense, "groups", 1)
+        moments = moments.restricted((axes.conv_groups[:, None] * per_group + np.arange(per_group)).ravel())
+    return Before(dense.weight.detach()[torch.from_numpy(axes.outputs)], moments)
+
+
+def current_state(candidate: Candidate, name: str, moments: Moments | None) -> Before:
+    """Return a layer's state as it is; `moments` are those of its dense input."""
+    return Before(candidate.layers[name].weight.detach(), moments and kept_moments(candidate, name, moments))
+
+
+def restate_statistics(
+    candidate: Candidate, name: str, before: Before, moments: Moments | None, spatial_correlation: float
+) -> None:
+    """Give the batch norm behind a layer the statistics that its new weight leads to; without one, correct the bias.
+
+    The mean moves by the difference of what the moments say before and after, the variance by the ratio. Unknown inputs
+    count as white noise if they are as many as before, and the mean stays.
+
+    Args:
+        name: of the layer, whose weight has been replaced.
+        before: what it was.
+        moments: of its dense input; None: unknown.
+        spatial_correlation: r of eq. (2).
+    """
+    layer, norm = candidate.layers[name], candidate.norm(name)
+    after = current_state(candidate, name, moments)
+    if not is_plain(layer) or (moments is None and before.weight.shape != after.weight.shape):
+        return
+    states = []
+    for state in (before, after):
+        channels = state.weight.shape[1] * getattr(layer, "groups", 1)
+        noise = Moments(torch.zeros(channels), torch.eye(channels))
+        states.append(output_moments(layer, state.weight, state.moments or noise, spatial_correlation))
+    (mean, variance), (new_mean, new_variance) = states
+    if candidate.has_intercept(name):
+        candidate.shift(name, mean - new_mean)
+    if norm is not None:
+        ratio = torch.where(variance > 0, new_variance / variance, 1).clamp(*VARIANCE_RATIOS)
+        norm.running_var = norm.running_var * ratio

@@ -1,0 +1,1 @@
+"""Measurements, one file each; `secateur benchmark` prints them."""

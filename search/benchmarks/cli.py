@@ -1,0 +1,310 @@
+"""The verbs under `secateur benchmark`. They import what they need when they run, so that `--help` comes at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from cost_models.core import InputError
+from search.arguments import ConfigPath, Overrides
+
+benchmark = typer.Typer(
+    no_args_is_help=True, help="Measure agents, recoveries, importances, the worth of the reward, or the cost models' speed."
+)
+
+
+def make_results_folder(folder: Path) -> None:
+    """Make the folder for a benchmark's results, before hours of work depend on it."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise InputError(f"The results folder {folder} exists already. Choose another with --output.") from None
+    except OSError as error:
+        raise InputError(f"The results folder {folder} cannot be made: {error}.") from None
+
+
+@benchmark.command("search")
+def benchmark_search(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    agent: Annotated[list[str] | None, typer.Option(help="Agent to run; repeat for several. Default: all.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from the configuration's on.")] = 3,
+    output: Annotated[Path, typer.Option(help="Folder for results.json and results.md; must not exist.")] = Path(
+        "results/search"
+    ),
+) -> None:
+    """Run agents at equal evaluations over several seeds; winners are chosen on validation and scored on test images."""
+    from search.config import load_config
+
+    # Runs share what was evaluated, and no run's policies may be stopped by those of another one.
+    overrides = [*(overrides or ()), "search.racing=false"]
+    settings = load_config(config, overrides)
+    from agents import AGENTS
+    from search.benchmarks import agents as measure
+    from search.build import build_problem, open_runner
+    from search.finalize import dense_test_score
+    from search.progress import SearchProgress
+
+    names = list(agent or AGENTS)
+    for name in names:
+        load_config(config, [*(overrides or ()), f"search.agent={name}", "search.options={}"])  # unknown names end here
+    make_results_folder(output)
+    with SearchProgress(Console(stderr=True)) as progress:
+        problem = build_problem(settings, progress.say)
+        progress.say("starting the workers")
+        runner = open_runner(problem)
+        progress.stop()
+        dense, done = dense_test_score(problem), []
+
+        def on_outcome(outcome: measure.Outcome) -> None:
+            done.append(outcome)
+            print(measure.outcome_line(outcome), flush=True)
+            measure.write_results(output, problem, dense, done)
+
+        all_seeds = range(settings.search.seed, settings.search.seed + seeds)
+        try:
+            measure.benchmark_search(problem, runner, names, all_seeds, settings.search.evaluations, on_outcome)
+        finally:
+            runner.close()
+    print(measure.summary(done))
+    print(f"results: {output}")
+
+
+@benchmark.command("costs")
+def benchmark_costs(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Print how many policies per second every cost model answers, on one core."""
+    from search.config import load_config
+
+    settings = load_config(config, overrides or ())
+    import torch
+
+    from search.benchmarks.costs import benchmark_costs as measure
+    from search.build import build_model_and_graph, build_space
+
+    torch.set_num_threads(1)
+    _, _, graph = build_model_and_graph(settings)
+    space, _ = build_space(settings, graph, dense_top1=float("nan"))
+    print("| cost | policies/s | with decoding of the policies |")
+    print("|---|---|---|")
+    for speed in measure(space):
+        print(f"| {speed.cost} | {speed.policies_per_second:,.0f} | {speed.with_decoding:,.0f} |")
+
+
+Configs = Annotated[list[Path], typer.Argument(metavar="CONFIG...", help="YAML files, one network each.")]
+
+
+@benchmark.command("recoveries")
+def benchmark_recoveries(
+    configs: Configs,
+    overrides: Overrides = None,
+    ratio: Annotated[float, typer.Option(min=0, max=0.95, help="Share of channels that inner groups lose.")] = 0.5,
+    output: Annotated[Path, typer.Option(help="Folder for results.jsonl and results.md; goes on with what is there.")] = Path(
+        "results/recoveries"
+    ),
+) -> None:
+    """Prune, quantize and repair several networks alike: test top-1 of each recovery, without any search."""
+    from search.config import load_config
+
+    settings = [load_config(config, overrides or ()) for config in configs]
+    from search.benchmarks.records import Records
+    from search.benchmarks.recoveries import compare_recoveries, recovery_report
+    from search.progress import SearchProgress
+
+    records = Records(output / "results.jsonl", {"benchmark": "recoveries"})
+    with SearchProgress(Console(stderr=True)) as progress:
+
+        def on_row(line: str) -> None:
+            print(line, flush=True)
+            (output / "results.md").write_text(recovery_report(records.rows))
+
+        compare_recoveries(settings, ratio, records, progress.say, on_row)
+    print(recovery_report(records.rows))
+    print(f"results: {output}")
+
+
+@benchmark.command("quantizers")
+def benchmark_quantizers(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    output: Annotated[Path, typer.Option(help="Folder for results.jsonl and results.md; goes on with what is there.")] = Path(
+        "results/quantizers"
+    ),
+) -> None:
+    """Round the weights of a network to 4, 3 and 2 bits in several ways: test top-1 of each."""
+    from search.config import load_config
+
+    settings = load_config(config, overrides or ())
+    from search.benchmarks.quantizers import compare_quantizers, quantizer_report
+    from search.benchmarks.records import Records
+    from search.progress import SearchProgress
+
+    records = Records(output / "results.jsonl", {"benchmark": "quantizers"})
+    with SearchProgress(Console(stderr=True)) as progress:
+
+        def on_row(line: str) -> None:
+            print(line, flush=True)
+            (output / "results.md").write_text(quantizer_report(records.rows))
+
+        compare_quantizers(settings, records, progress.say, on_row)
+    print(quantizer_report(records.rows))
+    print(f"results: {output}")
+
+
+@benchmark.command("importances")
+def benchmark_importances(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    budget: Annotated[str | None, typer.Option(help="Name of the budget; needed if there are several.")] = None,
+    evaluations: Annotated[int, typer.Option(min=1, help="Evaluations of each agent for each importance.")] = 100,
+    importance: Annotated[list[str] | None, typer.Option(help="Repeat for several. Default: all.")] = None,
+    agent: Annotated[list[str] | None, typer.Option(help="Who allocates the widths; repeat for several.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for results.jsonl and results.md; goes on with what is there.")] = Path(
+        "results/importances"
+    ),
+) -> None:
+    """Compare importances at one budget: widths allocated uniformly and by agents, scored with and without recovery."""
+    from search.config import load_config
+
+    settings = load_config(config, overrides or ())
+    from agents import AGENTS
+    from envs.pruning.importance import IMPORTANCES
+    from search.benchmarks import importances as measure
+    from search.benchmarks.records import Records, config_record
+    from search.benchmarks.recovered import calibrated_problem
+    from search.finalize import dense_test_score
+    from search.progress import SearchProgress
+
+    names = list(importance or IMPORTANCES)
+    agents = list(agent or (known for known in measure.ALLOCATING_AGENTS if known in AGENTS))
+    for override in (*(f"importance={name}" for name in names), *(f"search.agent={name}" for name in agents)):
+        load_config(config, [*(overrides or ()), "search.options={}", override])  # unknown names end here
+    with SearchProgress(Console(stderr=True)) as progress:
+        problem = calibrated_problem(settings, progress.say)
+        chosen = measure.choose_budget(problem, budget)
+        header = {"benchmark": "importances", "config": config_record(settings)}
+        records = Records(output / "results.jsonl", {**header, "budget": chosen.name, "evaluations": evaluations})
+        dense = dense_test_score(problem).top1
+        progress.stop()
+
+        def on_row(line: str) -> None:
+            print(line, flush=True)
+            (output / "results.md").write_text(measure.importance_report(problem, chosen, dense, records.rows))
+
+        measure.compare_importances(problem, chosen, names, agents, evaluations, records, on_row)
+    print(measure.importance_report(problem, chosen, dense, records.rows))
+    print(f"results: {output}")
+
+
+@benchmark.command("prediction")
+def benchmark_prediction(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    policies: Annotated[int, typer.Option(min=1, help="Number of random policies.")] = 30,
+    budget: Annotated[str | None, typer.Option(help="Name of the budget; needed if there are several.")] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of fine-tuning.")] = 1,
+    start: Annotated[str, typer.Option(help="Recovery whose network is fine-tuned.")] = "none",
+    output: Annotated[Path, typer.Option(help="Folder for policies.jsonl and results.md; goes on with what is there.")] = Path(
+        "results/prediction"
+    ),
+) -> None:
+    """Fine-tune random policies, and tell how well their scores before it predicted those after it."""
+    from search.config import load_config
+
+    settings = load_config(config, overrides or ())
+    from search.benchmarks import prediction as measure
+    from search.benchmarks.importances import choose_budget
+    from search.benchmarks.recovered import calibrated_problem
+    from search.progress import SearchProgress
+
+    measure.check_start(start)
+    with SearchProgress(Console(stderr=True)) as progress:
+        train = measure.training_images(settings)
+        problem = calibrated_problem(settings, progress.say)
+        chosen = choose_budget(problem, budget)
+        experiment = measure.Experiment(problem, train, start, measure.default_tuning(epochs, settings.search.seed))
+        records = measure.open_records(output / "policies.jsonl", experiment, chosen)
+        drawn = measure.random_policies(problem, chosen, policies)
+        progress.stop()
+
+        def on_row(line: str) -> None:
+            print(line, flush=True)
+            (output / "results.md").write_text(measure.prediction_report(experiment, chosen, records.rows))
+
+        measure.measure_prediction(experiment, drawn, records, measure.processes(settings), on_row)
+    print(measure.prediction_report(experiment, chosen, records.rows))
+    print(f"results: {output}")
+
+
+@benchmark.command("evaluator")
+def benchmark_evaluator(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    policies: Annotated[int, typer.Option(min=1, help="Number of random policies of the first budget.")] = 8,
+) -> None:
+    """Print what an evaluation takes, part by part, against a bare forward pass and against the straightforward way."""
+    from search.config import load_config
+
+    settings = load_config(config, [*(overrides or ()), "search.racing=false"])
+    import torch
+
+    from search.benchmarks import evaluator as measure
+    from search.build import build_problem, open_runner
+    from search.progress import SearchProgress
+    from search.ray_runner import available_cores
+
+    try:
+        import torch_pruning
+    except ImportError:
+        torch_pruning = None
+    torch.set_num_threads(available_cores())
+    with SearchProgress(Console(stderr=True)) as progress:
+        problem = build_problem(settings, progress.say)
+        progress.note(f"evaluations in {problem.precision.dtype}: {problem.precision.reason}")
+        drawn = measure.random_tables(problem, policies)
+        chosen = [problem.space.decode(table) for table in drawn]
+
+        def on_policy(done: int) -> None:
+            progress.say(f"policy {done} of {policies}")
+
+        times = measure.measure_evaluations(problem, chosen, torch_pruning, on_policy)
+        progress.say("starting the workers")
+        runner = open_runner(problem)
+        try:
+            tables = measure.random_tables(problem, policies + runner.slots)
+            rate = measure.evaluations_per_second(runner, problem, tables)
+        finally:
+            runner.close()
+    print(measure.speed_table(times))
+    print(f"\nMedians over {policies} policies, {torch.get_num_threads()} torch threads, {problem.dense.images} images.")
+    print(f"In a search: {rate:.2f} evaluations/s, {runner.slots} at the same time with one thread each.")
+
+
+@benchmark.command("data-free")
+def benchmark_data_free(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    output: Annotated[Path, typer.Option(help="Folder for results.jsonl and results.md; goes on with what is there.")] = Path(
+        "results/data_free"
+    ),
+) -> None:
+    """Prune and quantize a network by fixed amounts and repair it without images: test top-1 of each recovery."""
+    from search.config import load_config
+
+    settings = load_config(config, overrides or ())
+    from search.benchmarks.data_free import compare_data_free, data_free_report
+    from search.benchmarks.records import Records
+    from search.progress import SearchProgress
+
+    records = Records(output / "results.jsonl", {"benchmark": "data_free"})
+    with SearchProgress(Console(stderr=True)) as progress:
+
+        def on_row(line: str) -> None:
+            print(line, flush=True)
+            (output / "results.md").write_text(data_free_report(records.rows))
+
+        compare_data_free(settings, records, progress.say, on_row)
+    print(data_free_report(records.rows))
+    print(f"results: {output}")

@@ -1,0 +1,24 @@
+"""What the benchmarks share: a problem whose calibration has run, and its assembler under other recoveries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from envs.assembler import Assembler
+from envs.piece_cache import PieceCache
+from envs.recovery import RECOVERIES
+from search.build import Problem, Say, build_plugin, build_problem
+from search.config import PluginEntry, SearchConfig
+
+
+def calibrated_problem(config: SearchConfig, say: Say) -> Problem:
+    """Return the problem with the recovery `least_squares`, whatever the configuration says: calibration runs for it."""
+    return build_problem(config.model_copy(update={"recovery": (PluginEntry(name="least_squares"),)}), say)
+
+
+def with_recoveries(assembler: Assembler, names: Sequence[str], **changes: Any) -> Assembler:
+    """Return the assembler with these recoveries (default options), other changes, and an empty cache."""
+    recoveries = [build_plugin(RECOVERIES, PluginEntry(name=name)) for name in names]
+    return replace(assembler, recoveries=recoveries, cache=PieceCache(), **changes)

@@ -1,0 +1,94 @@
+"""The evaluator scores fairly, knows what it has scored, and stops what is clearly worse."""
+
+import pickle
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+
+from envs.core import CompressionPolicy, Evaluation
+from envs.evaluator import Evaluator, Precision, batches
+from envs.racing import Race, unpack
+
+IMAGES, CLASSES = 4096, 4
+RACE = Race(("macs",), ({"macs": 10.0},))
+LABELS = torch.arange(IMAGES) * CLASSES // IMAGES  # sorted by class, as folders of images are
+PIXELS = torch.arange(float(IMAGES)).view(-1, 1, 1, 1)  # each image holds its own number
+
+
+@dataclass(frozen=True)
+class NoAssembler:
+    dtype: torch.dtype = torch.float32
+
+
+class Scripted(Evaluator):
+    """The policy's first width says how many percent of the images it has right, the second what it costs."""
+
+    ran = 0
+
+    def network(self, policy):
+        right = torch.from_numpy(np.random.default_rng(7).random(IMAGES) < policy.widths[0] / 100)
+        answers = torch.where(right, LABELS, (LABELS + 1) % CLASSES)
+
+        def network(images):
+            self.ran += len(images)
+            return torch.eye(CLASSES)[answers[images.flatten().long()]]
+
+        return network
+
+
+def evaluator(race):
+    return Scripted(NoAssembler(), lambda p: {"macs": p.widths[1]}, PIXELS, LABELS, Precision("float32", "test"), race)
+
+
+def policy(percent, macs=5):
+    return CompressionPolicy((percent, macs), (), ())
+
+
+def test_all_images_are_scored_whatever_their_order():
+    raced, full = evaluator(RACE), evaluator(None)
+    for percent in (50, 80, 90, 95):
+        found = raced.evaluate(policy(percent))
+        assert found == replace(full.evaluate(policy(percent)), seconds=found.seconds)
+        assert not found.stopped and found.images == IMAGES and found.top1 == pytest.approx(percent / 100, abs=0.02)
+        assert unpack(found.right, IMAGES).mean() == found.top1
+
+
+def test_what_is_clearly_worse_is_stopped_and_remembered():
+    raced = evaluator(RACE)
+    raced.evaluate(policy(90))
+    before, found = raced.ran, raced.evaluate(policy(70))
+    assert found.stopped and found.images == raced.ran - before == IMAGES / 8 and found.right is None
+    assert found.top1 == pytest.approx(0.7, abs=0.06)
+    assert raced.evaluate(policy(70)) is found
+    assert not evaluator(None).evaluate(policy(70)).stopped
+
+
+def test_first_images_are_a_sample_of_all_classes():
+    first = torch.cat(evaluator(None).labels[:2])
+    assert (torch.bincount(first, minlength=CLASSES) > IMAGES / 8 / CLASSES * 0.8).all()
+
+
+def test_only_full_evaluations_of_what_costs_no_more_are_references():
+    raced = evaluator(RACE)
+    raced.evaluate(policy(90, macs=8))
+    assert not raced.evaluate(policy(80, macs=5)).stopped, "the better one costs more"
+    assert raced.evaluate(policy(60, macs=5)).stopped
+    raced.known = {key: value for key, value in raced.known.items() if value.stopped}
+    assert not raced.evaluate(policy(40, macs=5)).stopped, "a stopped policy is nobody's reference"
+
+
+def test_one_batch_is_never_cut():
+    small = Scripted(
+        NoAssembler(), lambda p: {"macs": 1.0}, PIXELS[:200], LABELS[:200], Precision("float32", "test"), RACE
+    )
+    assert len(small.batches) == len(batches(PIXELS[:200])) == 1
+    assert not any(small.evaluate(policy(percent)).stopped for percent in (99, 5))
+
+
+def test_bits_travel_and_say_nothing_about_equality():
+    found = evaluator(RACE).evaluate(policy(80))
+    assert pickle.loads(pickle.dumps(found)).right == found.right and len(found.right) == IMAGES / 8
+    assert replace(found, right=None) == found and "right" not in repr(found)
+    assert asdict(Evaluation(0.5, {}))["right"] is None

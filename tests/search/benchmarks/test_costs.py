@@ -1,0 +1,22 @@
+"""The speeds of the cost models."""
+
+from __future__ import annotations
+
+from search.benchmarks.costs import benchmark_costs
+from search.build import build_model_and_graph, build_space
+from search.config import parse_config
+
+VALUES = {
+    "model": {"factory": "envs.tasks.synthetic:synthetic_net", "input": [3, 8, 8]},
+    "data": {"name": "envs.tasks.synthetic:load", "validation": 200},
+    "budgets": {"small": {"macs": "<= 50%"}},
+}
+
+
+def test_cost_speeds_are_measured_for_every_model():
+    config = parse_config(VALUES, "test.yaml")
+    _, _, graph = build_model_and_graph(config)
+    space, _ = build_space(config, graph, dense_top1=0.9)
+    speeds = benchmark_costs(space, population=64, repeats=3)
+    assert [speed.cost for speed in speeds] == list(space.cost_models)
+    assert all(speed.policies_per_second > 0 and speed.with_decoding > 0 for speed in speeds)

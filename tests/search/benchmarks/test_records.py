@@ -1,0 +1,55 @@
+"""Finished rows survive: killed processes, restarts; and rows of two measurements never meet."""
+
+import json
+
+import pytest
+
+from cost_models.core import InputError
+from search.benchmarks.records import Records, config_record
+
+
+def test_rows_are_found_again_after_a_restart(tmp_path):
+    file = tmp_path / "new" / "rows.jsonl"
+    first = Records(file, {"task": "a", "shape": (1, 2)})
+    assert first.add(name="x", widths=(3, 4), top1=0.5)["widths"] == [3, 4]
+    again = Records(file, {"task": "a", "shape": (1, 2)})
+    assert again.rows == first.rows == [{"name": "x", "widths": [3, 4], "top1": 0.5}]
+    assert again.find(name="x", widths=(3, 4)) and again.find(name="x", widths=(3, 5)) is None
+
+
+def test_a_line_that_was_cut_off_is_dropped_and_the_file_goes_on(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    records = Records(file, {})
+    records.add(index=0)
+    records.add(index=1)
+    file.write_text(file.read_text()[:-4])
+    again = Records(file, {})
+    assert again.rows == [{"index": 0}]
+    again.add(index=2)
+    assert [json.loads(line) for line in file.read_text().splitlines()] == [{"schema": 1}, {"index": 0}, {"index": 2}]
+
+
+def test_another_measurement_is_refused_and_the_difference_named(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    Records(file, {"config": {"data": {"validation": 10}, "seed": 0}}).add(index=0)
+    before = file.read_text()
+    with pytest.raises(InputError, match=r"`config\.data\.validation` is 10 there, 20 here.*--output"):
+        Records(file, {"config": {"data": {"validation": 20}, "seed": 0}})
+    assert file.read_text() == before
+
+
+def test_damaged_and_impossible_files_are_input_errors(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"schema": 1}\nnothing\n{"index": 1}\n')
+    with pytest.raises(InputError, match="line 2 is not valid JSON"):
+        Records(tmp_path / "rows.jsonl", {})
+    with pytest.raises(InputError, match="cannot be written"):
+        Records(tmp_path / "rows.jsonl" / "below" / "rows.jsonl", {})
+
+
+def test_a_configuration_is_recorded_without_the_machine(settings):
+    data = {"name": "cifar10", "root": "/home/me/cifar", "validation": 9}
+    model = {"factory": "a:b", "weights": "/home/me/net.pth", "input": [3, 8, 8]}
+    record = config_record(settings(data=data, model=model))
+    assert "/home/me" not in json.dumps(record) and record["model"]["weights"] == "net.pth"
+    other = config_record(settings(data={**data, "root": "x"}, model=model, search={"agent": "random", "workers": 2}))
+    assert other["data"] == record["data"] and "workers" not in other["search"]
