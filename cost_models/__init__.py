@@ -1,4 +1,7 @@
-"""Costs of a compressed network; a new model is one file and one line in `COST_MODELS`."""
+"""Costs of a compressed network; a new model is one file and one line in `COST_MODELS`.
+
+What depends on a device (latency, energy) comes with the device's file: `cost_models.device`.
+"""
 
 from __future__ import annotations
 
@@ -13,4 +16,4 @@ COST_MODELS: dict[str, type[CostModel]] = {
     "weight_bytes": WeightBytes,
     "peak_activation_bytes": PeakActivationBytes,
 }
-"""Every cost model by name; each is made without arguments."""
+"""Every cost model that holds on all devices, by name; each is made without arguments."""

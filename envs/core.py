@@ -5,7 +5,7 @@ Dataclasses and protocols only. Everything is frozen: no step of the search chan
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -13,7 +13,13 @@ import numpy as np
 
 from cost_models.core import InputError
 
-__all__ = ["ActionSpace", "Actor", "Budget", "CompressionPolicy", "Episode", "Evaluation", "InputError"]
+__all__ = [
+    "Act", "ActionSpace", "Actor", "Budget", "CompressionPolicy", "Episode", "Evaluation", "InputError", "Simulation",
+]  # fmt: skip
+
+Act = Callable[[np.ndarray, np.ndarray, int, np.ndarray], np.ndarray]
+"""Actions of many episodes at once, (n, action_dim) in [0, 1], from what they observe, (n, observation_dim), the tables that they
+have executed so far, (n, num_steps, action_dim), zero ahead, the step, and which rows they are, (n,)."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,21 @@ class Actor(Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
+class Simulation:
+    """What n episodes would execute and spend; nothing of it was evaluated.
+
+    Attributes:
+        observations: (n, num_steps + 1, observation_dim) float32.
+        tables: executed actions, (n, num_steps, action_dim) float32.
+        costs: (n, num_objectives - 1): every cost among the objectives as a share of the dense one.
+    """
+
+    observations: np.ndarray
+    tables: np.ndarray
+    costs: np.ndarray
+
+
 class ActionSpace(Protocol):
     """What an agent may know about the environment besides its episodes.
 
@@ -123,6 +144,7 @@ class ActionSpace(Protocol):
     used: np.ndarray  # (num_steps, action_dim) bool
     objectives: tuple[str, ...]  # names of the reward's components; the first is "top1"
     dense_top1: float
+    dense_costs: Mapping[str, float]
     unit_magnitudes: tuple[np.ndarray, ...]  # per group (units,): mean |w| of what produces each unit
     producer_macs: np.ndarray  # (groups,) multiply-accumulates of the dense layer that produces a group; of several, the mean
 
@@ -140,4 +162,29 @@ class ActionSpace(Protocol):
 
     def decode(self, table: np.ndarray) -> CompressionPolicy:
         """Return the policy of an executed table."""
+        ...
+
+    def simulate(
+        self,
+        act: Act,
+        budgets: Sequence[Budget],
+        tables: np.ndarray | None = None,
+        starts: np.ndarray | None = None,
+    ) -> Simulation:
+        """Return what the environment would execute, observe and spend in one episode per budget, without any evaluation.
+
+        Args:
+            act: chooses; it is not asked for the steps that are given.
+            budgets: one per row; satisfiable.
+            tables: (n, num_steps, action_dim) executed actions of the steps before `starts`, which are taken as they are.
+            starts: (n,) first step that `act` chooses; default: 0.
+        """
+        ...
+
+    def fit_all(self, tables: np.ndarray, budgets: Sequence[Budget]) -> np.ndarray:
+        """Return `fit` of many tables, (n, num_steps, action_dim), one budget each; the edge may be found a little less closely."""
+        ...
+
+    def with_limits(self, observations: np.ndarray, budgets: Sequence[Budget]) -> np.ndarray:
+        """Return the observations, (n, observation_dim), of the same states under other budgets, one each."""
         ...

@@ -1,8 +1,10 @@
-"""The wall: budgets that hold by construction, for any number of cost models, additive or not.
+"""The wall: budgets that hold by construction, for any number of cost models, additive or not, monotone or not.
 
 Costs are deterministic functions of the policy, so they are computed and never learned. At each decision the wall finds the
-least compression, not below what was asked, that still leaves every limit reachable when all later decisions are at their
-strongest. Source: the action wall of AMC (He et al. 2018, arXiv:1802.03494, algorithm 1), there for one additive cost.
+least compression, not below what was asked, that still leaves every limit reachable: when all later decisions are those of
+one policy that is known to fit, the budget's completion. It is the strongest compression where costs are monotone. Measured
+latencies are not: a narrower layer may fall off a kernel's fast path, and integers may be slower than floats.
+Source: the action wall of AMC (He et al. 2018, arXiv:1802.03494, algorithm 1), there for one additive cost.
 """
 
 from __future__ import annotations
@@ -12,9 +14,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from cost_models.core import CostModel, InputError
-from envs.core import Budget, CompressionPolicy
+from envs.core import Act, Budget, CompressionPolicy, Simulation
 from envs.policy_space import PolicySpace
 
+_BETTER = 1e-9  # what a slack must fall by to count: sums of costs differ by rounding from call to call
+_SAMPLE = 1024  # policies to start from when the strongest compression leads to none that fits
 _BENDS = 48  # exponents tried at once by `fit`; two rounds narrow the edge to 1 part in 2,000
 
 
@@ -53,6 +57,8 @@ class FeasibleSpace:
         self.dense_costs = {
             name: float(model.total(space.geometry.shapes())[0]) for name, model in self.cost_models.items()
         }
+        self._completions: dict[tuple[tuple[str, float], ...], np.ndarray] = {}
+        self._least: dict[str, np.ndarray] = {}
 
     def costs(self, levels: np.ndarray, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """Return {cost: (population,)} of levels (population, decisions)."""
@@ -71,16 +77,63 @@ class FeasibleSpace:
         costs = self.costs(levels, list(budget.limits))
         return np.max([costs[name] / limit - 1 for name, limit in budget.limits.items()], axis=0)
 
+    def completion(self, budget: Budget) -> np.ndarray:
+        """Return the levels, (decisions,), of the policy that the wall relies on; see the module.
+
+        It is the strongest compression or, if that leaves more room, the policy with the least of one of the limited costs:
+        of monotone costs the strongest compression again. If none of them fits, the best is improved under all limits
+        together, and so is the best of a sample of policies.
+        """
+        limits = tuple(budget.limits.items())
+        if limits not in self._completions:
+            levels, slack = self._best([self.space.strongest, *map(self._with_least, budget.limits)], budget)
+            if slack > 0:
+                sample = np.random.default_rng(0).integers(self.space.num_levels, size=(_SAMPLE, len(levels)))
+                starts = [levels, self._best(sample, budget)[0]]
+                levels, _ = self._best([levels, *(self._improved(start, budget) for start in starts)], budget)
+            self._completions[limits] = levels
+        return self._completions[limits]
+
+    def _best(self, policies: Sequence[np.ndarray], budget: Budget) -> tuple[np.ndarray, float]:
+        """Return the levels with the least slack, and their slack; the first ones unless others are better."""
+        slacks = self.slack(np.stack(list(policies)), budget)
+        best = int(np.flatnonzero(slacks <= slacks.min() + _BETTER)[0])
+        return policies[best], slacks[best]
+
+    def _with_least(self, cost: str) -> np.ndarray:
+        """Return the levels of the least value of one cost that is found from the strongest compression on."""
+        if cost not in self._least:
+            self._least[cost] = self._improved(self.space.strongest, Budget(cost, {cost: self.dense_costs[cost]}))
+        return self._least[cost]
+
+    def _improved(self, levels: np.ndarray, budget: Budget) -> np.ndarray:
+        """Return the levels after one decision after the other has taken the level of least slack, until none lowers it."""
+        slack, before = self.slack(levels[None], budget)[0], np.inf
+        while slack < before - _BETTER:
+            before = slack
+            for decision, count in enumerate(self.space.num_levels):
+                population = np.tile(levels, (count, 1))
+                population[:, decision] = np.arange(count)
+                slacks = self.slack(population, budget)
+                if slacks.min() < slack - _BETTER:
+                    levels, slack = population[slacks.argmin()], slacks.min()
+        return levels
+
+    def least(self, cost: str, limit: float) -> float:
+        """Return the least value of one cost that is found when `limit` is to be kept; see `completion`."""
+        levels = self.completion(Budget(f"least {cost}", {cost: limit}))
+        return float(self.costs(levels[None], [cost])[cost][0])
+
     def check(self, budget: Budget) -> None:
-        """Raise InputError if even the strongest compression breaks the budget."""
-        least = self.costs(self.space.strongest[None], list(budget.limits))
+        """Raise InputError if no policy is found that keeps the budget."""
+        least = self.costs(self.completion(budget)[None], list(budget.limits))
         for name, limit in budget.limits.items():
             if least[name][0] > limit:
                 dense = self.dense_costs[name]
                 raise InputError(
                     f"Budget '{budget.name}' cannot be met: it needs at least {100 * least[name][0] / dense:.3g} % of the dense "
-                    f"{name} ({least[name][0]:,.0f} of {dense:,.0f}), but asks for {100 * limit / dense:.3g} %. Raise the limit, "
-                    "or allow stronger compression in `space`."
+                    f"{name} ({_figure(least[name][0])} of {_figure(dense)}), but asks for {100 * limit / dense:.3g} %. Raise "
+                    "the limit, or allow stronger compression in `space`."
                 )
 
     def admit(self, levels: np.ndarray, decision: int, wanted: int, budget: Budget) -> int:
@@ -93,10 +146,10 @@ class FeasibleSpace:
             budget: must be satisfiable (`check`).
         Returns:
             The least level >= wanted that keeps every limit reachable; if there is none (a cost that is not monotone), the
-            nearest weaker one that does. Some level always does: the strongest completion of the step before is among them.
+            nearest weaker one that does. Some level always does: the budget's completion, which the step before has left open.
         """
         choices = np.arange(self.space.num_levels[decision])
-        population = np.tile(self.space.strongest, (len(choices), 1))
+        population = np.tile(self.completion(budget), (len(choices), 1))
         population[:, :decision] = levels[:decision]
         population[:, decision] = choices
         reachable = self.slack(population, budget) <= 0
@@ -104,19 +157,19 @@ class FeasibleSpace:
         if len(stronger):
             return int(wanted + stronger[0])
         weaker = np.flatnonzero(reachable[:wanted])
-        assert len(weaker), "the wall let an unreachable budget through"
-        return int(weaker[-1])
+        # None at all: the completion meets the limit exactly, and its cost has come out larger by rounding this time.
+        return int(weaker[-1] if len(weaker) else self.completion(budget)[decision])
 
     def walk(self, levels: np.ndarray, budget: Budget) -> np.ndarray:
         """Return the executed levels of a whole episode, (decisions,): `admit` at one decision after the other.
 
         All decisions up to the next one that the wall changes are checked in one call.
         """
-        executed, decisions = np.array(levels), len(levels)
+        executed, decisions, completion = np.array(levels), len(levels), self.completion(budget)
         start = 0
         while start < decisions:
             taken = np.arange(decisions) <= np.arange(start, decisions)[:, None]  # row d: decisions 0..d as they are
-            blocked = np.flatnonzero(self.slack(np.where(taken, executed, self.space.strongest), budget) > 0)
+            blocked = np.flatnonzero(self.slack(np.where(taken, executed, completion), budget) > 0)
             if not len(blocked):
                 break
             start += int(blocked[0])
@@ -155,3 +208,32 @@ class FeasibleSpace:
     def decode(self, table: np.ndarray) -> CompressionPolicy:
         """Return the policy of an executed table."""
         return self.space.policy(self.space.snap(table))
+
+    def simulate(
+        self, act: Act, budgets: Sequence[Budget], tables: np.ndarray | None = None, starts: np.ndarray | None = None
+    ) -> Simulation:
+        """Return what the environment would execute, observe and spend (see `ActionSpace`)."""
+        from envs.planning import simulate  # planning builds on this module
+
+        return simulate(self, act, budgets, tables, starts)
+
+    def fit_all(self, tables: np.ndarray, budgets: Sequence[Budget]) -> np.ndarray:
+        """Return `fit` of many tables, one budget each (see `ActionSpace`)."""
+        from envs.planning import fit_all
+
+        return fit_all(self, tables, budgets)
+
+    def with_limits(self, observations: np.ndarray, budgets: Sequence[Budget]) -> np.ndarray:
+        """Return the observations of the same states under other budgets (see `ActionSpace`)."""
+        from envs.observation import Observer
+
+        observer = Observer(self)
+        columns = [index for index, name in enumerate(observer.names) if name.startswith("limit_")]
+        changed = np.array(observations, np.float32)
+        changed[..., columns] = np.clip(observer.limits(budgets), 0, 1)
+        return changed
+
+
+def _figure(cost: float) -> str:
+    """Return a cost as an error names it: whole multiply-accumulates and bytes, but fractions of milliseconds."""
+    return f"{cost:,.0f}" if cost >= 1000 else f"{cost:.4g}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from envs.core import Budget
@@ -42,19 +44,33 @@ class Observer:
             last: (action_dim,) the previous step's executed action.
             budget: the episode's budget.
         """
-        ends = np.stack([self.space.space.strongest, self.space.space.weakest])
-        ends[:, :decision] = levels[:decision]
-        costs = self.space.costs(ends)
-        reach = [
-            share
-            for name in self.costs
-            for share in (*(costs[name] / self.space.dense_costs[name]), self._limit(name, budget))
-        ]
-        row = self._static[min(step, self.space.num_steps - 1)]
-        return np.clip(np.concatenate([row, last, reach]), 0, 1).astype(np.float32)
+        return self.rows(step, decision, levels[None], last[None], [budget])[0]
 
-    def _limit(self, name: str, budget: Budget) -> float:
-        return budget.limits.get(name, self.space.dense_costs[name]) / self.space.dense_costs[name]
+    def rows(
+        self, step: int, decision: int, levels: np.ndarray, last: np.ndarray, budgets: Sequence[Budget]
+    ) -> np.ndarray:
+        """Return the observations of many episodes at the same step, (n, observation_dim); every argument has a row for each."""
+        rows = len(levels)
+        ends = np.repeat([self.space.space.strongest, self.space.space.weakest], rows, axis=0)
+        ends[:, :decision] = np.tile(levels[:, :decision], (2, 1))
+        costs, limits = self.space.costs(ends), self.limits(budgets)
+        static = np.tile(self._static[min(step, self.space.num_steps - 1)], (rows, 1))
+        reach = [
+            column
+            for index, name in enumerate(self.costs)
+            for column in (*(costs[name] / self.space.dense_costs[name]).reshape(2, rows), limits[:, index])
+        ]
+        return np.clip(np.hstack([static, last, np.stack(reach, axis=1)]), 0, 1).astype(np.float32)
+
+    def limits(self, budgets: Sequence[Budget]) -> np.ndarray:
+        """Return every limit as a share of the dense cost, (n, costs); 1 without a limit."""
+        known: dict[int, list[float]] = {}
+        for budget in budgets:
+            if id(budget) not in known:
+                known[id(budget)] = [
+                    budget.limits.get(name, self.space.dense_costs[name]) / self.space.dense_costs[name] for name in self.costs
+                ]
+        return np.array([known[id(budget)] for budget in budgets])
 
 
 def _layer_features(space: FeasibleSpace) -> np.ndarray:

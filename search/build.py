@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from torch import nn
 from agents import AGENTS
 from agents.core import Agent
 from cost_models import COST_MODELS
+from cost_models.core import CostModel
+from cost_models.device import Device
 from envs.assembler import Assembler
 from envs.calibration import CalibrationConfig, LayerPlan, cached_calibration, plan_calibration
 from envs.compression_env import CompressionEnv
@@ -74,6 +77,11 @@ class Problem:
         """The dense model's plan."""
         return self.assembler.graph
 
+    @property
+    def device(self) -> Device | None:
+        """What the latencies and energies are those of, if the configuration names a device."""
+        return self.config.device
+
 
 def build_model_and_graph(
     config: SearchConfig, say: Say = log.info
@@ -110,17 +118,37 @@ def _epochs_to(say: Say) -> Progress:
 
 
 def build_space(config: SearchConfig, graph: ModelGraph, dense_top1: float) -> tuple[FeasibleSpace, tuple[Budget, ...]]:
-    """Return the decisions behind their wall, and the budgets with absolute limits (not yet checked)."""
+    """Return the decisions behind their wall, and the budgets with absolute limits (not yet checked).
+
+    Raises:
+        InputError: if the space is empty, or the device's table has no latencies of such layers.
+    """
     space = PolicySpace(graph, SpaceConfig(**config.space.model_dump()))
-    cost_models = {name: model() for name, model in COST_MODELS.items()}
+    cost_models = build_cost_models(config)
     limited = [name for name in cost_models if any(name in budget.limits for budget in config.budgets.values())]
     dimension = len(observation_names(space.kinds, tuple(cost_models)))
     feasible = FeasibleSpace(space, cost_models, ("top1", *(limited or ["macs"])), dense_top1, dimension)
-    budgets = tuple(_budget(name, budget, feasible) for name, budget in config.budgets.items())
+    feasible.costs(_every_precision(space))  # a table may know the dense layers and not those in integers
+    budgets = tuple(absolute_budget(name, budget, feasible) for name, budget in config.budgets.items())
     return feasible, budgets
 
 
-def _budget(name: str, config: BudgetConfig, space: FeasibleSpace) -> Budget:
+def _every_precision(space: PolicySpace) -> np.ndarray:
+    """Return the levels of policies, (policies, decisions), that between them have every combination of bit-widths."""
+    kinds = [kind for kind in space.kinds if kind != "prune_ratio"]
+    choices = [range(max(len(d.levels) for d in space.decisions if d.kind == kind)) for kind in kinds]
+    combinations = [dict(zip(kinds, levels, strict=True)) for levels in product(*choices)]
+    return np.array([[combination.get(d.kind, 0) for d in space.decisions] for combination in combinations])
+
+
+def build_cost_models(config: SearchConfig) -> dict[str, CostModel]:
+    """Return every cost model: those that hold on all devices, and those of the configuration's device."""
+    own = {} if config.device is None else config.device.cost_models()
+    return {**{name: model() for name, model in COST_MODELS.items()}, **own}
+
+
+def absolute_budget(name: str, config: BudgetConfig, space: FeasibleSpace) -> Budget:
+    """Return the budget with every limit in the cost's own unit (not yet checked)."""
     limits = {
         cost: limit.value * space.dense_costs[cost] if limit.relative else limit.value
         for cost, limit in config.limits.items()
@@ -239,7 +267,8 @@ def build_options(config_class: type, options: dict):
 
 def build_front(problem: Problem) -> Front:
     """Return an empty front for this problem."""
-    return Front(problem.space.objectives, problem.budgets, problem.dense, problem.data.num_classes)
+    device = None if problem.device is None else problem.device.label
+    return Front(problem.space.objectives, problem.budgets, problem.dense, problem.data.num_classes, device)
 
 
 def build_agent(problem: Problem, name: str, options: dict, seed: int) -> Agent:
@@ -284,15 +313,14 @@ class Feasibility:
 
     @property
     def satisfiable(self) -> bool:
-        """Whether the strongest compression is within the limit."""
+        """Whether the least that is found is within the limit."""
         return self.least <= self.limit
 
 
 def feasibility_table(space: FeasibleSpace, budgets: Sequence[Budget]) -> list[Feasibility]:
-    """Return one row for every limit of every budget."""
-    least = space.costs(space.space.strongest[None])
+    """Return one row for every limit of every budget, each limit by itself: `FeasibleSpace.check` takes them together."""
     return [
-        Feasibility(budget.name, cost, float(least[cost][0]), limit, space.dense_costs[cost])
+        Feasibility(budget.name, cost, space.least(cost, limit), limit, space.dense_costs[cost])
         for budget in budgets
         for cost, limit in budget.limits.items()
     ]

@@ -108,11 +108,15 @@ def inspect(config: ConfigPath, overrides: Overrides = None) -> None:
     console.print(tables.feasibility_report(rows))
     dense = ", ".join(f"{cost} {tables.amount(cost, value)}" for cost, value in space.dense_costs.items())
     console.print(f"dense: {dense}", highlight=False)
+    if settings.device is not None:
+        console.print(tables.device_line(settings.device), highlight=False, markup=False)
     images = min(len(data.calibration), settings.calibration["max_images"])
     console.print(tables.calibration_line(plans, images), highlight=False)
     console.print(f"data: {data.source}", highlight=False, markup=False)
     if not all(row.satisfiable for row in rows):
         raise InputError("A budget cannot be met. Raise its limit, or allow stronger compression in `space`.")
+    for budget in budgets:  # all limits of one together
+        space.check(budget)
 
 
 @app.command()
@@ -144,10 +148,13 @@ def search(
 
 def _show_run(console: Console, run: Path) -> None:
     from search.front import read_front
-    from search.tables import front_tables
+    from search.tables import check_lines, front_tables
 
-    for table in front_tables(read_front(run)):
+    document = read_front(run)
+    for table in front_tables(document):
         console.print(table)
+    for line in check_lines(document):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     print(f"run: {run}")
 
 
@@ -159,7 +166,7 @@ def front(
 ) -> None:
     """Print the Pareto front of a run, also while it is still searching."""
     from search.front import front_csv, only_budget, read_front
-    from search.tables import front_tables
+    from search.tables import check_lines, front_tables
 
     document = read_front(run)
     if budget is not None:
@@ -171,33 +178,127 @@ def front(
     else:
         for table in front_tables(document, budget):
             Console().print(table)
+        for line in check_lines(document):
+            Console().print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
 def export(
     run: RunPath,
-    budget: Annotated[str, typer.Option("--budget", help="Name of the budget whose winner is exported.")],
-    output: Annotated[Path | None, typer.Option(help="Folder to write; default: RUN/exports/BUDGET.")] = None,
+    budget: Annotated[str | None, typer.Option("--budget", help="Name of the budget whose winner is exported.")] = None,
+    trial: Annotated[int | None, typer.Option("--trial", help="Number of any trial of the study.")] = None,
+    front: Annotated[bool, typer.Option("--front", help="Every policy of the front, a folder each.")] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder to write; default: RUN/exports/BUDGET, .../trial-NUMBER or .../front.")
+    ] = None,
+    pt2: Annotated[bool, typer.Option("--pt2", help="Write model.pt2 of torch.export too.")] = False,
 ) -> None:
-    """Write the best model of a budget: policy.json and safetensors, reloadable without pickles."""
-    from search.front import read_front, winner
+    """Write models of a run: policy.json, safetensors and ONNX, loadable without pickles. Say which with one option."""
+    from search.front import read_front
     from search.run_folder import load_manifest
 
     settings, _ = load_manifest(run)
     document = read_front(run)
-    point = winner(document, budget)
-    folder = output or run / "exports" / budget
+    from search.deployment.selection import check_selection, chosen_front, chosen_trial, chosen_winner, find_trial, trial_folder
+
+    check_selection(budget, trial, front)
+    if budget is not None:
+        chosen = [chosen_winner(run, document, budget, output)]
+    else:
+        chosen = chosen_front(run, document, output) if front else []
+    found = None if trial is None else find_trial(run, trial)
     from search.build import build_problem
-    from search.export import check_free, export_point
+    from search.export import check_free, export_point, is_export_of
     from search.progress import SearchProgress
 
-    check_free(folder)
+    for one in [one for one in chosen if output is None and is_export_of(one.folder, one.point, one.budget, pt2)]:
+        print(f"export: {one.folder} is there already")
+        chosen.remove(one)
+    if not chosen and found is None:
+        return
+    for folder in [output or trial_folder(run, trial)] if found else [one.folder for one in chosen]:
+        check_free(folder)
     with SearchProgress(Console(stderr=True)) as progress:
         problem = build_problem(settings, progress.say)
-        progress.say("exporting")
-        test = export_point(folder, problem, document, budget)
-    print(f"validation top-1 {100 * point['top1']:.2f} %, test top-1 {100 * test.top1:.2f} % of {test.images} images")
-    print(f"export: {folder}")
+        if found is not None:
+            chosen = [chosen_trial(run, found, problem.space.space, output)]
+        for one in chosen:
+            progress.say(f"exporting {one.folder.name}")
+            validation, test = export_point(one.folder, problem, document, one.budget, one.point, pt2)
+            scores = f"validation top-1 {100 * validation.top1:.2f} %, test top-1 {100 * test.top1:.2f} % of {test.images} images"
+            print(f"{scores}\nexport: {one.folder}")
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="EXPORT", help="Folder of an export, e.g. runs/digits-1/exports/phone.")],
+    runtime: Annotated[str, typer.Option(help="What executes model.onnx: onnxruntime or openvino.")] = "onnxruntime",
+    threads: Annotated[int, typer.Option(min=1, help="Threads of the runtime.")] = 1,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override where the data is: data.root=FOLDER.")
+    ] = None,
+) -> None:
+    """Check what an export promises: outputs, scores, costs, size and latency of its files. Exit code 1 if it is broken."""
+    from search.deployment.verification import verification_tables, verify_export
+
+    verification = verify_export(folder, runtime, threads, overrides or ())
+    for table in verification_tables(verification):
+        Console().print(table)
+    for failure in verification.failures:
+        print(f"broken: {failure}", file=sys.stderr)
+    if not verification.passed:
+        raise typer.Exit(1)
+    print(f"verified: {folder}")
+
+
+@app.command()
+def profile(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="Search configuration; its model is used.")] = None,
+    output: Annotated[Path, typer.Option(help="Device file to write.")] = Path("device.json"),
+    model: Annotated[str | None, typer.Option(help="Factory in place of CONFIG, e.g. torchvision:resnet18.")] = None,
+    image: Annotated[str, typer.Option("--input", help="channels,height,width for --model.")] = "3,224,224",
+    runtime: Annotated[str, typer.Option(help="onnxruntime, openvino or pytorch.")] = "onnxruntime",
+    precisions: Annotated[str, typer.Option(help="One float precision, and int8 if wanted.")] = "float32,int8",
+    threads: Annotated[int, typer.Option(help="Threads of the runtime.")] = 1,
+    batch: Annotated[int, typer.Option(help="Images per run.")] = 1,
+    overrides: Overrides = None,
+) -> None:
+    """Measure this machine with a model and write a device file. Ctrl-C keeps what was measured; run it again to go on."""
+    if (config is None) == (model is None):
+        raise InputError("Name either a configuration or a model: secateur profile CONFIG, or --model torchvision:resnet18.")
+    from search.deployment import profile_run
+    from search.deployment.profiling import ProfileConfig
+
+    names = tuple(name.strip() for name in precisions.split(",") if name.strip())
+    settings = ProfileConfig(precisions=names, threads=threads, batch=batch)
+    shape = profile_run.parse_shape(image)
+    subject = profile_run.subject_of_config(config, overrides or ()) if config else profile_run.load_subject(model, shape)
+    device = profile_run.profile_to_file(subject, output, runtime, settings, Console(stderr=True))
+    for line in profile_run.staircase_lines(device.table):
+        print(line)
+    Console().print(profile_run.check_table(device.table))
+    print(f"recommended: space.channel_multiple: {device.table.channel_multiple}")
+    print(f"device: {output}, {device.label}")
+
+
+@app.command()
+def ask(
+    run: RunPath,
+    budget: Annotated[str, typer.Option("--budget", help='Any limits, e.g. "macs<=43%,weight_bytes<=20kB".')],
+    preference: Annotated[
+        str | None, typer.Option("--preference", help='Weights of costs, e.g. "macs=0.7"; top1 has the rest. Default: the run\'s.')
+    ] = None,
+    evaluations: Annotated[int, typer.Option(min=1, help="How many proposals are measured.")] = 3,
+    overrides: Overrides = None,
+) -> None:
+    """Ask the agent of a run for policies under any budget: a few evaluations instead of a search."""
+    from search.ask import ask as ask_agent
+    from search.progress import SearchProgress
+    from search.tables import answer_table
+
+    with SearchProgress(Console(stderr=True)) as progress:
+        reply = ask_agent(run, budget, preference, evaluations, overrides or (), progress.say)
+    Console().print(answer_table(reply))
 
 
 @app.command()

@@ -30,6 +30,7 @@ from pydantic import (
 )
 
 from cost_models.core import InputError
+from cost_models.device import DEVICE_COSTS, Device, parse_device, read_device
 from envs.tasks.imports import did_you_mean
 
 INSTALLED_CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -40,7 +41,17 @@ TOP1_DROP = "top1_drop"
 
 _LIMIT = re.compile(r"(?:<=)?\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*(%|[A-Za-z]*)")
 _FACTORS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+_TIMES = {"us": 1e-3, "ms": 1, "s": 1e3}  # in milliseconds
+_ENERGIES = {"uJ": 1e-3, "mJ": 1, "J": 1e3}  # in millijoules
 _BYTES = {"B": 1, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_UNITS = {
+    **{unit: ("", factor) for unit, factor in _FACTORS.items()},
+    **{unit: ("bytes", factor) for unit, factor in _BYTES.items()},
+    **{unit: ("ms", factor) for unit, factor in _TIMES.items()},
+    **{unit: ("mj", factor) for unit, factor in _ENERGIES.items()},
+}
+"""{what a user writes: (`Limit.unit`, factor)}."""
+_MEASURES = {"bytes": "in bytes", "ms": "in time", "mj": "in joules"}
 
 
 # --------------------------------------------------------------------------------------------------------------- limits
@@ -53,7 +64,7 @@ class Limit:
     Attributes:
         value: a fraction of the dense model's cost if `relative`, else the cost itself.
         relative: whether it was given in percent.
-        unit: "%", "bytes", or "" for a plain number.
+        unit: "%", "bytes", "ms", "mj", or "" for a plain number.
         text: how the user wrote it.
     """
 
@@ -64,31 +75,29 @@ class Limit:
 
 
 def parse_limit(text: Any) -> Limit:
-    """Return the limit that a text such as "<= 40%", "<= 250kB" or "<= 1.5 M" means; a bare number is taken as it is.
+    """Return the limit that a text such as "<= 40%", "<= 250kB", "<= 1.5ms" or "<= 1.5 M" means; a bare number as it is.
 
     Raises:
         InputError: if the text is no upper limit above zero.
     """
     match = _LIMIT.fullmatch(str(text).strip()) if isinstance(text, (str, int, float)) else None
     if match is None or isinstance(text, bool):
-        raise InputError(f'a limit must read like "<= 40%", "<= 250kB" or "<= 1.5M" (got {text!r})')
-    number, unit = float(match[1]), match[2]
-    if unit != "%" and unit not in _FACTORS and unit not in _BYTES:
-        known = ", ".join(["%", *filter(None, _FACTORS), *_BYTES])
-        raise InputError(f"unknown unit `{unit}` (got {text!r}). Known: {known}")
+        raise InputError(f'a limit must read like "<= 40%", "<= 250kB", "<= 1.5ms" or "<= 1.5M" (got {text!r})')
+    number, written = float(match[1]), match[2]
+    if written != "%" and written not in _UNITS:
+        raise InputError(f"unknown unit `{written}` (got {text!r}). Known: {', '.join(['%', *filter(None, _UNITS)])}")
     if not math.isfinite(number):
         raise InputError(f"a limit must be finite (got {text!r})")
-    if unit == "%":
+    if written == "%":
         return Limit(number / 100, True, "%", str(text))
-    if unit in _BYTES:
-        return Limit(number * _BYTES[unit], False, "bytes", str(text))
-    return Limit(number * _FACTORS[unit], False, "", str(text))
+    unit, factor = _UNITS[written]
+    return Limit(number * factor, False, unit, str(text))
 
 
 def _check_cost_name(name: str) -> str:
     from cost_models import COST_MODELS
 
-    known = [*COST_MODELS, TOP1_DROP]
+    known = [*COST_MODELS, *DEVICE_COSTS, TOP1_DROP]
     if name not in known:
         raise InputError(f"unknown cost.{did_you_mean(name, known)} Known: {', '.join(known)}")
     return name
@@ -115,8 +124,8 @@ class BudgetConfig(
                 raise InputError(f'`top1_drop` is in percentage points: write "<= 1.5" (got {limit.text!r})')
             if name != TOP1_DROP and limit.value <= 0:
                 raise InputError(f"the limit of `{name}` must be above zero (got {limit.text!r})")
-            if limit.unit == "bytes" and not name.endswith("_bytes"):
-                raise InputError(f"`{name}` is not measured in bytes (got {limit.text!r})")
+            if limit.unit in _MEASURES and not name.endswith(f"_{limit.unit}"):
+                raise InputError(f"`{name}` is not measured {_MEASURES[limit.unit]} (got {limit.text!r})")
         return self
 
     @property
@@ -332,9 +341,11 @@ class FinalizeSection(Section):
         top: so many of each budget are finalists: repaired by `recovery`, scored on the validation split, which chooses
             the winner, and on the test split.
         recovery: plug-ins, as in `recovery` of the whole configuration; None: the same ones.
+        verify: whether the winner of each budget is exported and checked from its files; see search/winners.py.
     """
 
     top: PositiveInt = 3
+    verify: StrictBool = True
     recovery: tuple[RecoveryEntry, ...] | None = (PluginEntry(name="sequential"),)
 
 
@@ -346,6 +357,22 @@ class OutputSection(Section):
     prefix: Annotated[StrictStr, Field(pattern=r"^[\w.-]*\w$")] = "search"
 
 
+def _load_device(value: Any) -> Device | None:
+    """Return the device that a path names, or that a manifest holds."""
+    if value is None or isinstance(value, Device):
+        return value
+    if isinstance(value, Mapping):
+        return parse_device(value, "the device")
+    if isinstance(value, str):
+        return read_device(value)
+    raise InputError(f"must be the path of a device file (got {_shorten(value)})")
+
+
+DeviceEntry = Annotated[
+    Device | None, PlainValidator(_load_device), PlainSerializer(lambda device: device and device.document())
+]
+"""A device file. It is resolved here, so that a run's manifest holds the device as it was when the run began."""
+
 BudgetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 
 
@@ -354,6 +381,7 @@ class SearchConfig(Section):
 
     model: ModelSection
     data: DataSection
+    device: DeviceEntry = None
     search: SearchSection = SearchSection.model_construct()
     space: SpaceSection = SpaceSection.model_construct()
     importance: Annotated[PluginEntry, _plugin_of("envs.pruning.importance:IMPORTANCES")] = PluginEntry(name="l1_norm")
@@ -368,6 +396,26 @@ class SearchConfig(Section):
     budgets: Annotated[dict[BudgetName, BudgetConfig], Field(min_length=1)]
     finalize: FinalizeSection = FinalizeSection()
     output: OutputSection = OutputSection()
+
+    @model_validator(mode="after")
+    def _device_knows_the_limited_costs(self) -> SearchConfig:
+        known = () if self.device is None else tuple(self.device.cost_models())
+        for name, budget in self.budgets.items():
+            for cost in budget.limits:
+                if cost not in DEVICE_COSTS or cost in known:
+                    continue
+                if self.device is None:
+                    reason = (
+                        "needs a `device`: name a device file, such as configs/devices/h200.json, or one that "
+                        "`secateur profile` writes"
+                    )
+                else:
+                    reason = (
+                        f"is not known of the device '{self.device.name}', only {', '.join(known)}: name another `device`, "
+                        "or leave the limit out"
+                    )
+                raise InputError(f"`budgets.{name}.{cost}` {reason}")
+        return self
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
@@ -384,7 +432,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SearchConfig
     """
     file = find_config(path)
     values = _read_yaml(file)
-    overridden = {_override(values, text) for text in overrides}
+    overridden = {apply_override(values, text) for text in overrides}
     values = _with_prefix(values, file)
     return parse_config(values, str(path), overridden)
 
@@ -443,7 +491,7 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
     return f"{getattr(error, 'problem', None) or error}{where}"
 
 
-def _override(values: dict[str, Any], text: str) -> str:
+def apply_override(values: dict[str, Any], text: str) -> str:
     """Set one "a.b=value" in place; return "a.b"."""
     dotted, equals, value = text.partition("=")
     keys = dotted.strip().split(".")

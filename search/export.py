@@ -1,7 +1,9 @@
-"""Writes a compressed model to a folder and builds it again: JSON and safetensors, no pickles.
+"""Writes a compressed model to a folder and builds it again: JSON, safetensors and ONNX, no pickles.
 
-policy.json         what was chosen, kept and scored; everything but the numbers of the network
+policy.json         what was chosen, kept, scored and promised; everything but the numbers of the network
 model.safetensors   its tensors; the weights of quantized layers as packed integer codes and one scale per channel
+model.onnx          the same network for runtimes: layers with at most 8 bits in integers, batch norms folded
+model.pt2           if asked for: the network with simulated quantization as torch.export has it, needs no code of the model
 README.md           how to load it
 """
 
@@ -9,9 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,6 +39,7 @@ from envs.quantization.fake_quantize import (
 from envs.quantization.packing import pack_bits, unpack_bits
 from envs.quantization.quantizers import ActivationGrid, QuantizedWeight
 from envs.tasks.models import build_model, call_factory, find_factory, is_model_factory
+from search.deployment.onnx_export import LayerExecution, export_onnx
 from search.finalize import finalist_scores
 from search.front import policy_of, winner
 from search.run_folder import read_json
@@ -42,10 +47,13 @@ from search.run_folder import read_json
 if TYPE_CHECKING:
     from search.build import Problem
 
-POLICY, WEIGHTS, README = "policy.json", "model.safetensors", "README.md"
+POLICY, WEIGHTS, ONNX, PT2, README = "policy.json", "model.safetensors", "model.onnx", "model.pt2", "README.md"
 CODES, SCALE, LEVELS = ".weight.codes", ".weight.scale", ".weight.levels"
 SAME_TOP1 = 0.005
 """Scores that differ by more than this come from another network; the number of threads can move a last bit."""
+
+RANGE_IMAGES = 64
+"""Calibration images that give the ranges of sums and outputs in the ONNX file."""
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
@@ -58,6 +66,7 @@ def write_export(
     budget: Budget,
     validation: Evaluation,
     test: Evaluation | None = None,
+    pt2: bool = False,
 ) -> nn.Module:
     """Write a policy's network to a new folder, read it back, and return what was read.
 
@@ -67,8 +76,9 @@ def write_export(
         policy: what to build.
         budget: whose limits it meets.
         validation, test: its scores; they go into policy.json.
+        pt2: whether to write model.pt2 too.
     Raises:
-        InputError: if the folder is not free or cannot be written.
+        InputError: if the folder is not free or cannot be written, or the network cannot be exported to ONNX.
         RuntimeError: if the model that is read back computes anything else.
     """
     folder = Path(folder)
@@ -78,8 +88,16 @@ def write_export(
     draft.mkdir(parents=True)
     try:
         save_file(_packed_tensors(network), draft / WEIGHTS)
-        document = _document(problem, policy, network, budget, validation, test)
+        graph, shape = problem.assembler.graph, problem.config.model.input
+        ranges = problem.assembler.images  # None only where no layer reads integers, so that nothing has to be measured
+        ranges = torch.zeros(1, *shape) if ranges is None else ranges[:RANGE_IMAGES]
+        executions = export_onnx(network, graph, shape, ranges, draft / ONNX)
+        if pt2:
+            _write_pt2(network, shape, draft / PT2)
+        document = _document(problem, policy, network, budget, validation, test, executions)
         document["weights_sha256"] = _checksum(draft / WEIGHTS)
+        document["files"] = {path.name: _checksum(path) for path in sorted(draft.glob("model.*"))}
+        document["policy_sha256"] = policy_checksum(document)
         (draft / POLICY).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         (draft / README).write_text(_readme(document, folder.name), encoding="utf-8")
         # The user's own configuration named the factory: here it needs no check.
@@ -95,22 +113,31 @@ def write_export(
     return loaded
 
 
-def export_point(folder: str | Path, problem: Problem, document: Mapping[str, Any], budget: str) -> Evaluation:
-    """Write the export of a budget's winner; return its test score.
+def export_point(
+    folder: str | Path,
+    problem: Problem,
+    document: Mapping[str, Any],
+    budget: str,
+    point: Mapping[str, Any] | None = None,
+    pt2: bool = False,
+) -> tuple[Evaluation, Evaluation]:
+    """Write the export of a policy of a run; return its validation and its test score.
 
     Args:
         folder: must not exist, or be empty.
         problem: the search, built again from the run's configuration.
         document: the run's front.json.
-        budget: name of the budget.
+        budget: name of the budget that the export is for.
+        point: which policy, as front.json lists them; default: the budget's winner.
+        pt2: see `write_export`.
     Raises:
         InputError: if nothing fits the budget, the folder is not free, or model, data or code are no longer what the
             run was made with.
     """
-    point = winner(document, budget)
+    point = winner(document, budget) if point is None else point
     policy = policy_of(point)
     costs = problem.space.policy_costs(policy)
-    if costs != point["costs"]:
+    if not _same_costs(costs, point["costs"]):
         raise InputError(
             f"The run was made with another model: its policy cost {point['costs']}, now it costs {costs}. "
             "Restore the model's code and weights, or search again."
@@ -121,8 +148,27 @@ def export_point(folder: str | Path, problem: Problem, document: Mapping[str, An
         if tested["evaluation"] == point["evaluation"]:
             _check_same("test top-1 of the exported policy", tested["top1"], test.top1)
     limits = next(entry for entry in problem.budgets if entry.name == budget)
-    write_export(folder, problem, policy, limits, validation, test)
-    return test
+    write_export(folder, problem, policy, limits, validation, test, pt2)
+    return validation, test
+
+
+def is_export_of(folder: str | Path, point: Mapping[str, Any], budget: str, pt2: bool = False) -> bool:
+    """Whether a folder holds the whole export of this policy for this budget, unchanged; `point` as in `export_point`."""
+    folder = Path(folder)
+    if not (folder / POLICY).is_file():
+        return False
+    try:
+        document = read_export(folder)
+        check_files(folder, document)
+        chosen = document["policy"] == json.loads(json.dumps(point["policy"])) and document["budget"]["name"] == budget
+        return chosen and (PT2 in document["files"] or not pt2)
+    except (InputError, KeyError, TypeError):
+        return False
+
+
+def _same_costs(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
+    # Not exactly equal: another processor may add a latency's terms in another order.
+    return set(one) == set(other) and all(math.isclose(value, other[cost], rel_tol=1e-9) for cost, value in one.items())
 
 
 def _check_same(score: str, recorded: float, found: float) -> None:
@@ -168,6 +214,7 @@ def _document(
     budget: Budget,
     validation: Evaluation,
     test: Evaluation | None,
+    executions: list[LayerExecution],
 ) -> dict[str, Any]:
     model, data, graph = problem.config.model, problem.data, problem.assembler.graph
     kept = problem.assembler.kept(policy)
@@ -180,6 +227,7 @@ def _document(
             "std": [float(value) for value in data.std],
         },
         "classes": list(data.classes),
+        "policy": asdict(policy),
         "budget": {"name": budget.name, "limits": dict(budget.limits), "top1_drop": budget.top1_drop},
         "costs": dict(validation.costs),
         "dense_costs": dict(problem.dense.costs),
@@ -189,6 +237,8 @@ def _document(
             "dense_validation": {"top1": problem.dense.top1, "images": problem.dense.images},
         },
         "data": data.source,
+        "data_config": problem.config.data.model_dump(mode="json"),
+        "device": None if problem.device is None else problem.device.document(),
         "groups": [
             {
                 "name": group.name,
@@ -199,8 +249,9 @@ def _document(
             for group, units in zip(graph.groups, kept, strict=True)
         ],
         "layers": _layers(network),
-        "note": "Weights are stored in their bits. Activation bits are simulated: values are rounded to the grid, the "
-        "arithmetic is float32.",
+        "execution": [asdict(execution) for execution in executions],
+        "note": "In model.safetensors weights are stored in their bits. In PyTorch activation bits are simulated: values are "
+        "rounded to the grid, the arithmetic is float32. model.onnx holds 8-bit integers.",
     }
 
 
@@ -240,6 +291,8 @@ def _readme(document: Mapping[str, Any], name: str) -> str:
         imported, override = f"\nfrom {module} import {function}", f", factory={function}"
     return f"""# {factory}, compressed for the budget "{document["budget"]["name"]}"
 
+In PyTorch:
+
 ```python
 import torch
 from search.export import load_compressed  # of the package secateur{imported}
@@ -249,13 +302,73 @@ mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in ({mean}, {std}
 logits = model((pixels.float() / 255 - mean) / std)  # pixels: (N, {shape}) uint8
 ```
 
+In ONNX Runtime, {_executed(document)}:
+
+```python
+import numpy as np, onnxruntime
+
+session = onnxruntime.InferenceSession("{name}/{ONNX}", providers=["CPUExecutionProvider"])
+mean, std = (np.array(values, np.float32).reshape(1, -1, 1, 1) for values in ({mean}, {std}))
+(logits,) = session.run(None, {{"input": (pixels.astype(np.float32) / 255 - mean) / std}})  # pixels: (N, {shape}) uint8
+```
+{_pt2_readme(document, name, mean, std, shape)}
 {costs}
 {lines}
 
-Loading imports the module of `{factory}` and calls it: its code runs. Load exports of people you trust only.
+Loading in PyTorch imports the module of `{factory}` and calls it: its code runs. Load exports of people you trust only.
 
-{document["note"]}
+{document["note"]}{_execution_notes(document)}
 """
+
+
+def _executed(document: Mapping[str, Any]) -> str:
+    layers = document["execution"]
+    integer = sum(layer["executed"] == "int8" for layer in layers)
+    others = ", the others in float32" if integer < len(layers) else ""
+    return f"{integer} of {len(layers)} layers in 8-bit integers{others}"
+
+
+def _execution_notes(document: Mapping[str, Any]) -> str:
+    """Return what is to be said about how model.onnx executes the layers, each sentence once, with its layers."""
+    said: dict[str, list[str]] = {}
+    for layer in document["execution"]:
+        if layer["note"]:
+            said.setdefault(layer["note"], []).append(layer["name"])
+    lines = "".join(f"\n- {', '.join(f'`{name}`' for name in names)}: {note}" for note, names in said.items())
+    return f"\n\nHow `{ONNX}` executes these layers:\n{lines}" if lines else ""
+
+
+def _pt2_readme(document: Mapping[str, Any], name: str, mean: list[float], std: list[float], shape: str) -> str:
+    if PT2 not in document["files"]:
+        return ""
+    return f"""
+With torch alone, quantization simulated:
+
+```python
+import torch
+
+model = torch.export.load("{name}/{PT2}").module()
+mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in ({mean}, {std}))
+logits = model((pixels.float() / 255 - mean) / std)  # pixels: (N, {shape}) uint8
+```
+"""
+
+
+def _write_pt2(network: nn.Module, image_shape: Sequence[int], path: Path) -> None:
+    """Write the network as torch.export has it, without the stack traces, which name files of this machine."""
+    batch = torch.export.Dim("batch")
+    with warnings.catch_warnings(), torch.inference_mode():  # so quantizers use operators that torch.export knows
+        warnings.simplefilter("ignore")  # torch's own about its parts
+        try:
+            program = torch.export.export(network, (torch.zeros(2, *image_shape),), dynamic_shapes=({0: batch},))
+        except Exception as error:  # it runs the user's forward
+            reason = (str(error).strip().splitlines() or [""])[0]
+            raise InputError(
+                f"torch.export cannot export this network: {type(error).__name__}: {reason} Leave out --pt2."
+            ) from error
+        for node in program.graph.nodes:
+            node.meta.pop("stack_trace", None)
+        torch.export.save(program, path)
 
 
 # -------------------------------------------------------------------------------------------------------------- loading
@@ -268,6 +381,20 @@ def read_export(folder: str | Path) -> dict[str, Any]:
         InputError: if the folder is no export, or the file is damaged.
     """
     return read_json(Path(folder) / POLICY, "an export")
+
+
+def check_files(folder: Path, document: Mapping[str, Any]) -> None:
+    """Raise InputError unless all files of an export are those that were written."""
+    if document.get("policy_sha256") != policy_checksum(document):
+        raise InputError(f"{folder / POLICY} is not the file that was exported: it was changed. Export it again.")
+    for name, checksum in document["files"].items():
+        _check_file(folder / name, checksum)
+
+
+def policy_checksum(document: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of what policy.json says, leaving out this very entry."""
+    text = json.dumps({key: value for key, value in document.items() if key != "policy_sha256"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def load_compressed(folder: str | Path, factory: Callable[..., nn.Module] | None = None) -> nn.Module:
@@ -287,7 +414,7 @@ def load_compressed(folder: str | Path, factory: Callable[..., nn.Module] | None
     document = read_export(folder)
     try:
         packed = _read_weights(folder / WEIGHTS, document["weights_sha256"])
-        model = _build_dense(document["model"], factory).float().eval()
+        model = build_dense(document["model"], factory).float().eval()
         _restore(model, packed, document["layers"])
         with torch.inference_mode():
             model(torch.zeros(1, *document["model"]["input"]))
@@ -298,7 +425,7 @@ def load_compressed(folder: str | Path, factory: Callable[..., nn.Module] | None
     return model
 
 
-def _build_dense(model: Mapping[str, Any], factory: Callable[..., nn.Module] | None) -> nn.Module:
+def build_dense(model: Mapping[str, Any], factory: Callable[..., nn.Module] | None = None) -> nn.Module:
     """Return the network before compression; calls nothing that policy.json names unless it makes networks."""
     if factory is not None:
         return call_factory(factory, model["args"], model["factory"])
@@ -311,11 +438,15 @@ def _build_dense(model: Mapping[str, Any], factory: Callable[..., nn.Module] | N
     return call_factory(function, arguments, model["factory"])
 
 
-def _read_weights(path: Path, checksum: str) -> dict[str, Tensor]:
+def _check_file(path: Path, checksum: str) -> None:
     if not path.is_file():
         raise InputError(f"{path.parent} is not an export: it has no {path.name}.")
     if _checksum(path) != checksum:
         raise InputError(f"{path} is not the file that was exported: it is truncated or was changed. Export it again.")
+
+
+def _read_weights(path: Path, checksum: str) -> dict[str, Tensor]:
+    _check_file(path, checksum)
     try:
         return load_file(path)
     except SafetensorError as error:

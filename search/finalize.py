@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from envs.core import CompressionPolicy, Evaluation
+from envs.core import Budget, CompressionPolicy, Evaluation
 from envs.evaluator import top1
 from search.build import Problem
-from search.front import Front
+from search.front import Candidate, Front
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,12 @@ def dense_test_score(problem: Problem) -> Evaluation:
     return Evaluation(top1(problem.assembler.model, images, labels), problem.space.dense_costs, "final", len(labels))
 
 
+def score_finalist(problem: Problem, budget: Budget, candidate: Candidate) -> Finalist | None:
+    """Return a candidate as a finalist; None if it breaks the budget's `top1_drop` even after the finalists' recovery."""
+    validation, final = finalist_scores(problem, candidate.policy)
+    return _finalist(problem, budget, candidate, validation, final)
+
+
 def finalize(problem: Problem, front: Front, top: int) -> list[Finalist]:
     """Return the `top` policies of every budget, best validation score first: the first of each budget is its winner.
 
@@ -52,13 +58,20 @@ def finalize(problem: Problem, front: Front, top: int) -> list[Finalist]:
     scored: dict[CompressionPolicy, tuple[Evaluation, Evaluation]] = {}
     finalists = []
     for budget in problem.budgets:
-        least = 0.0 if budget.top1_drop is None else problem.dense.top1 - budget.top1_drop
         of_budget = []
         for candidate in front.best(budget.name, top):
             if candidate.policy not in scored:
                 scored[candidate.policy] = finalist_scores(problem, candidate.policy)
-            validation, final = scored[candidate.policy]
-            if validation.top1 >= least:
-                of_budget.append(Finalist(budget.name, candidate.policy, candidate.evaluation, validation, final))
+            finalist = _finalist(problem, budget, candidate, *scored[candidate.policy])
+            of_budget += [] if finalist is None else [finalist]
         finalists += sorted(of_budget, key=lambda finalist: -finalist.validation.top1)
     return finalists
+
+
+def _finalist(
+    problem: Problem, budget: Budget, candidate: Candidate, validation: Evaluation, final: Evaluation
+) -> Finalist | None:
+    least = 0.0 if budget.top1_drop is None else problem.dense.top1 - budget.top1_drop
+    if validation.top1 < least:
+        return None
+    return Finalist(budget.name, candidate.policy, candidate.evaluation, validation, final)

@@ -23,6 +23,7 @@ from search.run_folder import read_json
 
 if TYPE_CHECKING:
     from search.finalize import Finalist
+    from search.winners import Outcome
 
 FRONT_JSON, FRONT_CSV = "front.json", "front.csv"
 
@@ -54,13 +55,21 @@ class Front:
         budgets: of the search.
         dense: validation score and costs of the dense model.
         num_classes: chance level of the hypervolume's reference point.
+        device: where latencies and energies come from (`Device.label`); None: there are none.
 
     Attributes:
         evaluations, feasible, failed: how many episodes were added, fit the budget they were asked for, had a failure.
     """
 
-    def __init__(self, objectives: Sequence[str], budgets: Sequence[Budget], dense: Evaluation, num_classes: int):
-        self.objectives, self.budgets, self.dense = tuple(objectives), tuple(budgets), dense
+    def __init__(
+        self,
+        objectives: Sequence[str],
+        budgets: Sequence[Budget],
+        dense: Evaluation,
+        num_classes: int,
+        device: str | None = None,
+    ):
+        self.objectives, self.budgets, self.dense, self.device = tuple(objectives), tuple(budgets), dense, device
         self.evaluations = self.feasible = self.failed = 0
         self._reference = np.array([1 - 1 / num_classes] + [1.0] * (len(objectives) - 1))
         self._candidates: dict[CompressionPolicy, Candidate] = {}
@@ -123,6 +132,7 @@ class Front:
         describe: Callable[[CompressionPolicy], Mapping[str, float]],
         finalists: Sequence[Finalist] = (),
         dense_final: Evaluation | None = None,
+        outcomes: Sequence[Outcome] = (),
     ) -> dict[str, Any]:
         """Return what front.json holds.
 
@@ -130,11 +140,14 @@ class Front:
             describe: names a policy's choices.
             finalists: policies with their test scores, winners of a budget first.
             dense_final: test score of the dense model.
+            outcomes: what the checks of the winners came to.
         """
         shown = {candidate.number: candidate for candidate in self.of()}
         for budget in self.budgets:
             shown |= {candidate.number: candidate for candidate in self.of(budget.name)}
-        shown |= {(winner := self._candidates[finalist.policy]).number: winner for finalist in finalists}
+        rejected = [rejected.finalist for outcome in outcomes for rejected in outcome.rejected]
+        shown |= {(one := self._candidates[finalist.policy]).number: one for finalist in (*finalists, *rejected)}
+        checks = {outcome.budget: self._check_document(outcome) for outcome in outcomes}
         return {
             "schema": 1,
             "objectives": list(self.objectives),
@@ -142,12 +155,14 @@ class Front:
             "feasible": self.feasible,
             "failed": self.failed,
             "hypervolume": self.hypervolume,
+            "device": self.device,
             "dense": _scores(self.dense),
             "budgets": {
                 budget.name: {
                     "limits": dict(budget.limits),
                     "top1_drop": budget.top1_drop,
                     "front": [candidate.number for candidate in self.of(budget.name)],
+                    "check": checks.get(budget.name),
                 }
                 for budget in self.budgets
             },
@@ -174,6 +189,28 @@ class Front:
                     for finalist in finalists
                 ],
             },
+        }
+
+    def _check_document(self, outcome: Outcome) -> dict[str, Any]:
+        """What front.json says of the check of a budget's winner."""
+        found = outcome.verification
+        return {
+            "passed": None if found is None else found.passed,
+            "failures": [] if found is None else list(found.failures),
+            "export": None if outcome.folder is None else f"{outcome.folder.parent.name}/{outcome.folder.name}",
+            "latency_ms": None if found is None else found.latency.milliseconds,
+            "dense_latency_ms": None if found is None else found.latency.dense_milliseconds,
+            "runtime": None if found is None else f"{found.runtime} {found.runtime_version}",
+            "threads": None if found is None else found.threads,
+            "note": outcome.note,
+            "rejected": [
+                {
+                    "evaluation": self._candidates[rejected.finalist.policy].number,
+                    "predicted_ms": rejected.predicted,
+                    "measured_ms": rejected.measured,
+                }
+                for rejected in outcome.rejected
+            ],
         }
 
 
@@ -263,6 +300,9 @@ def winner(document: Mapping[str, Any], budget: str) -> dict[str, Any]:
     """
     check_budget(document, budget)
     tested = [point["evaluation"] for point in document["final"]["points"] if point["budget"] == budget]
+    check = document["budgets"][budget].get("check")  # runs of earlier versions have none
+    if check and check["rejected"] and not tested:
+        raise InputError(check["note"])
     best = (tested or document["budgets"][budget]["front"])[:1]
     if not best:
         raise InputError(

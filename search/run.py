@@ -17,8 +17,9 @@ from search.finalize import dense_test_score, finalize
 from search.front import Front, write_front
 from search.loop import Runner, run_loop
 from search.progress import SearchProgress
-from search.run_folder import check_run_folder, create_run_folder, write_manifest
+from search.run_folder import AGENT, check_run_folder, create_run_folder, write_manifest
 from search.study import StudyRecorder
+from search.winners import verify_winners
 
 
 def search(config: SearchConfig, progress: SearchProgress | None = None) -> Path:
@@ -42,8 +43,12 @@ def search(config: SearchConfig, progress: SearchProgress | None = None) -> Path
     finally:
         runner.close()
     progress.say("scoring the best policies on the test images")
-    finalists = finalize(problem, front, config.finalize.top)
-    write_front(run, front.document(problem.space.space.describe, finalists, dense_test_score(problem)))
+    finalists, dense_final = finalize(problem, front, config.finalize.top), dense_test_score(problem)
+    write_front(run, front.document(problem.space.space.describe, finalists, dense_final))
+    if config.finalize.verify:
+        outcomes = verify_winners(problem, front, finalists, run, progress.say)
+        finalists = [finalist for outcome in outcomes for finalist in outcome.finalists]
+        write_front(run, front.document(problem.space.space.describe, finalists, dense_final, outcomes))
     progress.stop()
     return run
 
@@ -61,6 +66,8 @@ def _evaluate(problem: Problem, agent: Agent, runner: Runner, progress: SearchPr
         run_loop(agent, runner, config.search.evaluations, on_episode, _clock(config.search.time_limit))
     finally:
         write_front(run, front.document(problem.space.space.describe))
+        if hasattr(agent, "save"):
+            agent.save(run / AGENT)
     return run, front
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from envs.core import InputError
-from search.config import OutputSection, SearchConfig, parse_config
+from search.config import OutputSection, SearchConfig, apply_override, parse_config
 
 MANIFEST = "manifest.json"
+AGENT = "agent"
+"""What a run holds: its facts, and a folder with the agent, if that can be asked later."""
 PACKAGES = ("secateur", "torch", "torchvision", "ray", "optuna", "gymnasium", "numpy", "moocore")
 
 
@@ -65,9 +67,12 @@ def write_manifest(run: Path, config: SearchConfig, facts: Mapping[str, Any]) ->
     (run / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
-def load_manifest(run: str | Path) -> tuple[SearchConfig, dict[str, Any]]:
+def load_manifest(run: str | Path, overrides: Sequence[str] = ()) -> tuple[SearchConfig, dict[str, Any]]:
     """Return a run's configuration and its whole manifest.
 
+    Args:
+        run: folder of the run.
+        overrides: "section.key=value" texts that win over the recorded configuration.
     Raises:
         InputError: if the folder is no run, or the manifest is damaged.
     """
@@ -75,7 +80,8 @@ def load_manifest(run: str | Path) -> tuple[SearchConfig, dict[str, Any]]:
     manifest = read_json(path, "a run")
     if "config" not in manifest:
         raise InputError(f"{path} is damaged: it has no `config`.")
-    return parse_config(manifest["config"], str(path)), manifest
+    overridden = {apply_override(manifest["config"], text) for text in overrides}
+    return parse_config(manifest["config"], str(path), overridden), manifest
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

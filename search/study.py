@@ -118,6 +118,7 @@ def load_study(run: str | Path) -> optuna.Study:
     journal = Path(run) / JOURNAL
     if not journal.is_file():
         raise InputError(f"{run} is not a run: it has no {JOURNAL}.")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         return optuna.load_study(study_name=None, storage=JournalStorage(JournalFileBackend(str(journal))))
     except (ValueError, KeyError, AttributeError, TypeError) as error:  # what damaged lines happen to cause

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
+from cost_models.device import DEVICE_COSTS, Device
+
 if TYPE_CHECKING:
     from envs.calibration import LayerPlan
     from envs.model_graph.plan import ModelGraph
     from envs.policy_space import PolicySpace
+    from search.ask import Reply
     from search.build import Feasibility
 
 MAX_ROWS = 12
@@ -19,7 +22,10 @@ MAX_ROWS = 12
 
 
 def amount(cost: str, value: float) -> str:
-    """Return a cost with a prefix that leaves three or four digits: "1.25 M", "82.5 kB"."""
+    """Return a cost with a prefix that leaves three or four digits: "1.25 M", "82.5 kB"; times and energies as "0.58 ms"."""
+    for ending, unit in (("_ms", "ms"), ("_mj", "mJ")):
+        if cost.endswith(ending):
+            return f"{value:.4g} {unit}"
     unit = "B" if cost.endswith("_bytes") else ""
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= factor:
@@ -81,7 +87,8 @@ def _front_table(
 
     shown = sorted((points[number] for number in numbers), key=order)[:MAX_ROWS]
     table = Table(title=title, caption=_caption(document, len(numbers)), title_justify="left", caption_justify="left")
-    for heading in ("policy", "search top-1", "validation top-1", "test top-1", *(cost.replace("_", " ") for cost in costs)):
+    headings = [_heading(cost, document.get("device")) for cost in costs]  # runs of earlier versions have no device
+    for heading in ("policy", "search top-1", "validation top-1", "test top-1", *headings):
         table.add_column(heading, justify="right")
     if fits:
         table.add_column("fits")
@@ -99,12 +106,45 @@ def _front_table(
     return table
 
 
+def check_lines(document: Mapping[str, Any]) -> list[str]:
+    """Return what the checks of the winners came to, in sentences."""
+    lines = []
+    for name, budget in document["budgets"].items():
+        check = budget.get("check") or {}  # runs of earlier versions have none
+        for rejected in check.get("rejected", ()):
+            lines.append(
+                f"{name}: policy {rejected['evaluation']} is too slow: {rejected['measured_ms']:.3f} ms measured, "
+                f"{rejected['predicted_ms']:.3f} ms predicted."
+            )
+        if check.get("latency_ms") is not None:
+            verdict = "checked from its files" if check["passed"] else "checked from its files: " + " ".join(check["failures"])
+            gain = check["dense_latency_ms"] / check["latency_ms"]
+            threads = f"{check['threads']} thread{'s' * (check['threads'] != 1)}"
+            lines.append(
+                f"{name}: {check['export']}, {verdict}; {check['latency_ms']:.3f} ms in {check['runtime']} with {threads}, "
+                f"{gain:.2f} times as fast as the dense network."
+            )
+        if check.get("note"):
+            lines.append(check["note"])
+    return lines
+
+
+def _heading(cost: str, device: str | None) -> str:
+    """Return a column's name; that of a device's cost says in one word whether it was measured."""
+    words = cost.replace("_", " ")
+    if device is None or cost not in DEVICE_COSTS:
+        return words
+    return f"{words} ({'measured' if cost == 'latency_ms' and device.startswith('measured') else 'analytic'})"
+
+
 def _caption(document: Mapping[str, Any], rows: int) -> str:
     dense_final = document["final"]["dense"]
     images = f"{document['dense']['images']:,} validation"
     images += f" and {dense_final['images']:,} test images" if dense_final is not None else " images"
     more = f" The best {MAX_ROWS} of {rows}; front.csv has all." if rows > MAX_ROWS else ""
-    return f"Costs in percent of the dense model; {images}. Finalists are repaired with more care, then scored again.{more}"
+    device = f" On the device: {document['device']}." if document.get("device") else ""
+    repaired = "Finalists are repaired with more care, then scored again."
+    return escape(f"Costs in percent of the dense model; {images}. {repaired}{device}{more}")
 
 
 # -------------------------------------------------------------------------------------------------------------- inspect
@@ -182,6 +222,17 @@ def _names(names: Sequence[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def device_line(device: Device) -> str:
+    """Return where the costs of a device come from; of a measured one, how far off they were for whole networks."""
+    if device.table is None:
+        return f"{', '.join(device.cost_models())}: {device.label}"
+    errors = [
+        f"{100 * check.mean_error:.1f} % ({check.precision}, {len(check.measured)} networks)" for check in device.table.checks
+    ]
+    line = f"latency_ms: {device.label}" + f"; mean error {', '.join(errors)}" * bool(errors)
+    return line if device.energy is None else f"{line}\nenergy_mj: analytic, energies of single operations"
+
+
 def feasibility_report(rows: Iterable[Feasibility]) -> Table:
     """Return each limit beside what can be reached."""
     table = Table(title="Budgets", title_justify="left")
@@ -199,4 +250,29 @@ def feasibility_report(rows: Iterable[Feasibility]) -> Table:
             amount(row.cost, row.dense),
             "[green]yes[/]" if row.satisfiable else "[red]no[/]",
         )
+    return table
+
+
+def answer_table(reply: Reply) -> Table:
+    """Return the measured answers to one question, best first."""
+    space = reply.problem.space
+    limits = [
+        f"{cost} <= {amount(cost, limit)} ({percent(limit / space.dense_costs[cost], 1)})"
+        for cost, limit in reply.budget.limits.items()
+    ]
+    weights = [f"{name} {weight:.2g}" for name, weight in zip(space.objectives, reply.preference, strict=True) if weight]
+    title = f"{', '.join(limits)}; preference: {', '.join(weights)}"
+    table = Table(title=title, title_justify="left")
+    costs = list(dict.fromkeys([*reply.budget.limits, *space.objectives[1:]]))
+    for heading in ("proposal", "top-1", "expected", *(cost.replace("_", " ") for cost in costs), "fits"):
+        table.add_column(heading, justify="right")
+    for number, answer in enumerate(reply.answers, 1):
+        if answer.evaluation is None:
+            table.add_row(str(number), "failed", percent(answer.expected_top1), *("" for _ in costs), "[red]no[/]")
+            continue
+        shares = [percent(answer.evaluation.costs[cost] / space.dense_costs[cost], 1) for cost in costs]
+        fits = "[green]yes[/]" if all(value <= 0 for value in answer.constraints.values()) else "[red]no[/]"
+        table.add_row(str(number), percent(answer.evaluation.top1), percent(answer.expected_top1), *shares, fits)
+    dense = [amount(cost, space.dense_costs[cost]) for cost in costs]
+    table.add_row("dense", percent(space.dense_top1), "", *dense, "", style="dim")
     return table

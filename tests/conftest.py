@@ -8,7 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-from envs.core import Budget, CompressionPolicy, Episode, Evaluation  # noqa: E402
+from envs.core import Budget, CompressionPolicy, Episode, Evaluation, Simulation  # noqa: E402
 
 LEVELS = np.linspace(0, 1, 5)
 
@@ -20,9 +20,10 @@ class ToySpace:
     `best`, which lies on the edge of the budget "half".
     """
 
-    num_steps, action_dim, observation_dim = 6, 2, 1
+    num_steps, action_dim, observation_dim = 6, 2, 4
     objectives = ("top1", "cost")
     dense_top1 = 1.0
+    dense_costs = {"cost": 1.0}
     unit_magnitudes = tuple(np.random.default_rng(0).random((6, 8)))  # one group per step; the first choice is its prune ratio
     producer_macs = np.arange(1.0, 7.0)
     best = np.array([[1, 0], [0.25, 0.75], [0.5, 1], [0, 0.25], [0.75, 0.25], [1, 0]])
@@ -67,12 +68,53 @@ class ToySpace:
         numbers = np.rint(4 * np.where(self.used, table, 0)).astype(int)
         return CompressionPolicy(tuple(numbers[:, 0].tolist()), tuple(numbers[:, 1].tolist()), ())
 
+    def observe(self, step, tables, limits):
+        """How far, what is left if nothing more is compressed, the last first choice, and the limit."""
+        left = np.mean(1 - tables[:, self.used], axis=1)
+        last = tables[:, step - 1, 0] if step else np.zeros(len(tables))
+        return np.column_stack([np.full(len(tables), step / self.num_steps), left, last, limits])
+
+    def simulate(self, act, budgets, tables=None, starts=None):
+        """The wall of `execute`, one entry after the other, for all rows at once."""
+        rows, size = len(budgets), self.used.sum()
+        limits = np.array([budget.limits["cost"] for budget in budgets])
+        starts = np.zeros(rows, int) if starts is None else starts
+        executed, observations = np.zeros((rows, *self.used.shape)), []
+        for step in range(self.num_steps):
+            observations.append(self.observe(step, executed, limits))
+            free = np.flatnonzero(starts <= step)
+            wanted = np.zeros((rows, self.action_dim)) if tables is None else np.array(tables[:, step], float)
+            if len(free):
+                wanted[free] = _round(act(observations[-1][free], executed[free], step, free))
+            for column in np.flatnonzero(self.used[step]):
+                later = size - 1 - np.flatnonzero(self.used.ravel()).tolist().index(step * self.action_dim + column)
+                least = size * (1 - limits) - later - executed[:, self.used].sum(axis=1)
+                walled = np.maximum(wanted[:, column], LEVELS[np.searchsorted(LEVELS, np.clip(least - 1e-9, 0, 1))])
+                executed[:, step, column] = np.where(starts <= step, walled, wanted[:, column])
+        observations = np.stack([*observations, self.observe(self.num_steps, executed, limits)], axis=1).astype(np.float32)
+        costs = np.mean(1 - executed[:, self.used], axis=1, keepdims=True)
+        return Simulation(observations, executed.astype(np.float32), costs)
+
+    def fit_all(self, tables, budgets):
+        """`fit` of one after the other."""
+        return np.stack([self.fit(table, budget) for table, budget in zip(tables, budgets, strict=True)])
+
+    def with_limits(self, observations, budgets):
+        """Only the last entry knows the budget."""
+        changed = np.array(observations)
+        changed[:, -1] = [budget.limits["cost"] for budget in budgets]
+        return changed
+
+    def score(self, table):
+        """Top-1 of an executed table."""
+        return 1 - float(np.mean((table - self.best)[self.used] ** 2))
+
     def episode(self, actor, top1=None):
         """The episode of an actor; `top1` overrides the toy's own score."""
-        wanted = np.array([actor.act(np.zeros(1), step) for step in range(self.num_steps)])
+        wanted = np.array([actor.act(np.zeros(self.observation_dim), step) for step in range(self.num_steps)])
         executed = self.execute(wanted, actor.budget)
         cost = self.cost(executed)
-        score = 1 - float(np.mean((executed - self.best)[self.used] ** 2)) if top1 is None else top1
+        score = self.score(executed) if top1 is None else top1
         constraints = {"cost": cost / actor.budget.limits["cost"] - 1}
         if actor.budget.top1_drop is not None:
             constraints["top1_drop"] = (self.dense_top1 - score) / actor.budget.top1_drop - 1
@@ -97,6 +139,42 @@ class ToySpace:
 
 def _round(table):
     return np.rint(4 * np.clip(table, 0, 1)) / 4
+
+
+class KnownFront(ToySpace):
+    """Separable losses, so that dynamic programming knows the best top-1 of every cost; `bend` shapes the front."""
+
+    losses = np.linspace(0.2, 1.8, 11)
+    bend = staticmethod(lambda kept: kept)
+
+    def score(self, table):
+        return float(self.bend(1 - np.mean(self.losses * table[self.used] ** 2) / np.mean(self.losses)))
+
+    def front(self):
+        """(costs, top-1) of every total strength."""
+        best = np.full(4 * len(self.losses) + 1, np.inf)
+        best[0] = 0.0
+        for weight in self.losses:
+            options = [np.concatenate([np.full(k, np.inf), best[: len(best) - k]]) + weight * (k / 4) ** 2 for k in range(5)]
+            best = np.min(options, axis=0)
+        kept = 1 - best / self.losses.sum()
+        return 1 - np.arange(len(best)) / (len(best) - 1), self.bend(kept)
+
+
+class ConvexFront(KnownFront):
+    """Each step costs more accuracy than the one before."""
+
+
+class PartlyConcaveFront(KnownFront):
+    """Accuracy falls off a cliff and recovers nothing below it: no linear weighting reaches the middle."""
+
+    bend = staticmethod(lambda kept: 0.5 + 0.5 * np.tanh(6 * (kept - 0.75)) / np.tanh(1.5))
+
+
+@pytest.fixture
+def known_fronts():
+    """{name: class} of toy problems whose Pareto front is known."""
+    return {"convex": ConvexFront, "partly_concave": PartlyConcaveFront}
 
 
 @pytest.fixture

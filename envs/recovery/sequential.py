@@ -16,16 +16,16 @@ with compensation, and the intercept takes up the mean error of rounding. Then
 - clipping: if only a ReLU or ReLU6 reads the target, an error that it hides is none. The squared error behind it is
   lowered by turns: with W' fixed, what is clipped in both networks gets the present value for its target; then eq. (1).
 
-Source: He et al. 2017 (channel pruning), arXiv:1707.06168, section 3.2 (inputs of the compressed, targets of the dense
-network; section 3.2.2 for residual branches); Zhang et al. 2015, arXiv:1505.06798, section 3.2 and 3.3 (the asymmetric
-reconstruction with nonlinearity, solved by turns).
+Source: He et al. 2017 (channel pruning), arXiv:1707.06168 (whole-model pruning: inputs of the compressed, targets of the
+dense network; the same for residual branches); Zhang et al. 2015, arXiv:1505.06798 (the asymmetric reconstruction with
+nonlinearity, solved by turns).
 
 Where we differ and why:
 1. All layers are refitted, not only readers of pruned channels: any layer can absorb what came before it.
 2. Damping pulls to the present weights; the intercept is free. Of a few dampings, that one is taken which, solved on
    four fifths of the samples, has the least error on the last fifth; a weight that none improves there stays. So fewer
    samples than unknowns (a classifier reads one position per image) do no harm.
-3. No penalty between target and auxiliary variable as in Zhang's eq. (11): clipped entries that agree are let go at once.
+3. No penalty between target and auxiliary variable as in Zhang et al.: clipped entries that agree are let go at once.
 4. The last operand of a sum to be computed absorbs (a convolution on a shortcut that runs after the branch, say).
 5. One batch, because every layer needs the refitted inputs of all images. Its memory is bounded by `max_bytes`: networks
    with large activations get fewer images, but more positions of each, so that a layer has the same number of samples.

@@ -73,12 +73,35 @@ def benchmark_search(
     print(f"results: {output}")
 
 
-@benchmark.command("costs")
-def benchmark_costs(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Print how many policies per second every cost model answers, on one core."""
+@benchmark.command("agent")
+def benchmark_agent(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Measure the learning agent, `envelope_ddpg`: rollouts, targets, updates, ask and tell, beside one evaluation."""
     from search.config import load_config
 
     settings = load_config(config, overrides or ())
+    from agents.envelope_ddpg import EnvelopeDdpgConfig
+    from search.benchmarks.learner import benchmark_learner, speed_lines
+    from search.build import build_options, build_problem, make_env
+    from search.progress import SearchProgress
+
+    options = settings.search.options if settings.search.agent == "envelope_ddpg" else {}
+    with SearchProgress(Console(stderr=True)) as progress:
+        problem = build_problem(settings, progress.say)
+        progress.say("measuring")
+        speed = benchmark_learner(problem, build_options(EnvelopeDdpgConfig, options), make_env(problem))
+    print("\n".join(speed_lines(speed)))
+
+
+@benchmark.command("costs")
+def benchmark_costs(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    device: Annotated[Path | None, typer.Option(help="Device file, in place of the configuration's `device`.")] = None,
+) -> None:
+    """Print how many policies per second every cost model answers, on one core."""
+    from search.config import load_config
+
+    settings = load_config(config, [*(overrides or ()), *([f"device={device}"] if device else [])])
     import torch
 
     from search.benchmarks.costs import benchmark_costs as measure
@@ -308,3 +331,50 @@ def benchmark_data_free(
         compare_data_free(settings, records, progress.say, on_row)
     print(data_free_report(records.rows))
     print(f"results: {output}")
+
+
+@benchmark.command("speed")
+def benchmark_speed(
+    factories: Annotated[list[str], typer.Argument(metavar="FACTORY:HEIGHT...", help='Such as "torchvision:resnet18:224".')],
+    macs: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of the MACs that pruning may keep.")] = 0.2,
+    multiple: Annotated[int, typer.Option(min=1, help="Widths are multiples of this.")] = 16,
+    runtime: Annotated[list[str] | None, typer.Option(help="onnxruntime, openvino; repeat for several.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Of the runtime.")] = 1,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Of measuring each version.")] = 3.0,
+    output: Annotated[Path | None, typer.Option(help="Markdown file for the table.")] = None,
+) -> None:
+    """Measure networks as they are, pruned, in 8-bit integers, and both: latency, size of the file, memory."""
+    from search.benchmarks import speed as measure
+    from search.deployment.profiling import describe_machine
+    from search.deployment.runtimes import find_runtime
+    from search.progress import SearchProgress
+
+    runtimes = [find_runtime(name) for name in runtime or ["onnxruntime"]]
+    versions = [f"{chosen.name} {chosen.version()}" for chosen in runtimes]
+    lines = []
+    with SearchProgress(Console(stderr=True)) as progress:
+        for factory in factories:
+            name, size = _factory_and_size(factory)
+            model, graph = measure.random_model(name, size)
+            for chosen in runtimes:
+                progress.say(f"{name}, {chosen.name}")
+                found = measure.measure_speed(
+                    model, graph, (3, size, size), macs, multiple, chosen.name, threads=threads, seconds=seconds
+                )
+                label = f"{name.partition(':')[2]} ({size} px), {chosen.name}"
+                lines += measure.speed_rows(label, found)
+    table = "\n".join([*measure.SPEED_HEADER, *lines])
+    machine = ", ".join(describe_machine().values())
+    note = f"{machine}; {', '.join(versions)}; {threads} thread{'s' * (threads > 1)}; one image; float layers in float32."
+    print(f"{table}\n\n{note}")
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(f"{table}\n\n{note}\n", encoding="utf-8")
+
+
+def _factory_and_size(text: str) -> tuple[str, int]:
+    """Return ("module:function", height) of "module:function:height"."""
+    factory, _, size = text.rpartition(":")
+    if not size.isdigit() or ":" not in factory:
+        raise InputError(f"`{text}` must read FACTORY:HEIGHT, such as torchvision:resnet18:224.")
+    return factory, int(size)

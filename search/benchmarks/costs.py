@@ -19,7 +19,7 @@ class CostSpeed:
 
 
 def benchmark_costs(space, population: int = 4096, repeats: int = 9, seed: int = 0) -> list[CostSpeed]:
-    """Return the speed of every cost model over random policies; medians over `repeats`.
+    """Return the speed of every cost model, the device's too, over random policies; medians over `repeats`.
 
     Args:
         space: a `FeasibleSpace`.

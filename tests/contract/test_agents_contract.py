@@ -11,10 +11,17 @@ from agents.core import TableActor
 from envs.core import Episode
 
 
+SMALL = {
+    "envelope_ddpg": {"warmup": 12, "candidates": 12, "goals": 3, "updates": 3, "batch": 16, "planned": 6, "hidden": 16, "critics": 2}
+}
+"""Options of agents that otherwise think for too long; what they promise is the same."""
+
+
 @pytest.fixture(params=AGENTS)
 def make(request, toy):
     config_class, agent = AGENTS[request.param]
-    return lambda seed=0: agent(config_class(), toy, toy.budgets, np.random.default_rng(seed))
+    config = config_class(**SMALL.get(request.param, {}))
+    return lambda seed=0: agent(config, toy, toy.budgets, np.random.default_rng(seed))
 
 
 def tables(actors):

@@ -1,4 +1,4 @@
-"""What every cost model promises, over random networks."""
+"""What every cost model promises, over random networks: those that hold everywhere, and those of devices."""
 
 import pickle
 
@@ -7,6 +7,8 @@ import pytest
 
 from cost_models import COST_MODELS
 from cost_models.core import LayerShape, NetworkGeometry
+from cost_models.device import SHIPPED, read_device
+from cost_models.latency_table import Axis, Correction, LatencyTable, LayerGrid, TableLatency, layer_key
 
 POPULATION = 40
 
@@ -59,21 +61,60 @@ def random_population(geometry: NetworkGeometry, rng: np.random.Generator):
     return widths, rng.choice([2, 3, 4, 8, 16, 32], full), rng.choice([2, 4, 8, 32], full)
 
 
-@pytest.fixture(params=COST_MODELS)
-def model(request):
-    return COST_MODELS[request.param]()
+def random_table(geometry: NetworkGeometry, rng: np.random.Generator) -> LatencyTable:
+    """Times for every layer of a network in float32 and int8, up and down at random."""
+    dense = geometry.shapes()
+    largest = int(max(dense.in_channels.max(), dense.out_channels.max()))
+    axis = Axis(tuple(sorted({1, 5, max(largest // 2, 8), max(largest, 9)})), multiples=(2,))
+    size = len(axis.counts)
+
+    def grid(key, precision):
+        columns = 1 if key[-1] == 0 else size
+        times = tuple(tuple(row) for row in rng.random((size, columns)).tolist())
+        return LayerGrid(*key, precision, axis, axis if columns > 1 else Axis((1,)), times)
+
+    keys = dict.fromkeys(map(layer_key, geometry.layers))
+    grids = tuple(grid(key, precision) for key in keys for precision in ("float32", "int8"))
+    corrections = (Correction("float32", {"conv": 1.1}, 0.2, 0.1), Correction("int8", {}, 0.1, 0.1))
+    return LatencyTable("test", "onnxruntime", "1", 1, 1, 1, "float32", grids, corrections=corrections, border=0.3)
+
+
+def _always(model):
+    return lambda geometry: model
+
+
+MONOTONE = {name: _always(model()) for name, model in COST_MODELS.items()} | {
+    f"{name} of {path.stem}": _always(model)
+    for path in sorted(SHIPPED.glob("*.json"))
+    for name, model in read_device(path).cost_models().items()
+}
+MODELS = {
+    **MONOTONE,
+    "latency_ms of a table": lambda geometry: TableLatency(random_table(geometry, np.random.default_rng(0)), (8,)),
+}
+"""{name: function (geometry) -> cost model}."""
+
+
+@pytest.fixture(params=MODELS)
+def model_of(request):
+    return MODELS[request.param]
 
 
 def test_is_named_as_registered_and_pickles():
-    for name, model_class in COST_MODELS.items():
-        assert pickle.loads(pickle.dumps(model_class())) == model_class()
-        assert model_class().name == name
+    geometry = random_geometry(np.random.default_rng(0))
+    for name, make in MODELS.items():
+        model = make(geometry)
+        assert model.name == name.partition(" ")[0]
+        model.total(geometry.shapes())  # what it remembers is pickled too
+        assert pickle.loads(pickle.dumps(model)) == model
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_never_cheaper_with_more_channels_or_bits(model, seed):
+@pytest.mark.parametrize("name", MONOTONE)
+def test_never_cheaper_with_more_channels_or_bits(name, seed):
     rng = np.random.default_rng(seed)
     geometry = random_geometry(rng)
+    model = MONOTONE[name](geometry)
     small, large = random_population(geometry, rng), random_population(geometry, rng)
     for vary in range(3):
         larger = list(small)
@@ -84,9 +125,10 @@ def test_never_cheaper_with_more_channels_or_bits(model, seed):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_row_does_not_depend_on_the_rest_of_the_population(model, seed):
+def test_a_row_does_not_depend_on_the_rest_of_the_population(model_of, seed):
     rng = np.random.default_rng(seed)
     geometry = random_geometry(rng)
+    model = model_of(geometry)
     population = random_population(geometry, rng)
     shapes = geometry.shapes(*population)
     assert model.per_layer(shapes).shape == (POPULATION, len(geometry.layers))
@@ -95,13 +137,18 @@ def test_a_row_does_not_depend_on_the_rest_of_the_population(model, seed):
         alone = geometry.shapes(*(part[row] for part in population))
         np.testing.assert_allclose(model.per_layer(alone)[0], model.per_layer(shapes)[row])
         np.testing.assert_allclose(model.total(alone)[0], model.total(shapes)[row])
+    order = rng.permutation(POPULATION)
+    permuted = geometry.shapes(*(part[order] for part in population))
+    np.testing.assert_allclose(model.total(permuted), model.total(shapes)[order])
+    np.testing.assert_allclose(model.per_layer(permuted), model.per_layer(shapes)[order])
 
 
-def test_total_covers_every_layer(model):
+def test_total_covers_every_layer(model_of):
     rng = np.random.default_rng(0)
     for _ in range(10):
         geometry = random_geometry(rng)
-        shapes = geometry.shapes(*random_population(geometry, rng))
+        model, shapes = model_of(geometry), geometry.shapes(*random_population(geometry, rng))
         per_layer = model.per_layer(shapes)
+        assert np.isfinite(per_layer).all() and (per_layer >= 0).all()
         least = per_layer.max(axis=1) if model.name.startswith("peak") else per_layer.sum(axis=1)
-        assert np.all(model.total(shapes) >= least * (1 - 1e-12))
+        assert np.isfinite(model.total(shapes)).all() and np.all(model.total(shapes) >= least * (1 - 1e-12))

@@ -110,10 +110,84 @@ def test_the_wall_holds_for_a_cost_that_is_not_monotone(chain_graph):
             assert feasible.slack(feasible.walk(rng.integers(space.num_levels), budget)[None], budget)[0] <= 0
 
 
+class RandomTable:
+    """A cost by a table of any numbers: one for each width of each group, times one for each bit-width of each layer."""
+
+    name = "random"
+
+    def __init__(self, rng):
+        self.width_costs = rng.uniform(0.2, 1, (2, 32))
+        self.bit_costs = rng.uniform(0.2, 1, (3, 33))
+
+    def total(self, shapes):
+        groups = [self.width_costs[g][shapes.widths[:, g]] for g in range(2)]
+        layers = [self.bit_costs[i][np.maximum(shapes.weight_bits, shapes.activation_bits)[:, i]] for i in range(3)]
+        return groups[0] * layers[0] + groups[1] * layers[1] + groups[0] * groups[1] * layers[2]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_every_walk_under_a_random_table_is_feasible_or_the_budget_is_refused(chain_graph, seed):
+    rng = np.random.default_rng(seed)
+    space = PolicySpace(chain_graph(), SpaceConfig((0.0, 0.8), weight_bits=(8, 4), activation_bits=(32, 8)))
+    costs = {"random": RandomTable(rng), "macs": COST_MODELS["macs"]()}
+    feasible = FeasibleSpace(space, costs, ("top1", "random", "macs"), 0.9, 1)
+    sample = rng.integers(space.num_levels, size=(500, len(space.num_levels)))
+    values = feasible.costs(sample)["random"]
+    refused = 0
+    for limit in np.linspace(0.5 * values.min(), values.max(), 12):
+        budget = Budget("b", {"random": limit, "macs": 0.6 * feasible.dense_costs["macs"]})
+        try:
+            feasible.check(budget)
+        except InputError:
+            refused += 1
+            assert (feasible.slack(sample, budget) <= 0).mean() < 0.01, "many policies fit"
+            continue
+        for _ in range(10):
+            wanted = rng.integers(space.num_levels)
+            executed = feasible.walk(wanted, budget)
+            assert feasible.slack(executed[None], budget)[0] <= 1e-12
+            step_by_step = wanted.copy()
+            for decision in range(len(wanted)):
+                step_by_step[decision] = feasible.admit(step_by_step, decision, int(wanted[decision]), budget)
+            assert (executed == step_by_step).all()
+            table = feasible.fit(rng.uniform(size=(space.num_steps, space.action_dim)), budget)
+            assert feasible.slack(space.snap(table)[None], budget)[0] <= 1e-12
+    assert 0 < refused < 12
+
+
+class SlowIntegers:
+    """A device without integer kernels: what is quantized takes twice as long."""
+
+    name = "latency_ms"
+
+    def total(self, shapes):
+        return (shapes.out_channels * np.where(shapes.activation_bits < 32, 2.0, 1.0)).sum(axis=1)
+
+
+def test_a_budget_that_only_weaker_compression_meets_is_not_refused(chain_graph):
+    space = PolicySpace(chain_graph(), SpaceConfig((0.0, 0.5), activation_bits=(32, 8)))
+    feasible = FeasibleSpace(space, {"latency_ms": SlowIntegers()}, ("top1",), 0.9, 1)
+    budget = Budget("phone", {"latency_ms": 0.7 * feasible.dense_costs["latency_ms"]})
+    assert feasible.slack(space.strongest[None], budget)[0] > 0
+    feasible.check(budget)
+    policy = space.policy(feasible.walk(space.strongest, budget))
+    assert 32 in policy.activation_bits, "the wall goes back to floats where integers do not fit"
+    assert feasible.least("latency_ms", budget.limits["latency_ms"]) == 4 + 3 + 5  # half of the channels, nothing quantized
+
+
+@pytest.mark.parametrize("cost", COST_MODELS)
+def test_the_completion_of_monotone_costs_is_the_strongest_compression(feasible_space, cost):
+    space = feasible_space(prune_ratio=(0.0, 0.8), weight_bits=(8, 4), activation_bits=(8, 4))
+    assert (space.completion(Budget("b", {cost: 1.0})) == space.space.strongest).all()
+
+
 def test_impossible_budget_says_what_is_needed(feasible_space):
     space = feasible_space(prune_ratio=(0.0, 0.5))
     with pytest.raises(InputError, match=r"Budget 'tiny' cannot be met: it needs at least [\d.]+ % of the dense macs"):
         space.check(Budget("tiny", {"macs": 1.0}))
+    space.cost_models["macs"] = SlowIntegers()
+    with pytest.raises(InputError, match=r"\(12 of [\d,]+\), but asks for"):
+        space.check(Budget("small", {"macs": 1.5}))
 
 
 def test_fit_reaches_the_edge_of_the_budget(chain_graph):

@@ -47,6 +47,8 @@ def folder(tmp_path_factory):
         done = secateur("search", write(folder))
         assert done.exit_code == 0, done.output
         assert done.stdout.rstrip().endswith("run: runs/small-1")
+        for name in ("phone", "watch"):
+            assert f"{name}: exports/{name}, checked from its files; " in done.stdout
     return folder
 
 
@@ -58,7 +60,7 @@ def inside(folder, monkeypatch):
 
 def test_a_run_holds_study_front_and_manifest(folder):
     run = folder / "runs" / "small-1"
-    assert {path.name for path in run.iterdir()} == {"manifest.json", "study.journal", "front.json", "front.csv"}
+    assert {path.name for path in run.iterdir()} == {"manifest.json", "study.journal", "front.json", "front.csv", "exports"}
     document = json.loads((run / "front.json").read_text())
     assert document["evaluations"] == 12 and document["feasible"] == 12
     for name, budget in document["budgets"].items():
@@ -67,6 +69,8 @@ def test_a_run_holds_study_front_and_manifest(folder):
             if name in point["fits"]:
                 assert all(point["costs"][cost] <= limit for cost, limit in budget["limits"].items())
     assert {point["budget"] for point in document["final"]["points"]} == {"phone", "watch"}
+    for name, budget in document["budgets"].items():
+        assert budget["check"]["passed"] and (run / budget["check"]["export"] / "verify.json").is_file()
 
 
 def test_front_prints_tables_json_and_csv():
@@ -84,7 +88,7 @@ def test_front_prints_tables_json_and_csv():
 def test_an_exported_model_scores_the_same_in_a_fresh_process(folder):
     done = secateur("export", "runs/small-1", "--budget", "watch")
     assert done.exit_code == 0, done.output
-    assert done.stdout.rstrip().endswith("export: runs/small-1/exports/watch")
+    assert done.stdout == "export: runs/small-1/exports/watch is there already\n"  # the search has written it
     code = """
 import sys
 from envs.evaluator import top1
@@ -103,7 +107,7 @@ print(top1(load_compressed("runs/small-1/exports/watch"), *data.tensors(data.tes
     document = json.loads((folder / "runs/small-1/front.json").read_text())
     winner = next(point for point in document["final"]["points"] if point["budget"] == "watch")
     assert score == recorded == winner["top1"]
-    again = secateur("export", "runs/small-1", "--budget", "watch")
+    again = secateur("export", "runs/small-1", "--budget", "watch", "--output", "runs/small-1/exports/phone")
     assert again.exit_code == 2 and "exists already" in again.stderr
 
 
@@ -122,7 +126,7 @@ def test_an_export_is_refused_after_the_weights_were_swapped(folder):
     data = synthetic.load(validation=256, train="rest")
     trained = load_model(CONFIG["model"]["factory"], "trained", data=data)
     torch.save(trained.state_dict(), "net.pth")
-    changes = ("--set", "model.weights=net.pth", "--set", "output.root=swapped")
+    changes = ("--set", "model.weights=net.pth", "--set", "output.root=swapped", "--set", "finalize.verify=false")
     assert secateur("search", write(folder), *changes).exit_code == 0
     run = Path("swapped/small-1")
     before = sorted(run.rglob("*"))

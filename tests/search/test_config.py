@@ -128,6 +128,56 @@ def test_an_unknown_unit_gets_the_known_ones():
 
 
 @pytest.mark.parametrize(
+    ("cost", "text", "value"),
+    [
+        ("latency_ms", "<= 1.5", 1.5),
+        ("latency_ms", "<= 1.5ms", 1.5),
+        ("latency_ms", "<= 800 us", 0.8),
+        ("latency_ms", "<= 2s", 2000),
+        ("energy_mj", "<= 1.5 mJ", 1.5),
+        ("energy_mj", "<= 2J", 2000),
+    ],
+)
+def test_times_and_energies_have_units(cost, text, value):
+    assert parse_limit(text).value == pytest.approx(value)
+    device = "configs/devices/" + ("h200.json" if cost == "latency_ms" else "energy_45nm.json")
+    parse_config({**MINIMAL, "device": device, "budgets": {"phone": {cost: text}}}, "small.yaml")
+
+
+@pytest.mark.parametrize(
+    ("device", "budget", "line"),
+    [
+        (
+            None,
+            {"latency_ms": "<= 1.5ms"},
+            "small.yaml: `budgets.phone.latency_ms` needs a `device`: name a device file, such as configs/devices/h200.json, or",
+        ),
+        (
+            "configs/devices/h200.json",
+            {"energy_mj": "<= 50%"},
+            "small.yaml: `budgets.phone.energy_mj` is not known of the device 'NVIDIA H200 SXM', only latency_ms: name another",
+        ),
+        ("configs/devices/h200.json", {"latency_ms": "<= 3kB"}, "small.yaml: budgets.phone: `latency_ms` is not measured in"),
+        ("configs/devices/h200.json", {"macs": "<= 3ms"}, "small.yaml: budgets.phone: `macs` is not measured in time"),
+        ("h20.json", {"macs": "<= 40%"}, "small.yaml: device: h20.json: there is no such device file."),
+        (3, {"macs": "<= 40%"}, "small.yaml: device: must be the path of a device file (got 3)"),
+    ],
+)
+def test_mistakes_about_the_device(device, budget, line):
+    (error,) = errors_of({**MINIMAL, "device": device, "budgets": {"phone": budget}})
+    assert error.startswith(line)
+
+
+def test_the_device_is_kept_as_it_was_when_the_configuration_was_read(tmp_path):
+    file = tmp_path / "mine.json"
+    file.write_text((INSTALLED_CONFIGS / "devices" / "h200.json").read_text())
+    config = parse_config({**MINIMAL, "device": str(file)}, "small.yaml")
+    dumped = json.loads(json.dumps(config.model_dump(mode="json")))
+    file.unlink()
+    assert parse_config(dumped, "manifest.json").device == config.device
+
+
+@pytest.mark.parametrize(
     ("budget", "reason"),
     [
         ({"mac": "<= 40%"}, "small.yaml: budgets.phone.mac: unknown cost. Did you mean `macs`?"),

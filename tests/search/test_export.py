@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
 from types import SimpleNamespace
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -21,7 +24,20 @@ from envs.quantization.quantizers import QUANTIZERS
 from envs.recovery import RECOVERIES
 from envs.tasks import synthetic
 from envs.tasks.models import load_model
-from search.export import POLICY, README, WEIGHTS, check_free, load_compressed, read_export, write_export
+from search.config import DataSection
+from search.export import (
+    ONNX,
+    POLICY,
+    PT2,
+    README,
+    WEIGHTS,
+    check_files,
+    check_free,
+    is_export_of,
+    load_compressed,
+    read_export,
+    write_export,
+)
 
 FACTORY = "envs.tasks.synthetic:synthetic_net"
 BUDGET = Budget("phone", {"macs": 1e5}, top1_drop=0.02)
@@ -47,10 +63,13 @@ def problem():
     recoveries = [plugin(RECOVERIES, name) for name in ("least_squares", "batch_norm")]
     assembler = Assembler(model, graph, scores, plugin(QUANTIZERS, "uniform"), recoveries[1:], calibration, images)
     finalist_assembler = replace(assembler, recoveries=recoveries)
-    config = SimpleNamespace(model=SimpleNamespace(factory=FACTORY, args={}, input=(3, 8, 8)))
+    config = SimpleNamespace(
+        model=SimpleNamespace(factory=FACTORY, args={}, input=(3, 8, 8)),
+        data=DataSection(name="envs.tasks.synthetic:load", calibration=64, validation=256, train="rest"),
+    )
     dense = Evaluation(0.9, {"macs": 3e5, "weight_bytes": 1e4}, images=256)
     return SimpleNamespace(
-        config=config, data=data, assembler=assembler, finalist_assembler=finalist_assembler, dense=dense
+        config=config, data=data, assembler=assembler, finalist_assembler=finalist_assembler, dense=dense, device=None
     )
 
 
@@ -62,10 +81,17 @@ def policy(problem):
     return CompressionPolicy(widths, (8, 4, 3, 32, 2)[:layers], (8, 32, 8, 8, 32)[:layers])
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, problem, policy):
+    folder = tmp_path_factory.mktemp("exports") / "phone"
+    write_export(folder, problem, policy, BUDGET, VALIDATION, TEST, pt2=True)
+    return folder
+
+
 @pytest.fixture
-def folder(tmp_path, problem, policy):
-    write_export(tmp_path / "phone", problem, policy, BUDGET, VALIDATION, TEST)
-    return tmp_path / "phone"
+def folder(tmp_path, exported):
+    """A copy that a test may damage."""
+    return shutil.copytree(exported, tmp_path / "phone")
 
 
 def test_the_model_read_back_is_the_same_bit_for_bit(folder, problem, policy):
@@ -114,15 +140,76 @@ def test_policy_json_says_what_was_kept_and_scored(folder, problem, policy):
     assert document["scores"]["validation"] == {"top1": 0.8, "images": 256}
     assert document["scores"]["test"] == {"top1": 0.7, "images": 768}
     assert document["costs"] == COSTS
+    assert document["policy"] == json.loads(json.dumps(asdict(policy)))
+    assert document["data_config"]["name"] == "envs.tasks.synthetic:load" and document["device"] is None
     assert "simulated" in document["note"]
 
 
-def test_the_code_in_the_readme_runs(folder, monkeypatch):
+def test_policy_json_says_how_each_layer_is_executed(folder):
+    executed = [(layer["name"], layer["executed"]) for layer in read_export(folder)["execution"]]
+    assert executed == [
+        ("conv1", "int8"), ("conv2", "float32"), ("conv3", "int8"), ("conv4", "float32"), ("linear", "float32"),
+    ]  # fmt: skip
+    readme = (folder / README).read_text()
+    assert "2 of 5 layers in 8-bit integers" in readme and "`conv2`, `linear`: Only its weight has bits" in readme
+
+
+def test_the_code_in_the_readme_runs_and_all_say_the_same(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
-    code = (folder / README).read_text().split("```python\n")[1].split("```")[0]
-    scope = {"pixels": torch.zeros(2, 3, 8, 8, dtype=torch.uint8)}
-    exec(code, scope)
-    assert scope["logits"].shape == (2, synthetic.NUM_CLASSES)
+    blocks = [part.split("```")[0] for part in (folder / README).read_text().split("```python\n")[1:]]
+    pixels = torch.randint(256, (50, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    logits = []
+    for block, given in zip(blocks, (pixels, pixels.numpy(), pixels), strict=True):
+        exec(block, scope := {"pixels": given})
+        logits.append(torch.as_tensor(scope["logits"]).detach())
+    simulated, integer, stored = logits
+    assert simulated.shape == (50, synthetic.NUM_CLASSES)
+    assert torch.allclose(simulated, stored, atol=1e-5)  # fused or not, the sums differ in the last bits
+    assert (simulated.argmax(1) == integer.argmax(1)).float().mean() > 0.9
+
+
+def test_the_files_are_named_with_their_checksums_and_name_no_place_of_this_machine(folder):
+    document = read_export(folder)
+    assert set(document["files"]) == {WEIGHTS, ONNX, PT2}
+    check_files(folder, document)
+    for path in folder.iterdir():
+        content = path.read_bytes() if path.name != PT2 else b"".join(_members(path))
+        assert str(Path.cwd()).encode() not in content and b"site-packages" not in content, path.name
+
+
+def _members(path):
+    with ZipFile(path) as archive:
+        return [archive.read(name) for name in archive.namelist()]
+
+
+def test_pt2_is_written_only_if_asked_for(tmp_path, problem, policy):
+    write_export(tmp_path / "phone", problem, policy, BUDGET, VALIDATION)
+    assert sorted(path.name for path in (tmp_path / "phone").iterdir()) == [README, ONNX, WEIGHTS, POLICY]
+    assert "torch.export.load" not in (tmp_path / "phone" / README).read_text()
+
+
+def test_an_export_of_a_policy_is_known_again(folder, policy):
+    point = {"policy": asdict(policy)}
+    assert is_export_of(folder, point, "phone") and is_export_of(folder, point, "phone", pt2=True)
+    assert not is_export_of(folder, point, "watch")
+    assert not is_export_of(folder.parent, point, "phone")
+    assert not is_export_of(folder, {"policy": asdict(replace(policy, widths=(1, 1, 1)))}, "phone")
+    (folder / PT2).unlink()
+    assert not is_export_of(folder, point, "phone")
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, ONNX, PT2])
+def test_changed_files_are_found(folder, name):
+    path = folder / name
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(InputError, match=f"{name} is not the file that was exported"):
+        check_files(folder, read_export(folder))
+
+
+def test_a_hand_edited_policy_is_found(folder):
+    edit(folder, lambda d: d["costs"].update(macs=1.0))
+    with pytest.raises(InputError, match="policy.json is not the file that was exported"):
+        check_files(folder, read_export(folder))
 
 
 def test_an_existing_folder_is_left_alone(folder, problem, policy):

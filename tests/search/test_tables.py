@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from cost_models.device import Device, read_device
+from cost_models.energy import Energy
+from cost_models.latency_table import LatencyTable, WholeModelCheck
 from envs.calibration import LayerPlan
 from envs.core import Budget, CompressionPolicy, Episode, Evaluation
 from search.build import Feasibility
 from search.front import Front
-from search.tables import MAX_ROWS, amount, calibration_line, calibration_table, feasibility_report, front_tables
+from search.tables import (
+    MAX_ROWS,
+    amount,
+    calibration_line,
+    calibration_table,
+    device_line,
+    feasibility_report,
+    front_tables,
+)
 
 DENSE = Evaluation(0.9, {"macs": 2e6, "weight_bytes": 4e5}, images=500)
 BUDGETS = (Budget("phone", {"macs": 1e6}), Budget("watch", {"weight_bytes": 2e5}, top1_drop=0.05))
@@ -42,6 +54,30 @@ def test_one_table_per_budget_and_one_for_all():
     assert len(front_tables(document(3), "phone")) == 1
 
 
+def test_a_column_of_a_device_says_whether_it_was_measured():
+    dense = Evaluation(0.9, {"latency_ms": 1.25}, images=500)
+    device = "measured on EPYC 9R14, onnxruntime 1.31.1, 1 thread"
+    front = Front(("top1", "latency_ms"), (Budget("phone", {"latency_ms": 0.5}),), dense, 10, device)
+    text = " ".join(shown(front_tables(front.document(lambda policy: {})), 140).split())
+    assert "phone: latency_ms <= 0.5 ms (40.0 %)" in text and "latency ms (measured)" in text
+    assert f"On the device: {device}." in text
+    front = Front(("top1", "energy_mj"), (), Evaluation(0.9, {"energy_mj": 2.0}, images=500), 10, device)
+    assert "energy mj (analytic)" in " ".join(shown(front_tables(front.document(lambda policy: {})), 140).split())
+
+
+def test_the_device_line_has_its_error_for_whole_networks():
+    analytic = read_device("configs/devices/h200.json")
+    assert device_line(analytic) == "latency_ms: analytic: NVIDIA H200 SXM"
+    check = WholeModelCheck("int8", 20, 0.034, 0.2, 0.99, (1.0, 2.0), (1.1, 2.1))
+    table = LatencyTable("test", "onnxruntime", "1.31.1", 1, 1, 1, "float32", (), checks=(check,))
+    measured = Device(1, "here", "measured", (), "float32", (8,), {"processor": "EPYC"}, table)
+    assert device_line(measured) == (
+        "latency_ms: measured on EPYC, onnxruntime 1.31.1, 1 thread; mean error 3.4 % (int8, 2 networks)"
+    )
+    counted = replace(measured, energy=Energy({"float32": 4.6, "int8": 0.3}, 100.0))
+    assert device_line(counted).splitlines()[1] == "energy_mj: analytic, energies of single operations"
+
+
 def test_long_fronts_are_cut_and_say_so():
     text = shown(front_tables(document(MAX_ROWS + 5), "phone"))
     assert f"The best {MAX_ROWS} of {MAX_ROWS + 5}; front.csv has all." in text.replace("\n", " ")
@@ -55,6 +91,9 @@ def test_long_fronts_are_cut_and_say_so():
         ("macs", 763.5e3, "763.5 k"),
         ("weight_bytes", 311e3, "311 kB"),
         ("weight_bytes", 12, "12 B"),
+        ("latency_ms", 0.05823, "0.05823 ms"),
+        ("latency_ms", 1250.0, "1250 ms"),
+        ("energy_mj", 2.35, "2.35 mJ"),
     ],
 )
 def test_amounts(cost, value, text):

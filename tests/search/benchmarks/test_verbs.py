@@ -74,3 +74,11 @@ def test_prediction(config, tmp_path, monkeypatch):
     assert "2 random policies" in (folder / "results.md").read_text()
     refused = benchmark(*arguments, "--start", "magic")
     assert refused.exit_code == 2 and "no recovery `magic`" in refused.stderr
+
+
+def test_agent(config):
+    small = "{warmup: 8, candidates: 8, goals: 2, updates: 2, batch: 8, planned: 4, hidden: 8, critics: 2, lookahead: 2}"
+    done = benchmark("agent", config, "--set", "search.agent=envelope_ddpg", "--set", f"search.options={small}")
+    assert done.exit_code == 0, done.output
+    assert "ask, learning of one episode included: " in done.stdout and "% of that" in done.stdout
+    assert "nan" not in done.stdout

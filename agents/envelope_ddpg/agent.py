@@ -1,0 +1,330 @@
+"""One-stage envelope DDPG: one run answers every preference and every budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from agents.clr_rnf import ClrRnf, ClrRnfConfig
+from agents.core import TableActor
+from agents.envelope_ddpg.config import EnvelopeDdpgConfig
+from agents.envelope_ddpg.learner import ENOUGH, Learner
+from agents.envelope_ddpg.replay import Memory, compatible, sample_preferences, tighter_budgets
+from agents.envelope_ddpg.storage import read_agent, write_agent
+from agents.pareto import Archive, hypervolume
+from agents.random_search import random_table
+from agents.uniform import Uniform, UniformConfig
+from envs.core import ActionSpace, Actor, Budget, CompressionPolicy, Episode, InputError
+
+
+class EnvelopeDdpg:
+    """See the module."""
+
+    def __init__(
+        self, config: EnvelopeDdpgConfig, space: ActionSpace, budgets: Sequence[Budget], rng: np.random.Generator
+    ):
+        self.config = config = config.resolved(space.num_steps)
+        self.space, self.budgets, self.rng = space, tuple(budgets), rng
+        objectives = len(space.objectives)
+        self.preference = np.eye(objectives)[0] if config.preference is None else np.array(config.preference, float)
+        if len(self.preference) != objectives:
+            raise InputError(
+                f"`preference` of envelope DDPG must have one weight for each of {', '.join(space.objectives)}, "
+                f"but got {len(self.preference)}."
+            )
+        self.preference = self.preference / self.preference.sum()
+        self.goals = [*self.budgets, *tighter_budgets(space, self.budgets, config.goals, rng)]
+        self.parents = [*range(len(self.budgets)), *np.repeat(np.arange(len(self.budgets)), config.goals).tolist()]
+        self.learner = Learner(config, space, self.goals, self.preference, rng)
+        self.archive = Archive()
+        """The Pareto set of all feasible episodes, objectives = -reward."""
+        self.asked = self.learned = 0
+        self._rules = self._rule_based()
+        self._out: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # ticket -> (preference, table)
+        self._told: dict[int, Episode] = {}
+        self._known: set[CompressionPolicy] = set()
+        self._lookahead = config.lookahead
+
+    # ------------------------------------------------------------------------------------------------------- protocol
+
+    def ask(self, count: int) -> list[Actor]:
+        """Return at most `count` actors; fewer while the evaluations that the next choice builds on are out."""
+        self._lookahead = max(self._lookahead, count)
+        actors: list[Actor] = []
+        while len(actors) < count:
+            # A choice builds on exactly the episodes before the last `lookahead`, however fast the workers are.
+            wanted = self.asked - self._lookahead + 1
+            while self.learned < wanted and self.learned in self._told:
+                self._learn_next()
+            if self.learned < wanted:
+                break
+            actors.append(self._next())
+        return actors
+
+    def tell(self, results: Sequence[tuple[Actor, Episode]]) -> None:
+        """Keep the episodes; they are learned from in the order in which they were asked for."""
+        for actor, episode in results:
+            if actor.ticket not in self._out or actor.ticket in self._told:
+                raise ValueError(
+                    f"Episodes must come back once, with the actor that `ask` gave out, but ticket {actor.ticket} is not "
+                    "out. Was it told twice?"
+                )
+            self._told[actor.ticket] = episode
+            if episode.feasible and _scored(episode):
+                self.archive.add(episode.policy, -np.asarray(episode.reward, float))
+
+    # -------------------------------------------------------------------------------------------------------- learning
+
+    def _learn_next(self) -> None:
+        """Learn from the next episode, in the order of the tickets."""
+        episode = self._told.pop(self.learned)
+        preference, table = self._out.pop(self.learned)
+        self.learned += 1
+        if _scored(episode):
+            self._remember(episode, preference, table if episode.actions is None else episode.actions)
+        if len(self.learner.memories) >= ENOUGH:
+            if self.space.num_steps > 1:
+                self.learner.plan(self.config.planned)
+            done = self.learned / self.config.homotopy_episodes
+            self.learner.learn(self.config.updates, min(1.0, done) if self.config.homotopy else 0.0)
+
+    def _remember(self, episode: Episode, preference: np.ndarray, table: np.ndarray) -> None:
+        own = next(i for i, budget in enumerate(self.budgets) if budget.name == episode.budget)
+        reward = np.asarray(episode.reward, float)
+        goals = [own]
+        if self.config.relabel_budgets:
+            goals += [i for i, goal in enumerate(self.goals) if i != own and self._holds(goal, reward)]
+        same, shown = compatible(self.space, np.asarray(table), [self.goals[i] for i in goals])
+        same[0] = True  # it was executed under its own budget
+        kept = np.array(goals)[same]
+        self.learner.add(Memory(np.asarray(table, float), shown.observations[0], reward, kept, preference))
+
+    # -------------------------------------------------------------------------------------------------------- choosing
+
+    def _next(self) -> TableActor:
+        if self._rules:
+            index, table = self._rules.pop(0)
+            preference = self.preference
+        elif self.asked < self.config.warmup or len(self.learner.memories) < ENOUGH:
+            index, preference, table = self._random()
+        else:
+            index, preference, table = self._choose()
+        actor = TableActor(self.budgets[index], table, self.asked)
+        self._known.add(self.space.decode(table))
+        self._out[self.asked] = preference, table
+        self.asked += 1
+        return actor
+
+    def _rule_based(self) -> list[tuple[int, np.ndarray]]:
+        """Return (budget, table) of the first uniform and CLR-RNF policies of every budget, each policy once."""
+        found: dict[CompressionPolicy, tuple[int, np.ndarray]] = {}
+        for index, budget in enumerate(self.budgets):
+            rules = Uniform(UniformConfig(), *self._problem(budget)), ClrRnf(ClrRnfConfig(), *self._problem(budget))
+            for rule in rules:
+                for actor in rule.ask(self.config.rules):
+                    found.setdefault(self.space.decode(actor.table), (index, actor.table))
+        return list(found.values())[: self.config.warmup]
+
+    def _problem(self, budget: Budget):
+        return self.space, [budget], self.rng
+
+    def _turn(self) -> tuple[int, int, bool]:
+        """(index of the named budget, index of the goal, whether to look elsewhere)."""
+        named = self.asked % len(self.budgets)
+        if self.rng.random() < self.config.elsewhere:
+            goal = int(self.rng.integers(len(self.goals)))
+            return self.parents[goal], goal, True
+        return named, named, False
+
+    def _random(self) -> tuple[int, np.ndarray, np.ndarray]:
+        """A random feasible table, bent to the edge of a budget."""
+        named, goal, _ = self._turn()
+        for _ in range(20):
+            table = self.space.fit(random_table(self.space, self.rng), self.goals[goal])
+            if self.space.decode(table) not in self._known:
+                break
+        return named, self.preference, self._under(table, named)
+
+    def _under(self, table: np.ndarray, named: int) -> np.ndarray:
+        """The table as the named budget executes it; costs that are monotone leave it as it is."""
+        return self.space.execute(table, self.budgets[named])
+
+    def _choose(self) -> tuple[int, np.ndarray, np.ndarray]:
+        """Roll out, move what is known, screen, and take the best that is new."""
+        count, objectives = self.config.candidates, len(self.space.objectives)
+        _, goal, elsewhere = self._turn()
+        preferences, goals = np.tile(self.preference, (count, 1)), np.full(count, goal)
+        if elsewhere:
+            goals = self.rng.integers(len(self.goals), size=count)
+            drawn = self.rng.random(count) < 0.5
+            preferences[drawn] = sample_preferences(self.rng, int(drawn.sum()), objectives)
+        budgets = [self.goals[goal] for goal in goals]
+        tables = self._candidates(preferences, budgets, self._noise())
+        new = [i for i, table in enumerate(tables) if self.space.decode(table) not in self._known]
+        if not new:
+            return self._random()
+        rewards = self._expected(tables[new], [budgets[i] for i in new])
+        values = self._gains(rewards) if elsewhere else rewards @ self.preference
+        best = new[int(values.argmax())]
+        named = self.parents[goals[best]]
+        return named, preferences[best], self._under(tables[best], named)
+
+    def propose(
+        self, budget: Budget, preference: np.ndarray | None = None, count: int = 3, rollouts: int = 256
+    ) -> list[np.ndarray]:
+        """Return the best executed tables that the agent knows of for any budget and preference, without any evaluation.
+
+        Args:
+            budget: satisfiable; its limits need not be any that the agent has seen.
+            preference: (num_objectives,) on the simplex; None: the main one.
+            count: how many, best first in the opinion of the critics; fewer if there are not so many different ones.
+            rollouts: candidates that are made for it.
+        """
+        wanted = self.preference if preference is None else np.asarray(preference, float)
+        preferences, budgets = np.tile(wanted, (rollouts, 1)), [budget] * rollouts
+        tables = self._candidates(preferences, budgets, 0.1)
+        held = [memory.table for memory in self.learner.memories if self._holds(budget, memory.reward)]
+        if held:
+            walled = np.stack([self.space.execute(table, budget) for table in held])
+            tables = np.concatenate([tables, walled])
+        values = self._expected(tables, [budget] * len(tables)) @ wanted
+        chosen: dict[CompressionPolicy, np.ndarray] = {}
+        for i in np.argsort(-values, kind="stable"):
+            if len(chosen) == count:
+                break
+            chosen.setdefault(self.space.decode(tables[i]), tables[i])
+        return list(chosen.values())
+
+    def _candidates(self, preferences: np.ndarray, budgets: Sequence[Budget], noise: float) -> np.ndarray:
+        """Return one executed table per preference and budget, (n, num_steps, action_dim): moves first, then rollouts."""
+        moved = round(self.config.local * len(budgets)) if self.learner.memories else 0
+        tables = np.concatenate([
+            self._moves(preferences[:moved], budgets[:moved]),
+            self._roll_out(preferences[moved:], budgets[moved:], noise),
+        ])
+        return self._repair(tables, preferences, budgets)
+
+    def _noise(self) -> float:
+        config = self.config
+        return max(config.least_noise, config.noise * config.noise_decay ** max(self.asked - config.warmup, 0))
+
+    def _roll_out(self, preferences: np.ndarray, budgets: Sequence[Budget], noise: float) -> np.ndarray:
+        """Return the actor's executed tables with truncated normal noise, (n, num_steps, action_dim)."""
+
+        def act(observations: np.ndarray, tables: np.ndarray, step: int, rows: np.ndarray) -> np.ndarray:
+            wanted = self.learner.actions(observations, tables, step, preferences[rows])
+            return truncated_normal(wanted, noise, self.rng)
+
+        return self.space.simulate(act, budgets).tables if len(budgets) else np.empty((0, *self.space.used.shape))
+
+    def _moves(self, preferences: np.ndarray, budgets: Sequence[Budget]) -> np.ndarray:
+        """Return moves of the best known tables of each budget, (n, num_steps, action_dim): the bee colony's and normal ones."""
+        rng, shape = self.rng, (len(budgets), *self.space.used.shape)
+        starts, partners, bests = np.empty((3, *shape))
+        tables, rewards = self._experience()
+        held: dict[int, np.ndarray] = {}
+        for i, budget in enumerate(budgets):
+            if id(budget) not in held:
+                fitting = np.flatnonzero([self._holds(budget, reward) for reward in rewards])
+                held[id(budget)] = fitting if len(fitting) else np.arange(len(rewards))
+            known = held[id(budget)]
+            order = known[np.argsort(-(rewards[known] @ preferences[i]), kind="stable")][:ELITE]
+            starts[i] = tables[order[int(len(order) * rng.random() ** 2)]]
+            partners[i], bests[i] = tables[order[rng.integers(len(order))]], tables[order[0]]
+        size = self.space.used.sum()
+        here = rng.random(shape) < rng.integers(1, size + 1, size=(len(budgets), 1, 1)) / size
+        guided = rng.uniform(-1, 1, shape) * (starts - partners) + rng.uniform(0, 1.5, shape) * (bests - starts)
+        normal = rng.normal(size=shape) * 10 ** rng.uniform(-2, -0.5, (len(budgets), 1, 1))
+        common = rng.normal(size=(len(budgets), 1, shape[2])) * 0.1 * (rng.random((len(budgets), 1, 1)) < 0.5)
+        kind = rng.random((len(budgets), 1, 1))  # a third guided, a third normal, a third both
+        change = np.where(kind < 2 / 3, guided, 0) + np.where(kind > 1 / 3, normal + common, 0)
+        return np.where(self.space.used, np.clip(starts + np.where(here, change, 0), 0, 1), 0.0)
+
+    def _experience(self) -> tuple[np.ndarray, np.ndarray]:
+        memories = self.learner.memories
+        return np.stack([m.table for m in memories]), np.stack([m.reward for m in memories])
+
+    def _holds(self, budget: Budget, reward: np.ndarray) -> bool:
+        """Whether a policy with this reward meets the budget, as far as the budget limits objectives."""
+        shares = dict(zip(self.space.objectives[1:], -reward[1:], strict=True))
+        return all(shares.get(n, 0.0) * self.space.dense_costs[n] <= limit for n, limit in budget.limits.items())
+
+    def _repair(self, tables: np.ndarray, preferences: np.ndarray, budgets: Sequence[Budget]) -> np.ndarray:
+        """Bend to the edge where lower costs are worth nothing; otherwise the wall alone."""
+        bend = self.config.edge & ~(preferences[:, 1:] > 0).any(axis=1)
+        repaired = np.zeros(tables.shape, np.float32)
+        for rows, repair in ((np.flatnonzero(bend), self.space.fit_all), (np.flatnonzero(~bend), self._walled)):
+            if len(rows):
+                repaired[rows] = repair(tables[rows], [budgets[i] for i in rows])
+        return repaired
+
+    def _walled(self, tables: np.ndarray, budgets: Sequence[Budget]) -> np.ndarray:
+        """Return what the environment would execute, (n, num_steps, action_dim)."""
+        return self.space.simulate(lambda observations, so_far, step, rows: tables[rows, step], budgets).tables
+
+    def _expected(self, tables: np.ndarray, budgets: Sequence[Budget]) -> np.ndarray:
+        """Return the rewards of executed tables, (n, num_objectives): exact costs, and top-1 as the critics screen it."""
+        opinions = self.learner.opinions(tables)
+        match self.config.screening:
+            case "optimistic":
+                top1 = opinions.mean(axis=0) + opinions.std(axis=0)
+            case "pessimistic":
+                top1 = opinions.mean(axis=0) - opinions.std(axis=0)
+            case "thompson":
+                top1 = opinions[self.rng.integers(len(opinions))]
+            case _:
+                top1 = opinions.mean(axis=0)
+        complete = np.full(len(tables), self.space.num_steps)
+        return np.column_stack([top1, -self.space.simulate(_nothing, budgets, tables, complete).costs])
+
+    def _gains(self, rewards: np.ndarray) -> np.ndarray:
+        """Return how much hypervolume each reward vector would add to the front, (n,)."""
+        reference = np.array([0.0] + [1.0] * (rewards.shape[1] - 1))
+        front = self.archive.objectives.reshape(-1, rewards.shape[1])
+        return np.array([hypervolume(np.vstack([front, -reward]), reference) for reward in rewards])
+
+    # --------------------------------------------------------------------------------------------------------- storage
+
+    def save(self, folder: Path) -> None:
+        """Write networks, goals and replay to a new folder, free of pickles; what was told so far is learned from first."""
+        for ticket in sorted(self._told):
+            self.learned = ticket
+            self._learn_next()
+        write_agent(folder, self)
+
+    @classmethod
+    def load(cls, folder: Path, space: ActionSpace) -> EnvelopeDdpg:
+        """Return the agent in a folder, for `propose` or for a new search; evaluations that were out are forgotten.
+
+        Raises:
+            InputError: if there is none, or it belongs to another space.
+        """
+        return read_agent(folder, space, cls)
+
+
+ELITE = 10
+"""How many of the best known policies of a budget are moved."""
+
+
+def _nothing(observations: np.ndarray, tables: np.ndarray, step: int, rows: np.ndarray) -> np.ndarray:
+    """Act in no step: for simulations of complete tables."""
+    raise AssertionError("complete tables leave nothing to choose")
+
+
+def truncated_normal(mean: np.ndarray, spread: float, rng: np.random.Generator) -> np.ndarray:
+    """Return normal draws around `mean` that fall into [0, 1]; where ten tries do not, the last one is clipped."""
+    drawn = mean + spread * rng.normal(size=mean.shape)
+    for _ in range(10):
+        outside = (drawn < 0) | (drawn > 1)
+        if not outside.any():
+            break
+        drawn = np.where(outside, mean + spread * rng.normal(size=mean.shape), drawn)
+    return np.clip(drawn, 0, 1)
+
+
+def _scored(episode: Episode) -> bool:
+    if episode.evaluation is None or episode.evaluation.stopped or episode.reward is None:
+        return False
+    return bool(np.isfinite(episode.reward).all())

@@ -1,0 +1,122 @@
+"""Options of the envelope DDPG agent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from envs.core import InputError
+
+
+@dataclass(frozen=True)
+class EnvelopeDdpgConfig:
+    """Options; every ingredient is a switch.
+
+    Attributes:
+        preference: weights of the reward's components, "top1" first, that most episodes search for; None: top-1 alone.
+        warmup: evaluations before the networks choose: rule-based ones first, then random feasible ones.
+        rules: how many policies of each rule (uniform, CLR-RNF) each budget starts with; 0: none.
+        candidates: policies that are rolled out, and screened by the critics, for one evaluation; 1: no screening.
+        local: share of the candidates that are moves of the best known policies instead of rollouts.
+        screening: how the critics' opinions become one: "mean", "optimistic", "pessimistic", or "thompson" (one of them, drawn).
+        edge: whether candidates are bent to the edge of their budget when the preference is top-1 alone.
+        elsewhere: share of the episodes that look where the front would gain most, under any budget and preference.
+        noise, noise_decay: of the truncated normal exploration: noise * noise_decay ** (episodes after the warm-up).
+        least_noise: where the decay ends.
+        goals: how many tighter budgets per named one, and random preferences, the agent practices.
+        lookahead: evaluations that may be out; choices depend on what came before those, so not on which worker is faster.
+        updates: gradient steps of the critics per finished episode; the actor makes half as many.
+        batch: transitions per gradient step.
+        planned: transitions that get new targets per finished episode.
+        memory: planned transitions that are kept, in episodes.
+        alternatives: preferences w' among which the envelope chooses, the transition's own included.
+        mixing: delta, the share of the envelope target; the rest is the plain one.
+        ahead: "end" values a completion by the critics at its last step, "next" by those at the next step (bootstrapping).
+        envelope: the sup over preferences; off: the transition's own alone.
+        relabel_preferences, relabel_budgets: practice stored episodes under other goals.
+        homotopy: move from the vector loss to the scalarised loss; off: vector loss.
+        homotopy_episodes: after so many episodes the loss is the scalarised one.
+        episodic: whether the stored end of an episode is one more candidate of the envelope.
+        hidden: width of both hidden layers of all networks.
+        critics: how many.
+        dropout: in the critics.
+        smoothing: standard deviation of the noise on the actions that the critics learn from. The strongest of all regularizers: rank
+            correlation 0.76 instead of 0.62 after 100 noisy evaluations of a made-up task of ResNet-56's size.
+        weight_decay: of the critics.
+        actor_rate, critic_rate: learning rates of Adam.
+        tau: of the soft target updates.
+        target_noise: standard deviation of the target actor's first action, clipped at 2.5 of them.
+        scalar: AMC's plain DDPG instead: one critic, one preference, bootstrapping, one update per step, no planning.
+    """
+
+    preference: tuple[float, ...] | None = None
+    warmup: int = 30
+    rules: int = 2
+    candidates: int = 128
+    local: float = 0.5
+    screening: str = "mean"
+    edge: bool = True
+    elsewhere: float = 0.2
+    noise: float = 0.5
+    noise_decay: float = 0.95
+    least_noise: float = 0.03
+    goals: int = 16
+    lookahead: int = 8
+    updates: int = 20
+    batch: int = 64
+    planned: int = 48
+    memory: int = 20
+    alternatives: int = 4
+    mixing: float = 0.5
+    ahead: str = "end"
+    envelope: bool = True
+    relabel_preferences: bool = True
+    relabel_budgets: bool = True
+    homotopy: bool = True
+    homotopy_episodes: int = 140
+    episodic: bool = True
+    hidden: int = 64
+    critics: int = 4
+    dropout: float = 0.0
+    smoothing: float = 0.3
+    weight_decay: float = 1e-2
+    actor_rate: float = 1e-3
+    critic_rate: float = 1e-3
+    tau: float = 0.02
+    target_noise: float = 0.1
+    scalar: bool = False
+
+    def __post_init__(self):
+        least = {
+            "warmup": 1, "rules": 0, "candidates": 1, "noise": 0, "least_noise": 0, "goals": 1, "lookahead": 1, "updates": 1,
+            "batch": 1, "planned": 1, "memory": 1, "alternatives": 1, "homotopy_episodes": 1, "hidden": 1, "critics": 1,
+            "weight_decay": 0, "smoothing": 0, "target_noise": 0,
+        }  # fmt: skip
+        for name, value in least.items():
+            if not getattr(self, name) >= value:
+                raise InputError(f"`{name}` of envelope DDPG must be at least {value}, but got {getattr(self, name)}.")
+        for name in ("local", "elsewhere", "mixing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"`{name}` of envelope DDPG must be a share in [0, 1], but got {getattr(self, name)}.")
+        for name in ("noise_decay", "actor_rate", "critic_rate", "tau"):
+            if not 0 < getattr(self, name) <= 1:
+                raise InputError(f"`{name}` of envelope DDPG must be in (0, 1], but got {getattr(self, name)}.")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"`dropout` of envelope DDPG must be in [0, 1), but got {self.dropout}.")
+        choices = {"screening": ("mean", "optimistic", "pessimistic", "thompson"), "ahead": ("end", "next")}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise InputError(f"`{name}` of envelope DDPG must be one of {', '.join(known)}, but got {getattr(self, name)}.")
+        if self.preference is not None and not (min(self.preference, default=0) >= 0 and sum(self.preference) > 0):
+            raise InputError(
+                f"`preference` of envelope DDPG must be weights >= 0, not all zero, but got {list(self.preference)}."
+            )
+
+    def resolved(self, num_steps: int) -> EnvelopeDdpgConfig:
+        """Return what is really used: `scalar` switches everything off that AMC does not have."""
+        if not self.scalar:
+            return self
+        return replace(
+            self, rules=0, candidates=1, local=0.0, elsewhere=0.0, edge=False, updates=num_steps, planned=num_steps,
+            alternatives=1, ahead="next", envelope=False, relabel_preferences=False, relabel_budgets=False, homotopy=False,
+            episodic=False, critics=1, dropout=0.0, smoothing=0.0, weight_decay=0.0, target_noise=0.0,
+        )  # fmt: skip

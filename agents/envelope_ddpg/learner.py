@@ -1,0 +1,248 @@
+"""From finished episodes to planned targets to gradient steps.
+
+The critics look at *afterstates*: the table with the action at hand filled in. At the last step the table is complete, and
+nothing else decides the accuracy, so everything else is zeroed there: those values are a model of the accuracy of policies.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agents.envelope_ddpg.config import EnvelopeDdpgConfig
+from agents.envelope_ddpg.networks import Mlp, follow
+from agents.envelope_ddpg.replay import Memory, Pool, sample_preferences
+from agents.envelope_ddpg.targets import critic_loss, envelope_target, pessimistic
+from envs.core import ActionSpace, Budget
+
+ENOUGH = 4
+"""Episodes before anything is learned."""
+
+
+class Learner:
+    """The networks and what they learn from.
+
+    Args:
+        config: resolved options.
+        space: of the environment.
+        goals: budgets that are practiced; the first ones are those of the search.
+        preference: the main one.
+        rng: every random choice.
+    """
+
+    def __init__(
+        self,
+        config: EnvelopeDdpgConfig,
+        space: ActionSpace,
+        goals: Sequence[Budget],
+        preference: np.ndarray,
+        rng: np.random.Generator,
+    ):
+        self.config, self.space, self.goals, self.preference, self.rng = config, space, list(goals), preference, rng
+        self.step_of, self.kind_of = np.nonzero(space.used)  # of every entry of a table that has an effect
+        entries, objectives = len(self.step_of), len(space.objectives)
+        inputs = 3 * entries + space.observation_dim + objectives
+        self.critic = Mlp(config.critics, inputs, 1, config.hidden, rng, config.dropout)
+        self.actor = Mlp(1, inputs, space.action_dim, config.hidden, rng)
+        self.target_critic, self.target_actor = copy.deepcopy(self.critic), copy.deepcopy(self.actor)
+        self.critic_optimizer = torch.optim.AdamW(
+            self.critic.parameters(), config.critic_rate, weight_decay=config.weight_decay, fused=True
+        )
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), config.actor_rate, fused=True)
+        self.memories: list[Memory] = []
+        self.pool = Pool(config.memory * config.planned)
+        self.center, self.scale = space.dense_top1 / 2, 1.0  # of top-1
+        self._steps, self._kinds = torch.from_numpy(self.step_of), torch.from_numpy(self.kind_of)
+        self._ends = torch.empty(0, inputs)  # what the critics see at the end of every episode
+        self._returns = torch.empty(0)
+
+    # ---------------------------------------------------------------------------------------------------------- inputs
+
+    def features(self, tables: np.ndarray, steps: np.ndarray, observations: np.ndarray, preferences: np.ndarray, after: bool):
+        """Return what a network sees, (n, inputs) float32.
+
+        Args:
+            tables: (n, num_steps, action_dim); what is ahead is ignored.
+            steps: (n,) the step at hand.
+            observations: before that step, (n, observation_dim).
+            preferences: (n, num_objectives).
+            after: whether the action at hand counts as taken (critics) or not (actor).
+        """
+        taken = self.step_of <= steps[:, None] if after else self.step_of < steps[:, None]
+        entries = np.where(taken, 2 * tables[:, self.step_of, self.kind_of] - 1, 0.0)
+        rest = np.hstack([2 * observations - 1, preferences])
+        if after:
+            rest = np.where((steps == self.space.num_steps - 1)[:, None], 0.0, rest)
+        squares = np.where(taken, 1.5 * entries**2 - 0.5, 0.0)
+        return torch.from_numpy(np.hstack([entries, squares, taken, rest]).astype(np.float32))
+
+    def with_actions(self, inputs: Tensor, steps: Tensor, actions: Tensor) -> Tensor:
+        """Return the critics' inputs with other actions, (n, action_dim), at the steps at hand: gradients flow to the actions."""
+        entries = len(self.step_of)
+        here = self._steps == steps[:, None]
+        wanted = 2 * actions[:, self._kinds] - 1
+        values = torch.where(here, wanted, inputs[:, :entries])
+        squares = torch.where(here, 1.5 * wanted**2 - 0.5, inputs[:, entries : 2 * entries])
+        return torch.cat([values, squares, inputs[:, 2 * entries :]], dim=1)
+
+    # ------------------------------------------------------------------------------------------------------- answers
+
+    def actions(self, observations, tables, step, preferences, target: bool = False) -> np.ndarray:
+        """Return the actor's actions, (n, action_dim), at one step of n episodes."""
+        steps = np.full(len(tables), step)
+        actor = self.target_actor if target else self.actor
+        with torch.inference_mode():
+            raw = actor(self.features(tables, steps, observations, preferences, after=False))
+            return torch.sigmoid(raw)[0].numpy()
+
+    def opinions(self, tables: np.ndarray, target: bool = False) -> np.ndarray:
+        """Return the top-1 of complete tables as each critic expects it, (critics, n)."""
+        # Blurred actions cost accuracy on average; what the critics miss on known tables is given back.
+        missed = self._returns.numpy() - self._evaluate(self._ends, target) if len(self.memories) else np.zeros((1, 1))
+        return self._evaluate(self._complete(tables), target) + missed.mean(axis=1, keepdims=True)
+
+    def _complete(self, tables: np.ndarray) -> Tensor:
+        """Return what the critics see at the end of an episode, (n, inputs): the table and nothing else."""
+        count = len(tables)
+        nothing = np.zeros((count, self.space.observation_dim)), np.zeros((count, len(self.space.objectives)))
+        return self.features(tables, np.full(count, self.space.num_steps - 1), *nothing, after=True)
+
+    def _evaluate(self, inputs: Tensor, target: bool) -> np.ndarray:
+        critic = self.target_critic if target else self.critic
+        with torch.inference_mode():
+            return self.center + self.scale * critic(inputs)[..., 0].numpy()
+
+    # ---------------------------------------------------------------------------------------------------- planning
+
+    def add(self, memory: Memory) -> None:
+        """Remember an episode."""
+        self.memories.append(memory)
+        self._ends = torch.cat([self._ends, self._complete(memory.table[None])])
+        self._returns = torch.cat([self._returns, _float(memory.reward[:1])])
+        self.center, self.scale = float(self._returns.mean()), max(float(self._returns.std(correction=0)), 1e-3)
+
+    def plan(self, count: int) -> None:
+        """Compute envelope targets of `count` transitions under practiced goals, and pool them."""
+        config, space, rng = self.config, self.space, self.rng
+        objectives = len(space.objectives)
+        chosen = rng.integers(len(self.memories), size=count)
+        memories = [self.memories[i] for i in chosen]
+        steps = rng.integers(max(space.num_steps - 1, 1), size=count)  # the last step needs no plan: its return is known
+        preferences = self._goals_preferences(memories)
+        goals = [m.goals[rng.integers(len(m.goals)) if config.relabel_budgets else 0] for m in memories]
+        budgets = [self.goals[goal] for goal in goals]
+        tables = np.stack([m.table for m in memories])
+        observations = space.with_limits(np.stack([m.observations[s] for m, s in zip(memories, steps, strict=True)]), budgets)
+
+        # Rows: K completions of every (s, a), under w'_0 = w, w'_1 ...; then two of every s with shifted actions.
+        k = config.alternatives if config.envelope else 1
+        others = sample_preferences(rng, count * k, objectives).reshape(count, k, objectives)
+        others[:, 0] = preferences
+        shifted = np.flatnonzero((preferences[:, 1:] > 0).any(axis=1))
+        signs = rng.choice([-1.0, 1.0], size=(len(shifted), space.action_dim))
+        owner = np.concatenate([np.repeat(np.arange(count), k), shifted, shifted])
+        row_preferences = np.concatenate([others.reshape(-1, objectives), preferences[shifted], preferences[shifted]])
+        starts = steps[owner] + 1
+        starts[count * k :] -= 1
+        shift = np.zeros((len(owner), space.action_dim))
+        shift[count * k :] = np.concatenate([SHIFT * signs, -SHIFT * signs])
+        noise = np.clip(rng.normal(size=(len(owner), space.action_dim)), -2.5, 2.5) * config.target_noise
+        noise[count * k :] = 0
+
+        def act(seen, so_far, step, rows):
+            wanted = self.actions(seen, so_far, step, row_preferences[rows], target=True)
+            first = (starts[rows] == step)[:, None]
+            return np.clip(wanted + np.where(first, noise[rows] + shift[rows], 0), 0, 1)
+
+        ahead = space.simulate(act, [budgets[i] for i in owner], tables[owner], starts)
+        completed, costs = ahead.tables[: count * k], ahead.costs[: count * k]
+        if config.ahead == "end":
+            top1 = self.opinions(completed, target=True)
+        else:
+            seen = ahead.observations[np.arange(count * k), starts[: count * k]]
+            inputs = self.features(completed, starts[: count * k], seen, row_preferences[: count * k], after=True)
+            top1 = self._evaluate(inputs, target=True)
+        vectors = pessimistic(top1, costs, np.repeat(preferences, k, axis=0)).reshape(count, k, objectives)
+        if config.episodic:
+            returns = np.stack([m.reward for m in memories])
+            vectors = np.concatenate([vectors, returns[:, None]], axis=1)
+        low, high = ahead.costs[count * k + len(shifted) :], ahead.costs[count * k : count * k + len(shifted)]
+        slopes = np.zeros((count, space.action_dim))  # d(w_costs @ costs) / d action
+        slopes[shifted] = signs * ((high - low) * preferences[shifted, 1:]).sum(axis=1, keepdims=True) / (2 * SHIFT)
+        seen = tables, steps, observations, preferences
+        self.pool.add(
+            before=self.features(*seen, after=False),
+            after=self.features(*seen, after=True),
+            steps=torch.from_numpy(steps),
+            preferences=_float(preferences),
+            targets=_float(envelope_target(vectors, preferences, config.mixing)),
+            costs=_float(costs.reshape(count, k, -1)[:, 0]),
+            slopes=_float(slopes),
+        )
+
+    def _goals_preferences(self, memories: Sequence[Memory]) -> np.ndarray:
+        """Half the main preference, half random ones; without relabelling, those of the episodes."""
+        if not self.config.relabel_preferences:
+            return np.stack([m.preference for m in memories])
+        drawn = sample_preferences(self.rng, len(memories), len(self.space.objectives))
+        main = self.rng.random(len(memories)) < 0.5
+        return np.where(main[:, None], self.preference, drawn)
+
+    # ---------------------------------------------------------------------------------------------------- learning
+
+    def learn(self, updates: int, scalarized: float) -> None:
+        """Take gradient steps on the pool and on known returns."""
+        for update in range(updates):
+            self.update_critics(scalarized)
+            if len(self.pool) and update % 2:
+                self.update_actor()
+                follow(self.target_actor, self.actor, self.config.tau)
+            follow(self.target_critic, self.critic, self.config.tau)
+
+    def update_critics(self, scalarized: float) -> None:
+        """Take one step towards known returns and planned targets."""
+        known = torch.from_numpy(self.rng.integers(len(self.memories), size=self.config.batch))
+        values = self.critic(self._smoothed(self._ends[known]), drop=True)[..., 0]
+        loss = (values - (self._returns[known] - self.center) / self.scale).square().mean()
+        if len(self.pool):
+            rows = self.pool.sample(self.rng, self.config.batch)
+            values = self.critic(self._smoothed(rows["after"]), drop=True)[..., 0]
+            targets = rows["targets"] / self.scale
+            targets[:, 0] -= self.center / self.scale
+            loss = loss + critic_loss(values, rows["costs"] / self.scale, targets, rows["preferences"], scalarized)
+        self.critic_optimizer.zero_grad()
+        loss.backward()
+        self.critic_optimizer.step()
+
+    def _smoothed(self, inputs: Tensor) -> Tensor:
+        """Return inputs of the critics whose actions are blurred: a few noisy scores must not be learned by heart."""
+        if not self.config.smoothing:
+            return inputs
+        entries = len(self.step_of)
+        taken = inputs[:, 2 * entries : 3 * entries]
+        noise = torch.from_numpy(self.rng.standard_normal((len(inputs), entries), np.float32))
+        blurred = inputs[:, :entries] + 2 * self.config.smoothing * noise * taken
+        return torch.cat([blurred, (1.5 * blurred**2 - 0.5) * taken, inputs[:, 2 * entries :]], dim=1)
+
+    def update_actor(self) -> None:
+        """Take one step along the deterministic policy gradient: the critics' for top-1, the simulated slopes for the costs."""
+        rows = self.pool.sample(self.rng, self.config.batch)
+        actions = torch.sigmoid(self.actor(rows["before"])[0])
+        inputs = self.with_actions(rows["after"], rows["steps"], actions)
+        values = self.critic(inputs)[..., 0].mean(dim=0)
+        gain = rows["preferences"][:, 0] * values - (rows["slopes"] / self.scale * actions).sum(-1)
+        self.actor_optimizer.zero_grad()
+        (-gain.mean()).backward(inputs=list(self.actor.parameters()))
+        self.actor_optimizer.step()
+
+
+SHIFT = 0.1
+"""By how much an action is moved, both ways, to see how the costs of the completion follow."""
+
+
+def _float(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.asarray(values, np.float32))

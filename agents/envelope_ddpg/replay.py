@@ -1,0 +1,88 @@
+"""What the agent remembers: finished episodes, the goals that it practices, and planned transitions with their targets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from envs.core import ActionSpace, Budget, Simulation
+
+
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """A finished episode.
+
+    Attributes:
+        table: executed actions, (num_steps, action_dim).
+        observations: (num_steps + 1, observation_dim), under its own budget.
+        reward: (num_objectives,), raw.
+        goals: indices of the budgets under which the environment would have executed the same; its own is the first.
+        preference: that it was chosen for.
+    """
+
+    table: np.ndarray
+    observations: np.ndarray
+    reward: np.ndarray
+    goals: np.ndarray
+    preference: np.ndarray
+
+
+def sample_preferences(rng: np.random.Generator, count: int, objectives: int) -> np.ndarray:
+    """Return preferences, (count, objectives): |z| / |z|_1 with z normal (Yang et al. 2019)."""
+    drawn = np.abs(rng.normal(size=(count, objectives)))
+    return drawn / drawn.sum(axis=1, keepdims=True)
+
+
+def tighter_budgets(space: ActionSpace, budgets: Sequence[Budget], count: int, rng: np.random.Generator) -> list[Budget]:
+    """Return `count` budgets per given one, with every limit somewhere between the least cost and the given limit.
+
+    The strongest policy that the wall lets through meets all of them, so they are satisfiable. Half of them tighten all limits alike.
+    """
+    strongest = space.simulate(lambda observations, *_: np.ones((len(observations), space.action_dim)), budgets)
+    least = strongest.costs
+    found = []
+    for budget, costs in zip(budgets, least, strict=True):
+        floor = dict(zip(space.objectives[1:], costs, strict=True))
+        for i in range(count):
+            # Near the least nothing is worth knowing, so the upper part is drawn more often.
+            share = 1 - 0.9 * rng.random(len(budget.limits)) ** 1.5
+            if i % 2:
+                share[:] = share[:1]
+            limits = {}
+            for (name, limit), s in zip(budget.limits.items(), share, strict=True):
+                low = min(floor[name] * space.dense_costs[name] * (1 + 1e-9), limit) if name in floor else limit
+                limits[name] = float(low + s * (limit - low))
+            found.append(Budget(budget.name, limits))
+    return found
+
+
+def compatible(space: ActionSpace, table: np.ndarray, budgets: Sequence[Budget]) -> tuple[np.ndarray, Simulation]:
+    """Return under which budgets the environment would execute this very table, (n,) bool, and the simulation that shows it."""
+    shown = space.simulate(lambda observations, tables, step, rows: np.tile(table[step], (len(rows), 1)), budgets)
+    return (shown.tables == table.astype(np.float32)).all(axis=(1, 2)), shown
+
+
+class Pool:
+    """A ring of planned transitions: tensors with a row for each; the oldest go first."""
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self.columns: dict[str, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()))) if self.columns else 0
+
+    def add(self, **columns: Tensor) -> None:
+        """Append rows."""
+        for name, values in columns.items():
+            old = self.columns.get(name)
+            self.columns[name] = (values if old is None else torch.cat([old, values]))[-self.capacity :].clone()
+
+    def sample(self, rng: np.random.Generator, count: int) -> dict[str, Tensor]:
+        """Return `count` random rows."""
+        chosen = torch.from_numpy(rng.integers(len(self), size=count))
+        return {name: values[chosen] for name, values in self.columns.items()}

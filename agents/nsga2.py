@@ -1,0 +1,214 @@
+"""NSGA-II over feasible policies: the evolutionary baseline of multi-objective search, one population per budget.
+
+Source: Deb, Pratap, Agarwal & Meyarivan 2002 (IEEE Trans. Evol. Comput. 6): constraint domination (definition 1), fast
+non-dominated sorting, crowding distance, binary tournaments; Deb & Agrawal 1995 (Complex Systems 9), simulated binary crossover;
+Deb & Goyal 1996, polynomial mutation.
+
+Where we differ and why:
+1. Every child is bent to the edge of its budget (`ActionSpace.fit`), like the other agents' candidates, in a share of the
+   cases; the others are repaired by the wall alone, so that the population also spreads below the limit.
+2. Generations are handed out at once and judged when all of them are back, in the order in which they were handed out:
+   results depend on the seed and not on which worker is faster. With several budgets, one population's wait is another's turn.
+3. As long as new policies are found, none is evaluated twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from agents.core import TableActor
+from agents.pareto import Archive, crowding_distance, non_dominated, violation
+from agents.random_search import random_table
+from envs.core import ActionSpace, Actor, Budget, CompressionPolicy, Episode, InputError
+
+
+@dataclass(frozen=True)
+class Nsga2Config:
+    """Options of NSGA-II.
+
+    Attributes:
+        population: per budget, at least 4.
+        crossover: probability that a pair of parents is crossed.
+        crossover_index: eta of simulated binary crossover; large values keep children near their parents.
+        mutation_index: eta of polynomial mutation.
+        mutation: expected number of genes that a mutation changes.
+        edge: share of the children that are bent to the edge of the budget.
+        redraws: how often a known policy is made again before it is handed out all the same.
+    """
+
+    population: int = 20
+    crossover: float = 0.9
+    crossover_index: float = 15.0
+    mutation_index: float = 20.0
+    mutation: float = 1.0
+    edge: float = 0.5
+    redraws: int = 20
+
+    def __post_init__(self):
+        least = {"population": 4, "crossover_index": 0, "mutation_index": 0, "mutation": 0, "redraws": 0}
+        for name, value in least.items():
+            if not getattr(self, name) >= value:
+                raise InputError(f"`{name}` of NSGA-II must be at least {value}, but got {getattr(self, name)}.")
+        for name in ("crossover", "edge"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"`{name}` of NSGA-II must be a share in [0, 1], but got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """A table that was evaluated: its minimised objectives and by how much it breaks its constraints."""
+
+    table: np.ndarray
+    objectives: np.ndarray
+    violation: float
+
+
+class Nsga2:
+    """One `Population` per budget; evaluations are shared evenly. See the module."""
+
+    def __init__(self, config: Nsga2Config, space: ActionSpace, budgets: Sequence[Budget], rng: np.random.Generator):
+        self.populations = {
+            budget.name: Population(config, space, budget, own_rng)
+            for budget, own_rng in zip(budgets, rng.spawn(len(budgets)), strict=True)
+        }
+        self.archive = Archive()
+        """The Pareto set of all feasible episodes, objectives = -reward."""
+
+    def ask(self, count: int) -> list[Actor]:
+        """Return at most `count` actors; fewer while every population waits for the rest of its generation."""
+        actors: list[Actor] = []
+        while len(actors) < count and (ready := [p for p in self.populations.values() if p.ready]):
+            actors.append(min(ready, key=lambda population: population.handed_out).next())
+        return actors
+
+    def tell(self, results: Sequence[tuple[Actor, Episode]]) -> None:
+        """Hand each episode to its population; failed ones are infinitely bad."""
+        for actor, episode in results:
+            self.populations[actor.budget.name].learn(actor, episode)
+            if episode.feasible and _scored(episode):
+                self.archive.add(episode.policy, -np.asarray(episode.reward, float))
+
+
+class Population:
+    """The members of one budget."""
+
+    def __init__(self, config: Nsga2Config, space: ActionSpace, budget: Budget, rng: np.random.Generator):
+        self.config, self.space, self.budget, self.rng = config, space, budget, rng
+        self.members: list[Member] = []
+        self.handed_out = 0
+        self._waiting: list[np.ndarray] = []
+        self._out: dict[int, np.ndarray] = {}
+        self._back: dict[int, Member] = {}
+        self._known: set[CompressionPolicy] = set()
+
+    @property
+    def ready(self) -> bool:
+        """Whether `next` has an actor to give: the generation has children left, or it is over."""
+        return bool(self._waiting) or not self._out
+
+    def next(self) -> TableActor:
+        """Return the next child of the generation."""
+        if not self._waiting:
+            self._waiting = self._generation()
+        actor = TableActor(self.budget, self._waiting.pop(0), self.handed_out)
+        self._out[actor.ticket] = actor.table
+        self.handed_out += 1
+        return actor
+
+    def learn(self, actor: TableActor, episode: Episode) -> None:
+        """Keep what a child scored; select when it is the last of its generation.
+
+        Raises:
+            ValueError: if the actor is not out.
+        """
+        if actor.ticket not in self._out:
+            raise ValueError(
+                f"Episodes must come back once, with the actor that `ask` gave out, but ticket {actor.ticket} of "
+                f"budget '{self.budget.name}' is not out. Was it told twice?"
+            )
+        table = self._out.pop(actor.ticket)
+        if _scored(episode):
+            executed = table if episode.actions is None else np.asarray(episode.actions, float)
+            member = Member(executed, -np.asarray(episode.reward, float), violation(episode.constraints))
+        else:
+            member = Member(table, np.full(len(self.space.objectives), np.inf), np.inf)
+        self._back[actor.ticket] = member
+        if not self._waiting and not self._out:
+            children = [self._back[ticket] for ticket in sorted(self._back)]
+            self._back = {}
+            self.members = survivors(self.members + children, self.config.population)
+
+    def _generation(self) -> list[np.ndarray]:
+        tables = []
+        for _ in range(self.config.population):
+            bend = self.rng.random() < self.config.edge
+            for attempt in range(self.config.redraws + 1):
+                wanted = self._child() if self.members else random_table(self.space, self.rng)
+                if attempt > self.config.redraws // 2:  # the neighborhood is known
+                    wanted = random_table(self.space, self.rng)
+                table = (self.space.fit if bend else self.space.execute)(wanted, self.budget)
+                if self.space.decode(table) not in self._known:
+                    break
+            self._known.add(self.space.decode(table))
+            tables.append(table)
+        return tables
+
+    def _child(self) -> np.ndarray:
+        used = self.space.used
+        first, second = self._parent().table[used], self._parent().table[used]
+        if self.rng.random() < self.config.crossover:
+            first = simulated_binary_crossover(first, second, self.config.crossover_index, self.rng)
+        table = np.zeros(used.shape)
+        rate = min(self.config.mutation / len(first), 1.0)
+        table[used] = polynomial_mutation(first, self.config.mutation_index, rate, self.rng)
+        return table
+
+    def _parent(self) -> Member:
+        """The better of two random members: `survivors` keeps them in the order of the crowded comparison."""
+        return self.members[self.rng.integers(len(self.members), size=2).min()]
+
+
+def survivors(members: Sequence[Member], count: int) -> list[Member]:
+    """Return the best `count` members by constraint domination rank, then crowding distance; best first."""
+    left = sorted(range(len(members)), key=lambda i: members[i].violation)
+    chosen: list[int] = []
+    while left and len(chosen) < count:
+        # Fronts of constraint domination: equal violations share fronts, smaller ones come before.
+        level = [i for i in left if members[i].violation == members[left[0]].violation]
+        points = np.stack([members[i].objectives for i in level])
+        keep = non_dominated(points) if np.isfinite(points).all() else np.ones(len(level), bool)
+        front = [i for i, kept in zip(level, keep, strict=True) if kept]
+        points = points[keep]
+        distance = crowding_distance(points) if np.isfinite(points).all() else np.zeros(len(front))
+        order = np.argsort(-distance, kind="stable")
+        chosen += [front[i] for i in order]
+        left = [i for i in left if i not in set(front)]
+    return [members[i] for i in chosen[:count]]
+
+
+def simulated_binary_crossover(first: np.ndarray, second: np.ndarray, index: float, rng: np.random.Generator) -> np.ndarray:
+    """Return one child of two parents in [0, 1]; each gene is crossed with probability 1/2."""
+    u = rng.random(first.shape)
+    # beta is the spread of the children by that of the parents
+    beta = np.where(u <= 0.5, (2 * u) ** (1 / (index + 1)), (1 / (2 * (1 - u))) ** (1 / (index + 1)))
+    sign = np.where(rng.random(first.shape) < 0.5, 1, -1)
+    crossed = 0.5 * (first + second + sign * beta * (first - second))
+    return np.clip(np.where(rng.random(first.shape) < 0.5, crossed, first), 0, 1)
+
+
+def polynomial_mutation(genes: np.ndarray, index: float, rate: float, rng: np.random.Generator) -> np.ndarray:
+    """Return genes in [0, 1] of which a share `rate` has moved."""
+    u = rng.random(genes.shape)
+    down = (2 * u + (1 - 2 * u) * (1 - genes) ** (index + 1)) ** (1 / (index + 1)) - 1
+    up = 1 - (2 * (1 - u) + 2 * (u - 0.5) * genes ** (index + 1)) ** (1 / (index + 1))
+    moved = genes + np.where(u < 0.5, down, up)
+    return np.clip(np.where(rng.random(genes.shape) < rate, moved, genes), 0, 1)
+
+
+def _scored(episode: Episode) -> bool:
+    if episode.evaluation is None or episode.evaluation.stopped or episode.reward is None:
+        return False
+    return bool(np.isfinite(episode.reward).all())

@@ -1,0 +1,176 @@
+"""Device files: how fast a device is, measured or from data sheets, and the cost models that follow."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from cost_models.core import FLOAT_BITS, CostModel, InputError
+from cost_models.energy import CountedEnergy, Energy
+from cost_models.latency_table import LatencyTable, TableLatency
+from cost_models.precision import executed_precision, precision_name
+from cost_models.roofline import Roofline, RooflineLatency
+from cost_models.traffic import Traffic
+
+__all__ = ["DEVICE_COSTS", "SHIPPED", "Device", "executed_precision", "parse_device", "read_device", "write_device"]
+
+SCHEMA = 1
+DEVICE_COSTS = ("latency_ms", "energy_mj")
+"""Every cost that some device has."""
+
+SHIPPED = Path(__file__).resolve().parents[1] / "configs" / "devices"
+"""The analytic devices that are installed with the package."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What is known of a device.
+
+    Attributes:
+        schema: version of the format.
+        name: e.g. "Jetson Xavier NX, GPU, 15 W".
+        kind: "measured": `table` was measured on it; "analytic": figures of data sheets.
+        sources: where the figures come from, with the arithmetic that leads to them.
+        machine: what it was measured on: processor, cores, system; empty if analytic.
+        float_precision: how layers that are not integer are executed.
+        integer_bits: widths that it has integer kernels for.
+        table: measured latencies; None if analytic.
+        roofline: peak rates; None if measured, or if only energy is known.
+        energy: energy figures, if there are any.
+    """
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}  # also for the dataclasses within
+
+    schema: int
+    name: str
+    kind: Literal["measured", "analytic"]
+    sources: tuple[str, ...]
+    float_precision: Literal["float32", "float16", "bfloat16"]
+    integer_bits: tuple[int, ...] = ()
+    machine: dict[str, str] = field(default_factory=dict)
+    table: LatencyTable | None = None
+    roofline: Roofline | None = None
+    energy: Energy | None = None
+
+    def __post_init__(self):
+        if self.schema != SCHEMA:
+            raise InputError(f"it has schema {self.schema}; this version reads schema {SCHEMA}")
+        if not all(2 <= bits < FLOAT_BITS for bits in self.integer_bits):
+            raise InputError(f"`integer_bits` must be in 2..{FLOAT_BITS - 1} (got {list(self.integer_bits)})")
+        if self.kind == "measured" and self.table is None:
+            raise InputError("a measured device needs a `table`; `secateur profile` writes one")
+        if self.kind == "analytic" and self.table is not None:
+            raise InputError("an analytic device has no `table`: write `kind: measured`")
+        if self.kind == "analytic" and self.roofline is None and self.energy is None:
+            raise InputError("an analytic device needs a `roofline`, or `energy` figures")
+        if self.table is not None and self.table.float_precision != self.float_precision:
+            raise InputError(
+                f"`table.float_precision` is {self.table.float_precision}, but that of the device is {self.float_precision}"
+            )
+        figures = {
+            "roofline.macs_per_second": None if self.roofline is None else self.roofline.macs_per_second,
+            "energy.mac_pj": None if self.energy is None else self.energy.mac_pj,
+        }
+        for place, rates in figures.items():
+            missing = [name for name in self.precisions if rates is not None and name not in rates]
+            if missing:
+                raise InputError(f"`{place}` has no figure for {missing[0]}, which the device executes layers in")
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """What its layers are executed in, e.g. ("int8", "float32")."""
+        return tuple(precision_name(bits, self.float_precision) for bits in (*self.integer_bits, FLOAT_BITS))
+
+    @property
+    def label(self) -> str:
+        """Where its latencies come from, in a few words."""
+        if self.table is None:
+            return f"analytic: {self.name}"
+        threads = f"{self.table.threads} thread{'s' * (self.table.threads != 1)}"
+        processor = self.machine.get("processor", self.name)
+        return f"measured on {processor}, {self.table.runtime} {self.table.runtime_version}, {threads}"
+
+    def cost_models(self) -> dict[str, CostModel]:
+        """Return {cost: model} of what the device knows: `latency_ms`, `energy_mj` or both."""
+        traffic = Traffic(self.float_precision, self.integer_bits)
+        models: dict[str, CostModel] = {}
+        if self.table is not None:
+            models["latency_ms"] = TableLatency(self.table, self.integer_bits)
+        elif self.roofline is not None:
+            models["latency_ms"] = RooflineLatency(self.roofline, traffic)
+        if self.energy is not None:
+            models["energy_mj"] = CountedEnergy(self.energy, traffic)
+        return models
+
+    def document(self) -> dict[str, Any]:
+        """Return the content of its file, JSON values only."""
+        return json.loads(json.dumps(asdict(self)))
+
+
+def read_device(path: str | Path) -> Device:
+    """Return the device in a JSON file.
+
+    Args:
+        path: relative to the working directory; if there is no such file, the shipped one of that name is read.
+    Raises:
+        InputError: if there is no such file, or it is none of ours; one sentence with the file and the place in it.
+    """
+    file = _find(Path(path).expanduser())
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}.") from None
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{path} is damaged: {error.msg} (line {error.lineno}, column {error.colno}). Write it anew with `secateur profile`."
+        ) from None
+    return parse_device(values, str(path))
+
+
+def _find(path: Path) -> Path:
+    shipped = {f"configs/devices/{file.name}": file for file in sorted(SHIPPED.glob("*.json"))}
+    if not path.exists() and path.as_posix() in shipped:
+        return shipped[path.as_posix()]
+    if not path.is_file():
+        raise InputError(
+            f"{path}: there is no such device file. `secateur profile CONFIG --output {path.name}` measures this machine; "
+            f"these come with the package: {', '.join(shipped)}"
+        )
+    return path
+
+
+def parse_device(values: Any, source: str) -> Device:
+    """Return the device that plain dicts describe; `source` names them in errors.
+
+    Raises:
+        InputError: one sentence.
+    """
+    # Imported late: everything else here is numpy, and costs nothing to import.
+    from pydantic import TypeAdapter, ValidationError
+
+    if not isinstance(values, Mapping) or "schema" not in values:
+        raise InputError(f"{source} is no device file: it has no `schema`.")
+    if values["schema"] != SCHEMA:
+        raise InputError(f"{source} has schema {values['schema']}; this version reads schema {SCHEMA}. Profile the device anew.")
+    try:
+        return TypeAdapter(Device).validate_python(values)
+    except ValidationError as errors:
+        error = errors.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in error["loc"] if not str(part).startswith("function-"))
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        reason = "unknown key"
+    elif error["type"] in ("missing", "missing_argument"):
+        reason = "is missing"
+    elif error["type"] == "value_error":
+        reason = str(error["ctx"]["error"])
+    else:
+        reason = f"{error['msg'][0].lower()}{error['msg'][1:]}"
+    raise InputError(f"{source}: {place}: {reason}." if place else f"{source}: {reason}.")
+
+
+def write_device(device: Device, path: str | Path) -> None:
+    """Write a device file; an existing one is replaced."""
+    Path(path).write_text(json.dumps(device.document(), indent=1) + "\n", encoding="utf-8")

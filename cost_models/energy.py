@@ -1,0 +1,59 @@
+"""Energy by counting: what every multiply-accumulate and every byte takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from cost_models.core import InputError, LayerShapes
+from cost_models.macs import Macs
+from cost_models.traffic import Traffic
+
+
+@dataclass(frozen=True)
+class Energy:
+    """Energy figures of a device.
+
+    Attributes:
+        mac_pj: {precision: picojoules per multiply-accumulate}; "float32", "int8" and so on.
+        byte_pj: picojoules per byte that is read from or written to memory.
+    """
+
+    mac_pj: dict[str, float]
+    byte_pj: float
+
+    def __post_init__(self):
+        for name, value in {**{f"mac_pj.{key}": value for key, value in self.mac_pj.items()}, "byte_pj": self.byte_pj}.items():
+            if not (np.isfinite(value) and value >= 0):
+                raise InputError(f"`{name}` must be a finite number, zero or more (got {value})")
+
+
+@dataclass(frozen=True)
+class CountedEnergy:
+    """Millijoules per image: arithmetic plus memory traffic. What the device takes while it idles is not in it.
+
+    Attributes:
+        energy: the figures.
+        traffic: the bytes moved, and the precisions.
+    """
+
+    name: ClassVar[str] = "energy_mj"
+
+    energy: Energy
+    traffic: Traffic
+
+    def per_layer(self, shapes: LayerShapes) -> np.ndarray:
+        """Return each layer's millijoules, (population, L)."""
+        executed = self.traffic.executed(shapes)
+        picojoules = Macs().per_layer(shapes)
+        picojoules *= self.traffic.by_precision(executed, self.energy.mac_pj)
+        picojoules += self.traffic.layers(shapes, executed) * self.energy.byte_pj
+        return 1e-9 * picojoules
+
+    def total(self, shapes: LayerShapes) -> np.ndarray:
+        """Return the millijoules of each network, (population,): its layers', its other steps' and its products'."""
+        moved, _ = self.traffic.other_steps(shapes)
+        products = shapes.geometry.fixed_macs * self.energy.mac_pj[self.traffic.float_precision]
+        return self.per_layer(shapes).sum(axis=1) + 1e-9 * (moved * self.energy.byte_pj + products)

@@ -1,0 +1,78 @@
+"""Analytic latency: a layer takes as long as its arithmetic or its memory traffic, whichever is slower.
+
+Source: Williams, Waterman and Patterson 2009, "Roofline", doi:10.1145/1498765.1498785.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from cost_models.core import InputError, LayerShapes
+from cost_models.macs import Macs
+from cost_models.traffic import Traffic
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Peak rates of a device.
+
+    Attributes:
+        macs_per_second: {precision: multiply-accumulates per second}; "float32", "int8" and so on.
+        bytes_per_second: memory bandwidth.
+        layer_overhead_us: microseconds that every call of a layer takes on top.
+        step_overhead_us: the same for every other step that reads or writes memory (a sum, a pooling).
+    """
+
+    macs_per_second: dict[str, float]
+    bytes_per_second: float
+    layer_overhead_us: float = 0.0
+    step_overhead_us: float = 0.0
+
+    def __post_init__(self):
+        positive = {f"macs_per_second.{name}": rate for name, rate in self.macs_per_second.items()}
+        for name, rate in {**positive, "bytes_per_second": self.bytes_per_second}.items():
+            if not (np.isfinite(rate) and rate > 0):
+                raise InputError(f"`{name}` must be a finite number above zero (got {rate})")
+        for name in ("layer_overhead_us", "step_overhead_us"):
+            if not (np.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise InputError(f"`{name}` must be a finite number, zero or more (got {getattr(self, name)})")
+
+
+@dataclass(frozen=True)
+class RooflineLatency:
+    """Milliseconds per image by peak rates: a lower bound where the overheads are zero, a ranking everywhere.
+
+    Layers run one after the other, each in max(arithmetic, traffic) + overhead. Bytes are those of `Traffic`; no cache is
+    modelled, and no kernel's efficiency: depthwise layers, whose arithmetic no device gets near its peak, are bound by
+    their traffic here. Products without weights (attention) run at the peak of the float precision.
+
+    Attributes:
+        roofline: the rates.
+        traffic: the bytes moved, and the precisions.
+    """
+
+    name: ClassVar[str] = "latency_ms"
+
+    roofline: Roofline
+    traffic: Traffic
+
+    def per_layer(self, shapes: LayerShapes) -> np.ndarray:
+        """Return each layer's milliseconds, (population, L)."""
+        executed = self.traffic.executed(shapes)
+        seconds = Macs().per_layer(shapes)
+        seconds /= self.traffic.by_precision(executed, self.roofline.macs_per_second)
+        np.maximum(seconds, self.traffic.layers(shapes, executed) / self.roofline.bytes_per_second, out=seconds)
+        seconds += [1e-6 * self.roofline.layer_overhead_us * layer.calls for layer in shapes.geometry.layers]
+        seconds *= 1e3
+        return seconds
+
+    def total(self, shapes: LayerShapes) -> np.ndarray:
+        """Return the milliseconds of each network, (population,): its layers', its other steps' and its products'."""
+        moved, steps = self.traffic.other_steps(shapes)
+        peak = self.roofline.macs_per_second[self.traffic.float_precision]
+        seconds = moved / self.roofline.bytes_per_second + shapes.geometry.fixed_macs / peak
+        seconds += 1e-6 * self.roofline.step_overhead_us * steps
+        return self.per_layer(shapes).sum(axis=1) + 1e3 * seconds

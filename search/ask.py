@@ -1,0 +1,148 @@
+"""Asks the agent that a run has left for a policy under any budget and preference: seconds instead of another search."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import ValidationError
+
+from agents.core import TableActor
+from envs.core import Budget, CompressionPolicy, Evaluation, InputError
+from envs.rollout import rollout
+from envs.tasks.imports import did_you_mean
+from search.build import Problem, Say, absolute_budget, build_problem, make_env
+from search.config import BudgetConfig
+from search.run_folder import AGENT, load_manifest
+
+ROLLOUTS = 256
+"""Candidates that are made for one question; the critics choose among them."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A policy that the agent proposes, measured by the search's evaluator.
+
+    Attributes:
+        policy: what it is.
+        evaluation: its score on the validation images and its costs; None if `failure` says why there is none.
+        constraints: {name: value / limit - 1}; feasible when all are <= 0.
+        expected_top1: what the critics said before.
+        failure: one sentence, or None.
+    """
+
+    policy: CompressionPolicy
+    evaluation: Evaluation | None
+    constraints: Mapping[str, float]
+    expected_top1: float
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The answers to one question, best measured utility first, and what was asked."""
+
+    budget: Budget
+    preference: np.ndarray
+    answers: tuple[Answer, ...]
+    problem: Problem
+
+
+def ask(
+    run: str | Path,
+    budget: str | Mapping[str, str],
+    preference: str | Mapping[str, float] | None = None,
+    evaluations: int = 3,
+    overrides: Sequence[str] = (),
+    say: Say = lambda text: None,
+) -> Reply:
+    """Return the best policies that the agent of a run proposes, measured.
+
+    Args:
+        run: folder of a finished search of the agent `envelope_ddpg`.
+        budget: limits such as "macs<=43%,weight_bytes<=20kB" or {"macs": "<= 43%"}; any cost may be limited.
+        preference: weights such as "macs=0.7" or {"macs": 0.7}; top1 has what is left of 1. None: that of the search.
+        evaluations: how many policies are measured.
+        overrides: "section.key=value" texts over the run's configuration, e.g. where the data are now.
+        say: told each stage.
+    Raises:
+        InputError: for a run without an agent, or anything that cannot be asked.
+    """
+    if evaluations < 1:
+        raise InputError(f"`evaluations` must be at least 1, but got {evaluations}.")
+    settings, _ = load_manifest(run, overrides)
+    folder = Path(run) / AGENT
+    if not folder.is_dir():
+        raise InputError(
+            f"{run} has no agent that can be asked: its search used `{settings.search.agent}`, or was not finished. Search with "
+            "`--set search.agent=envelope_ddpg`."
+        )
+    limits = _budget_config(budget)
+    from agents.envelope_ddpg.agent import EnvelopeDdpg
+
+    problem = build_problem(settings, say)
+    wanted = absolute_budget("asked", limits, problem.space)
+    problem.space.check(wanted)
+    say("asking the agent")
+    agent = EnvelopeDdpg.load(folder, problem.space)
+    weights = agent.preference if preference is None else _weights(preference, problem.space.objectives)
+    tables = agent.propose(wanted, weights, evaluations, ROLLOUTS)
+    expected = agent.learner.opinions(np.stack(tables)).mean(axis=0)
+    env = make_env(problem)
+    answers = []
+    for number, (table, top1) in enumerate(zip(tables, expected, strict=True)):
+        say(f"evaluating proposal {number + 1} of {len(tables)}")
+        episode = rollout(env, TableActor(wanted, table, number))
+        utility = -np.inf if episode.reward is None else float(weights @ episode.reward)
+        policy = problem.space.decode(table)
+        answer = Answer(policy, episode.evaluation, episode.constraints, float(top1), episode.failure)
+        answers.append((not episode.feasible, -utility, answer))
+    ordered = sorted(answers, key=lambda item: item[:2])
+    return Reply(wanted, weights, tuple(answer for _, _, answer in ordered), problem)
+
+
+def _budget_config(budget: str | Mapping[str, str]) -> BudgetConfig:
+    """Return the limits that a text or a mapping asks for."""
+    if isinstance(budget, str):
+        parts = [part.strip() for part in budget.split(",") if part.strip()]
+        pairs = [part.partition("<=") for part in parts]
+        if not pairs or not all(sign and name.strip() and limit.strip() for name, sign, limit in pairs):
+            raise InputError(f'--budget must read like "macs<=43%,weight_bytes<=20kB", but got {budget!r}.')
+        names = [name.strip() for name, _, _ in pairs]
+        if len(set(names)) < len(names):
+            raise InputError(f"--budget limits a cost twice: {budget!r}.")
+        budget = {name: f"<= {limit.strip()}" for name, (_, _, limit) in zip(names, pairs, strict=True)}
+    try:
+        return BudgetConfig.model_validate(dict(budget))
+    except ValidationError as errors:
+        error = errors.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in error["loc"] if part != "[key]")
+        raise InputError(f"--budget: {place}: {error.get('ctx', {}).get('error', error['msg'])}") from None
+
+
+def _weights(preference: str | Mapping[str, float], objectives: Sequence[str]) -> np.ndarray:
+    """Return the preference on the simplex; top1 takes what the others leave, unless it has a weight itself."""
+    if isinstance(preference, str):
+        pairs = [part.partition("=") for part in preference.split(",") if part.strip()]
+        try:
+            preference = {name.strip(): float(value) for name, _, value in pairs}
+        except ValueError:
+            raise InputError(f'--preference must read like "macs=0.7", but got {preference!r}.') from None
+    weights = np.zeros(len(objectives))
+    for name, value in preference.items():
+        if name not in objectives:
+            raise InputError(
+                f"--preference: {name} is no objective of this run.{did_you_mean(name, objectives)} Known: {', '.join(objectives)}"
+            )
+        if not 0 <= value < float("inf"):
+            raise InputError(f"--preference: the weight of {name} must be 0 or more, but got {value}.")
+        weights[objectives.index(name)] = value
+    if "top1" not in preference:
+        weights[0] = 1 - weights.sum()
+        if weights[0] < 0:
+            raise InputError(f"--preference: the weights add up to {weights[1:].sum():g}, which leaves nothing for top1.")
+    if not weights.sum():
+        raise InputError("--preference: some weight must be above 0.")
+    return weights / weights.sum()

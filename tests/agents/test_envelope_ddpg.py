@@ -1,0 +1,343 @@
+"""The one-stage envelope DDPG agent: its operator, its memory, and fronts that are known."""
+
+import json
+import pickle
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+
+from agents.envelope_ddpg import EnvelopeDdpgConfig
+from agents.envelope_ddpg.agent import EnvelopeDdpg, truncated_normal
+from agents.envelope_ddpg.networks import Mlp, follow
+from agents.envelope_ddpg.replay import compatible, sample_preferences, tighter_budgets
+from agents.envelope_ddpg.targets import critic_loss, envelope_target, pessimistic
+from agents.pareto import hypervolume
+from envs.core import Budget, Episode, Evaluation, InputError
+
+SMALL = EnvelopeDdpgConfig(
+    warmup=12, candidates=16, goals=4, updates=4, batch=16, planned=8, hidden=16, critics=2, lookahead=4, homotopy_episodes=30
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The networks are tiny."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def agent_of(toy, seed=0, config=SMALL, budgets=None):
+    return EnvelopeDdpg(config, toy, budgets or toy.budgets, np.random.default_rng(seed))
+
+
+def tables(actors):
+    return [(actor.budget.name, actor.table.tolist()) for actor in actors]
+
+
+# ------------------------------------------------------------------------------------------------------------ the operator
+
+
+def test_envelope_target_equals_a_slow_double_loop():
+    rng = np.random.default_rng(0)
+    critics, n, k, objectives, mixing = 3, 7, 5, 4, 0.3
+    top1, costs = rng.random((critics, n, k)), rng.random((n, k, objectives - 1))
+    preferences = sample_preferences(rng, n, objectives)
+    valid = rng.random((n, k)) < 0.7
+    valid[:, 0] = True
+    wanted = np.empty((n, objectives))
+    for i in range(n):
+        best, best_utility, plain = None, -np.inf, None
+        for j in range(k):
+            lowest, vector = np.inf, None
+            for critic in range(critics):  # the whole vector of the critic with the smaller scalarised value
+                candidate = np.array([top1[critic, i, j], *(-costs[i, j])])
+                if preferences[i] @ candidate < lowest:
+                    lowest, vector = preferences[i] @ candidate, candidate
+            if j == 0:
+                plain = vector
+            if valid[i, j] and lowest > best_utility:
+                best, best_utility = vector, lowest
+        wanted[i] = mixing * best + (1 - mixing) * plain
+    vectors = pessimistic(top1, costs, np.repeat(preferences[:, None], k, axis=1))
+    np.testing.assert_allclose(envelope_target(vectors, preferences, mixing, valid), wanted)
+
+
+def test_the_losses_are_those_of_the_whole_vectors():
+    rng = np.random.default_rng(0)
+    values = torch.tensor(rng.random((2, 5)), requires_grad=True)
+    costs, targets = torch.tensor(rng.random((5, 2))), torch.tensor(rng.random((5, 3)))
+    preferences = torch.tensor(sample_preferences(rng, 5, 3))
+    full = torch.cat([values[..., None], -costs.expand(2, 5, 2)], dim=-1)
+    vector_loss = (targets - full).square().sum(-1).mean()
+    scalar_loss = ((preferences * (targets - full)).sum(-1) ** 2).mean()
+    for weight in (0.0, 0.4, 1.0):
+        wanted = torch.autograd.grad((1 - weight) * vector_loss + weight * scalar_loss, values, retain_graph=True)[0]
+        found = torch.autograd.grad(critic_loss(values, costs, targets, preferences, weight), values)[0]
+        torch.testing.assert_close(found, wanted)
+
+
+def test_on_top1_alone_both_losses_are_the_same():
+    rng = np.random.default_rng(0)
+    values, costs, targets = (torch.tensor(rng.random(shape)) for shape in ((2, 5), (5, 2), (5, 3)))
+    preferences = torch.eye(3, dtype=float)[0].expand(5, 3)
+    torch.testing.assert_close(*(critic_loss(values, costs, targets, preferences, weight) for weight in (0.0, 1.0)))
+
+
+# ------------------------------------------------------------------------------------------------------------------ parts
+
+
+def test_members_of_an_ensemble_are_independent_perceptrons():
+    rng = np.random.default_rng(0)
+    net, inputs = Mlp(3, 5, 2, 8, rng), torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    out = net(inputs)
+    assert out.shape == (3, 4, 2)
+    with torch.no_grad():
+        net.weights[0][1] += 1
+    changed = (net(inputs) != out).flatten(1).any(1)
+    assert changed.tolist() == [False, True, False]
+
+
+def test_targets_follow_slowly():
+    rng = np.random.default_rng(0)
+    online, target = Mlp(1, 2, 1, 4, rng), Mlp(1, 2, 1, 4, rng)
+    before, goal = target.weights[0].detach().clone(), online.weights[0].detach()
+    follow(target, online, 0.25)
+    torch.testing.assert_close(target.weights[0].detach(), before + 0.25 * (goal - before))
+
+
+def test_noise_stays_in_the_range_without_piling_up_at_its_ends():
+    drawn = truncated_normal(np.full(20_000, 0.1), 0.5, np.random.default_rng(0))
+    assert drawn.min() >= 0 and drawn.max() <= 1
+    assert np.mean((drawn == 0) | (drawn == 1)) < 0.01
+
+
+def test_tighter_budgets_can_be_met(toy):
+    for budget in tighter_budgets(toy, toy.budgets, 20, np.random.default_rng(0)):
+        named = next(named for named in toy.budgets if named.name == budget.name)
+        assert 0 < budget.limits["cost"] <= named.limits["cost"]
+        assert toy.cost(toy.execute(np.zeros(toy.used.shape), budget)) <= budget.limits["cost"] + 1e-9
+
+
+def test_episodes_are_practiced_only_under_budgets_that_execute_them_alike(toy):
+    table = toy.execute(np.full(toy.used.shape, 0.6), toy.budgets[0])
+    limits = [Budget(str(i), {"cost": limit}) for i, limit in enumerate(np.linspace(0.1, 1, 10))]
+    same, shown = compatible(toy, table, limits)
+    assert same.tolist() == [bool((toy.execute(table, limit) == table).all()) for limit in limits]
+    assert same.any() and not same.all()
+    assert (shown.observations[0, :, -1] == np.float32(0.1)).all()
+
+
+# ------------------------------------------------------------------------------------------------------------- the agent
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"warmup": 0}, {"candidates": 0}, {"local": 1.5}, {"elsewhere": -0.1}, {"mixing": float("nan")}, {"tau": 0},
+        {"screening": "best"}, {"ahead": "never"}, {"dropout": 1.0}, {"preference": (0.0, 0.0)}, {"preference": (-1.0, 2.0)},
+        {"updates": 0}, {"noise_decay": 0}, {"critics": 0}, {"smoothing": -1},
+    ],
+)  # fmt: skip
+def test_wrong_options_are_refused(wrong):
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        EnvelopeDdpgConfig(**wrong)
+
+
+def test_a_preference_needs_a_weight_for_every_objective(toy):
+    with pytest.raises(InputError, match="one weight for each of top1, cost"):
+        agent_of(toy, config=replace(SMALL, preference=(1.0, 1.0, 1.0)))
+
+
+SWITCHES = [
+    {"envelope": False}, {"relabel_preferences": False}, {"relabel_budgets": False}, {"homotopy": False}, {"episodic": False},
+    {"candidates": 1}, {"rules": 0}, {"edge": False}, {"ahead": "next"}, {"scalar": True}, {"preference": (0.5, 0.5)},
+    {"screening": "optimistic"}, {"screening": "pessimistic"}, {"screening": "thompson"}, {"dropout": 0.1}, {"elsewhere": 1.0},
+    {"smoothing": 0.0}, {"local": 1.0}, {"local": 0.0},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("switch", SWITCHES, ids=str)
+def test_every_switch_runs_and_matters(toy, switch):
+    def run(config):
+        agent = agent_of(toy, 1, config)
+        policies = [episode.policy for episode in toy.run(agent, 26, slots=2)]
+        shown = np.stack([toy.best, 1 - toy.best])
+        return policies, agent.learner.opinions(shown).tolist()
+
+    changed = run(replace(SMALL, **switch))
+    assert len(changed[0]) == 26
+    assert run(replace(SMALL, **switch)) == changed
+    assert changed != run(SMALL)
+
+
+def test_executed_actions_are_stored_even_when_others_were_asked_for(toy):
+    agent = agent_of(toy, budgets=toy.budgets[:1])
+    actors = agent.ask(4)
+    for actor in actors:
+        agent.tell([(actor, replace(toy.episode(actor), actions=np.where(toy.used, 1.0, 0.0)))])
+    agent.ask(4)
+    assert agent.learner.memories
+    for memory in agent.learner.memories:
+        np.testing.assert_array_equal(memory.table, np.where(toy.used, 1.0, 0.0))
+
+
+def test_an_episode_that_breaks_top1_drop_is_learned_from_and_wins_nothing(toy):
+    budget = replace(toy.budgets[0], top1_drop=0.001)
+    agent = agent_of(toy, budgets=[budget])
+    for _ in range(6):
+        actors = agent.ask(2)
+        agent.tell([(actor, toy.episode(actor, top1=0.5)) for actor in actors])
+    agent.ask(2)
+    assert len(agent.learner.memories) >= 6 and not len(agent.archive)
+
+
+def test_early_stopped_scores_are_not_learned(toy):
+    agent = agent_of(toy)
+    for _ in range(8):
+        for actor in agent.ask(2):
+            episode = toy.episode(actor)
+            stopped = Evaluation(episode.evaluation.top1, episode.evaluation.costs, stopped=True)
+            agent.tell([(actor, replace(episode, evaluation=stopped))])
+    assert not agent.learner.memories
+
+
+def test_an_episode_told_twice_is_refused(toy):
+    agent = agent_of(toy)
+    (actor,) = agent.ask(1)
+    agent.tell([(actor, toy.episode(actor))])
+    with pytest.raises(ValueError, match="not out"):
+        agent.tell([(actor, toy.episode(actor))])
+
+
+def test_choices_do_not_depend_on_how_fast_the_workers_are(toy):
+    def run(slots):
+        agent, out, asked = agent_of(toy), [], []
+        rng = np.random.default_rng(slots)
+        while len(asked) < 30:
+            more = agent.ask(slots - len(out))
+            asked += more
+            out += more
+            actor = out.pop(int(rng.integers(len(out))))
+            agent.tell([(actor, toy.episode(actor))])
+        return tables(asked[:30])
+
+    assert run(1) == run(3) == run(4)
+
+
+def test_torchs_own_generator_is_left_alone(toy):
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    toy.run(agent_of(toy), 16)
+    torch.testing.assert_close(torch.rand(3), wanted)
+
+
+def test_a_pickled_agent_goes_on_alike_while_it_learns(toy):
+    agent = agent_of(toy)
+    toy.run(agent, 24)
+    restored = pickle.loads(pickle.dumps(agent))
+    assert [e.policy for e in toy.run(agent, 10)] == [e.policy for e in toy.run(restored, 10)]
+
+
+def test_costs_of_an_endless_stream_of_failures_stay_bounded(toy):
+    agent = agent_of(toy)
+    for _ in range(20):
+        for actor in agent.ask(2):
+            agent.tell([(actor, Episode(actor.budget.name, None, None, failure="RuntimeError: no"))])
+    assert agent.learned >= 30 and not agent.learner.memories
+
+
+# --------------------------------------------------------------------------------------------------- questions and storage
+
+
+@pytest.fixture
+def trained(toy):
+    agent = agent_of(toy)
+    toy.run(agent, 30)
+    return agent
+
+
+def test_proposals_keep_any_budget(toy, trained):
+    budget = Budget("new", {"cost": 0.43})
+    for preference in (None, np.array([0.4, 0.6])):
+        found = trained.propose(budget, preference, 3, 32)
+        assert len(found) == 3 and len({toy.decode(table) for table in found}) == 3
+        for table in found:
+            assert toy.cost(table) <= 0.43
+            np.testing.assert_array_equal(toy.execute(table, budget), table)
+
+
+def test_a_saved_agent_answers_alike(toy, trained, tmp_path):
+    trained.save(tmp_path / "agent")
+    assert sorted(file.name for file in (tmp_path / "agent").iterdir()) == [
+        "agent.json", "networks.safetensors", "replay.npz",
+    ]  # fmt: skip
+    loaded = EnvelopeDdpg.load(tmp_path / "agent", toy)
+    budget = Budget("new", {"cost": 0.43})
+    for one, other in zip(trained.propose(budget), loaded.propose(budget), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert len(toy.run(loaded, 8)) == 8
+
+
+def test_damaged_or_foreign_agents_are_refused(toy, trained, tmp_path):
+    folder = tmp_path / "agent"
+    with pytest.raises(InputError, match=r"holds no agent: it has no agent\.json"):
+        EnvelopeDdpg.load(folder, toy)
+    trained.save(folder)
+    other = type(toy)()
+    other.objectives = ("top1", "other")
+    with pytest.raises(InputError, match="belongs to another problem"):
+        EnvelopeDdpg.load(folder, other)
+    state = json.loads((folder / "agent.json").read_text())
+    (folder / "agent.json").write_text(json.dumps({**state, "schema": 9}))
+    with pytest.raises(InputError, match="schema 9"):
+        EnvelopeDdpg.load(folder, toy)
+    (folder / "agent.json").write_text(json.dumps(state))
+    (folder / "networks.safetensors").write_bytes(b"nothing")
+    with pytest.raises(InputError, match="damaged"):
+        EnvelopeDdpg.load(folder, toy)
+
+
+def test_every_option_is_described():
+    assert all(f"{field.name}" in EnvelopeDdpgConfig.__doc__ for field in fields(EnvelopeDdpgConfig))
+
+
+# -------------------------------------------------------------------------------------------------------------- known fronts
+
+
+FRONTS = ["convex", "partly_concave"]
+EXPLORER = EnvelopeDdpgConfig(
+    warmup=20, candidates=48, goals=24, updates=8, batch=32, planned=12, hidden=32, critics=3, elsewhere=0.8
+)
+
+
+def share_of_hypervolume(make, seed, evaluations=120):
+    space = make()
+    agent = EnvelopeDdpg(EXPLORER, space, [Budget("any", {"cost": 0.95})], np.random.default_rng(seed))
+    episodes = space.run(agent, evaluations, slots=1)
+    found = np.array([[-episode.evaluation.top1, -episode.reward[1]] for episode in episodes])
+    costs, top1 = space.front()
+    keep = costs <= 0.95
+    reference = np.array([0.0, 1.0])
+    return hypervolume(found, reference) / hypervolume(np.column_stack([-top1, costs])[keep], reference)
+
+
+def test_the_concave_front_is_concave_somewhere(known_fronts):
+    for name, concave in zip(FRONTS, (False, True), strict=True):
+        costs, top1 = known_fronts[name]().front()
+        assert bool((np.diff(top1, 2) > 1e-3).any()) == concave, name
+
+
+@pytest.mark.parametrize("name", FRONTS)
+def test_finds_a_known_front(known_fronts, name):
+    assert share_of_hypervolume(known_fronts[name], 0) >= 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FRONTS)
+def test_finds_a_known_front_with_most_seeds(known_fronts, name):
+    assert sum(share_of_hypervolume(known_fronts[name], seed) >= 0.9 for seed in range(10)) >= 8

@@ -1,0 +1,127 @@
+"""Walking ahead without evaluations is the same as walking."""
+
+import numpy as np
+import pytest
+
+from envs.compression_env import CompressionEnv
+from envs.core import Budget, Evaluation
+from envs.rollout import rollout
+
+BUDGETS = (
+    Budget("half", {"macs": 2000.0}),
+    Budget("both", {"macs": 3000.0, "weight_bytes": 900.0}),
+    Budget("memory", {"peak_activation_bytes": 300.0}),
+    Budget("free", {}),
+)
+
+
+class Costs:
+    """Any score; the costs are what counts here."""
+
+    def __init__(self, space):
+        self.space = space
+
+    def evaluate(self, policy):
+        return Evaluation(0.5, self.space.policy_costs(policy))
+
+
+class Bumpy:
+    """A cost that is not monotone: fewer kept units can cost more."""
+
+    name = "latency_ms"
+
+    def total(self, shapes):
+        return shapes.widths.sum(axis=1) + 3.0 * (shapes.widths[:, 0] % 3)
+
+
+class Replay:
+    """Asks for the rows of a table, whatever is executed."""
+
+    def __init__(self, table, budget):
+        self.table, self.budget = table, budget
+
+    def act(self, observation, step):
+        return self.table[step]
+
+
+@pytest.fixture
+def space(feasible_space):
+    space = feasible_space(prune_ratio=(0.0, 0.8), weight_bits=(8, 6, 4), activation_bits=(8, 4))
+    space.cost_models["latency_ms"] = Bumpy()
+    space.dense_costs["latency_ms"] = 14.0 + 6.0
+    return space
+
+
+def rows_of(space, budgets, count=15, seed=0):
+    rng = np.random.default_rng(seed)
+    tables = rng.random((count * len(budgets), *space.used.shape))
+    return tables, [budgets[i % len(budgets)] for i in range(len(tables))]
+
+
+@pytest.mark.parametrize("budgets", [BUDGETS, (Budget("bumpy", {"latency_ms": 9.0, "macs": 4000.0}),)], ids=["usual", "bumpy"])
+def test_simulation_equals_the_environment_step_by_step(space, budgets):
+    tables, rows = rows_of(space, budgets)
+    shown = space.simulate(lambda observations, so_far, step, which: tables[which, step], rows)
+    env = CompressionEnv(space, Costs(space), budgets)
+    for i, budget in enumerate(rows):
+        episode = rollout(env, Replay(tables[i], budget))
+        np.testing.assert_array_equal(episode.actions, shown.tables[i])
+        np.testing.assert_allclose(episode.observations, shown.observations[i], atol=1e-6)
+        np.testing.assert_allclose(-episode.reward[1:], shown.costs[i], rtol=1e-6)
+
+
+def test_actors_see_what_the_environment_shows(space):
+    tables, rows = rows_of(space, BUDGETS)
+    seen = []
+
+    def act(observations, so_far, step, which):
+        assert (so_far[:, step:] == 0).all()
+        seen.append(observations)
+        return observations[:, -space.action_dim :]
+
+    shown = space.simulate(act, rows)
+    env = CompressionEnv(space, Costs(space), BUDGETS)
+
+    class Follow:
+        budget = rows[1]
+
+        def act(self, observation, step):
+            return observation[-space.action_dim :]
+
+    np.testing.assert_array_equal(rollout(env, Follow()).actions, shown.tables[1])
+    np.testing.assert_array_equal(np.stack(seen, axis=1), shown.observations[:, :-1])
+
+
+def test_rows_start_where_they_are_told_to(space):
+    tables, rows = rows_of(space, BUDGETS)
+    whole = space.simulate(lambda observations, so_far, step, which: tables[which, step], rows)
+    starts = np.arange(len(rows)) % (space.num_steps + 1)
+    asked = np.zeros((len(rows), space.num_steps), bool)
+
+    def act(observations, so_far, step, which):
+        asked[which, step] = True
+        return tables[which, step]
+
+    again = space.simulate(act, rows, whole.tables, starts)
+    np.testing.assert_array_equal(again.tables, whole.tables)
+    np.testing.assert_array_equal(again.observations, whole.observations)
+    np.testing.assert_array_equal(asked, np.arange(space.num_steps) >= starts[:, None])
+
+
+def test_observations_under_other_limits(space):
+    tables, rows = rows_of(space, BUDGETS[:1])
+    shown = space.simulate(lambda observations, so_far, step, which: tables[which, step], rows)
+    other = Budget("other", {"macs": 2500.0, "weight_bytes": 1000.0})
+    wanted = space.simulate(lambda *_: None, [other] * len(rows), shown.tables, np.full(len(rows), space.num_steps))
+    for step in range(space.num_steps + 1):
+        changed = space.with_limits(shown.observations[:, step], [other] * len(rows))
+        np.testing.assert_array_equal(changed, wanted.observations[:, step])
+
+
+def test_many_tables_fit_like_each_one(space):
+    tables, rows = rows_of(space, BUDGETS)
+    together = space.fit_all(tables, rows)
+    alone = np.stack([space.fit(table, budget) for table, budget in zip(tables, rows, strict=True)])
+    assert np.abs(together - alone).mean() < 0.02
+    for table, budget in zip(together, rows, strict=True):
+        np.testing.assert_array_equal(space.execute(table, budget), table)
