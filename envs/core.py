@@ -182,7 +182,11 @@ class ActionSpace(Protocol):
         ...
 
     def fit_all(self, tables: np.ndarray, budgets: Sequence[Budget]) -> np.ndarray:
-        """Return `fit` of many tables, (n, num_steps, action_dim), one budget each; the edge may be found a little less closely."""
+        """Return `fit` of many tables, (n, num_steps, action_dim), one budget each; the edge is found a little less closely."""
+        ...
+
+    def cost_shares(self, tables: np.ndarray) -> np.ndarray:
+        """Return every cost among the objectives by the dense one, (n, num_objectives - 1), of executed tables."""
         ...
 
     def with_limits(self, observations: np.ndarray, budgets: Sequence[Budget]) -> np.ndarray:

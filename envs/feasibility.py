@@ -223,6 +223,11 @@ class FeasibleSpace:
 
         return fit_all(self, tables, budgets)
 
+    def cost_shares(self, tables: np.ndarray) -> np.ndarray:
+        """Return the costs among the objectives of executed tables by the dense ones (see `ActionSpace`)."""
+        costs = self.costs(self.space.snap(tables), self.objectives[1:])
+        return np.stack([costs[name] / self.dense_costs[name] for name in self.objectives[1:]], axis=1)
+
     def with_limits(self, observations: np.ndarray, budgets: Sequence[Budget]) -> np.ndarray:
         """Return the observations of the same states under other budgets (see `ActionSpace`)."""
         from envs.observation import Observer

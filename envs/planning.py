@@ -51,9 +51,7 @@ def simulate(
             decision += 1
         last = executed[:, step]
     observations[:, -1] = observer.rows(space.num_steps, decision, levels, last, budgets)
-    costs = space.costs(levels, space.objectives[1:])
-    shares = [costs[name] / space.dense_costs[name] for name in space.objectives[1:]]
-    return Simulation(observations, executed, np.stack(shares, axis=1) if shares else np.empty((rows, 0)))
+    return Simulation(observations, executed, space.cost_shares(executed))
 
 
 def fit_all(space: FeasibleSpace, tables: np.ndarray, budgets: Sequence[Budget], bends: int = 12, rounds: int = 3) -> np.ndarray:

@@ -134,7 +134,8 @@ def _weights(preference: str | Mapping[str, float], objectives: Sequence[str]) -
     for name, value in preference.items():
         if name not in objectives:
             raise InputError(
-                f"--preference: {name} is no objective of this run.{did_you_mean(name, objectives)} Known: {', '.join(objectives)}"
+                f"--preference: {name} is no objective of this run.{did_you_mean(name, objectives)} "
+                f"Known: {', '.join(objectives)}"
             )
         if not 0 <= value < float("inf"):
             raise InputError(f"--preference: the weight of {name} must be 0 or more, but got {value}.")

@@ -286,7 +286,7 @@ def ask(
     run: RunPath,
     budget: Annotated[str, typer.Option("--budget", help='Any limits, e.g. "macs<=43%,weight_bytes<=20kB".')],
     preference: Annotated[
-        str | None, typer.Option("--preference", help='Weights of costs, e.g. "macs=0.7"; top1 has the rest. Default: the run\'s.')
+        str | None, typer.Option("--preference", help='Weights of costs, such as "macs=0.7"; top1: the rest.')
     ] = None,
     evaluations: Annotated[int, typer.Option(min=1, help="How many proposals are measured.")] = 3,
     overrides: Overrides = None,

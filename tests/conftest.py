@@ -92,8 +92,11 @@ class ToySpace:
                 walled = np.maximum(wanted[:, column], LEVELS[np.searchsorted(LEVELS, np.clip(least - 1e-9, 0, 1))])
                 executed[:, step, column] = np.where(starts <= step, walled, wanted[:, column])
         observations = np.stack([*observations, self.observe(self.num_steps, executed, limits)], axis=1).astype(np.float32)
-        costs = np.mean(1 - executed[:, self.used], axis=1, keepdims=True)
-        return Simulation(observations, executed.astype(np.float32), costs)
+        return Simulation(observations, executed.astype(np.float32), self.cost_shares(executed))
+
+    def cost_shares(self, tables):
+        """The cost of each table."""
+        return np.mean(1 - tables[:, self.used], axis=1, keepdims=True)
 
     def fit_all(self, tables, budgets):
         """`fit` of one after the other."""

@@ -1,4 +1,35 @@
-"""One-stage envelope DDPG: one run answers every preference and every budget."""
+"""One-stage envelope DDPG: an actor and critics that know the preference and the budget, so one run answers all of them.
+
+In the manner of MCMC (Li et al. 2024, doi 10.1109/TNNLS.2024.3353763, "one-stage envelope DDPG"), of which only the abstract
+is public: its state, reward, networks and training cannot be reproduced, and nothing here claims to. Decisions and their sources:
+
+1. *One stage*. Yang et al. 2019 (arXiv:1908.08342) learn over all preferences and then adapt to a hidden one. Here preference and
+   budget are inputs that may change at any time, also afterwards (`propose`): nothing is left to adapt.
+2. *Envelope target*: the sup over preferences w' of completions by the target actor (Yang's optimality filter, the actor in place
+   of the maximum over actions), the pessimistic critic inside it, mixed with the plain target (QENV_CTN, in the code of CAPQL);
+   the whole vector of the critic with the smaller scalarised value (PD-MORL). See targets.py.
+3. *Costs are never learned*. The critics know top-1 alone; costs of a completion come from the simulated environment
+   (`ActionSpace.simulate`), and so does their slope by the action in the actor's gradient, as a finite difference.
+4. *Completions are valued at their end*. The simulator walks to the last step anyway, where critics need no bootstrapping: a
+   complete table is all that decides top-1, and evaluated ones are known there. `ahead: next` bootstraps at the next step.
+5. *The table belongs to the state*: an observation alone does not tell what was done to earlier layers.
+6. *Hindsight*: every episode is practiced under other preferences (HPR-CAPQL) and under every budget that would have executed the
+   same actions, because raw components are stored. gamma is 1 and only the end is rewarded.
+7. *Planned batches*: completions cost more than gradient steps, so targets are computed for a few transitions per episode and
+   pooled; many small steps sample from the pool until it ages out (GPI-PD takes 20 steps per observation).
+8. *Blurred actions* instead of dropout and layer norms alone (DroQ, GPI-PD): 50 to 200 noisy scores are learned by heart
+   otherwise.
+9. *Acting*: rules first (uniform, CLR-RNF), then random feasible policies, then whatever the critics like best among noisy
+   rollouts of the actor (AMC's truncated normal) and moves of the best known policies (those of the bee colony, and normal ones),
+   bent to the edge of the budget when lower costs are worth nothing. A second-order dynamic program is not among the rules: an
+   agent knows magnitudes of weights, no curvature.
+10. A share of the episodes looks *elsewhere*: at the policy, under any budget and preference, that would add most hypervolume to
+    the front if the critics are right (after GPI-LS, which visits the preference with the largest expected gain). Budgets reach
+    concave parts of a front, which linear preferences cannot.
+11. Episodes are learned from in the order in which they were asked for, and a choice builds on exactly those before the last
+    `lookahead`: results depend on the seed and not on which worker is faster.
+12. `scalar` is AMC's agent for comparison (He et al. 2018): one critic, bootstrapped, one update per step, the wall alone.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +42,7 @@ from agents.clr_rnf import ClrRnf, ClrRnfConfig
 from agents.core import TableActor
 from agents.envelope_ddpg.config import EnvelopeDdpgConfig
 from agents.envelope_ddpg.learner import ENOUGH, Learner
-from agents.envelope_ddpg.replay import Memory, compatible, sample_preferences, tighter_budgets
+from agents.envelope_ddpg.replay import Memory, executes_alike, sample_preferences, tighter_budgets
 from agents.envelope_ddpg.storage import read_agent, write_agent
 from agents.pareto import Archive, hypervolume
 from agents.random_search import random_table
@@ -20,7 +51,7 @@ from envs.core import ActionSpace, Actor, Budget, CompressionPolicy, Episode, In
 
 
 class EnvelopeDdpg:
-    """See the module."""
+    """Asks, tells and, at any time, proposes policies for any preference and budget; see the module."""
 
     def __init__(
         self, config: EnvelopeDdpgConfig, space: ActionSpace, budgets: Sequence[Budget], rng: np.random.Generator
@@ -83,23 +114,25 @@ class EnvelopeDdpg:
         preference, table = self._out.pop(self.learned)
         self.learned += 1
         if _scored(episode):
-            self._remember(episode, preference, table if episode.actions is None else episode.actions)
+            self._remember(episode, preference, table)
         if len(self.learner.memories) >= ENOUGH:
             if self.space.num_steps > 1:
                 self.learner.plan(self.config.planned)
             done = self.learned / self.config.homotopy_episodes
             self.learner.learn(self.config.updates, min(1.0, done) if self.config.homotopy else 0.0)
 
-    def _remember(self, episode: Episode, preference: np.ndarray, table: np.ndarray) -> None:
+    def _remember(self, episode: Episode, preference: np.ndarray, handed_out: np.ndarray) -> None:
+        table = np.asarray(handed_out if episode.actions is None else episode.actions, np.float32)
         own = next(i for i, budget in enumerate(self.budgets) if budget.name == episode.budget)
-        reward = np.asarray(episode.reward, float)
-        goals = [own]
+        reward, goals = np.asarray(episode.reward, float), [own]
         if self.config.relabel_budgets:
-            goals += [i for i, goal in enumerate(self.goals) if i != own and self._holds(goal, reward)]
-        same, shown = compatible(self.space, np.asarray(table), [self.goals[i] for i in goals])
-        same[0] = True  # it was executed under its own budget
-        kept = np.array(goals)[same]
-        self.learner.add(Memory(np.asarray(table, float), shown.observations[0], reward, kept, preference))
+            held = [i for i, goal in enumerate(self.goals) if i != own and self._holds(goal, reward)]
+            goals += [i for i in held if executes_alike(self.space, table, self.goals[i])]
+        observations = episode.observations
+        if observations is None:
+            whole = np.full(1, self.space.num_steps)
+            observations = self.space.simulate(_nothing, [self.budgets[own]], table[None], whole).observations[0]
+        self.learner.add(Memory(table.astype(float), observations, reward, np.array(goals), preference))
 
     # -------------------------------------------------------------------------------------------------------- choosing
 
@@ -165,7 +198,7 @@ class EnvelopeDdpg:
         new = [i for i, table in enumerate(tables) if self.space.decode(table) not in self._known]
         if not new:
             return self._random()
-        rewards = self._expected(tables[new], [budgets[i] for i in new])
+        rewards = self._expected(tables[new])
         values = self._gains(rewards) if elsewhere else rewards @ self.preference
         best = new[int(values.argmax())]
         named = self.parents[goals[best]]
@@ -189,7 +222,7 @@ class EnvelopeDdpg:
         if held:
             walled = np.stack([self.space.execute(table, budget) for table in held])
             tables = np.concatenate([tables, walled])
-        values = self._expected(tables, [budget] * len(tables)) @ wanted
+        values = self._expected(tables) @ wanted
         chosen: dict[CompressionPolicy, np.ndarray] = {}
         for i in np.argsort(-values, kind="stable"):
             if len(chosen) == count:
@@ -264,7 +297,7 @@ class EnvelopeDdpg:
         """Return what the environment would execute, (n, num_steps, action_dim)."""
         return self.space.simulate(lambda observations, so_far, step, rows: tables[rows, step], budgets).tables
 
-    def _expected(self, tables: np.ndarray, budgets: Sequence[Budget]) -> np.ndarray:
+    def _expected(self, tables: np.ndarray) -> np.ndarray:
         """Return the rewards of executed tables, (n, num_objectives): exact costs, and top-1 as the critics screen it."""
         opinions = self.learner.opinions(tables)
         match self.config.screening:
@@ -276,8 +309,7 @@ class EnvelopeDdpg:
                 top1 = opinions[self.rng.integers(len(opinions))]
             case _:
                 top1 = opinions.mean(axis=0)
-        complete = np.full(len(tables), self.space.num_steps)
-        return np.column_stack([top1, -self.space.simulate(_nothing, budgets, tables, complete).costs])
+        return np.column_stack([top1, -self.space.cost_shares(tables)])
 
     def _gains(self, rewards: np.ndarray) -> np.ndarray:
         """Return how much hypervolume each reward vector would add to the front, (n,)."""

@@ -39,8 +39,10 @@ class EnvelopeDdpgConfig:
         hidden: width of both hidden layers of all networks.
         critics: how many.
         dropout: in the critics.
-        smoothing: standard deviation of the noise on the actions that the critics learn from. The strongest of all regularizers: rank
-            correlation 0.76 instead of 0.62 after 100 noisy evaluations of a made-up task of ResNet-56's size.
+        smoothing: standard deviation of the noise on the actions that the critics learn from, before anything is known. The
+            strongest regularizer of all: rank correlation 0.76 instead of 0.62 after 100 noisy evaluations of a made-up task of
+            ResNet-56's size.
+        sharpening: episodes n after which that noise has shrunk to 1 / sqrt(2); it goes with 1 / sqrt(1 + episodes / n).
         weight_decay: of the critics.
         actor_rate, critic_rate: learning rates of Adam.
         tau: of the soft target updates.
@@ -78,6 +80,7 @@ class EnvelopeDdpgConfig:
     critics: int = 4
     dropout: float = 0.0
     smoothing: float = 0.3
+    sharpening: int = 30
     weight_decay: float = 1e-2
     actor_rate: float = 1e-3
     critic_rate: float = 1e-3
@@ -89,7 +92,7 @@ class EnvelopeDdpgConfig:
         least = {
             "warmup": 1, "rules": 0, "candidates": 1, "noise": 0, "least_noise": 0, "goals": 1, "lookahead": 1, "updates": 1,
             "batch": 1, "planned": 1, "memory": 1, "alternatives": 1, "homotopy_episodes": 1, "hidden": 1, "critics": 1,
-            "weight_decay": 0, "smoothing": 0, "target_noise": 0,
+            "weight_decay": 0, "sharpening": 1, "smoothing": 0, "target_noise": 0,
         }  # fmt: skip
         for name, value in least.items():
             if not getattr(self, name) >= value:

@@ -225,7 +225,9 @@ class Learner:
         entries = len(self.step_of)
         taken = inputs[:, 2 * entries : 3 * entries]
         noise = torch.from_numpy(self.rng.standard_normal((len(inputs), entries), np.float32))
-        blurred = inputs[:, :entries] + 2 * self.config.smoothing * noise * taken
+        # As much as is known allows: the spread of a density estimate shrinks as episodes come in.
+        spread = self.config.smoothing * (1 + len(self.memories) / self.config.sharpening) ** -0.5
+        blurred = inputs[:, :entries] + 2 * spread * noise * taken
         return torch.cat([blurred, (1.5 * blurred**2 - 0.5) * taken, inputs[:, 2 * entries :]], dim=1)
 
     def update_actor(self) -> None:

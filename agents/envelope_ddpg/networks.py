@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Mlp(nn.Module):
-    """`members` perceptrons with two hidden layers, layer norms and a linear path past them: (B, inputs) to (members, B, outputs).
+    """`members` perceptrons with two hidden layers and a linear path past them: (B, inputs) to (members, B, outputs).
 
     The linear path learns the additive part at once; the rest is left to the hidden layers.
     """

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from envs.core import ActionSpace, Budget, Simulation
+from envs.core import ActionSpace, Budget
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +40,8 @@ def sample_preferences(rng: np.random.Generator, count: int, objectives: int) ->
 def tighter_budgets(space: ActionSpace, budgets: Sequence[Budget], count: int, rng: np.random.Generator) -> list[Budget]:
     """Return `count` budgets per given one, with every limit somewhere between the least cost and the given limit.
 
-    The strongest policy that the wall lets through meets all of them, so they are satisfiable. Half of them tighten all limits alike.
+    The strongest policy that the wall lets through meets all of them, so they are satisfiable. Half of them tighten all limits
+    alike.
     """
     strongest = space.simulate(lambda observations, *_: np.ones((len(observations), space.action_dim)), budgets)
     least = strongest.costs
@@ -60,10 +61,9 @@ def tighter_budgets(space: ActionSpace, budgets: Sequence[Budget], count: int, r
     return found
 
 
-def compatible(space: ActionSpace, table: np.ndarray, budgets: Sequence[Budget]) -> tuple[np.ndarray, Simulation]:
-    """Return under which budgets the environment would execute this very table, (n,) bool, and the simulation that shows it."""
-    shown = space.simulate(lambda observations, tables, step, rows: np.tile(table[step], (len(rows), 1)), budgets)
-    return (shown.tables == table.astype(np.float32)).all(axis=(1, 2)), shown
+def executes_alike(space: ActionSpace, table: np.ndarray, budget: Budget) -> bool:
+    """Return whether the environment would execute this very table under the budget: then it is an episode of that budget too."""
+    return np.array_equal(np.asarray(space.execute(table, budget), np.float32), np.asarray(table, np.float32))
 
 
 class Pool:

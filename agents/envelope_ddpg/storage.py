@@ -71,9 +71,9 @@ def read_agent(folder: Path, space: ActionSpace, make: type[EnvelopeDdpg]) -> En
         tensors = load_file(folder / NETWORKS)
         with np.load(folder / REPLAY, allow_pickle=False) as archive:
             replay = {name: archive[name] for name in archive.files}
-        if state["space"] != _space_facts(space):
+        if state["space"] != (facts := _space_facts(space)):
             raise InputError(
-                f"The agent in {folder} belongs to another problem: it knows {state['space']}, but this is {_space_facts(space)}. "
+                f"The agent in {folder} belongs to another problem: it knows {state['space']}, but this is {facts}. "
                 "Restore the model and the configuration of its run."
             )
         return _restored(state, tensors, replay, space, make)

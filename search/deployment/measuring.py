@@ -34,14 +34,13 @@ class Journal:
 
     def __init__(self, path: Path, identity: dict[str, Any]):
         self._path, self._values = path, {}
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        identity = json.loads(json.dumps(identity))
-        if lines and _parsed(lines[0]) == {"identity": identity}:
-            for line in lines[1:]:
-                if (entry := _parsed(line)) is not None:
-                    self._values[entry["name"]] = entry["value"]
-        if not self._values:
-            path.write_text(json.dumps({"identity": identity}) + "\n", encoding="utf-8")
+        lines = [_parsed(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        header = json.loads(json.dumps({"identity": identity}))
+        if lines and lines[0] == header:
+            self._values = {entry["name"]: entry["value"] for entry in lines[1:] if entry is not None}
+        # Written anew, because a line that a killed process left half done would swallow the next one.
+        entries = [{"name": name, "value": value} for name, value in self._values.items()]
+        path.write_text("".join(json.dumps(entry) + "\n" for entry in (header, *entries)), encoding="utf-8")
 
     def __len__(self) -> int:
         return len(self._values)

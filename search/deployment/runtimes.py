@@ -179,7 +179,7 @@ class OpenVino:
 
     def version(self) -> str:
         """Return the version of OpenVINO."""
-        return _openvino().__version__
+        return _openvino().__version__.partition("-")[0]  # what follows names the build
 
     def open(self, model: str | Path | bytes, threads: int, precision: str) -> OpenVinoSession:
         """Return a session; floating-point layers are executed in this precision."""

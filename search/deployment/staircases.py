@@ -30,7 +30,7 @@ def measured_counts(
     if largest <= 4:
         return tuple(range(1, largest + 1))
     if coarse:
-        return tuple(sorted({max(1, largest // 16), max(1, largest // 4), largest // 2, largest}))
+        return tuple(sorted({1, max(1, largest // 16), max(1, largest // 4), largest // 2, largest}))
     every = np.arange(1, largest + 1)
     kinds = count_kinds(every, multiples)
     chosen = {1, largest}
@@ -67,13 +67,16 @@ def find_staircase(counts: Sequence[int], milliseconds: Sequence[float]) -> tupl
         milliseconds: the time at each.
     """
     times = np.array(milliseconds)
+    # Multiples of 8 or 16 are rare, yet they are what will be chosen: a count weighs more, the rarer its power of two.
+    powers = np.gcd(np.array(counts), STEPS[-1])
+    weights = 1 / np.sqrt(np.array([(powers == power).sum() for power in powers]))
     errors = {}
     for multiples, step in _candidates(counts[-1] // 2):
         axis = Axis(measured_counts(counts[-1], multiples, step), multiples, step)
         lower, upper, weight = (part[1:] for part in axis.coordinates())
         known = times[np.array(axis.counts) - 1]
         predicted = known[lower] * (1 - weight) + known[upper] * weight
-        errors[multiples, step] = float(np.mean(np.abs(predicted / times - 1)))
+        errors[multiples, step] = float(np.average(np.abs(predicted / times - 1), weights=weights))
     limit = max(min(errors.values()) * MARGIN, NEGLIGIBLE)
     (multiples, step), error = next(item for item in errors.items() if item[1] <= limit)
     return multiples, step, error

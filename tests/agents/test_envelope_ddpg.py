@@ -11,7 +11,7 @@ import torch
 from agents.envelope_ddpg import EnvelopeDdpgConfig
 from agents.envelope_ddpg.agent import EnvelopeDdpg, truncated_normal
 from agents.envelope_ddpg.networks import Mlp, follow
-from agents.envelope_ddpg.replay import compatible, sample_preferences, tighter_budgets
+from agents.envelope_ddpg.replay import sample_preferences, tighter_budgets
 from agents.envelope_ddpg.targets import critic_loss, envelope_target, pessimistic
 from agents.pareto import hypervolume
 from envs.core import Budget, Episode, Evaluation, InputError
@@ -123,12 +123,16 @@ def test_tighter_budgets_can_be_met(toy):
 
 
 def test_episodes_are_practiced_only_under_budgets_that_execute_them_alike(toy):
-    table = toy.execute(np.full(toy.used.shape, 0.6), toy.budgets[0])
-    limits = [Budget(str(i), {"cost": limit}) for i, limit in enumerate(np.linspace(0.1, 1, 10))]
-    same, shown = compatible(toy, table, limits)
-    assert same.tolist() == [bool((toy.execute(table, limit) == table).all()) for limit in limits]
-    assert same.any() and not same.all()
-    assert (shown.observations[0, :, -1] == np.float32(0.1)).all()
+    agent = agent_of(toy, budgets=toy.budgets[:1], config=replace(SMALL, goals=12))
+    toy.run(agent, 30)
+    practiced = [len(memory.goals) for memory in agent.learner.memories]
+    assert max(practiced) > 3 and min(practiced) < 13
+    for memory in agent.learner.memories:
+        for i, goal in enumerate(agent.goals):
+            alike = np.array_equal(toy.execute(memory.table, goal), memory.table)
+            assert (i in memory.goals) == (alike and -memory.reward[1] <= goal.limits["cost"])
+        shown = toy.simulate(lambda *_: None, [toy.budgets[0]], memory.table[None], np.array([toy.num_steps]))
+        np.testing.assert_array_equal(memory.observations, shown.observations[0])
 
 
 # ------------------------------------------------------------------------------------------------------------- the agent
@@ -311,11 +315,11 @@ def test_every_option_is_described():
 
 FRONTS = ["convex", "partly_concave"]
 EXPLORER = EnvelopeDdpgConfig(
-    warmup=20, candidates=48, goals=24, updates=8, batch=32, planned=12, hidden=32, critics=3, elsewhere=0.8
+    warmup=20, candidates=48, goals=48, updates=8, batch=32, planned=12, hidden=32, critics=3, elsewhere=1.0, sharpening=10
 )
 
 
-def share_of_hypervolume(make, seed, evaluations=120):
+def share_of_hypervolume(make, seed, evaluations=150):
     space = make()
     agent = EnvelopeDdpg(EXPLORER, space, [Budget("any", {"cost": 0.95})], np.random.default_rng(seed))
     episodes = space.run(agent, evaluations, slots=1)

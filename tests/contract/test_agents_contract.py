@@ -10,9 +10,10 @@ from agents import AGENTS
 from agents.core import TableActor
 from envs.core import Episode
 
-
 SMALL = {
-    "envelope_ddpg": {"warmup": 12, "candidates": 12, "goals": 3, "updates": 3, "batch": 16, "planned": 6, "hidden": 16, "critics": 2}
+    "envelope_ddpg": {
+        "warmup": 12, "candidates": 12, "goals": 3, "updates": 3, "batch": 16, "planned": 6, "hidden": 16, "critics": 2,
+    }  # fmt: skip
 }
 """Options of agents that otherwise think for too long; what they promise is the same."""
 

@@ -69,7 +69,7 @@ def test_a_run_holds_study_front_and_manifest(folder):
             if name in point["fits"]:
                 assert all(point["costs"][cost] <= limit for cost, limit in budget["limits"].items())
     assert {point["budget"] for point in document["final"]["points"]} == {"phone", "watch"}
-    for name, budget in document["budgets"].items():
+    for budget in document["budgets"].values():
         assert budget["check"]["passed"] and (run / budget["check"]["export"] / "verify.json").is_file()
 
 

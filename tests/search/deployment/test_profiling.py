@@ -14,7 +14,8 @@ from search.cli import app
 from search.deployment import profile_run, profiling
 from search.deployment.layer_models import LayerPoint
 from search.deployment.measuring import Journal, chunks, merged
-from search.deployment.profiling import ProfileConfig, grid_axes, profile
+from search.deployment.plan import grid_axes
+from search.deployment.profiling import ProfileConfig, profile
 from search.deployment.runtimes import RUNTIMES
 from search.deployment.staircases import find_staircase, measured_counts, plot
 
@@ -28,7 +29,7 @@ SMOOTH = np.linspace(1.0, 5.0, 72)
         (lambda c: -(-c // 16) * 16 + 10.0, (), 16),
         (lambda c: (c + 20.0) * np.where(c % 4 == 0, 1, 1.6), (4,), 4),
         (lambda c: np.where(c % 8 == 0, -(-c // 8) * 8, 2 * c + 30) + 10.0, (8,), 8),
-        (lambda c: (c + 20.0) * np.where(c % 16 == 0, 1, np.where(c % 8 == 0, 1.4, 1.9)), (16, 8), 16),
+        (lambda c: (c + 20.0) * np.where(c % 16 == 0, 1, np.where(c % 8 == 0, 2, 3)), (16, 8), 16),
     ],
 )
 def test_the_staircase_of_a_scan_is_found(milliseconds, multiples, step):
@@ -207,3 +208,7 @@ def test_the_journal_keeps_everything_at_once(tmp_path):
     assert Journal(path, {"a": (1, 2)}).get("x", lambda: [1.5]) == [1.5]
     assert Journal(path, {"a": [1, 2]}).get("x", lambda: pytest.fail("measured again")) == [1.5]
     assert json.loads(path.read_text().splitlines()[1]) == {"name": "x", "value": [1.5]}
+    with path.open("a") as file:
+        file.write('{"name": "torn')  # as a killed process leaves it
+    Journal(path, {"a": [1, 2]}).get("y", lambda: 2)
+    assert len(Journal(path, {"a": [1, 2]})) == 2
