@@ -364,8 +364,8 @@ def benchmark_speed(
                 label = f"{name.partition(':')[2]} ({size} px), {chosen.name}"
                 lines += measure.speed_rows(label, found)
     table = "\n".join([*measure.SPEED_HEADER, *lines])
-    machine = ", ".join(describe_machine().values())
-    note = f"{machine}; {', '.join(versions)}; {threads} thread{'s' * (threads > 1)}; one image; float layers in float32."
+    machine = describe_machine()
+    note = f"{machine['processor']}, {machine['cores']} cores; {', '.join(versions)}; {threads} thread{'s' * (threads > 1)}; one image; float layers in float32."
     print(f"{table}\n\n{note}")
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
