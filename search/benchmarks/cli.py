@@ -365,7 +365,8 @@ def benchmark_speed(
                 lines += measure.speed_rows(label, found)
     table = "\n".join([*measure.SPEED_HEADER, *lines])
     machine = describe_machine()
-    note = f"{machine['processor']}, {machine['cores']} cores; {', '.join(versions)}; {threads} thread{'s' * (threads > 1)}; one image; float layers in float32."
+    used = f"{threads} thread{'s' * (threads > 1)}; one image; float layers in float32."
+    note = f"{machine['processor']}, {machine['cores']} cores; {', '.join(versions)}; {used}"
     print(f"{table}\n\n{note}")
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,9 @@ Where the file differs from the simulation in PyTorch, and why:
 3. There are no kernels below 8 bits: codes of fewer bits are stored in bytes with their own scale, which is exact. Inputs of
    fewer bits get 256 levels over the same range. Levels that are no multiples of each other (powers of two, at 5 bits and
    more) are rounded to the nearest of 255.
+
+And one thing that a runtime may change by itself: ONNX Runtime also rounds the weights of a float layer that stands between
+two integer ones (its optimizer WeightBiasQuantization). What `secateur verify` compares is what it computes then.
 """
 
 from __future__ import annotations
