@@ -251,7 +251,7 @@ def _document(
         "layers": _layers(network),
         "execution": [asdict(execution) for execution in executions],
         "note": "In model.safetensors weights are stored in their bits. In PyTorch activation bits are simulated: values are "
-        "rounded to the grid, the arithmetic is float32. model.onnx holds 8-bit integers.",
+        "rounded to the grid, the arithmetic is float32. In model.onnx layers of at most 8 bits compute in integers.",
     }
 
 
@@ -279,7 +279,7 @@ def _readme(document: Mapping[str, Any], name: str) -> str:
         f"- {split} top-1: {100 * score['top1']:.2f} % of {score['images']} images" for split, score in scores
     )
     costs = "\n".join(
-        f"- {cost}: {value:,.0f} ({100 * value / document['dense_costs'][cost]:.1f} % of dense)"
+        f"- {cost}: {_number(value)} ({100 * value / document['dense_costs'][cost]:.1f} % of dense)"
         for cost, value in document["costs"].items()
     )
     mean, std = ([round(value, 6) for value in document["normalization"][key]] for key in ("mean", "std"))
@@ -319,6 +319,11 @@ Loading in PyTorch imports the module of `{factory}` and calls it: its code runs
 
 {document["note"]}{_execution_notes(document)}
 """
+
+
+def _number(value: float) -> str:
+    """Return counts to the last unit, milliseconds and their like with four digits."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _executed(document: Mapping[str, Any]) -> str:
