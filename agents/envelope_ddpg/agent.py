@@ -18,7 +18,7 @@ is public: its state, reward, networks and training cannot be reproduced, and no
 7. *Planned batches*: completions cost more than gradient steps, so targets are computed for a few transitions per episode and
    pooled; many small steps sample from the pool until it ages out (GPI-PD takes 20 steps per observation).
 8. *Blurred actions* instead of dropout and layer norms alone (DroQ, GPI-PD): 50 to 200 noisy scores are learned by heart
-   otherwise.
+   otherwise. For the same reason their opinions are blended with a ridge regression's, by how well both foretold what came next.
 9. *Acting*: rules first (uniform, CLR-RNF), then random feasible policies, then whatever the critics like best among noisy
    rollouts of the actor (AMC's truncated normal) and moves of the best known policies (those of the bee colony, and normal ones),
    bent to the edge of the budget when lower costs are worth nothing. A second-order dynamic program is not among the rules: an

