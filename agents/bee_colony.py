@@ -63,10 +63,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from agents.core import TableActor
-from agents.pareto import Archive, violation
+from agents.core import TableActor, scored
+from agents.pareto import violation
+from agents.per_budget import PerBudget
 from agents.random_search import random_table
-from envs.core import ActionSpace, Actor, Budget, CompressionPolicy, Episode, InputError
+from envs.core import ActionSpace, Budget, CompressionPolicy, Episode, InputError
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class Flight:
     scout: bool
 
 
-class BeeColony:
+class BeeColony(PerBudget):
     """One `Colony` per budget; evaluations are shared evenly. See the module."""
 
     def __init__(self, config: BeeColonyConfig, space: ActionSpace, budgets: Sequence[Budget], rng: np.random.Generator):
@@ -156,26 +157,11 @@ class BeeColony:
                 f"but got {len(preference)}."
             )
         # A generator of its own per colony: how far the others are must not change what it draws.
-        self.colonies = {
+        own_rngs = rng.spawn(len(budgets))
+        super().__init__({
             budget.name: Colony(config, space, budget, preference, own_rng)
-            for budget, own_rng in zip(budgets, rng.spawn(len(budgets)), strict=True)
-        }
-        self.archive = Archive()
-        """The Pareto set of all feasible episodes, objectives = -reward."""
-
-    def ask(self, count: int) -> list[Actor]:
-        """Return at most `count` actors; fewer while every colony waits for the rest of its phase."""
-        actors: list[Actor] = []
-        while len(actors) < count and (ready := [c for c in self.colonies.values() if c.ready]):
-            actors.append(min(ready, key=lambda colony: colony.handed_out).next())
-        return actors
-
-    def tell(self, results: Sequence[tuple[Actor, Episode]]) -> None:
-        """Hand each episode to its colony; failed ones count as infinitely bad."""
-        for actor, episode in results:
-            self.colonies[actor.budget.name].learn(actor, episode)
-            if episode.feasible and _scored(episode):
-                self.archive.add(episode.policy, -np.asarray(episode.reward, float))
+            for budget, own_rng in zip(budgets, own_rngs, strict=True)
+        })
 
 
 class Colony:
@@ -237,7 +223,7 @@ class Colony:
             self._select()
 
     def _judge(self, flight: Flight, episode: Episode) -> Source:
-        if not _scored(episode):
+        if not scored(episode):
             return Source(flight.table, np.inf, -np.inf)
         table = flight.table if episode.actions is None else episode.actions
         return Source(np.asarray(table, float), violation(episode.constraints), float(self.preference @ episode.reward))
@@ -352,7 +338,3 @@ def regress(genes: np.ndarray, scores: np.ndarray, wanted: np.ndarray, ridge: fl
     mean = scores.mean(axis=0)
     weights = np.linalg.solve(known.T @ known + ridge * size * np.eye(size), known.T @ (scores - mean))
     return (features(wanted) - center) / scale @ weights + mean
-
-
-def _scored(episode: Episode) -> bool:
-    return episode.evaluation is not None and episode.reward is not None and bool(np.isfinite(episode.reward).all())

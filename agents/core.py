@@ -47,3 +47,13 @@ class TableActor:
     def act(self, observation: np.ndarray, step: int) -> np.ndarray:
         """Return row `step` of the table, whatever is observed."""
         return self.table[step]
+
+
+def scored(episode: Episode) -> bool:
+    """Whether the episode has a finite reward, even if only the first images were looked at."""
+    return episode.evaluation is not None and episode.reward is not None and bool(np.isfinite(episode.reward).all())
+
+
+def fully_scored(episode: Episode) -> bool:
+    """Whether it has one from all images: what was stopped early does not compare with the others."""
+    return scored(episode) and not episode.evaluation.stopped

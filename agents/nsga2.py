@@ -19,10 +19,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from agents.core import TableActor
-from agents.pareto import Archive, crowding_distance, non_dominated, violation
+from agents.core import TableActor, fully_scored
+from agents.pareto import crowding_distance, non_dominated, violation
+from agents.per_budget import PerBudget
 from agents.random_search import random_table
-from envs.core import ActionSpace, Actor, Budget, CompressionPolicy, Episode, InputError
+from envs.core import ActionSpace, Budget, CompressionPolicy, Episode, InputError
 
 
 @dataclass(frozen=True)
@@ -66,30 +67,15 @@ class Member:
     violation: float
 
 
-class Nsga2:
+class Nsga2(PerBudget):
     """One `Population` per budget; evaluations are shared evenly. See the module."""
 
     def __init__(self, config: Nsga2Config, space: ActionSpace, budgets: Sequence[Budget], rng: np.random.Generator):
-        self.populations = {
+        own_rngs = rng.spawn(len(budgets))
+        super().__init__({
             budget.name: Population(config, space, budget, own_rng)
-            for budget, own_rng in zip(budgets, rng.spawn(len(budgets)), strict=True)
-        }
-        self.archive = Archive()
-        """The Pareto set of all feasible episodes, objectives = -reward."""
-
-    def ask(self, count: int) -> list[Actor]:
-        """Return at most `count` actors; fewer while every population waits for the rest of its generation."""
-        actors: list[Actor] = []
-        while len(actors) < count and (ready := [p for p in self.populations.values() if p.ready]):
-            actors.append(min(ready, key=lambda population: population.handed_out).next())
-        return actors
-
-    def tell(self, results: Sequence[tuple[Actor, Episode]]) -> None:
-        """Hand each episode to its population; failed ones are infinitely bad."""
-        for actor, episode in results:
-            self.populations[actor.budget.name].learn(actor, episode)
-            if episode.feasible and _scored(episode):
-                self.archive.add(episode.policy, -np.asarray(episode.reward, float))
+            for budget, own_rng in zip(budgets, own_rngs, strict=True)
+        })
 
 
 class Population:
@@ -130,7 +116,7 @@ class Population:
                 f"budget '{self.budget.name}' is not out. Was it told twice?"
             )
         table = self._out.pop(actor.ticket)
-        if _scored(episode):
+        if fully_scored(episode):
             executed = table if episode.actions is None else np.asarray(episode.actions, float)
             member = Member(executed, -np.asarray(episode.reward, float), violation(episode.constraints))
         else:
@@ -206,9 +192,3 @@ def polynomial_mutation(genes: np.ndarray, index: float, rate: float, rng: np.ra
     up = 1 - (2 * (1 - u) + 2 * (u - 0.5) * genes ** (index + 1)) ** (1 / (index + 1))
     moved = genes + np.where(u < 0.5, down, up)
     return np.clip(np.where(rng.random(genes.shape) < rate, moved, genes), 0, 1)
-
-
-def _scored(episode: Episode) -> bool:
-    if episode.evaluation is None or episode.evaluation.stopped or episode.reward is None:
-        return False
-    return bool(np.isfinite(episode.reward).all())

@@ -39,7 +39,7 @@ from pathlib import Path
 import numpy as np
 
 from agents.clr_rnf import ClrRnf, ClrRnfConfig
-from agents.core import TableActor
+from agents.core import TableActor, fully_scored
 from agents.envelope_ddpg.config import EnvelopeDdpgConfig
 from agents.envelope_ddpg.learner import ENOUGH, Learner
 from agents.envelope_ddpg.replay import Memory, executes_alike, sample_preferences, tighter_budgets
@@ -103,7 +103,7 @@ class EnvelopeDdpg:
                     "out. Was it told twice?"
                 )
             self._told[actor.ticket] = episode
-            if episode.feasible and _scored(episode):
+            if episode.feasible and fully_scored(episode):
                 self.archive.add(episode.policy, -np.asarray(episode.reward, float))
 
     # -------------------------------------------------------------------------------------------------------- learning
@@ -113,7 +113,7 @@ class EnvelopeDdpg:
         episode = self._told.pop(self.learned)
         preference, table = self._out.pop(self.learned)
         self.learned += 1
-        if _scored(episode):
+        if fully_scored(episode):
             self._remember(episode, preference, table)
         if len(self.learner.memories) >= ENOUGH:
             if self.space.num_steps > 1:
@@ -354,9 +354,3 @@ def truncated_normal(mean: np.ndarray, spread: float, rng: np.random.Generator) 
             break
         drawn = np.where(outside, mean + spread * rng.normal(size=mean.shape), drawn)
     return np.clip(drawn, 0, 1)
-
-
-def _scored(episode: Episode) -> bool:
-    if episode.evaluation is None or episode.evaluation.stopped or episode.reward is None:
-        return False
-    return bool(np.isfinite(episode.reward).all())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +26,25 @@ def make_results_folder(folder: Path) -> None:
         raise InputError(f"The results folder {folder} exists already. Choose another with --output.") from None
     except OSError as error:
         raise InputError(f"The results folder {folder} cannot be made: {error}.") from None
+
+
+def _measure_rows(output: Path, name: str, measure: Callable[..., object], report: Callable[..., str]) -> None:
+    """Measure what is missing in a folder of results, printing rows as they come; results.md always follows what is there."""
+    from search.benchmarks.records import Records
+    from search.progress import SearchProgress
+
+    records = Records(output / "results.jsonl", {"benchmark": name})
+    with SearchProgress(Console(stderr=True)) as progress:
+
+        def on_row(line: str) -> None:
+            print(line, flush=True)
+            (output / "results.md").write_text(report(records.rows))
+
+        measure(records, progress.say, on_row)
+    table = report(records.rows)
+    (output / "results.md").write_text(table)  # also where every row was there already
+    print(table)
+    print(f"results: {output}")
 
 
 @benchmark.command("search")
@@ -132,20 +153,9 @@ def benchmark_recoveries(
     from search.config import load_config
 
     settings = [load_config(config, overrides or ()) for config in configs]
-    from search.benchmarks.records import Records
     from search.benchmarks.recoveries import compare_recoveries, recovery_report
-    from search.progress import SearchProgress
 
-    records = Records(output / "results.jsonl", {"benchmark": "recoveries"})
-    with SearchProgress(Console(stderr=True)) as progress:
-
-        def on_row(line: str) -> None:
-            print(line, flush=True)
-            (output / "results.md").write_text(recovery_report(records.rows))
-
-        compare_recoveries(settings, ratio, records, progress.say, on_row)
-    print(recovery_report(records.rows))
-    print(f"results: {output}")
+    _measure_rows(output, "recoveries", partial(compare_recoveries, settings, ratio), recovery_report)
 
 
 @benchmark.command("quantizers")
@@ -161,19 +171,8 @@ def benchmark_quantizers(
 
     settings = load_config(config, overrides or ())
     from search.benchmarks.quantizers import compare_quantizers, quantizer_report
-    from search.benchmarks.records import Records
-    from search.progress import SearchProgress
 
-    records = Records(output / "results.jsonl", {"benchmark": "quantizers"})
-    with SearchProgress(Console(stderr=True)) as progress:
-
-        def on_row(line: str) -> None:
-            print(line, flush=True)
-            (output / "results.md").write_text(quantizer_report(records.rows))
-
-        compare_quantizers(settings, records, progress.say, on_row)
-    print(quantizer_report(records.rows))
-    print(f"results: {output}")
+    _measure_rows(output, "quantizers", partial(compare_quantizers, settings), quantizer_report)
 
 
 @benchmark.command("importances")
@@ -318,19 +317,8 @@ def benchmark_data_free(
 
     settings = load_config(config, overrides or ())
     from search.benchmarks.data_free import compare_data_free, data_free_report
-    from search.benchmarks.records import Records
-    from search.progress import SearchProgress
 
-    records = Records(output / "results.jsonl", {"benchmark": "data_free"})
-    with SearchProgress(Console(stderr=True)) as progress:
-
-        def on_row(line: str) -> None:
-            print(line, flush=True)
-            (output / "results.md").write_text(data_free_report(records.rows))
-
-        compare_data_free(settings, records, progress.say, on_row)
-    print(data_free_report(records.rows))
-    print(f"results: {output}")
+    _measure_rows(output, "data_free", partial(compare_data_free, settings), data_free_report)
 
 
 @benchmark.command("speed")

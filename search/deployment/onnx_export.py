@@ -20,6 +20,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import copy
+import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -234,8 +235,7 @@ def _float_model(network: nn.Module, image_shape: Sequence[int]) -> onnx.ModelPr
     """Return the ONNX graph of a network without quantizers."""
     batch = torch.export.Dim("batch")
     try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # torch's own about its parts; errors are raised
+        with quiet(), torch.no_grad():
             program = torch.onnx.export(
                 network,
                 (torch.zeros(2, *image_shape),),
@@ -322,8 +322,7 @@ def _quantize(
             overrides[node.input[1]] = [{**common, "scale": scale} for scale in layer.scale]
     source, target = folder / "float.onnx", folder / "integer.onnx"
     _save(model, source)
-    with warnings.catch_warnings(), _quiet():
-        warnings.simplefilter("ignore")  # onnxruntime's own
+    with quiet():
         quantize_static(
             source,
             target,
@@ -404,12 +403,15 @@ def _output_axis(node: onnx.NodeProto) -> int:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the advice that onnxruntime's tool gives through the root logger away from the user."""
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        root.setLevel(level)
+def quiet() -> Iterator[None]:
+    """Keep back what torch's exporter and ONNX Runtime's quantizer tell about themselves."""
+    logger = logging.getLogger()
+    level = logger.level
+    # Deprecations inside torch's exporter and hints about pre-processing are no concern of the user; errors are raised.
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

@@ -7,13 +7,9 @@ version is exported anew.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
-import logging
 import tempfile
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +22,9 @@ from envs.core import InputError
 from envs.model_graph.folding import fold_batch_norms
 from envs.model_graph.plan import ModelGraph
 from envs.pruning.slicing import kept_positions, slice_model
+from search.deployment.onnx_export import INPUT, OUTPUT, quiet
 from search.deployment.runtimes import OnnxRuntimeSession
 
-INPUT, OUTPUT = "input", "logits"
 TWINS = ("_quantized_zero_point", "_quantized_scale", "_zero_point", "_quantized", "_scale")
 """What `quantize_static` appends to the name of a tensor for its codes and their scales."""
 
@@ -188,21 +184,6 @@ def quantize_to_int8(model: onnx.ModelProto, images: np.ndarray, excluded: Seque
             nodes_to_exclude=[node.name for node in model.graph.node if weights & set(node.input)],
         )
         return onnx.load(path)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep back what torch's exporter and ONNX Runtime's quantizer tell about themselves."""
-    logger = logging.getLogger()
-    level = logger.level
-    # Deprecations inside torch's exporter and hints about pre-processing are no concern of whoever measures.
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            logger.setLevel(level)
 
 
 def random_widths(graph: ModelGraph, count: int, rng: np.random.Generator, largest_ratio: float = 0.9) -> list[list[int]]:

@@ -203,7 +203,7 @@ def test_scores_are_remembered_by_what_was_executed(toy):
     (actor,) = agent.ask(1)
     executed = toy.execute(np.ones((6, 2)), actor.budget)
     agent.tell([(actor, replace(toy.episode(actor), actions=executed))])
-    flight, source = agent.colonies["half"]._back[actor.ticket]
+    flight, source = agent.searchers["half"]._back[actor.ticket]
     np.testing.assert_array_equal(source.table, executed)
 
 
@@ -219,7 +219,7 @@ def test_a_preference_for_low_costs_leaves_the_edge(toy):
     def cheapest(**options):
         agent = BeeColony(BeeColonyConfig(**options), toy, toy.budgets[:1], np.random.default_rng(0))
         toy.run(agent, 200)
-        return agent.colonies["half"].best
+        return agent.searchers["half"].best
 
     assert toy.cost(cheapest(preference=(0.1, 0.9)).table) < 0.5 * toy.cost(cheapest().table)
 

@@ -42,7 +42,10 @@ def test_modes_are_restored_when_the_model_fails():
 
 
 def test_network_without_batch_norm_is_left_alone():
-    BatchNorm().apply(Bare(nn.Sequential(nn.Linear(3, 2)), None))
+    network = nn.Sequential(nn.Linear(3, 2))
+    before = [tensor.clone() for tensor in network.parameters()]
+    BatchNorm().apply(Bare(network, None))  # without a single image
+    assert all(torch.equal(old, new) for old, new in zip(before, network.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("option", ["batch_size", "max_images"])
