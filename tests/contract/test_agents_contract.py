@@ -1,7 +1,7 @@
 """What every agent promises, on a toy problem."""
 
 import pickle
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 
 import numpy as np
 import pytest
@@ -126,3 +126,14 @@ def test_survives_failed_and_nan_episodes(make, toy, kind, share):
     if hasattr(agent, "archive"):
         assert np.isfinite(agent.archive.objectives).all()
         assert bool(len(agent.archive)) == (share < 1)
+
+
+def test_what_was_stopped_early_is_on_no_archive(make, toy):
+    agent = make()
+    if not hasattr(agent, "archive"):
+        pytest.skip("keeps no archive")
+    first, *others = agent.ask(4)
+    stopped = toy.episode(first, top1=0.999)
+    stopped = replace(stopped, evaluation=replace(stopped.evaluation, stopped=True))
+    agent.tell([(first, stopped), *((actor, toy.episode(actor)) for actor in others)])
+    assert stopped.policy not in agent.archive.policies

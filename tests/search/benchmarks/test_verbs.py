@@ -37,6 +37,8 @@ def test_recoveries(config, tmp_path):
     assert (folder / "results.md").read_text().count("| synthetic_net |") == 1
     more = benchmark("recoveries", config, "--ratio", 0.25, "--output", folder)
     check(more, folder, "results.jsonl", 18)
+    (folder / "results.md").unlink()
+    check(benchmark("recoveries", config, "--ratio", 0.25, "--output", folder), folder, "results.jsonl", 18)  # all there already
 
 
 def test_quantizers(config, tmp_path, monkeypatch):
