@@ -1,4 +1,4 @@
-"""NSGA-II over feasible policies: the evolutionary baseline of multi-objective search, one population per budget.
+"""NSGA-II over feasible policies: the evolutionary baseline of multi-objective search.
 
 Source: Deb, Pratap, Agarwal & Meyarivan 2002 (IEEE Trans. Evol. Comput. 6): constraint domination (definition 1), fast
 non-dominated sorting, crowding distance, binary tournaments; Deb & Agrawal 1995 (Complex Systems 9), simulated binary crossover;
@@ -10,6 +10,8 @@ Where we differ and why:
 2. Generations are handed out at once and judged when all of them are back, in the order in which they were handed out:
    results depend on the seed and not on which worker is faster. With several budgets, one population's wait is another's turn.
 3. As long as new policies are found, none is evaluated twice.
+4. By default one population serves all budgets: its members are children of one front, and the budgets take turns in repairing
+   them. `shared: false` gives every budget a population and its share of the evaluations.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ class Nsga2Config:
     """Options of NSGA-II.
 
     Attributes:
-        population: per budget, at least 4.
+        population: its size, at least 4.
+        shared: whether all budgets have one population; otherwise each has its own.
         crossover: probability that a pair of parents is crossed.
         crossover_index: eta of simulated binary crossover; large values keep children near their parents.
         mutation_index: eta of polynomial mutation.
@@ -41,6 +44,7 @@ class Nsga2Config:
     """
 
     population: int = 20
+    shared: bool = True
     crossover: float = 0.9
     crossover_index: float = 15.0
     mutation_index: float = 20.0
@@ -68,24 +72,29 @@ class Member:
 
 
 class Nsga2(PerBudget):
-    """One `Population` per budget; evaluations are shared evenly. See the module."""
+    """One `Population`, or one per budget that share the evaluations evenly. See the module."""
 
     def __init__(self, config: Nsga2Config, space: ActionSpace, budgets: Sequence[Budget], rng: np.random.Generator):
-        own_rngs = rng.spawn(len(budgets))
-        super().__init__({
-            budget.name: Population(config, space, budget, own_rng)
-            for budget, own_rng in zip(budgets, own_rngs, strict=True)
-        })
+        if config.shared:
+            population = Population(config, space, budgets, rng)
+            super().__init__({budget.name: population for budget in budgets})
+        else:
+            own_rngs = rng.spawn(len(budgets))
+            super().__init__({
+                budget.name: Population(config, space, [budget], own_rng)
+                for budget, own_rng in zip(budgets, own_rngs, strict=True)
+            })
 
 
 class Population:
-    """The members of one budget."""
+    """The members of one front; its budgets take turns."""
 
-    def __init__(self, config: Nsga2Config, space: ActionSpace, budget: Budget, rng: np.random.Generator):
-        self.config, self.space, self.budget, self.rng = config, space, budget, rng
+    def __init__(self, config: Nsga2Config, space: ActionSpace, budgets: Sequence[Budget], rng: np.random.Generator):
+        self.config, self.space, self.budgets, self.rng = config, space, tuple(budgets), rng
         self.members: list[Member] = []
         self.handed_out = 0
-        self._waiting: list[np.ndarray] = []
+        self._waiting: list[tuple[Budget, np.ndarray]] = []
+        self._turn = 0
         self._out: dict[int, np.ndarray] = {}
         self._back: dict[int, Member] = {}
         self._known: set[CompressionPolicy] = set()
@@ -99,7 +108,8 @@ class Population:
         """Return the next child of the generation."""
         if not self._waiting:
             self._waiting = self._generation()
-        actor = TableActor(self.budget, self._waiting.pop(0), self.handed_out)
+        budget, table = self._waiting.pop(0)
+        actor = TableActor(budget, table, self.handed_out)
         self._out[actor.ticket] = actor.table
         self.handed_out += 1
         return actor
@@ -113,7 +123,7 @@ class Population:
         if actor.ticket not in self._out:
             raise ValueError(
                 f"Episodes must come back once, with the actor that `ask` gave out, but ticket {actor.ticket} of "
-                f"budget '{self.budget.name}' is not out. Was it told twice?"
+                f"budget '{actor.budget.name}' is not out. Was it told twice?"
             )
         table = self._out.pop(actor.ticket)
         if fully_scored(episode):
@@ -127,20 +137,22 @@ class Population:
             self._back = {}
             self.members = survivors(self.members + children, self.config.population)
 
-    def _generation(self) -> list[np.ndarray]:
-        tables = []
+    def _generation(self) -> list[tuple[Budget, np.ndarray]]:
+        children = []
         for _ in range(self.config.population):
+            budget = self.budgets[self._turn % len(self.budgets)]
+            self._turn += 1
             bend = self.rng.random() < self.config.edge
             for attempt in range(self.config.redraws + 1):
                 wanted = self._child() if self.members else random_table(self.space, self.rng)
                 if attempt > self.config.redraws // 2:  # the neighborhood is known
                     wanted = random_table(self.space, self.rng)
-                table = (self.space.fit if bend else self.space.execute)(wanted, self.budget)
+                table = (self.space.fit if bend else self.space.execute)(wanted, budget)
                 if self.space.decode(table) not in self._known:
                     break
             self._known.add(self.space.decode(table))
-            tables.append(table)
-        return tables
+            children.append((budget, table))
+        return children
 
     def _child(self) -> np.ndarray:
         used = self.space.used

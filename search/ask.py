@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import ValidationError
 
 from agents.core import TableActor
+from envs.compression_env import CompressionEnv
 from envs.core import Budget, CompressionPolicy, Evaluation, InputError
+from envs.feasibility import FeasibleSpace
 from envs.rollout import rollout
 from envs.tasks.imports import did_you_mean
 from search.build import Problem, Say, absolute_budget, build_problem, make_env
-from search.config import BudgetConfig
+from search.config import BudgetConfig, SearchConfig
 from search.run_folder import AGENT, load_manifest
+
+if TYPE_CHECKING:
+    from agents.envelope_ddpg.agent import EnvelopeDdpg
 
 ROLLOUTS = 256
 """Candidates that are made for one question; the critics choose among them."""
@@ -29,6 +35,7 @@ class Answer:
         policy: what it is.
         evaluation: its score on the validation images and its costs; None if `failure` says why there is none.
         constraints: {name: value / limit - 1}; feasible when all are <= 0.
+        utility: preference @ measured reward; -inf without a score.
         expected_top1: what the critics said before.
         failure: one sentence, or None.
     """
@@ -36,6 +43,7 @@ class Answer:
     policy: CompressionPolicy
     evaluation: Evaluation | None
     constraints: Mapping[str, float]
+    utility: float
     expected_top1: float
     failure: str | None = None
 
@@ -73,34 +81,76 @@ def ask(
     if evaluations < 1:
         raise InputError(f"`evaluations` must be at least 1, but got {evaluations}.")
     settings, _ = load_manifest(run, overrides)
+    agent_folder(run, settings)  # before anything is loaded that takes long
+    limits = _budget_config(budget)
+    problem = build_problem(settings, say)
+    wanted = absolute_budget("asked", limits, problem.space)
+    problem.space.check(wanted)
+    say("asking the agent")
+    agent = load_agent(run, settings, problem.space)
+    weights = agent.preference if preference is None else _weights(preference, problem.space.objectives)
+    answers = answer(agent, make_env(problem), wanted, weights, evaluations, say)
+    return Reply(wanted, weights, tuple(answers), problem)
+
+
+def answer(
+    agent: EnvelopeDdpg,
+    env: CompressionEnv,
+    budget: Budget,
+    preference: np.ndarray,
+    evaluations: int,
+    say: Say = lambda text: None,
+) -> list[Answer]:
+    """Return what the agent proposes, measured: feasible ones first, then by measured utility.
+
+    Args:
+        agent: proposes.
+        env: evaluates.
+        budget: satisfiable; any cost may be limited.
+        preference: (num_objectives,) on the simplex.
+        evaluations: how many policies are measured.
+        say: told each stage.
+    """
+    tables = agent.propose(budget, preference, evaluations, ROLLOUTS)
+    expected = agent.learner.opinions(np.stack(tables)).mean(axis=0)
+    answers = []
+    for number, (table, top1) in enumerate(zip(tables, expected, strict=True)):
+        say(f"evaluating proposal {number + 1} of {len(tables)}")
+        episode = rollout(env, TableActor(budget, table, number))
+        utility = -np.inf if episode.reward is None else float(preference @ episode.reward)
+        policy = agent.space.decode(table)
+        found = Answer(policy, episode.evaluation, episode.constraints, utility, float(top1), episode.failure)
+        answers.append(((not episode.feasible, -utility), found))
+    return [found for _, found in sorted(answers, key=lambda item: item[0])]
+
+
+def load_agent(run: str | Path, settings: SearchConfig, space: FeasibleSpace) -> EnvelopeDdpg:
+    """Return the agent that a run has left.
+
+    Raises:
+        InputError: if it has left none.
+    """
+    folder = agent_folder(run, settings)
+    from agents.envelope_ddpg.agent import EnvelopeDdpg
+
+    agent = EnvelopeDdpg.load(folder, space)
+    agent.finish()
+    return agent
+
+
+def agent_folder(run: str | Path, settings: SearchConfig) -> Path:
+    """Return the folder of the agent that a run has left.
+
+    Raises:
+        InputError: if it has left none.
+    """
     folder = Path(run) / AGENT
     if not folder.is_dir():
         raise InputError(
             f"{run} has no agent that can be asked: its search used `{settings.search.agent}`, or was not finished. Search with "
             "`--set search.agent=envelope_ddpg`."
         )
-    limits = _budget_config(budget)
-    from agents.envelope_ddpg.agent import EnvelopeDdpg
-
-    problem = build_problem(settings, say)
-    wanted = absolute_budget("asked", limits, problem.space)
-    problem.space.check(wanted)
-    say("asking the agent")
-    agent = EnvelopeDdpg.load(folder, problem.space)
-    weights = agent.preference if preference is None else _weights(preference, problem.space.objectives)
-    tables = agent.propose(wanted, weights, evaluations, ROLLOUTS)
-    expected = agent.learner.opinions(np.stack(tables)).mean(axis=0)
-    env = make_env(problem)
-    answers = []
-    for number, (table, top1) in enumerate(zip(tables, expected, strict=True)):
-        say(f"evaluating proposal {number + 1} of {len(tables)}")
-        episode = rollout(env, TableActor(wanted, table, number))
-        utility = -np.inf if episode.reward is None else float(weights @ episode.reward)
-        policy = problem.space.decode(table)
-        answer = Answer(policy, episode.evaluation, episode.constraints, float(top1), episode.failure)
-        answers.append((not episode.feasible, -utility, answer))
-    ordered = sorted(answers, key=lambda item: item[:2])
-    return Reply(wanted, weights, tuple(answer for _, _, answer in ordered), problem)
+    return folder
 
 
 def _budget_config(budget: str | Mapping[str, str]) -> BudgetConfig:

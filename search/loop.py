@@ -46,18 +46,23 @@ def run_loop(
     Returns:
         The number of episodes done.
     """
-    started = done = 0
+    done = out = 0
+    ready: list[Actor] = []
     while done < evaluations:
-        wanted = min(runner.slots - (started - done), evaluations - started)
-        actors = agent.ask(wanted) if wanted > 0 and not out_of_time() else []
-        for actor in actors:
-            runner.submit(actor)
-        started += len(actors)
-        if started == done:
+        in_time = not out_of_time()
+        # First fill the workers, then choose what comes next while they evaluate: none of them waits for an agent that thinks.
+        for _ in range(2 if in_time else 0):
+            while ready and out < runner.slots:
+                runner.submit(ready.pop(0))
+                out += 1
+            wanted = min(2 * runner.slots, evaluations - done) - out - len(ready)
+            ready += agent.ask(wanted) if wanted > 0 else []
+        if not out:
             break  # nothing is out and nothing more is asked: time is up or the agent is exhausted
         finished = runner.wait()
         for actor, episode in finished:
             on_episode(actor, episode)
         agent.tell(finished)
+        out -= len(finished)
         done += len(finished)
     return done

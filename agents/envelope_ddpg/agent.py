@@ -41,8 +41,8 @@ import numpy as np
 from agents.clr_rnf import ClrRnf, ClrRnfConfig
 from agents.core import TableActor, fully_scored
 from agents.envelope_ddpg.config import EnvelopeDdpgConfig
-from agents.envelope_ddpg.learner import ENOUGH, Learner
-from agents.envelope_ddpg.replay import Memory, executes_alike, sample_preferences, tighter_budgets
+from agents.envelope_ddpg.learner import ENOUGH, Learner, one_thread
+from agents.envelope_ddpg.replay import Handed, Memory, executes_alike, sample_preferences, tighter_budgets
 from agents.envelope_ddpg.storage import read_agent, write_agent
 from agents.pareto import Archive, hypervolume
 from agents.random_search import random_table
@@ -58,14 +58,7 @@ class EnvelopeDdpg:
     ):
         self.config = config = config.resolved(space.num_steps)
         self.space, self.budgets, self.rng = space, tuple(budgets), rng
-        objectives = len(space.objectives)
-        self.preference = np.eye(objectives)[0] if config.preference is None else np.array(config.preference, float)
-        if len(self.preference) != objectives:
-            raise InputError(
-                f"`preference` of envelope DDPG must have one weight for each of {', '.join(space.objectives)}, "
-                f"but got {len(self.preference)}."
-            )
-        self.preference = self.preference / self.preference.sum()
+        self.preference = self._simplex(np.eye(len(space.objectives))[0] if config.preference is None else config.preference)
         self.goals = [*self.budgets, *tighter_budgets(space, self.budgets, config.goals, rng)]
         self.parents = [*range(len(self.budgets)), *np.repeat(np.arange(len(self.budgets)), config.goals).tolist()]
         self.learner = Learner(config, space, self.goals, self.preference, rng)
@@ -73,17 +66,40 @@ class EnvelopeDdpg:
         """The Pareto set of all feasible episodes, objectives = -reward."""
         self.asked = self.learned = 0
         self._rules = self._rule_based()
-        self._out: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # ticket -> (preference, table)
-        self._told: dict[int, Episode] = {}
+        self._out: dict[int, Handed] = {}
+        self._again: list[int] = []  # tickets that a restored agent hands out once more
+        self._told: dict[int, Memory | None] = {}  # None: there is nothing to learn from
         self._known: set[CompressionPolicy] = set()
         self._lookahead = config.lookahead
+
+    def prefer(self, preference: Sequence[float]) -> None:
+        """Change the main preference, (num_objectives,) weights >= 0, at any time: the next choices follow it."""
+        self.preference = self.learner.preference = self._simplex(preference)
+
+    def _simplex(self, preference: Sequence[float]) -> np.ndarray:
+        objectives, weights = self.space.objectives, np.asarray(preference, float)
+        if weights.shape != (len(objectives),):
+            raise InputError(
+                f"`preference` of envelope DDPG must have one weight for each of {', '.join(objectives)}, "
+                f"but got {weights.size}."
+            )
+        if not (weights.min() >= 0 and 0 < weights.sum() < np.inf):
+            raise InputError(f"`preference` of envelope DDPG must be weights >= 0, not all zero, but got {weights.tolist()}.")
+        return weights / weights.sum()
 
     # ------------------------------------------------------------------------------------------------------- protocol
 
     def ask(self, count: int) -> list[Actor]:
         """Return at most `count` actors; fewer while the evaluations that the next choice builds on are out."""
+        with one_thread():
+            return self._ask(count)
+
+    def _ask(self, count: int) -> list[Actor]:
         self._lookahead = max(self._lookahead, count)
         actors: list[Actor] = []
+        while self._again and len(actors) < count:
+            ticket = self._again.pop(0)
+            actors.append(TableActor(self.budgets[self._out[ticket].budget], self._out[ticket].table, ticket))
         while len(actors) < count:
             # A choice builds on exactly the episodes before the last `lookahead`, however fast the workers are.
             wanted = self.asked - self._lookahead + 1
@@ -102,27 +118,37 @@ class EnvelopeDdpg:
                     f"Episodes must come back once, with the actor that `ask` gave out, but ticket {actor.ticket} is not "
                     "out. Was it told twice?"
                 )
-            self._told[actor.ticket] = episode
+            self._told[actor.ticket] = self._memory(episode, self._out[actor.ticket]) if fully_scored(episode) else None
             if episode.feasible and fully_scored(episode):
                 self.archive.add(episode.policy, -np.asarray(episode.reward, float))
+
+    def finish(self) -> None:
+        """Give up what is out, and learn from all that was told: for agents that are only asked from now on."""
+        with one_thread():
+            for ticket in sorted(self._told):
+                self.learned = ticket
+                self._learn_next()
+        self.learned = self.asked
+        self._out, self._again = {}, []
 
     # -------------------------------------------------------------------------------------------------------- learning
 
     def _learn_next(self) -> None:
         """Learn from the next episode, in the order of the tickets."""
-        episode = self._told.pop(self.learned)
-        preference, table = self._out.pop(self.learned)
+        memory = self._told.pop(self.learned)
+        del self._out[self.learned]
         self.learned += 1
-        if fully_scored(episode):
-            self._remember(episode, preference, table)
+        if memory is not None:
+            self.learner.add(memory)
         if len(self.learner.memories) >= ENOUGH:
             if self.space.num_steps > 1:
                 self.learner.plan(self.config.planned)
             done = self.learned / self.config.homotopy_episodes
             self.learner.learn(self.config.updates, min(1.0, done) if self.config.homotopy else 0.0)
 
-    def _remember(self, episode: Episode, preference: np.ndarray, handed_out: np.ndarray) -> None:
-        table = np.asarray(handed_out if episode.actions is None else episode.actions, np.float32)
+    def _memory(self, episode: Episode, handed: Handed) -> Memory:
+        """Return what there is to learn from a scored episode."""
+        table = np.asarray(handed.table if episode.actions is None else episode.actions, np.float32)
         own = next(i for i, budget in enumerate(self.budgets) if budget.name == episode.budget)
         reward, goals = np.asarray(episode.reward, float), [own]
         if self.config.relabel_budgets:
@@ -132,7 +158,7 @@ class EnvelopeDdpg:
         if observations is None:
             whole = np.full(1, self.space.num_steps)
             observations = self.space.simulate(_nothing, [self.budgets[own]], table[None], whole).observations[0]
-        self.learner.add(Memory(table.astype(float), observations, reward, np.array(goals), preference))
+        return Memory(table.astype(float), observations, reward, np.array(goals), handed.preference)
 
     # -------------------------------------------------------------------------------------------------------- choosing
 
@@ -146,7 +172,7 @@ class EnvelopeDdpg:
             index, preference, table = self._choose()
         actor = TableActor(self.budgets[index], table, self.asked)
         self._known.add(self.space.decode(table))
-        self._out[self.asked] = preference, table
+        self._out[self.asked] = Handed(index, preference, table)
         self.asked += 1
         return actor
 
@@ -320,15 +346,12 @@ class EnvelopeDdpg:
     # --------------------------------------------------------------------------------------------------------- storage
 
     def save(self, folder: Path) -> None:
-        """Write networks, goals and replay to a new folder, free of pickles; what was told so far is learned from first."""
-        for ticket in sorted(self._told):
-            self.learned = ticket
-            self._learn_next()
+        """Write everything to a new folder, free of pickles; what is loaded from there goes on alike."""
         write_agent(folder, self)
 
     @classmethod
     def load(cls, folder: Path, space: ActionSpace) -> EnvelopeDdpg:
-        """Return the agent in a folder, for `propose` or for a new search; evaluations that were out are forgotten.
+        """Return the agent in a folder as it was; `ask` hands out once more what was out. For `propose`, `finish` it first.
 
         Raises:
             InputError: if there is none, or it belongs to another space.

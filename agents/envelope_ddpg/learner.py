@@ -7,7 +7,8 @@ nothing else decides the accuracy, so everything else is zeroed there: those val
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -22,6 +23,17 @@ from envs.core import ActionSpace, Budget
 
 ENOUGH = 4
 """Episodes before anything is learned."""
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch with one thread: for networks this small more cost time, workers need the cores, and sums stay the same."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Learner:

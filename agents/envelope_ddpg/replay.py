@@ -31,6 +31,15 @@ class Memory:
     preference: np.ndarray
 
 
+@dataclass(frozen=True, eq=False)
+class Handed:
+    """What was handed out: the index of its budget, the preference it was chosen for, its table."""
+
+    budget: int
+    preference: np.ndarray
+    table: np.ndarray
+
+
 def sample_preferences(rng: np.random.Generator, count: int, objectives: int) -> np.ndarray:
     """Return preferences, (count, objectives): |z| / |z|_1 with z normal (Yang et al. 2019)."""
     drawn = np.abs(rng.normal(size=(count, objectives)))

@@ -1,13 +1,14 @@
 """Writes an agent to a folder and reads it back: JSON, safetensors and plain arrays, no pickles.
 
-    agent.json             options, goals, where it stands
-    networks.safetensors   actor, critics and their targets
-    replay.npz             finished episodes
+    agent.json             options, goals, where it stands, what is out
+    networks.safetensors   actor, critics, their targets, the moments of the optimizers, planned transitions
+    replay.npz             finished episodes, those not yet learned from last
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,27 +16,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from agents.envelope_ddpg.config import EnvelopeDdpgConfig
-from agents.envelope_ddpg.replay import Memory
-from envs.core import ActionSpace, Budget, InputError
+from agents.envelope_ddpg.replay import Handed, Memory
+from envs.core import ActionSpace, Budget, CompressionPolicy, InputError
 
 if TYPE_CHECKING:
     from agents.envelope_ddpg.agent import EnvelopeDdpg
+    from agents.envelope_ddpg.learner import Learner
 
 STATE, NETWORKS, REPLAY = "agent.json", "networks.safetensors", "replay.npz"
 PARTS = ("critic", "actor", "target_critic", "target_actor")
+OPTIMIZERS = ("critic_optimizer", "actor_optimizer")
 
 
 def write_agent(folder: Path, agent: EnvelopeDdpg) -> None:
-    """Write everything that answers questions; the folder must not exist."""
+    """Write everything that the agent is; the folder must not exist."""
     folder.mkdir(parents=True)
-    learner = agent.learner
-    tensors = {
-        f"{part}.{name}": tensor.contiguous() for part in PARTS for name, tensor in getattr(learner, part).state_dict().items()
-    }
-    save_file(tensors, folder / NETWORKS)
-    memories = learner.memories
+    save_file({name: tensor.contiguous() for name, tensor in _tensors(agent.learner).items()}, folder / NETWORKS)
+    told = sorted(agent._told)
+    memories = [*agent.learner.memories, *(memory for ticket in told if (memory := agent._told[ticket]) is not None)]
     goals = np.zeros((len(memories), len(agent.goals)), bool)
     for row, memory in zip(goals, memories, strict=True):
         row[memory.goals] = True
@@ -48,27 +49,46 @@ def write_agent(folder: Path, agent: EnvelopeDdpg) -> None:
         preferences=np.array([m.preference for m in memories]),
         own=np.array([m.goals[0] for m in memories], int),
         goals=goals,
-        surprises=np.reshape(learner.surprises, (-1, 2)),
+        surprises=np.reshape(agent.learner.surprises, (-1, 2)),
+        front=agent.archive.objectives,
     )
     state = {
-        "schema": 1,
+        "schema": 2,
         "agent": "envelope_ddpg",
         "config": asdict(agent.config),
+        "preference": agent.preference.tolist(),
         "space": _space_facts(agent.space),
         "budgets": [asdict(budget) for budget in agent.budgets],
         "goals": [asdict(budget) for budget in agent.goals],
-        "evaluations": agent.learned,
+        "asked": agent.asked,
+        "learned": agent.learned,
+        "lookahead": agent._lookahead,
+        "told": {ticket: agent._told[ticket] is not None for ticket in told},  # whether there is something to learn
+        "out": {ticket: [h.budget, h.preference.tolist(), h.table.tolist()] for ticket, h in agent._out.items()},
+        "rules": [[index, table.tolist()] for index, table in agent._rules],
+        "known": [asdict(policy) for policy in agent._known],
+        "front": [asdict(policy) for policy in agent.archive.policies],
         "rng": agent.rng.bit_generator.state,
     }
     (folder / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+
+
+def _tensors(learner: Learner) -> dict[str, Tensor]:
+    """Return every tensor that learning changes, by name."""
+    tensors = {f"{part}.{name}": tensor for part in PARTS for name, tensor in getattr(learner, part).state_dict().items()}
+    for name in OPTIMIZERS:
+        for index, moments in getattr(learner, name).state_dict()["state"].items():
+            tensors.update({f"{name}.{index}.{key}": tensor for key, tensor in moments.items()})
+    tensors.update({f"pool.{name}": column for name, column in learner.pool.columns.items()})
+    return tensors
 
 
 def read_agent(folder: Path, space: ActionSpace, make: type[EnvelopeDdpg]) -> EnvelopeDdpg:
     """Return the agent; see `EnvelopeDdpg.load`."""
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        if state["schema"] != 1:
-            raise InputError(f"{folder / STATE} has schema {state['schema']}; this version reads schema 1.")
+        if state["schema"] != 2:
+            raise InputError(f"{folder / STATE} has schema {state['schema']}; this version reads schema 2.")
         tensors = load_file(folder / NETWORKS)
         with np.load(folder / REPLAY, allow_pickle=False) as archive:
             replay = {name: archive[name] for name in archive.files}
@@ -91,20 +111,56 @@ def _restored(state: dict[str, Any], tensors, replay, space: ActionSpace, make: 
     agent.goals[len(budgets) :] = [Budget(**budget) for budget in state["goals"][len(budgets) :]]
     learner = agent.learner
     learner.goals = agent.goals
-    for part in PARTS:
-        prefix = f"{part}."
-        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        getattr(learner, part).load_state_dict(own)
+    agent.prefer(state["preference"])
+    known = _memories(replay)
+    told = {int(ticket): scored for ticket, scored in state["told"].items()}
+    count = len(known) - sum(told.values())
+    waiting = iter(known[count:])
+    agent._told = {ticket: next(waiting) if scored else None for ticket, scored in told.items()}
+    for memory in known[:count]:
+        learner.add(memory)
+    learner.surprises = list(replay["surprises"])
+    _restore_tensors(learner, tensors)
+    agent.archive.policies = [_policy(values) for values in state["front"]]
+    agent.archive.objectives = replay["front"]
+    agent._known = {_policy(values) for values in state["known"]}
+    agent._rules = [(index, np.array(table)) for index, table in state["rules"]]
+    agent._out = {
+        int(ticket): Handed(index, np.array(preference), np.array(table))
+        for ticket, (index, preference, table) in state["out"].items()
+    }
+    agent._again = sorted(agent._out.keys() - agent._told.keys())
+    agent.asked, agent.learned, agent._lookahead = state["asked"], state["learned"], state["lookahead"]
+    agent.rng.bit_generator.state = state["rng"]
+    return agent
+
+
+def _memories(replay: Mapping[str, np.ndarray]) -> list[Memory]:
+    memories = []
     for i, table in enumerate(replay["tables"]):
         others = np.setdiff1d(np.flatnonzero(replay["goals"][i]), replay["own"][i])
         goals = np.concatenate([replay["own"][i : i + 1], others])
-        learner.add(Memory(table, replay["observations"][i], replay["rewards"][i], goals, replay["preferences"][i]))
-        agent._known.add(space.decode(table))
-    learner.surprises = list(replay["surprises"])
-    agent._rules = []
-    agent.asked = agent.learned = state["evaluations"]
-    agent.rng.bit_generator.state = state["rng"]
-    return agent
+        memories.append(Memory(table, replay["observations"][i], replay["rewards"][i], goals, replay["preferences"][i]))
+    return memories
+
+
+def _restore_tensors(learner: Learner, tensors: Mapping[str, Tensor]) -> None:
+    def below(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+    for part in PARTS:
+        getattr(learner, part).load_state_dict(below(f"{part}."))
+    for name in OPTIMIZERS:
+        optimizer, moments = getattr(learner, name), {}
+        for key, tensor in below(f"{name}.").items():
+            index, _, moment = key.partition(".")
+            moments.setdefault(int(index), {})[moment] = tensor
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    learner.pool.columns = below("pool.")
+
+
+def _policy(values: Mapping[str, Any]) -> CompressionPolicy:
+    return CompressionPolicy(**{name: tuple(choices) for name, choices in values.items()})
 
 
 def _space_facts(space: ActionSpace) -> dict[str, Any]:

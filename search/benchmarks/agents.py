@@ -2,145 +2,257 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import yaml
 
-from envs.core import Evaluation
+from agents.core import Agent
+from envs.core import Actor, Episode, InputError
+from search.benchmarks.records import Records
 from search.build import Problem, build_agent, build_front
-from search.finalize import finalize
+from search.config import SearchConfig
+from search.finalize import Finalist, finalize
+from search.front import Front
 from search.loop import Runner, run_loop
+
+LOOKS = 12
+"""How often a run's hypervolume is noted, at even distances."""
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What one agent found under one budget with one seed.
+class Contestant:
+    """An agent and its options; `label` is what the user wrote, such as "envelope_ddpg envelope=false"."""
 
-    Attributes:
-        search_top1: of the winner, as the search scored it; None if nothing fitted the budget.
-        validation_top1: of the winner after the finalists' recovery, on the images that chose it.
-        test_top1: likewise, on images that nobody chose by, before any fine-tuning.
-        evaluations: episodes run; fewer than asked when the agent had nothing more to try.
-        feasible: share of the episodes that broke no constraint.
-        hypervolume: of the run's overall front (`Front.hypervolume`).
+    label: str
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def contestant(text: str, config: SearchConfig) -> Contestant:
+    """Return what "AGENT OPTION=VALUE ..." names (not yet checked); the configuration's own agent starts from its options there.
+
+    Raises:
+        InputError: for a text that does not read like that.
     """
-
-    agent: str
-    seed: int
-    budget: str
-    search_top1: float | None
-    validation_top1: float | None
-    test_top1: float | None
-    evaluations: int
-    feasible: float
-    hypervolume: float
+    name, *pairs = text.split() or [""]
+    options = dict(config.search.options) if name == config.search.agent else {}
+    for pair in pairs:
+        option, equals, value = pair.partition("=")
+        if not (option and equals):
+            raise InputError(f'--agent must read like "envelope_ddpg envelope=false", but got {text!r}.')
+        options[option] = yaml.safe_load(value)
+    return Contestant(" ".join([name, *pairs]), name, options)
 
 
-def benchmark_search(
+class _Timed:
+    """An agent, and the seconds that it thinks."""
+
+    def __init__(self, agent: Agent):
+        self._agent, self.seconds = agent, 0.0
+
+    def ask(self, count: int) -> list[Actor]:
+        return self._clocked(self._agent.ask, count)
+
+    def tell(self, results: Sequence[tuple[Actor, Episode]]) -> None:
+        self._clocked(self._agent.tell, results)
+
+    def _clocked(self, function: Callable, argument):
+        start = time.perf_counter()
+        try:
+            return function(argument)
+        finally:
+            self.seconds += time.perf_counter() - start
+
+
+def run_contestants(
     problem: Problem,
     runner: Runner,
-    agents: Sequence[str],
+    contestants: Sequence[Contestant],
     seeds: Sequence[int],
     evaluations: int,
-    on_outcome: Callable[[Outcome], None],
-) -> list[Outcome]:
-    """Return the outcome of every agent, seed and budget; `evaluations` are shared by the budgets of a run.
+    records: Records,
+    on_row: Callable[[str], None],
+) -> None:
+    """Add one row for every contestant and seed that has none yet; `evaluations` are shared by the budgets of a run.
 
     Runs share the workers and what these have evaluated, which saves time and changes no score.
+
+    Args:
+        problem: what is searched.
+        runner: evaluates.
+        contestants: agents; all run with one seed before the next seed.
+        seeds: of the agents.
+        evaluations: of each run.
+        records: keeps the rows.
+        on_row: told each new row in one line.
     """
-    outcomes = []
     for seed in seeds:
-        for name in agents:
-            options = problem.config.search.options if name == problem.config.search.agent else {}
-            agent, front = build_agent(problem, name, options, seed), build_front(problem)
-            run_loop(agent, runner, evaluations, lambda actor, episode, front=front: front.add(episode))
-            finalists = finalize(problem, front, problem.config.finalize.top)
-            winners = {finalist.budget: finalist for finalist in reversed(finalists)}  # the first one of each budget
-            for budget in problem.budgets:
-                winner = winners.get(budget.name)
-                outcome = Outcome(
-                    name,
-                    seed,
-                    budget.name,
-                    winner and winner.proxy.top1,
-                    winner and winner.validation.top1,
-                    winner and winner.final.top1,
-                    front.evaluations,
-                    front.feasible / front.evaluations,
-                    front.hypervolume,
-                )
-                outcomes.append(outcome)
-                on_outcome(outcome)
-    return outcomes
+        for one in contestants:
+            if records.find(agent=one.label, seed=seed) is None:
+                on_row(outcome_line(records.add(**_run(problem, runner, one, seed, evaluations))))
 
 
-def outcome_line(outcome: Outcome) -> str:
-    """Return one outcome in one line."""
-    run = f"{outcome.agent}, seed {outcome.seed}, {outcome.budget}, {outcome.evaluations} evaluations:"
-    if outcome.test_top1 is None:
-        return f"{run} nothing fits"
-    return f"{run} validation {100 * outcome.validation_top1:.2f} %, test {100 * outcome.test_top1:.2f} %"
+def _run(problem: Problem, runner: Runner, one: Contestant, seed: int, evaluations: int) -> dict[str, Any]:
+    """Return the row of one run: what it found by when, and its winners' scores.
+
+    top-1: "search" as the search scored the winner, "validation" after the finalists' recovery on the images that chose it,
+    "test" likewise on images that nobody chose by, before any fine-tuning.
+    """
+    agent, front = _Timed(build_agent(problem, one.name, one.options, seed)), build_front(problem)
+    looks = {round(share * evaluations) for share in np.linspace(0, 1, LOOKS + 1)[1:]}
+    curve: list[dict[str, Any]] = []
+
+    def look() -> None:
+        best = {budget.name: front.best_top1(budget.name) for budget in problem.budgets}
+        curve.append({"evaluations": front.evaluations, "hypervolume": front.hypervolume, "best": best})
+
+    def on_episode(actor: Actor, episode: Episode) -> None:
+        front.add(episode)
+        if front.evaluations in looks:
+            look()
+
+    start = time.perf_counter()
+    run_loop(agent, runner, evaluations, on_episode)
+    seconds = time.perf_counter() - start
+    if not curve or curve[-1]["evaluations"] < front.evaluations:
+        look()  # the agent had nothing more to try
+    return {
+        "agent": one.label,
+        "seed": seed,
+        "evaluations": front.evaluations,
+        "feasible": front.feasible / front.evaluations,
+        "failed": front.failed,
+        "hypervolume": front.hypervolume,
+        "seconds": round(seconds, 1),
+        "agent_seconds": round(agent.seconds, 1),
+        "winners": _winners(problem, front),
+        "curve": curve,
+    }
 
 
-def summary(outcomes: Sequence[Outcome]) -> str:
-    """Return a Markdown table: mean and standard deviation over seeds, best mean test top-1 first within each budget.
+def _winners(problem: Problem, front: Front) -> dict[str, dict[str, Any] | None]:
+    finalists = finalize(problem, front, problem.config.finalize.top)
+    best: dict[str, Finalist] = {finalist.budget: finalist for finalist in reversed(finalists)}  # the first of each budget
+    return {budget.name: _winner(best.get(budget.name)) for budget in problem.budgets}
+
+
+def _winner(finalist: Finalist | None) -> dict[str, Any] | None:
+    if finalist is None:
+        return None
+    scores = {"search": finalist.proxy, "validation": finalist.validation, "test": finalist.final}
+    return {
+        **{f"{name}_top1": evaluation.top1 for name, evaluation in scores.items()},
+        "costs": dict(finalist.final.costs),
+        "widths": finalist.policy.widths,
+        "weight_bits": finalist.policy.weight_bits,
+        "activation_bits": finalist.policy.activation_bits,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------- tables
+
+
+def outcome_line(row: Mapping[str, Any]) -> str:
+    """Return one run in one line."""
+    tests = [f"{name} {_percent(winner and winner['test_top1'])}" for name, winner in row["winners"].items()]
+    return (
+        f"{row['agent']}, seed {row['seed']}, {row['evaluations']} evaluations in {row['seconds']:.0f} s: hypervolume "
+        f"{row['hypervolume']:.4f}, test top-1 % {', '.join(tests)}"
+    )
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f}"
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return Markdown tables of means and standard deviations over seeds: winners' top-1 by budget, best mean first; the whole
+    runs; hypervolume over evaluations.
 
     Seeds without any policy that fits have no top-1; the column of the seeds says how many have one.
     """
-    lines = [
-        "| budget | agent | seeds | evaluations | search top-1 % | validation top-1 % | test top-1 % | feasible % "
-        "| hypervolume |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    rows: dict[tuple[str, str], list[Outcome]] = {}
-    for outcome in outcomes:
-        rows.setdefault((outcome.budget, outcome.agent), []).append(outcome)
-
-    def spread(group: list[Outcome], field: str, factor: float = 1.0, digits: int = 2) -> str:
-        values = factor * np.array([v for outcome in group if (v := getattr(outcome, field)) is not None])
-        if not len(values):
-            return "-"
-        return f"{values.mean():.{digits}f}" + (f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else "")
-
-    def order(item):
-        return item[0][0], -np.mean([outcome.test_top1 or 0.0 for outcome in item[1]])
-
-    for (budget, agent), group in sorted(rows.items(), key=order):
-        found = sum(outcome.test_top1 is not None for outcome in group)
-        seeds = f"{len(group)}" if found == len(group) else f"{found} of {len(group)}"
-        lines.append(
-            f"| {budget} | {agent} | {seeds} | {max(outcome.evaluations for outcome in group)} "
-            f"| {spread(group, 'search_top1', 100)} | {spread(group, 'validation_top1', 100)} "
-            f"| {spread(group, 'test_top1', 100)} "
-            f"| {spread(group, 'feasible', 100, 0)} | {spread(group, 'hypervolume', 1, 4)} |"
-        )
-    return "\n".join(lines)
+    by_agent: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        by_agent.setdefault(row["agent"], []).append(row)
+    return "\n\n".join([_budget_table(by_agent), _run_table(by_agent), _curve_table(by_agent)])
 
 
-def write_results(folder: Path, problem: Problem, dense: Evaluation, outcomes: Sequence[Outcome]) -> None:
-    """Write results.json (everything) and results.md (the table and what it was measured on) to an existing folder.
+def _budget_table(by_agent: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    heads = ["budget", "agent", "seeds", "search top-1 %", "validation top-1 %", "test top-1 %"]
+    table = []
+    budgets = list(dict.fromkeys(name for rows in by_agent.values() for row in rows for name in row["winners"]))
+    for budget in budgets:
+        lines = []
+        for agent, rows in by_agent.items():
+            winners = [winner for row in rows if (winner := row["winners"].get(budget))]
+            seeds = f"{len(rows)}" if len(winners) == len(rows) else f"{len(winners)} of {len(rows)}"
+            kinds = ("search_top1", "validation_top1", "test_top1")
+            tops = [_spread([100 * winner[kind] for winner in winners]) for kind in kinds]
+            mean = np.mean([winner["test_top1"] for winner in winners]) if winners else -1.0
+            lines.append((-mean, [budget, agent, seeds, *tops]))
+        table += [cells for _, cells in sorted(lines, key=lambda line: line[0])]
+    return markdown_table(heads, table)
+
+
+def _run_table(by_agent: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    heads = ["agent", "evaluations", "mean test top-1 %", "hypervolume", "feasible %", "agent's share of the time %"]
+    lines = []
+    for agent, rows in by_agent.items():
+        means = [100 * np.mean([w["test_top1"] for w in row["winners"].values()]) for row in rows if all(row["winners"].values())]
+        cells = [
+            agent,
+            f"{max(row['evaluations'] for row in rows)}",
+            _spread(means),
+            _spread([row["hypervolume"] for row in rows], 4),
+            f"{100 * np.mean([row['feasible'] for row in rows]):.0f}",
+            f"{100 * np.mean([row['agent_seconds'] / max(row['seconds'], 0.1) for row in rows]):.0f}",
+        ]
+        lines.append((-np.mean([row["hypervolume"] for row in rows]), cells))
+    return markdown_table(heads, [cells for _, cells in sorted(lines, key=lambda line: line[0])])
+
+
+def _curve_table(by_agent: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Hypervolume over evaluations; a run that ended early stays where it was."""
+    longest = max((row for rows in by_agent.values() for row in rows), key=lambda row: row["evaluations"])
+    at = [look["evaluations"] for look in longest["curve"]][1::2]
+    lines = []
+    for agent, rows in by_agent.items():
+        volumes = [[_hypervolume_at(row, count) for row in rows] for count in at]
+        lines.append((-np.mean(volumes[-1]), [agent, *(f"{np.mean(volume):.4f}" for volume in volumes)]))
+    heads = ["hypervolume after", *(str(count) for count in at)]
+    return markdown_table(heads, [cells for _, cells in sorted(lines, key=lambda line: line[0])])
+
+
+def _hypervolume_at(row: Mapping[str, Any], count: int) -> float:
+    return max((look["hypervolume"] for look in row["curve"] if look["evaluations"] <= count), default=0.0)
+
+
+def _spread(values: Sequence[float], digits: int = 2) -> str:
+    if not len(values):
+        return "-"
+    return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
+
+
+def markdown_table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    rows = [heads, ["---"] * len(heads), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows).replace("| --- ", "|---").replace("|--- |", "|---|")
+
+
+def search_report(problem: Problem, dense_test: float, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return results.md: the tables and what they were measured on.
 
     Args:
-        folder: where.
         problem: what was searched.
-        dense: test score of the dense model.
-        outcomes: all so far.
+        dense_test: test top-1 of the dense model.
+        rows: all so far, at least one.
     """
-    config = problem.config.model_dump(mode="json", exclude={"data": {"root"}, "output": True})
-    config["model"]["weights"] = problem.config.model.weights and Path(problem.config.model.weights).name
-    record = {
-        "schema": 1,
-        "config": config,  # without the folders of the machine that it ran on
-        "data": problem.data.source,
-        "dense": {"validation_top1": problem.dense.top1, "test_top1": dense.top1, "costs": dict(dense.costs)},
-        "precision": asdict(problem.precision),
-        "outcomes": [asdict(outcome) for outcome in outcomes],
-    }
-    (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n")
-    (folder / "results.md").write_text(
-        f"{summary(outcomes)}\n\nDense: {100 * problem.dense.top1:.2f} % on {problem.dense.images} validation images, "
-        f"{100 * dense.top1:.2f} % on {dense.images} test images. {problem.data.source}\n"
+    images = f"{problem.dense.images} validation images", f"{len(problem.data.test)} test images"
+    return (
+        f"{summary(rows)}\n\nDense: {100 * problem.dense.top1:.2f} % on {images[0]}, {100 * dense_test:.2f} % on {images[1]}. "
+        f"{problem.data.source}\n"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,16 +17,6 @@ from search.arguments import ConfigPath, Overrides
 benchmark = typer.Typer(
     no_args_is_help=True, help="Measure agents, recoveries, importances, the worth of the reward, or the cost models' speed."
 )
-
-
-def make_results_folder(folder: Path) -> None:
-    """Make the folder for a benchmark's results, before hours of work depend on it."""
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        raise InputError(f"The results folder {folder} exists already. Choose another with --output.") from None
-    except OSError as error:
-        raise InputError(f"The results folder {folder} cannot be made: {error}.") from None
 
 
 def _measure_rows(output: Path, name: str, measure: Callable[..., object], report: Callable[..., str]) -> None:
@@ -51,9 +42,12 @@ def _measure_rows(output: Path, name: str, measure: Callable[..., object], repor
 def benchmark_search(
     config: ConfigPath,
     overrides: Overrides = None,
-    agent: Annotated[list[str] | None, typer.Option(help="Agent to run; repeat for several. Default: all.")] = None,
+    agent: Annotated[
+        list[str] | None,
+        typer.Option(help='Agent, with options if any ("envelope_ddpg envelope=false"); repeat for several. Default: all.'),
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from the configuration's on.")] = 3,
-    output: Annotated[Path, typer.Option(help="Folder for results.json and results.md; must not exist.")] = Path(
+    output: Annotated[Path, typer.Option(help="Folder for results.jsonl and results.md; goes on with what is there.")] = Path(
         "results/search"
     ),
 ) -> None:
@@ -65,32 +59,74 @@ def benchmark_search(
     settings = load_config(config, overrides)
     from agents import AGENTS
     from search.benchmarks import agents as measure
+    from search.benchmarks.records import Records, config_record
     from search.build import build_problem, open_runner
     from search.finalize import dense_test_score
     from search.progress import SearchProgress
 
-    names = list(agent or AGENTS)
-    for name in names:
-        load_config(config, [*(overrides or ()), f"search.agent={name}", "search.options={}"])  # unknown names end here
-    make_results_folder(output)
+    contestants = [measure.contestant(text, settings) for text in agent or AGENTS]
+    for one in contestants:  # unknown agents and options end here
+        load_config(config, [*overrides, f"search.agent={one.name}", f"search.options={json.dumps(one.options)}"])
+    records = Records(output / "results.jsonl", {"benchmark": "search", "config": config_record(settings)})
     with SearchProgress(Console(stderr=True)) as progress:
         problem = build_problem(settings, progress.say)
         progress.say("starting the workers")
         runner = open_runner(problem)
         progress.stop()
-        dense, done = dense_test_score(problem), []
+        dense = dense_test_score(problem).top1
 
-        def on_outcome(outcome: measure.Outcome) -> None:
-            done.append(outcome)
-            print(measure.outcome_line(outcome), flush=True)
-            measure.write_results(output, problem, dense, done)
+        def on_row(line: str) -> None:
+            print(line, flush=True)
+            (output / "results.md").write_text(measure.search_report(problem, dense, records.rows))
 
         all_seeds = range(settings.search.seed, settings.search.seed + seeds)
         try:
-            measure.benchmark_search(problem, runner, names, all_seeds, settings.search.evaluations, on_outcome)
+            measure.run_contestants(problem, runner, contestants, all_seeds, settings.search.evaluations, records, on_row)
         finally:
             runner.close()
-    print(measure.summary(done))
+    print(measure.search_report(problem, dense, records.rows))
+    print(f"results: {output}")
+
+
+@benchmark.command("ask")
+def benchmark_ask(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished search of the agent envelope_ddpg.")],
+    overrides: Overrides = None,
+    questions: Annotated[int, typer.Option(min=1, help="How many new budgets and preferences.")] = 20,
+    evaluations: Annotated[int, typer.Option(min=1, help="Proposals that are measured for each question.")] = 3,
+    fresh: Annotated[int, typer.Option(min=1, help="Evaluations of a fresh bee-colony search for each question.")] = 60,
+    output: Annotated[Path, typer.Option(help="Folder for results.jsonl and results.md; goes on with what is there.")] = Path(
+        "results/ask"
+    ),
+) -> None:
+    """Ask a run's agent under new budgets and preferences, and search each afresh: test scores of both."""
+    from search.ask import load_agent
+    from search.benchmarks import questions as measure
+    from search.benchmarks.records import Records, config_record
+    from search.build import build_problem, open_runner
+    from search.progress import SearchProgress
+    from search.run_folder import load_manifest
+
+    settings, _ = load_manifest(run, [*(overrides or ()), "search.racing=false"])
+    counts = {"questions": questions, "evaluations": evaluations, "fresh": fresh}
+    records = Records(output / "results.jsonl", {"benchmark": "ask", "config": config_record(settings), **counts})
+    with SearchProgress(Console(stderr=True)) as progress:
+        problem = build_problem(settings, progress.say)
+        agent = load_agent(run, settings, problem.space)
+        progress.say("starting the workers")
+        runner = open_runner(problem)
+        progress.stop()
+
+        def on_row(line: str) -> None:
+            print(line, flush=True)
+            (output / "results.md").write_text(measure.question_report(records.rows, evaluations, fresh))
+
+        drawn = measure.draw_questions(problem.space.objectives, problem.budgets, questions, settings.search.seed)
+        try:
+            measure.answer_questions(problem, agent, runner, drawn, evaluations, fresh, records, on_row)
+        finally:
+            runner.close()
+    print(measure.question_report(records.rows, evaluations, fresh))
     print(f"results: {output}")
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from agents.envelope_ddpg import EnvelopeDdpgConfig
 from envs.compression_env import CompressionEnv
@@ -59,9 +57,10 @@ def benchmark_learner(
         env: evaluates some real policies; None: none.
     """
     from agents.envelope_ddpg.agent import EnvelopeDdpg
+    from agents.envelope_ddpg.learner import one_thread
 
     space, rng = problem.space, np.random.default_rng(seed)
-    with _one_thread():
+    with one_thread():
         agent = EnvelopeDdpg(config, space, problem.budgets, np.random.default_rng(seed))
         asking, telling = [], []
 
@@ -123,16 +122,6 @@ def _milliseconds(call: Callable[[], object], repeats: int, warm: int = 2) -> fl
         call()
         seconds.append(time.perf_counter() - start)
     return 1000 * float(np.median(seconds))
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def speed_lines(speed: LearnerSpeed) -> list[str]:

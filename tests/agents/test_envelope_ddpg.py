@@ -287,6 +287,64 @@ def test_a_saved_agent_answers_alike(toy, trained, tmp_path):
     assert len(toy.run(loaded, 8)) == 8
 
 
+@pytest.mark.parametrize("told", [5, 21, 40])
+def test_a_saved_agent_goes_on_alike_with_what_was_out(toy, tmp_path, told):
+    def run(agent, out, count):
+        """Answer `count` actors in a random order, up to four out at a time."""
+        rng, seen = np.random.default_rng(told), []
+        while len(seen) < count:
+            out += agent.ask(4 - len(out))
+            actor = out.pop(int(rng.integers(len(out))))
+            failure = Episode(actor.budget.name, None, None, failure="RuntimeError: no")
+            agent.tell([(actor, toy.episode(actor) if actor.ticket % 7 else failure)])
+            seen.append((actor.ticket, actor.budget.name, actor.table.tolist()))
+        return seen
+
+    straight, out = agent_of(toy), []
+    run(straight, out, told)
+    straight.save(tmp_path / "agent")
+    restored = EnvelopeDdpg.load(tmp_path / "agent", toy)
+    again = restored.ask(len(out))
+    assert sorted(a.ticket for a in again) == sorted(a.ticket for a in out), "evaluations that were out are handed out once more"
+    again = [next(a for a in again if a.ticket == actor.ticket) for actor in out]
+    assert run(straight, out, 25) == run(restored, again, 25)
+    shown = np.stack([toy.best, 1 - toy.best])
+    np.testing.assert_array_equal(straight.learner.opinions(shown), restored.learner.opinions(shown))
+
+
+def test_a_finished_agent_has_learned_from_everything_that_was_told(toy):
+    agent = agent_of(toy)
+    toy.run(agent, 14)
+    missing, *others = agent.ask(3)
+    agent.tell([(actor, toy.episode(actor)) for actor in others])
+    agent.finish()
+    assert len(agent.learner.memories) == 16 and agent.learned == agent.asked
+    assert len(toy.run(agent, 6)) == 6
+
+
+def test_the_preference_can_change_while_it_runs(toy):
+    def costs_after(preference):
+        agent = agent_of(toy, budgets=toy.budgets[:1])
+        toy.run(agent, 20)
+        agent.prefer(preference)
+        return np.mean([toy.cost(agent_actor.table) for agent_actor in _actors(toy, agent, 20)])
+
+    assert costs_after((0.1, 0.9)) < costs_after((1, 0)) - 0.1
+    with pytest.raises(InputError, match="one weight for each of"):
+        agent_of(toy).prefer((1.0,))
+    with pytest.raises(InputError, match="not all zero"):
+        agent_of(toy).prefer((0.0, 0.0))
+
+
+def _actors(toy, agent, count):
+    actors = []
+    while len(actors) < count:
+        (actor,) = agent.ask(1)
+        agent.tell([(actor, toy.episode(actor))])
+        actors.append(actor)
+    return actors
+
+
 def test_damaged_or_foreign_agents_are_refused(toy, trained, tmp_path):
     folder = tmp_path / "agent"
     with pytest.raises(InputError, match=r"holds no agent: it has no agent\.json"):

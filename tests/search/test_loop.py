@@ -58,6 +58,14 @@ def test_runs_exactly_the_evaluations_and_fills_the_slots():
     assert runner.queue == []
 
 
+def test_the_agent_chooses_what_comes_next_while_the_workers_evaluate():
+    agent, runner, chosen = Counting(), LastInFirstOut(), []
+    wait = runner.wait
+    runner.wait = lambda: (chosen.append((agent.given, len(runner.queue))), wait())[1]
+    run_loop(agent, runner, 10, lambda *_: None)
+    assert chosen[:3] == [(6, 3), (7, 3), (8, 3)]
+
+
 def test_waits_for_an_agent_that_waits():
     agent, runner = Counting(batch=2), LastInFirstOut()
     assert run_loop(agent, runner, 9, lambda *_: None) == 9

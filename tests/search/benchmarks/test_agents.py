@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 
 import pytest
 
-from search.benchmarks.agents import Outcome, benchmark_search, outcome_line, summary, write_results
+from envs.core import InputError
+from search.benchmarks.agents import Contestant, contestant, outcome_line, run_contestants, search_report, summary
+from search.benchmarks.records import Records
 from search.build import build_agent, build_front, build_problem, make_env
 from search.config import parse_config
 from search.finalize import finalist_scores, finalize
@@ -29,35 +30,68 @@ def problem():
     return build_problem(parse_config(VALUES, "test.yaml"))
 
 
-def test_winners_are_chosen_on_validation_and_scored_on_test(problem):
-    told = []
-    outcomes = benchmark_search(problem, LocalRunner(partial(make_env, problem)), ["random"], [0], 8, told.append)
-    assert told == outcomes and [outcome.budget for outcome in outcomes] == ["small", "tiny"]
+def test_winners_are_chosen_on_validation_and_scored_on_test(problem, tmp_path):
+    records, told = Records(tmp_path / "results.jsonl", {}), []
+    runner = LocalRunner(partial(make_env, problem))
+    run_contestants(problem, runner, [Contestant("random", "random")], [0], 8, records, told.append)
+    (row,) = records.rows
+    assert told == [outcome_line(row)] and list(row["winners"]) == ["small", "tiny"]
     front = build_front(problem)
     agent = build_agent(problem, "random", {}, 0)
-    run_loop(agent, LocalRunner(partial(make_env, problem)), 8, lambda _, episode: front.add(episode))
+    volumes = []
+    run_loop(agent, runner, 8, lambda _, episode: (front.add(episode), volumes.append(front.hypervolume)))
+    assert [look["hypervolume"] for look in row["curve"]] == [volumes[look["evaluations"] - 1] for look in row["curve"]]
+    assert row["hypervolume"] == volumes[-1] and row["evaluations"] == 8
     finalists = finalize(problem, front, top=2)
-    for outcome, budget in zip(outcomes, problem.budgets, strict=True):
+    for budget in problem.budgets:
         mine = [finalist for finalist in finalists if finalist.budget == budget.name]
         assert len(mine) == 2 and mine[0].validation.top1 >= mine[1].validation.top1
         assert max(finalist.proxy.top1 for finalist in mine) == front.best_top1(budget.name)
         assert all(f.final.fidelity == "final" and f.final.images == len(problem.data.test) for f in mine)
         assert finalist_scores(problem, mine[0].policy)[1].top1 == mine[0].final.top1
+        winner = row["winners"][budget.name]
         scores = (mine[0].proxy.top1, mine[0].validation.top1, mine[0].final.top1)
-        assert (outcome.search_top1, outcome.validation_top1, outcome.test_top1) == scores
+        assert (winner["search_top1"], winner["validation_top1"], winner["test_top1"]) == scores
+        assert tuple(winner["widths"]) == mine[0].policy.widths
+    run_contestants(problem, runner, [Contestant("random", "random")], [0], 8, records, told.append)
+    assert len(records.rows) == len(told) == 1, "what is there is not run again"
 
 
-def test_results_are_written_with_the_table(problem, tmp_path):
-    outcomes = [
-        *(Outcome("a", seed, "small", 0.75, 0.8, 0.70 + seed / 50, 10, 1.0, 0.5) for seed in range(2)),
-        Outcome("a", 2, "small", None, None, None, 10, 0.0, 0.0),
-        Outcome("b", 0, "small", 0.85, 0.9, 0.95, 10, 1.0, 0.5),
+def test_options_make_a_contestant_of_their_own():
+    config = parse_config(VALUES, "test.yaml")
+    assert contestant("uniform", config) == Contestant("uniform", "uniform", {})
+    given = contestant("envelope_ddpg envelope=false  updates=3", config)
+    assert given == Contestant("envelope_ddpg envelope=false updates=3", "envelope_ddpg", {"envelope": False, "updates": 3})
+    own = parse_config({**VALUES, "search": {**VALUES["search"], "options": {"redraws": 5}}}, "test.yaml")
+    assert contestant("random", own).options == {"redraws": 5}
+    with pytest.raises(InputError, match="must read like"):
+        contestant("envelope_ddpg envelope", config)
+
+
+def row(agent, seed, tests, hypervolumes=(0.2, 0.4), **changes):
+    """A run of 20 evaluations with these test scores of its budgets."""
+    scores = {"search_top1": 0.5, "validation_top1": 0.6}
+    return {
+        "agent": agent, "seed": seed, "evaluations": 20, "feasible": 1.0, "hypervolume": hypervolumes[-1], "seconds": 10.0,
+        "agent_seconds": 1.0,
+        "winners": {name: value and {**scores, "test_top1": value} for name, value in tests.items()},
+        "curve": [{"evaluations": 10 * (i + 1), "hypervolume": value} for i, value in enumerate(hypervolumes)],
+        **changes,
+    }  # fmt: skip
+
+
+def test_tables_give_means_and_spreads_best_first(problem):
+    short = row("b", 0, {"small": 0.95, "tiny": 0.5}, (0.3,), evaluations=10)
+    rows = [*(row("a", seed, {"small": 0.70 + seed / 50, "tiny": None}) for seed in range(2)), short]
+    budgets, runs, curves = (table.splitlines()[2:] for table in summary(rows).split("\n\n"))
+    assert budgets == [
+        "| small | b | 1 | 50.00 | 60.00 | 95.00 |",
+        "| small | a | 2 | 50.00 ± 0.00 | 60.00 ± 0.00 | 71.00 ± 1.41 |",
+        "| tiny | b | 1 | 50.00 | 60.00 | 50.00 |",
+        "| tiny | a | 0 of 2 | - | - | - |",
     ]
-    lines = summary(outcomes).splitlines()
-    assert lines[2].startswith("| small | b | 1 | 10 |") and "| 90.00 | 95.00 |" in lines[2], "the best on test comes first"
-    assert "| 2 of 3 |" in lines[3] and "| 71.00 ± 1.41 |" in lines[3]
-    assert outcome_line(outcomes[2]).endswith("nothing fits") and "test 95.00 %" in outcome_line(outcomes[3])
-    write_results(tmp_path, problem, problem.dense, outcomes)
-    record = json.loads((tmp_path / "results.json").read_text())
-    assert len(record["outcomes"]) == 4 and record["dense"]["validation_top1"] == problem.dense.top1
-    assert summary(outcomes) in (tmp_path / "results.md").read_text()
+    assert runs == ["| a | 20 | - | 0.4000 ± 0.0000 | 100 | 10 |", "| b | 10 | 72.50 | 0.3000 | 100 | 10 |"]
+    assert curves == ["| a | 0.4000 |", "| b | 0.3000 |"], "a run that ended early stays where it was"
+    assert "macs" not in outcome_line(rows[0]) and "small 70.00, tiny -" in outcome_line(rows[0])
+    report = search_report(problem, 0.9, rows)
+    assert summary(rows) in report and "90.00 % on" in report and problem.data.source in report

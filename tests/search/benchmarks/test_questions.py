@@ -1,0 +1,66 @@
+"""The benchmark that asks a run's agent under new budgets, and searches each afresh."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+
+from envs.core import Budget
+from search.benchmarks.questions import answer_questions, draw_questions, question_report
+from search.benchmarks.records import Records
+from search.build import build_agent, build_problem, make_env
+from search.config import parse_config
+from search.finalize import finalist_scores
+from search.local_runner import LocalRunner
+from search.loop import run_loop
+
+OPTIONS = {"warmup": 6, "candidates": 16, "updates": 2, "planned": 4, "hidden": 8, "critics": 2, "goals": 2}
+VALUES = {
+    "model": {"factory": "envs.tasks.synthetic:synthetic_net", "weights": "trained", "input": [3, 8, 8]},
+    "data": {"name": "envs.tasks.synthetic:load", "train": "rest", "calibration": 64, "validation": 200},
+    "search": {"agent": "envelope_ddpg", "options": OPTIONS, "evaluations": 12, "workers": 0},
+    "space": {"prune_ratio": [0.0, 0.75]},
+    "budgets": {"small": {"macs": "<= 60%"}, "tiny": {"macs": "<= 30%"}},
+}
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return build_problem(parse_config(VALUES, "test.yaml"))
+
+
+def test_questions_lie_between_the_budgets_of_the_run():
+    budgets = [Budget("a", {"macs": 30.0, "bytes": 5.0}), Budget("b", {"macs": 70.0, "bytes": 9.0}), Budget("c", {"macs": 50.0})]
+    questions = draw_questions(("top1", "macs", "bytes"), budgets, 20, 0)
+    shares = np.array([(q.budget.limits["macs"] - 30) / 40 for q in questions])
+    np.testing.assert_allclose(shares, [(q.budget.limits["bytes"] - 5) / 4 for q in questions])
+    assert shares.min() >= 0 and shares.max() <= 1 and shares.std() > 0.1
+    assert all(q.preference.tolist() == [1, 0, 0] for q in questions[::2])
+    assert all(0 < q.preference.min() and q.preference.sum() == pytest.approx(1) for q in questions[1::2])
+    again = draw_questions(("top1", "macs", "bytes"), budgets, 20, 0)
+    assert [q.budget for q in again] == [q.budget for q in questions]
+
+
+def test_both_answers_are_scored_on_test(problem, tmp_path):
+    runner = LocalRunner(partial(make_env, problem))
+    agent = build_agent(problem, "envelope_ddpg", OPTIONS, 0)
+    run_loop(agent, runner, 12, lambda *_: None)
+    agent.finish()
+    questions = draw_questions(problem.space.objectives, problem.budgets, 2, 0)
+    records, told = Records(tmp_path / "results.jsonl", {}), []
+    answer_questions(problem, agent, runner, questions, 2, 6, records, told.append)
+    assert len(records.rows) == len(told) == 2
+    for row, question in zip(records.rows, questions, strict=True):
+        for who in ("asked", "searched"):
+            shares = row[who]["shares"]
+            assert shares["macs"] <= row["limits"]["macs"] + 1e-9
+            assert row[who]["test"] == pytest.approx(question.preference @ [row[who]["top1"], -shares["macs"]])
+    proposals = agent.propose(questions[0].budget, questions[0].preference, 2)
+    tests = [finalist_scores(problem, problem.space.decode(table))[1].top1 for table in proposals]
+    assert any(records.rows[0]["asked"]["top1"] == score for score in tests)
+    report = question_report(records.rows, 2, 6)
+    assert "1, top-1 alone" in report and "1, random preference" in report and "of 1" in report
+    answer_questions(problem, agent, runner, questions, 2, 6, records, told.append)
+    assert len(told) == 2, "what is there is not asked again"
