@@ -21,7 +21,7 @@ from cost_models.device import Device
 from envs.assembler import Assembler
 from envs.calibration import CalibrationConfig, LayerPlan, cached_calibration, plan_calibration
 from envs.compression_env import CompressionEnv
-from envs.core import Budget, Evaluation, InputError
+from envs.core import Budget, CompressionPolicy, Evaluation, InputError
 from envs.evaluator import Evaluator, Precision, choose_precision, top1
 from envs.feasibility import FeasibleSpace
 from envs.model_graph import ModelGraph, analyze
@@ -46,6 +46,7 @@ from search.ray_runner import LOCAL, RayRunner
 log = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
+Known = Sequence[tuple[CompressionPolicy, Evaluation]]
 
 
 @dataclass(frozen=True)
@@ -278,8 +279,8 @@ def build_agent(problem: Problem, name: str, options: dict, seed: int) -> Agent:
     return agent(config, problem.space, problem.budgets, np.random.default_rng(seed))
 
 
-def make_env(problem: Problem) -> CompressionEnv:
-    """Return an environment of its own for one worker."""
+def make_env(problem: Problem, known: Known = ()) -> CompressionEnv:
+    """Return an environment of its own for one worker; what is `known` is not evaluated again."""
     images, labels = problem.data.tensors(problem.data.validation)
     race = Race(problem.space.objectives[1:], [budget.limits for budget in problem.budgets])
     evaluator = Evaluator(
@@ -290,15 +291,16 @@ def make_env(problem: Problem) -> CompressionEnv:
         problem.precision,
         race if problem.config.search.racing else None,
     )
+    evaluator.known.update(known)
     return CompressionEnv(problem.space, evaluator, problem.budgets)
 
 
-def open_runner(problem: Problem) -> Runner:
-    """Return the runner that the configuration asks for; close it after use."""
+def open_runner(problem: Problem, known: Known = ()) -> Runner:
+    """Return the runner that the configuration asks for, whose workers evaluate nothing that is `known`; close it after use."""
     section = problem.config.search
     if section.workers == 0:
-        return LocalRunner(partial(make_env, problem))
-    return RayRunner(partial(make_env, problem), section.workers, section.address or LOCAL)
+        return LocalRunner(partial(make_env, problem, known))
+    return RayRunner(partial(make_env, problem, known), section.workers, section.address or LOCAL)
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -17,6 +18,9 @@ from typer.core import TyperGroup
 from cost_models.core import InputError
 from search.arguments import ConfigPath, Overrides
 from search.benchmarks.cli import benchmark
+
+if TYPE_CHECKING:
+    from search.progress import SearchProgress
 
 INTERRUPTED = 130
 """The exit code of a process that Ctrl-C has ended."""
@@ -129,19 +133,33 @@ def search(
     from search.config import load_config
 
     settings = load_config(config, [*(overrides or ()), *([f"search.address={address}"] if address else [])])
-    from search.progress import SearchProgress
     from search.run import search as run_search
+
+    _follow(lambda progress: run_search(settings, progress))
+
+
+@app.command()
+def resume(run: RunPath, overrides: Overrides = None) -> None:
+    """Go on with an interrupted run, or with more evaluations (--set search.evaluations=500), as if it had never stopped."""
+    from search.run import resume as run_resume
+
+    _follow(lambda progress: run_resume(run, overrides or (), progress))
+
+
+def _follow(search: Callable[[SearchProgress], Path]) -> None:
+    """Show a search while it runs, and what it has found."""
+    from search.progress import SearchProgress
 
     console = Console()
     with SearchProgress(console) as progress:
         try:
-            run_search(settings, progress)
+            search(progress)
         except KeyboardInterrupt:
             progress.stop()
             if progress.run is None:
                 raise
             _show_run(console, progress.run)
-            print("interrupted: the run holds what was found until then", file=sys.stderr)
+            print(f"interrupted: the run holds what was found; go on with: secateur resume {progress.run}", file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from None
     _show_run(console, progress.run)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,16 +19,17 @@ from search.finalize import dense_test_score, finalize
 from search.front import Front, write_front
 from search.loop import Runner, run_loop
 from search.progress import SearchProgress
-from search.run_folder import AGENT, check_run_folder, create_run_folder, write_manifest
-from search.study import StudyRecorder
-from search.winners import verify_winners
+from search.resume import Recorded, check_same_score, check_unchanged
+from search.run_folder import AGENT, check_run_folder, create_run_folder, held, load_manifest, write_manifest
+from search.study import StudyRecorder, load_study
+from search.winners import verify_winners, winner_folder
 
 
 def search(config: SearchConfig, progress: SearchProgress | None = None) -> Path:
     """Run the search that `config` describes, and return its run folder; `progress` follows it, default: in silence.
 
     front.json is on disk from the start on and follows every change, and the study holds every evaluation as soon as it is
-    done. Whatever ends the search early (Ctrl-C, an error) leaves both with all that was found.
+    done. Whatever ends the search early (Ctrl-C, an error) leaves both with all that was found, and `resume` goes on from there.
 
     Raises:
         InputError: for anything in the configuration that cannot be used; nothing is written then.
@@ -34,41 +37,96 @@ def search(config: SearchConfig, progress: SearchProgress | None = None) -> Path
     check_run_folder(config.output)
     progress = progress or SearchProgress(Console(quiet=True))
     problem = build_problem(config, progress.say)
+    return _run(problem, None, None, progress)
+
+
+def resume(run: str | Path, overrides: Sequence[str] = (), progress: SearchProgress | None = None) -> Path:
+    """Go on with a run until its configuration's evaluations are done, as if it had never stopped (search/resume.py).
+
+    Args:
+        run: its folder.
+        overrides: "section.key=value" texts over the run's configuration, such as "search.evaluations=500".
+        progress: follows it; default: in silence.
+    Raises:
+        InputError: if the folder is no run, another process is at it, or it would not be the same run; nothing is written then.
+    """
+    run, progress = Path(run), progress or SearchProgress(Console(quiet=True))
+    before, manifest = load_manifest(run)
+    config, _ = load_manifest(run, overrides)
+    check_unchanged(before, config)
+    trials = load_study(run).trials
+    problem = build_problem(config, progress.say)
+    check_same_score(run, manifest, problem)
+    return _run(problem, run, Recorded(trials, problem), progress)
+
+
+def _run(problem: Problem, run: Path | None, recorded: Recorded | None, progress: SearchProgress) -> Path:
+    """Search, in a new folder or in the one of a run that goes on."""
+    config = problem.config
     progress.note(f"evaluations in {problem.precision.dtype}: {problem.precision.reason}")
     agent = build_agent(problem, config.search.agent, config.search.options, config.search.seed)
     progress.say("starting the workers")
-    runner = open_runner(problem)
-    try:
-        run, front = _evaluate(problem, agent, runner, progress)
-    finally:
-        runner.close()
-    progress.say("scoring the best policies on the test images")
-    finalists, dense_final = finalize(problem, front, config.finalize.top), dense_test_score(problem)
-    write_front(run, front.document(problem.space.space.describe, finalists, dense_final))
-    if config.finalize.verify:
-        outcomes = verify_winners(problem, front, finalists, run, progress.say)
-        finalists = [finalist for outcome in outcomes for finalist in outcome.finalists]
-        write_front(run, front.document(problem.space.space.describe, finalists, dense_final, outcomes))
+    with closing(open_runner(problem, recorded.known if recorded else ())) as runner:
+        # Nothing is written before everything that can be refused has been built.
+        run = run or create_run_folder(config.output)
+        with held(run):
+            front = _evaluate(problem, agent, runner, run, recorded, progress)
+    with held(run):
+        _finish(problem, front, run, progress)
     progress.stop()
     return run
 
 
-def _evaluate(problem: Problem, agent: Agent, runner: Runner, progress: SearchProgress) -> tuple[Path, Front]:
-    """Make the run folder, and search: nothing is written before everything that can be refused has been built."""
+def _evaluate(
+    problem: Problem, agent: Agent, runner: Runner, run: Path, recorded: Recorded | None, progress: SearchProgress
+) -> Front:
     config = problem.config
-    run = create_run_folder(config.output)
     write_manifest(run, config, _facts(problem))
-    front = build_front(problem)
+    front, recorder = build_front(problem), _recorder(problem, run)
+    for episode in recorded.episodes if recorded else ():
+        front.add(episode)
     write_front(run, front.document(problem.space.space.describe))
-    on_episode = _follow(problem, run, front, _recorder(problem, run), progress)
+
+    def on_episode(actor: Actor, episode: Episode) -> None:
+        if recorded is not None and recorded.take(episode):
+            return
+        recorder.record(front.evaluations, config.search.agent, episode)
+        if front.add(episode):
+            write_front(run, front.document(problem.space.space.describe))
+        progress.on_episode()
+
     progress.on_start(run, front, config.search.evaluations, config.search.time_limit)
     try:
         run_loop(agent, runner, config.search.evaluations, on_episode, _clock(config.search.time_limit))
     finally:
         write_front(run, front.document(problem.space.space.describe))
         if hasattr(agent, "save"):
-            agent.save(run / AGENT)
-    return run, front
+            _save(agent, run / AGENT)
+    return front
+
+
+def _save(agent: Agent, folder: Path) -> None:
+    """Write the agent, in place of an earlier one: there is a whole one at any time."""
+    draft = folder.with_name(folder.name + ".draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    agent.save(draft)
+    if folder.exists():
+        shutil.rmtree(folder)
+    draft.rename(folder)
+
+
+def _finish(problem: Problem, front: Front, run: Path, progress: SearchProgress) -> None:
+    """Score the best policies on the test images, and check the winners."""
+    config, describe = problem.config, problem.space.space.describe
+    progress.say("scoring the best policies on the test images")
+    finalists, dense_final = finalize(problem, front, config.finalize.top), dense_test_score(problem)
+    write_front(run, front.document(describe, finalists, dense_final))
+    if config.finalize.verify:
+        for budget in problem.budgets:  # winners of this run before it went on
+            shutil.rmtree(winner_folder(run, budget), ignore_errors=True)
+        outcomes = verify_winners(problem, front, finalists, run, progress.say)
+        finalists = [finalist for outcome in outcomes for finalist in outcome.finalists]
+        write_front(run, front.document(describe, finalists, dense_final, outcomes))
 
 
 def _facts(problem: Problem) -> dict:
@@ -84,20 +142,6 @@ def _facts(problem: Problem) -> dict:
 def _recorder(problem: Problem, run: Path) -> StudyRecorder:
     attributes = {"agent": problem.config.search.agent, "seed": problem.config.search.seed, "data": problem.data.source}
     return StudyRecorder(run, problem.space.space, problem.space.objectives, problem.budgets, attributes)
-
-
-def _follow(
-    problem: Problem, run: Path, front: Front, recorder: StudyRecorder, progress: SearchProgress
-) -> Callable[[Actor, Episode], None]:
-    """Return what happens to every finished episode: record, keep the front, show."""
-
-    def on_episode(actor: Actor, episode: Episode) -> None:
-        recorder.record(front.evaluations, problem.config.search.agent, episode)
-        if front.add(episode):
-            write_front(run, front.document(problem.space.space.describe))
-        progress.on_episode()
-
-    return on_episode
 
 
 def _clock(limit: float | None) -> Callable[[], bool]:

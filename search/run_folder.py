@@ -5,16 +5,22 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from envs.core import InputError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where nothing keeps two processes apart
+    fcntl = None
 from search.config import OutputSection, SearchConfig, apply_override, parse_config
 
-MANIFEST = "manifest.json"
+MANIFEST, LOCK = "manifest.json", ".lock"
 AGENT = "agent"
 """What a run holds: its facts, and a folder with the agent, if that can be asked later."""
 PACKAGES = ("secateur", "torch", "torchvision", "ray", "optuna", "gymnasium", "numpy", "moocore")
@@ -51,6 +57,22 @@ def _taken(folder: Path) -> InputError:
     return InputError(
         f"The run folder {folder} exists already. Choose another `output.name`, or leave it out: runs are then numbered."
     )
+
+
+@contextmanager
+def held(run: Path) -> Iterator[None]:
+    """Keep other processes from searching in the same folder; the system lets go of it however this one ends.
+
+    Raises:
+        InputError: if another process is at it.
+    """
+    with (run / LOCK).open("w") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"Another process searches in {run}. Wait until it has finished, or end it.") from None
+        yield
 
 
 def write_manifest(run: Path, config: SearchConfig, facts: Mapping[str, Any]) -> None:

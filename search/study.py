@@ -31,7 +31,7 @@ class StudyRecorder:
     was stopped early is a pruned trial.
 
     Args:
-        folder: the run; the journal is made in it.
+        folder: the run; the journal is made in it, or gone on with.
         space: names and levels of the choices.
         objectives: "top1", then the costs that are traded against it.
         budgets: of the search; episodes name the one they were conditioned on.
@@ -50,6 +50,9 @@ class StudyRecorder:
         self._space, self._objectives = space, tuple(objectives)
         self._distributions = {decision.name: _distribution(decision) for decision in space.decisions}
         self._limited = limited_quantities(budgets)
+        if (folder / JOURNAL).is_file():  # a run that goes on
+            self._study = load_study(folder)
+            return
         self._study = optuna.create_study(
             study_name=folder.name,
             storage=JournalStorage(JournalFileBackend(str(folder / JOURNAL))),

@@ -58,6 +58,11 @@ class Outcome:
     note: str = ""
 
 
+def winner_folder(run: Path, budget: Budget) -> Path:
+    """Return where the winner of a budget is exported to."""
+    return run / EXPORTS / budget.name
+
+
 def verify_winners(
     problem: Problem,
     front: Front,
@@ -124,7 +129,7 @@ class _Trials:
         return outcome
 
     def _check(self, finalist: Finalist, outcome: Outcome) -> None:
-        folder = self.folder / EXPORTS / self.budget.name
+        folder = winner_folder(self.folder, self.budget)
         self.say(f"exporting and checking the winner of {self.budget.name}")
         try:
             write_export(folder, self.problem, finalist.policy, self.budget, finalist.validation, finalist.final)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from envs.core import InputError
+from envs.core import CompressionPolicy, InputError
 from envs.policy_space import PolicySpace
 from search.front import winner
 from search.study import load_study
@@ -88,6 +88,22 @@ def chosen_trial(run: Path, trial: Any, space: PolicySpace, output: Path | None 
     Raises:
         InputError: if the run was made with another space.
     """
+    point = {
+        "evaluation": trial.user_attrs["evaluation"],
+        "policy": asdict(policy_of_trial(trial, space)),
+        "costs": {
+            name.removeprefix("cost/"): value for name, value in trial.user_attrs.items() if name.startswith("cost/")
+        },
+    }
+    return Chosen(output or trial_folder(run, trial.number), trial.user_attrs["budget"], point)
+
+
+def policy_of_trial(trial: Any, space: PolicySpace) -> CompressionPolicy:
+    """Return what a trial chose.
+
+    Raises:
+        InputError: if the run was made with another space.
+    """
     try:
         levels = [decision.values.index(trial.params[decision.name]) for decision in space.decisions]
     except (KeyError, ValueError):
@@ -95,14 +111,7 @@ def chosen_trial(run: Path, trial: Any, space: PolicySpace, output: Path | None 
             f"Trial {trial.number} was made with another model or space than the run's manifest names. "
             "Restore the model's code, or search again."
         ) from None
-    point = {
-        "evaluation": trial.user_attrs["evaluation"],
-        "policy": asdict(space.policy(np.array(levels))),
-        "costs": {
-            name.removeprefix("cost/"): value for name, value in trial.user_attrs.items() if name.startswith("cost/")
-        },
-    }
-    return Chosen(output or trial_folder(run, trial.number), trial.user_attrs["budget"], point)
+    return space.policy(np.array(levels))
 
 
 def trial_folder(run: Path, number: int) -> Path:
