@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ except ImportError:  # not on Windows, where nothing keeps two processes apart
     fcntl = None
 from search.config import OutputSection, SearchConfig, apply_override, parse_config
 
-MANIFEST, LOCK = "manifest.json", ".lock"
+MANIFEST = "manifest.json"
 AGENT = "agent"
 """What a run holds: its facts, and a folder with the agent, if that can be asked later."""
 PACKAGES = ("secateur", "torch", "torchvision", "ray", "optuna", "gymnasium", "numpy", "moocore")
@@ -66,13 +67,18 @@ def held(run: Path) -> Iterator[None]:
     Raises:
         InputError: if another process is at it.
     """
-    with (run / LOCK).open("w") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(f"Another process searches in {run}. Wait until it has finished, or end it.") from None
+    if fcntl is None:
         yield
+        return
+    folder = os.open(run, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"Another process searches in {run}. Wait until it has finished, or end it.") from None
+        yield
+    finally:
+        os.close(folder)
 
 
 def write_manifest(run: Path, config: SearchConfig, facts: Mapping[str, Any]) -> None:
