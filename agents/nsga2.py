@@ -8,7 +8,8 @@ Where we differ and why:
 1. Every child is bent to the edge of its budget (`ActionSpace.fit`), like the other agents' candidates, in a share of the
    cases; the others are repaired by the wall alone, so that the population also spreads below the limit.
 2. Generations are handed out at once and judged when all of them are back, in the order in which they were handed out:
-   results depend on the seed and not on which worker is faster. With several budgets, one population's wait is another's turn.
+   results depend on the seed and not on which worker is faster. At the end of a generation workers wait for the slowest one; with
+   a population per budget it is another's turn then.
 3. As long as new policies are found, none is evaluated twice.
 4. By default one population serves all budgets: its members are children of one front, and the budgets take turns in repairing
    them. `shared: false` gives every budget a population and its share of the evaluations.

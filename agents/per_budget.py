@@ -1,4 +1,4 @@
-"""Agents that search every budget apart: one searcher for each, evaluations shared evenly."""
+"""Agents made of searchers: one for each budget, which share the evaluations evenly, or one for several budgets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from envs.core import Actor, Episode
 
 
 class Searcher(Protocol):
-    """Searches one budget."""
+    """Searches one budget, or several at once."""
 
     handed_out: int
     """Number of actors so far."""
@@ -33,10 +33,10 @@ class Searcher(Protocol):
 
 
 class PerBudget:
-    """An agent made of one searcher per budget; while one waits for its episodes, it is another's turn.
+    """An agent made of searchers; while one waits for its episodes, it is another's turn.
 
     Args:
-        searchers: by the names of the budgets.
+        searchers: by the names of the budgets; the same one may serve several.
     """
 
     def __init__(self, searchers: Mapping[str, Searcher]):

@@ -146,8 +146,10 @@ def agent_folder(run: str | Path, settings: SearchConfig) -> Path:
     """
     folder = Path(run) / AGENT
     if not folder.is_dir():
+        if settings.search.agent == "envelope_ddpg":
+            raise InputError(f"{run} has no agent yet: its search was not finished. Go on with: secateur resume {run}")
         raise InputError(
-            f"{run} has no agent that can be asked: its search used `{settings.search.agent}`, or was not finished. Search with "
+            f"{run} has no agent that can be asked: its search used `{settings.search.agent}`. Search with "
             "`--set search.agent=envelope_ddpg`."
         )
     return folder

@@ -42,7 +42,7 @@ def run_loop(
         runner: evaluates.
         evaluations: number of episodes.
         on_episode: called for each finished episode, before the agent hears of it: what is recorded is never lost.
-        out_of_time: asked before each new episode; those that are out are still waited for.
+        out_of_time: asked before new episodes are started; those that are out are still waited for.
     Returns:
         The number of episodes done.
     """
@@ -50,7 +50,7 @@ def run_loop(
     ready: list[Actor] = []
     while done < evaluations:
         in_time = not out_of_time()
-        # First fill the workers, then choose what comes next while they evaluate: none of them waits for an agent that thinks.
+        # First fill the workers, then choose what comes next while they evaluate.
         for _ in range(2 if in_time else 0):
             while ready and out < runner.slots:
                 runner.submit(ready.pop(0))

@@ -67,6 +67,7 @@ class SearchProgress:
         """
         self.run, self._front, self._total, self._limit = run, front, total, time_limit
         self._started = self._printed = self._clock()
+        self._before = front.evaluations
         if self._status is not None:
             self._status.stop()
             self._live = Live(self._panel(), console=self._console, refresh_per_second=4)
@@ -96,7 +97,7 @@ class SearchProgress:
         """Return what is shown, by name."""
         front, done = self._front, self._front.evaluations
         seconds = self._clock() - self._started
-        rate = done / seconds if seconds > 0 else 0.0
+        rate = (done - self._before) / seconds if seconds > 0 else 0.0
         shown = {
             "evaluations": f"{done} of {self._total}",
             "speed": f"{rate:.2f} evaluations/s",

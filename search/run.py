@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from search.finalize import dense_test_score, finalize
 from search.front import Front, write_front
 from search.loop import Runner, run_loop
 from search.progress import SearchProgress
-from search.resume import Recorded, check_same_score, check_unchanged
+from search.resume import Recorded, check_evaluations, check_same_score, check_unchanged
 from search.run_folder import AGENT, check_run_folder, create_run_folder, held, load_manifest, write_manifest
 from search.study import StudyRecorder, load_study
 from search.winners import verify_winners, winner_folder
@@ -54,10 +54,12 @@ def resume(run: str | Path, overrides: Sequence[str] = (), progress: SearchProgr
     before, manifest = load_manifest(run)
     config, _ = load_manifest(run, overrides)
     check_unchanged(before, config)
-    trials = load_study(run).trials
-    problem = build_problem(config, progress.say)
-    check_same_score(run, manifest, problem)
-    return _run(problem, run, Recorded(trials, problem), progress)
+    with held(run):
+        trials = load_study(run).trials
+        check_evaluations(run, len(trials), config)
+        problem = build_problem(config, progress.say)
+        check_same_score(run, manifest, problem)
+        return _run(problem, run, Recorded(trials, problem), progress)
 
 
 def _run(problem: Problem, run: Path | None, recorded: Recorded | None, progress: SearchProgress) -> Path:
@@ -66,12 +68,14 @@ def _run(problem: Problem, run: Path | None, recorded: Recorded | None, progress
     progress.note(f"evaluations in {problem.precision.dtype}: {problem.precision.reason}")
     agent = build_agent(problem, config.search.agent, config.search.options, config.search.seed)
     progress.say("starting the workers")
-    with closing(open_runner(problem, recorded.known if recorded else ())) as runner:
+    with ExitStack() as stack:
+        runner = stack.enter_context(closing(open_runner(problem, recorded.known if recorded else ())))
         # Nothing is written before everything that can be refused has been built.
-        run = run or create_run_folder(config.output)
-        with held(run):
-            front = _evaluate(problem, agent, runner, run, recorded, progress)
-    with held(run):
+        if run is None:
+            run = create_run_folder(config.output)
+            stack.enter_context(held(run))
+        front = _evaluate(problem, agent, runner, run, recorded, progress)
+        runner.close()
         _finish(problem, front, run, progress)
     progress.stop()
     return run
@@ -80,39 +84,58 @@ def _run(problem: Problem, run: Path | None, recorded: Recorded | None, progress
 def _evaluate(
     problem: Problem, agent: Agent, runner: Runner, run: Path, recorded: Recorded | None, progress: SearchProgress
 ) -> Front:
-    config = problem.config
+    """Search; a run that goes on keeps its front and its agent until there is something new."""
+    config, describe = problem.config, problem.space.space.describe
     write_manifest(run, config, _facts(problem))
     front, recorder = build_front(problem), _recorder(problem, run)
     for episode in recorded.episodes if recorded else ():
         front.add(episode)
-    write_front(run, front.document(problem.space.space.describe))
+    before = front.evaluations
+    if recorded is None:
+        write_front(run, front.document(describe))
+    elif before < config.search.evaluations:
+        progress.note(f"playing {before} recorded evaluations again")
 
     def on_episode(actor: Actor, episode: Episode) -> None:
         if recorded is not None and recorded.take(episode):
             return
         recorder.record(front.evaluations, config.search.agent, episode)
         if front.add(episode):
-            write_front(run, front.document(problem.space.space.describe))
+            write_front(run, front.document(describe))
         progress.on_episode()
 
-    progress.on_start(run, front, config.search.evaluations, config.search.time_limit)
+    out_of_time, total = _clock(config.search.time_limit), config.search.evaluations
+    lost = hasattr(agent, "save") and not (run / AGENT).is_dir()  # by a process that was killed: then all is played again
+
+    def enough() -> bool:
+        # With several workers another budget may have its turn this time, so what is recorded counts, not what is played.
+        return (front.evaluations >= total and not lost) or out_of_time()
+
+    progress.on_start(run, front, total, config.search.time_limit)
     try:
-        run_loop(agent, runner, config.search.evaluations, on_episode, _clock(config.search.time_limit))
+        run_loop(agent, runner, total, on_episode, enough)
+        new = lost or front.evaluations > before
+    except BaseException:
+        new = front.evaluations > before
+        raise
     finally:
-        write_front(run, front.document(problem.space.space.describe))
-        if hasattr(agent, "save"):
-            _save(agent, run / AGENT)
+        if recorded is None or new:
+            write_front(run, front.document(describe))
+            if hasattr(agent, "save"):
+                _save(agent, run / AGENT)
     return front
 
 
 def _save(agent: Agent, folder: Path) -> None:
-    """Write the agent, in place of an earlier one: there is a whole one at any time."""
-    draft = folder.with_name(folder.name + ".draft")
-    shutil.rmtree(draft, ignore_errors=True)
+    """Write the agent, in place of an earlier one."""
+    draft, old = (folder.with_name(f"{folder.name}.{what}") for what in ("draft", "old"))
+    for left in (draft, old):
+        shutil.rmtree(left, ignore_errors=True)
     agent.save(draft)
     if folder.exists():
-        shutil.rmtree(folder)
+        folder.rename(old)
     draft.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _finish(problem: Problem, front: Front, run: Path, progress: SearchProgress) -> None:

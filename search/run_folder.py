@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -20,6 +21,8 @@ try:
 except ImportError:  # not on Windows, where nothing keeps two processes apart
     fcntl = None
 from search.config import OutputSection, SearchConfig, apply_override, parse_config
+
+log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 AGENT = "agent"
@@ -64,18 +67,24 @@ def _taken(folder: Path) -> InputError:
 def held(run: Path) -> Iterator[None]:
     """Keep other processes from searching in the same folder; the system lets go of it however this one ends.
 
+    Where the file system has no such locks, nothing keeps them away.
+
     Raises:
         InputError: if another process is at it.
     """
     if fcntl is None:
         yield
         return
+    if not run.is_dir():
+        raise InputError(f"{run} is not a run: there is no such folder.")
     folder = os.open(run, os.O_RDONLY)
     try:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"Another process searches in {run}. Wait until it has finished, or end it.") from None
+        except OSError as error:
+            log.info("%s cannot be locked: %s", run, error)
         yield
     finally:
         os.close(folder)
@@ -92,7 +101,9 @@ def write_manifest(run: Path, config: SearchConfig, facts: Mapping[str, Any]) ->
         "commit": _commit(),
         **facts,
     }
-    (run / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    draft = run / f"{MANIFEST}.draft"
+    draft.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    os.replace(draft, run / MANIFEST)
 
 
 def load_manifest(run: str | Path, overrides: Sequence[str] = ()) -> tuple[SearchConfig, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -51,6 +52,7 @@ class StudyRecorder:
         self._distributions = {decision.name: _distribution(decision) for decision in space.decisions}
         self._limited = limited_quantities(budgets)
         if (folder / JOURNAL).is_file():  # a run that goes on
+            _drop_unfinished_line(folder / JOURNAL)
             self._study = load_study(folder)
             return
         self._study = optuna.create_study(
@@ -126,6 +128,13 @@ def load_study(run: str | Path) -> optuna.Study:
         return optuna.load_study(study_name=None, storage=JournalStorage(JournalFileBackend(str(journal))))
     except (ValueError, KeyError, AttributeError, TypeError) as error:  # what damaged lines happen to cause
         raise InputError(f"{journal} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _drop_unfinished_line(journal: Path) -> None:
+    """Remove what a killed process has left of its last line: the next one would be appended to it."""
+    text = journal.read_bytes()
+    if not text.endswith(b"\n"):
+        os.truncate(journal, text.rfind(b"\n") + 1)
 
 
 def _state(episode: Episode, failure: str | None) -> TrialState:

@@ -42,7 +42,7 @@ from agents.clr_rnf import ClrRnf, ClrRnfConfig
 from agents.core import TableActor, fully_scored
 from agents.envelope_ddpg.config import EnvelopeDdpgConfig
 from agents.envelope_ddpg.learner import ENOUGH, Learner, one_thread
-from agents.envelope_ddpg.replay import Handed, Memory, executes_alike, sample_preferences, tighter_budgets
+from agents.envelope_ddpg.replay import Memory, Outstanding, executes_alike, sample_preferences, tighter_budgets
 from agents.envelope_ddpg.storage import read_agent, write_agent
 from agents.pareto import Archive, hypervolume
 from agents.random_search import random_table
@@ -63,14 +63,13 @@ class EnvelopeDdpg:
         self.parents = [*range(len(self.budgets)), *np.repeat(np.arange(len(self.budgets)), config.goals).tolist()]
         self.learner = Learner(config, space, self.goals, self.preference, rng)
         self.archive = Archive()
-        """The Pareto set of all feasible episodes, objectives = -reward."""
+        """The Pareto set of the feasible episodes that were learned from, objectives = -reward."""
         self.asked = self.learned = 0
         self._rules = self._rule_based()
-        self._out: dict[int, Handed] = {}
-        self._again: list[int] = []  # tickets that a restored agent hands out once more
+        self._out: dict[int, Outstanding] = {}
+        self._to_repeat: list[int] = []  # tickets that a restored agent hands out once more
         self._told: dict[int, Memory | None] = {}  # None: there is nothing to learn from
         self._known: set[CompressionPolicy] = set()
-        self._lookahead = config.lookahead
 
     def prefer(self, preference: Sequence[float]) -> None:
         """Change the main preference, (num_objectives,) weights >= 0, at any time: the next choices follow it."""
@@ -95,14 +94,13 @@ class EnvelopeDdpg:
             return self._ask(count)
 
     def _ask(self, count: int) -> list[Actor]:
-        self._lookahead = max(self._lookahead, count)
         actors: list[Actor] = []
-        while self._again and len(actors) < count:
-            ticket = self._again.pop(0)
+        while self._to_repeat and len(actors) < count:
+            ticket = self._to_repeat.pop(0)
             actors.append(TableActor(self.budgets[self._out[ticket].budget], self._out[ticket].table, ticket))
         while len(actors) < count:
             # A choice builds on exactly the episodes before the last `lookahead`, however fast the workers are.
-            wanted = self.asked - self._lookahead + 1
+            wanted = self.asked - self.config.lookahead + 1
             while self.learned < wanted and self.learned in self._told:
                 self._learn_next()
             if self.learned < wanted:
@@ -119,8 +117,8 @@ class EnvelopeDdpg:
                     "out. Was it told twice?"
                 )
             self._told[actor.ticket] = self._memory(episode, self._out[actor.ticket]) if fully_scored(episode) else None
-            if episode.feasible and fully_scored(episode):
-                self.archive.add(episode.policy, -np.asarray(episode.reward, float))
+            if actor.ticket in self._to_repeat:
+                self._to_repeat.remove(actor.ticket)
 
     def finish(self) -> None:
         """Give up what is out, and learn from all that was told: for agents that are only asked from now on."""
@@ -129,7 +127,7 @@ class EnvelopeDdpg:
                 self.learned = ticket
                 self._learn_next()
         self.learned = self.asked
-        self._out, self._again = {}, []
+        self._out, self._to_repeat = {}, []
 
     # -------------------------------------------------------------------------------------------------------- learning
 
@@ -140,15 +138,17 @@ class EnvelopeDdpg:
         self.learned += 1
         if memory is not None:
             self.learner.add(memory)
+            if memory.feasible:
+                self.archive.add(self.space.decode(memory.table), -memory.reward)
         if len(self.learner.memories) >= ENOUGH:
             if self.space.num_steps > 1:
                 self.learner.plan(self.config.planned)
             done = self.learned / self.config.homotopy_episodes
             self.learner.learn(self.config.updates, min(1.0, done) if self.config.homotopy else 0.0)
 
-    def _memory(self, episode: Episode, handed: Handed) -> Memory:
+    def _memory(self, episode: Episode, sent: Outstanding) -> Memory:
         """Return what there is to learn from a scored episode."""
-        table = np.asarray(handed.table if episode.actions is None else episode.actions, np.float32)
+        table = np.asarray(sent.table if episode.actions is None else episode.actions, np.float32)
         own = next(i for i, budget in enumerate(self.budgets) if budget.name == episode.budget)
         reward, goals = np.asarray(episode.reward, float), [own]
         if self.config.relabel_budgets:
@@ -158,7 +158,7 @@ class EnvelopeDdpg:
         if observations is None:
             whole = np.full(1, self.space.num_steps)
             observations = self.space.simulate(_nothing, [self.budgets[own]], table[None], whole).observations[0]
-        return Memory(table.astype(float), observations, reward, np.array(goals), handed.preference)
+        return Memory(table.astype(float), observations, reward, np.array(goals), sent.preference, episode.feasible)
 
     # -------------------------------------------------------------------------------------------------------- choosing
 
@@ -172,7 +172,7 @@ class EnvelopeDdpg:
             index, preference, table = self._choose()
         actor = TableActor(self.budgets[index], table, self.asked)
         self._known.add(self.space.decode(table))
-        self._out[self.asked] = Handed(index, preference, table)
+        self._out[self.asked] = Outstanding(index, preference, table)
         self.asked += 1
         return actor
 

@@ -23,7 +23,9 @@ class EnvelopeDdpgConfig:
         noise, noise_decay: of the truncated normal exploration: noise * noise_decay ** (episodes after the warm-up).
         least_noise: where the decay ends.
         goals: how many tighter budgets per named one, and random preferences, the agent practices.
-        lookahead: evaluations that may be out; choices depend on what came before those, so not on which worker is faster.
+        lookahead: evaluations that may be out, so also how many workers can be busy. Choices depend on exactly what came before
+            those: not on which worker is faster, nor on how many there are. The loop hands out two for each worker, so that none
+            waits.
         updates: gradient steps of the critics per finished episode; the actor makes half as many.
         batch: transitions per gradient step.
         planned: transitions that get new targets per finished episode.

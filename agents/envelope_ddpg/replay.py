@@ -22,6 +22,7 @@ class Memory:
         reward: (num_objectives,), raw.
         goals: indices of the budgets under which the environment would have executed the same; its own is the first.
         preference: that it was chosen for.
+        feasible: whether it broke no constraint of its own budget.
     """
 
     table: np.ndarray
@@ -29,11 +30,18 @@ class Memory:
     reward: np.ndarray
     goals: np.ndarray
     preference: np.ndarray
+    feasible: bool = True
 
 
 @dataclass(frozen=True, eq=False)
-class Handed:
-    """What was handed out: the index of its budget, the preference it was chosen for, its table."""
+class Outstanding:
+    """An actor that was handed out, and why.
+
+    Attributes:
+        budget: index of the named budget of its episode.
+        preference: that it was chosen for, (num_objectives,) on the simplex.
+        table: (num_steps, action_dim) in [0, 1].
+    """
 
     budget: int
     preference: np.ndarray

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import numpy as np
 from safetensors import SafetensorError
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from agents.envelope_ddpg.config import EnvelopeDdpgConfig
-from agents.envelope_ddpg.replay import Handed, Memory
+from agents.envelope_ddpg.replay import Memory, Outstanding
 from envs.core import ActionSpace, Budget, CompressionPolicy, InputError
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 STATE, NETWORKS, REPLAY = "agent.json", "networks.safetensors", "replay.npz"
 PARTS = ("critic", "actor", "target_critic", "target_actor")
 OPTIMIZERS = ("critic_optimizer", "actor_optimizer")
+DAMAGES = (ValueError, LookupError, TypeError, SafetensorError, OSError, RuntimeError, EOFError, BadZipFile)
+"""What reading files that were cut or changed happens to raise."""
 
 
 def write_agent(folder: Path, agent: EnvelopeDdpg) -> None:
@@ -47,6 +50,7 @@ def write_agent(folder: Path, agent: EnvelopeDdpg) -> None:
         rewards=np.array([m.reward for m in memories]),
         observations=np.array([m.observations for m in memories]),
         preferences=np.array([m.preference for m in memories]),
+        feasible=np.array([m.feasible for m in memories], bool),
         own=np.array([m.goals[0] for m in memories], int),
         goals=goals,
         surprises=np.reshape(agent.learner.surprises, (-1, 2)),
@@ -62,7 +66,6 @@ def write_agent(folder: Path, agent: EnvelopeDdpg) -> None:
         "goals": [asdict(budget) for budget in agent.goals],
         "asked": agent.asked,
         "learned": agent.learned,
-        "lookahead": agent._lookahead,
         "told": {ticket: agent._told[ticket] is not None for ticket in told},  # whether there is something to learn
         "out": {ticket: [h.budget, h.preference.tolist(), h.table.tolist()] for ticket, h in agent._out.items()},
         "rules": [[index, table.tolist()] for index, table in agent._rules],
@@ -88,7 +91,10 @@ def read_agent(folder: Path, space: ActionSpace, make: type[EnvelopeDdpg]) -> En
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         if state["schema"] != 2:
-            raise InputError(f"{folder / STATE} has schema {state['schema']}; this version reads schema 2.")
+            raise InputError(
+                f"{folder / STATE} has schema {state['schema']}; this version reads schema 2. Make it anew: secateur resume "
+                f"{folder.parent}"
+            )
         tensors = load_file(folder / NETWORKS)
         with np.load(folder / REPLAY, allow_pickle=False) as archive:
             replay = {name: archive[name] for name in archive.files}
@@ -98,9 +104,11 @@ def read_agent(folder: Path, space: ActionSpace, make: type[EnvelopeDdpg]) -> En
                 "Restore the model and the configuration of its run."
             )
         return _restored(state, tensors, replay, space, make)
+    except InputError:
+        raise
     except FileNotFoundError as error:
         raise InputError(f"{folder} holds no agent: it has no {Path(error.filename).name}.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, SafetensorError, OSError, RuntimeError) as error:
+    except DAMAGES as error:
         raise InputError(f"The agent in {folder} is damaged: {type(error).__name__}: {error}") from None
 
 
@@ -126,11 +134,11 @@ def _restored(state: dict[str, Any], tensors, replay, space: ActionSpace, make: 
     agent._known = {_policy(values) for values in state["known"]}
     agent._rules = [(index, np.array(table)) for index, table in state["rules"]]
     agent._out = {
-        int(ticket): Handed(index, np.array(preference), np.array(table))
+        int(ticket): Outstanding(index, np.array(preference), np.array(table))
         for ticket, (index, preference, table) in state["out"].items()
     }
-    agent._again = sorted(agent._out.keys() - agent._told.keys())
-    agent.asked, agent.learned, agent._lookahead = state["asked"], state["learned"], state["lookahead"]
+    agent._to_repeat = sorted(agent._out.keys() - agent._told.keys())
+    agent.asked, agent.learned = state["asked"], state["learned"]
     agent.rng.bit_generator.state = state["rng"]
     return agent
 
@@ -140,7 +148,8 @@ def _memories(replay: Mapping[str, np.ndarray]) -> list[Memory]:
     for i, table in enumerate(replay["tables"]):
         others = np.setdiff1d(np.flatnonzero(replay["goals"][i]), replay["own"][i])
         goals = np.concatenate([replay["own"][i : i + 1], others])
-        memories.append(Memory(table, replay["observations"][i], replay["rewards"][i], goals, replay["preferences"][i]))
+        facts = (replay[name][i] for name in ("preferences", "feasible"))
+        memories.append(Memory(table, replay["observations"][i], replay["rewards"][i], goals, *facts))
     return memories
 
 

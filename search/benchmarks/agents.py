@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from agents.core import Agent
 from envs.core import Actor, Episode, InputError
 from search.benchmarks.records import Records
 from search.build import Problem, build_agent, build_front
-from search.config import SearchConfig
+from search.config import SearchConfig, parse_config
 from search.finalize import Finalist, finalize
 from search.front import Front
 from search.loop import Runner, run_loop
@@ -33,19 +34,28 @@ class Contestant:
 
 
 def contestant(text: str, config: SearchConfig) -> Contestant:
-    """Return what "AGENT OPTION=VALUE ..." names (not yet checked); the configuration's own agent starts from its options there.
+    """Return what "AGENT OPTION=VALUE ..." names; the configuration's own agent starts from its options there.
 
     Raises:
-        InputError: for a text that does not read like that.
+        InputError: for an unknown agent, or options that it does not have.
     """
-    name, *pairs = text.split() or [""]
-    options = dict(config.search.options) if name == config.search.agent else {}
-    for pair in pairs:
-        option, equals, value = pair.partition("=")
-        if not (option and equals):
-            raise InputError(f'--agent must read like "envelope_ddpg envelope=false", but got {text!r}.')
-        options[option] = yaml.safe_load(value)
-    return Contestant(" ".join([name, *pairs]), name, options)
+    try:
+        name, *pairs = shlex.split(text) or [""]
+        options = dict(config.search.options) if name == config.search.agent else {}
+        for pair in pairs:
+            option, equals, value = pair.partition("=")
+            if not (option and equals):
+                raise ValueError(f"{pair!r} is not OPTION=VALUE")
+            options[option] = yaml.safe_load(value)
+        values = config.model_dump(mode="json")
+        values["search"] |= {"agent": name, "options": options}
+        parse_config(values, f'--agent "{text}"')
+    except (ValueError, yaml.YAMLError) as error:
+        if isinstance(error, InputError):
+            raise
+        wrong = str(error).splitlines()[0]
+        raise InputError(f'--agent must read like "envelope_ddpg envelope=false", but got {text!r}: {wrong}.') from None
+    return Contestant(" ".join(text.split()), name, options)
 
 
 class _Timed:
@@ -90,6 +100,8 @@ def run_contestants(
         records: keeps the rows.
         on_row: told each new row in one line.
     """
+    for one in contestants:
+        build_agent(problem, one.name, one.options, seeds[0])  # what does not fit the problem is refused before hours of work
     for seed in seeds:
         for one in contestants:
             if records.find(agent=one.label, seed=seed) is None:
@@ -199,7 +211,7 @@ def _budget_table(by_agent: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 
 def _run_table(by_agent: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    heads = ["agent", "evaluations", "mean test top-1 %", "hypervolume", "feasible %", "agent's share of the time %"]
+    heads = ["agent", "evaluations", "mean test top-1 %", "hypervolume", "feasible %", "s per evaluation", "of these, agent s"]
     lines = []
     for agent, rows in by_agent.items():
         means = [100 * np.mean([w["test_top1"] for w in row["winners"].values()]) for row in rows if all(row["winners"].values())]
@@ -209,7 +221,7 @@ def _run_table(by_agent: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
             _spread(means),
             _spread([row["hypervolume"] for row in rows], 4),
             f"{100 * np.mean([row['feasible'] for row in rows]):.0f}",
-            f"{100 * np.mean([row['agent_seconds'] / max(row['seconds'], 0.1) for row in rows]):.0f}",
+            *(f"{np.mean([row[key] / row['evaluations'] for row in rows]):.2f}" for key in ("seconds", "agent_seconds")),
         ]
         lines.append((-np.mean([row["hypervolume"] for row in rows]), cells))
     return markdown_table(heads, [cells for _, cells in sorted(lines, key=lambda line: line[0])])
@@ -218,7 +230,8 @@ def _run_table(by_agent: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 def _curve_table(by_agent: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Hypervolume over evaluations; a run that ended early stays where it was."""
     longest = max((row for rows in by_agent.values() for row in rows), key=lambda row: row["evaluations"])
-    at = [look["evaluations"] for look in longest["curve"]][1::2]
+    looks = [look["evaluations"] for look in longest["curve"]]
+    at = looks[1::2] or looks
     lines = []
     for agent, rows in by_agent.items():
         volumes = [[_hypervolume_at(row, count) for row in rows] for count in at]
@@ -254,5 +267,6 @@ def search_report(problem: Problem, dense_test: float, rows: Sequence[Mapping[st
     images = f"{problem.dense.images} validation images", f"{len(problem.data.test)} test images"
     return (
         f"{summary(rows)}\n\nDense: {100 * problem.dense.top1:.2f} % on {images[0]}, {100 * dense_test:.2f} % on {images[1]}. "
-        f"{problem.data.source}\n"
+        f"{problem.data.source}\nMean test top-1: over the budgets. An agent thinks while workers evaluate; later runs find "
+        "a few policies evaluated already.\n"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,10 @@ benchmark = typer.Typer(
 )
 
 
+def _write_report(output: Path, table: str) -> None:
+    (output / "results.md").write_text(table, encoding="utf-8")
+
+
 def _measure_rows(output: Path, name: str, measure: Callable[..., object], report: Callable[..., str]) -> None:
     """Measure what is missing in a folder of results, printing rows as they come; results.md always follows what is there."""
     from search.benchmarks.records import Records
@@ -29,11 +32,11 @@ def _measure_rows(output: Path, name: str, measure: Callable[..., object], repor
 
         def on_row(line: str) -> None:
             print(line, flush=True)
-            (output / "results.md").write_text(report(records.rows))
+            _write_report(output, report(records.rows))
 
         measure(records, progress.say, on_row)
     table = report(records.rows)
-    (output / "results.md").write_text(table)  # also where every row was there already
+    _write_report(output, table)  # also where every row was there already
     print(table)
     print(f"results: {output}")
 
@@ -65,8 +68,6 @@ def benchmark_search(
     from search.progress import SearchProgress
 
     contestants = [measure.contestant(text, settings) for text in agent or AGENTS]
-    for one in contestants:  # unknown agents and options end here
-        load_config(config, [*overrides, f"search.agent={one.name}", f"search.options={json.dumps(one.options)}"])
     records = Records(output / "results.jsonl", {"benchmark": "search", "config": config_record(settings)})
     with SearchProgress(Console(stderr=True)) as progress:
         problem = build_problem(settings, progress.say)
@@ -77,14 +78,16 @@ def benchmark_search(
 
         def on_row(line: str) -> None:
             print(line, flush=True)
-            (output / "results.md").write_text(measure.search_report(problem, dense, records.rows))
+            _write_report(output, measure.search_report(problem, dense, records.rows))
 
         all_seeds = range(settings.search.seed, settings.search.seed + seeds)
         try:
             measure.run_contestants(problem, runner, contestants, all_seeds, settings.search.evaluations, records, on_row)
         finally:
             runner.close()
-    print(measure.search_report(problem, dense, records.rows))
+    table = measure.search_report(problem, dense, records.rows)
+    _write_report(output, table)
+    print(table)
     print(f"results: {output}")
 
 
@@ -100,7 +103,7 @@ def benchmark_ask(
     ),
 ) -> None:
     """Ask a run's agent under new budgets and preferences, and search each afresh: test scores of both."""
-    from search.ask import load_agent
+    from search.ask import agent_folder, load_agent
     from search.benchmarks import questions as measure
     from search.benchmarks.records import Records, config_record
     from search.build import build_problem, open_runner
@@ -108,25 +111,28 @@ def benchmark_ask(
     from search.run_folder import load_manifest
 
     settings, _ = load_manifest(run, [*(overrides or ()), "search.racing=false"])
-    counts = {"questions": questions, "evaluations": evaluations, "fresh": fresh}
-    records = Records(output / "results.jsonl", {"benchmark": "ask", "config": config_record(settings), **counts})
+    agent_folder(run, settings)  # before anything is written
     with SearchProgress(Console(stderr=True)) as progress:
         problem = build_problem(settings, progress.say)
         agent = load_agent(run, settings, problem.space)
+        drawn = measure.draw_questions(problem.space, problem.budgets, questions, settings.search.seed)
+        counts = {"learned": agent.learned, "evaluations": evaluations, "fresh": fresh}
+        records = Records(output / "results.jsonl", {"benchmark": "ask", "config": config_record(settings), **counts})
         progress.say("starting the workers")
         runner = open_runner(problem)
         progress.stop()
 
         def on_row(line: str) -> None:
             print(line, flush=True)
-            (output / "results.md").write_text(measure.question_report(records.rows, evaluations, fresh))
+            _write_report(output, measure.question_report(records.rows, evaluations, fresh))
 
-        drawn = measure.draw_questions(problem.space.objectives, problem.budgets, questions, settings.search.seed)
         try:
             measure.answer_questions(problem, agent, runner, drawn, evaluations, fresh, records, on_row)
         finally:
             runner.close()
-    print(measure.question_report(records.rows, evaluations, fresh))
+    table = measure.question_report(records.rows, evaluations, fresh)
+    _write_report(output, table)
+    print(table)
     print(f"results: {output}")
 
 
@@ -249,7 +255,7 @@ def benchmark_importances(
 
         def on_row(line: str) -> None:
             print(line, flush=True)
-            (output / "results.md").write_text(measure.importance_report(problem, chosen, dense, records.rows))
+            _write_report(output, measure.importance_report(problem, chosen, dense, records.rows))
 
         measure.compare_importances(problem, chosen, names, agents, evaluations, records, on_row)
     print(measure.importance_report(problem, chosen, dense, records.rows))
@@ -289,7 +295,7 @@ def benchmark_prediction(
 
         def on_row(line: str) -> None:
             print(line, flush=True)
-            (output / "results.md").write_text(measure.prediction_report(experiment, chosen, records.rows))
+            _write_report(output, measure.prediction_report(experiment, chosen, records.rows))
 
         measure.measure_prediction(experiment, drawn, records, measure.processes(settings), on_row)
     print(measure.prediction_report(experiment, chosen, records.rows))

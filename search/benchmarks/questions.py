@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from envs.core import Actor, Budget, CompressionPolicy, Episode
+from envs.core import ActionSpace, Actor, Budget, CompressionPolicy, Episode, InputError
 from search.ask import answer
 from search.benchmarks.agents import markdown_table
 from search.benchmarks.records import Records
@@ -17,11 +17,14 @@ from search.build import Problem, build_agent, make_env
 from search.finalize import finalist_scores
 from search.loop import Runner, run_loop
 
+if TYPE_CHECKING:
+    from agents.envelope_ddpg.agent import EnvelopeDdpg
+
 RIVAL = "bee_colony"
 """The agent whose fresh searches are the comparison; it takes a preference."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Question:
     """A budget and a preference that the run did not have; `preference` is (num_objectives,) on the simplex."""
 
@@ -29,33 +32,39 @@ class Question:
     preference: np.ndarray
 
 
-def draw_questions(objectives: Sequence[str], budgets: Sequence[Budget], count: int, seed: int) -> list[Question]:
+def draw_questions(space: ActionSpace, budgets: Sequence[Budget], count: int, seed: int) -> list[Question]:
     """Return questions between the tightest and the loosest budget of a run, all limits by the same random share.
 
     Every second one asks for top-1 alone, the others for a preference that is uniform on the simplex.
 
     Args:
-        objectives: of the run, "top1" first.
+        space: of the run.
         budgets: of the run.
         count: how many questions.
         seed: of the draws.
+    Raises:
+        InputError: if there is nothing between the budgets, or a question has no answer.
     """
     rng = np.random.default_rng(seed)
     limited = list(dict.fromkeys(name for budget in budgets for name in budget.limits))
     known = {name: [budget.limits[name] for budget in budgets if name in budget.limits] for name in limited}
+    if all(min(values) == max(values) for values in known.values()):
+        raise InputError("The run's budgets leave no other budget between them. Search with at least two that differ.")
     questions = []
     for number in range(count):
         share = rng.random()
         limits = {name: min(values) + share * (max(values) - min(values)) for name, values in known.items()}
-        drawn = rng.dirichlet(np.ones(len(objectives)))
-        preference = drawn if number % 2 else np.eye(len(objectives))[0]
-        questions.append(Question(Budget(f"question{number}", limits), preference))
+        drawn = rng.dirichlet(np.ones(len(space.objectives)))
+        preference = drawn if number % 2 else np.eye(len(space.objectives))[0]
+        budget = Budget(f"question{number}", limits)
+        space.check(budget)
+        questions.append(Question(budget, preference))
     return questions
 
 
 def answer_questions(
     problem: Problem,
-    agent,
+    agent: EnvelopeDdpg,
     runner: Runner,
     questions: Sequence[Question],
     evaluations: int,
@@ -67,7 +76,7 @@ def answer_questions(
 
     Args:
         problem: of the run.
-        agent: what the run has left (`EnvelopeDdpg`).
+        agent: what the run has left.
         runner: evaluates for the fresh searches.
         questions: to ask.
         evaluations: of proposals, for each question.
@@ -79,6 +88,8 @@ def answer_questions(
     for number, question in enumerate(questions):
         if records.find(question=number) is not None:
             continue
+        # The same answer whichever questions were asked before.
+        agent.rng.bit_generator.state = np.random.default_rng(number).bit_generator.state
         start = time.perf_counter()
         best = answer(agent, env, question.budget, question.preference, evaluations)[0]
         asked = time.perf_counter() - start
@@ -87,8 +98,8 @@ def answer_questions(
             question=number,
             limits={name: limit / problem.space.dense_costs[name] for name, limit in question.budget.limits.items()},
             preference=question.preference.tolist(),
-            asked={**_scores(problem, question, best.policy), "validation": best.utility, "seconds": asked},
-            searched={**_scores(problem, question, found.policy), "validation": _utility(question, found), "seconds": seconds},
+            asked=_scores(problem, question, best.policy, best.utility, asked),
+            searched=_scores(problem, question, found.policy, float(question.preference @ found.reward), seconds),
         )
         on_row(question_line(row))
 
@@ -107,19 +118,25 @@ def _fresh_search(
             episodes.append(episode)
 
     run_loop(rival, runner, evaluations, on_episode)
-    return max(episodes, key=lambda episode: _utility(question, episode)), time.perf_counter() - start
+    if not episodes:
+        raise RuntimeError(f"No evaluation of a fresh search for {question.budget.name} succeeded: see the log above.")
+    return max(episodes, key=lambda episode: float(question.preference @ episode.reward)), time.perf_counter() - start
 
 
-def _utility(question: Question, episode: Episode) -> float:
-    return float(question.preference @ episode.reward)
-
-
-def _scores(problem: Problem, question: Question, policy: CompressionPolicy) -> dict[str, Any]:
-    """Return test top-1 and test utility of a policy, after the finalists' recovery, and its shares of the dense costs."""
+def _scores(
+    problem: Problem, question: Question, policy: CompressionPolicy, validation: float, seconds: float
+) -> dict[str, Any]:
+    """Return test top-1 and test utility of a policy, after the finalists' recovery, beside what its choice rests on."""
     _, final = finalist_scores(problem, policy)
     shares = {name: final.costs[name] / problem.space.dense_costs[name] for name in problem.space.objectives[1:]}
     utility = question.preference @ np.array([final.top1, *(-share for share in shares.values())])
-    return {"top1": final.top1, "shares": shares, "test": float(utility)}
+    return {
+        "top1": final.top1,
+        "shares": shares,
+        "test": float(utility),
+        "validation": validation,
+        "seconds": round(seconds, 1),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------- tables

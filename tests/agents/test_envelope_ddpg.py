@@ -217,9 +217,10 @@ def test_an_episode_told_twice_is_refused(toy):
         agent.tell([(actor, toy.episode(actor))])
 
 
-def test_choices_do_not_depend_on_how_fast_the_workers_are(toy):
+@pytest.mark.parametrize("elsewhere", [0.2, 1.0])
+def test_choices_do_not_depend_on_how_many_workers_there_are_and_how_fast(toy, elsewhere):
     def run(slots):
-        agent, out, asked = agent_of(toy), [], []
+        agent, out, asked = agent_of(toy, config=replace(SMALL, elsewhere=elsewhere)), [], []
         rng = np.random.default_rng(slots)
         while len(asked) < 30:
             more = agent.ask(slots - len(out))
@@ -229,7 +230,7 @@ def test_choices_do_not_depend_on_how_fast_the_workers_are(toy):
             agent.tell([(actor, toy.episode(actor))])
         return tables(asked[:30])
 
-    assert run(1) == run(3) == run(4)
+    assert run(1) == run(3) == run(4) == run(9), "never more than `lookahead` are out"
 
 
 def test_torchs_own_generator_is_left_alone(toy):

@@ -52,6 +52,26 @@ def test_beats_random_search(toy):
     assert np.mean(evolved) > np.mean(blind) + 0.01
 
 
+def test_one_population_serves_all_budgets_in_turn(toy):
+    agent = Nsga2(Nsga2Config(population=6), toy, toy.budgets, np.random.default_rng(0))
+    actors = agent.ask(100)
+    names = [budget.name for budget in toy.budgets]
+    assert len(names) > 1 and [actor.budget.name for actor in actors] == [names[i % len(names)] for i in range(6)]
+    assert agent.ask(1) == [], "the generation is out"
+    agent.tell([(actor, toy.episode(actor)) for actor in reversed(actors)])
+    (population,) = {id(searcher): searcher for searcher in agent.searchers.values()}.values()
+    assert len(population.members) == 6 and len(agent.ask(100)) == 6
+
+
+def test_every_budget_may_have_a_population_of_its_own(toy):
+    agent = Nsga2(Nsga2Config(population=4, shared=False), toy, toy.budgets, np.random.default_rng(0))
+    actors = agent.ask(100)
+    assert len(actors) == 4 * len(toy.budgets)
+    own = [actor for actor in actors if actor.budget.name == toy.budgets[0].name]
+    agent.tell([(actor, toy.episode(actor)) for actor in own])
+    assert {actor.budget.name for actor in agent.ask(100)} == {toy.budgets[0].name}, "the others wait"
+
+
 def test_an_episode_told_twice_is_refused(toy):
     agent = Nsga2(Nsga2Config(), toy, toy.budgets, np.random.default_rng(0))
     (actor,) = agent.ask(1)

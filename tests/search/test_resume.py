@@ -57,9 +57,12 @@ class Interrupted(SearchProgress):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("agent", ["random", "bee_colony", "nsga2", "envelope_ddpg"])
+OPTIONS = {"random": {}, "bee_colony": {"sources": 2}, "nsga2": {"population": 4}, "envelope_ddpg": LEARNER}
+
+
+@pytest.mark.parametrize("agent", OPTIONS)
 def test_an_interrupted_run_ends_as_if_it_had_never_stopped(tmp_path, agent):
-    options = LEARNER if agent == "envelope_ddpg" else {}
+    options = OPTIONS[agent]
     straight = run(tmp_path / "straight", agent=agent, options=options)
     config = parse_config(values(tmp_path / "broken", agent=agent, options=options), "test.yaml")
     progress = Interrupted(after=13)
@@ -79,8 +82,9 @@ def test_an_interrupted_run_ends_as_if_it_had_never_stopped(tmp_path, agent):
 
 
 def test_a_finished_run_takes_more_evaluations(tmp_path):
-    longer = run(tmp_path / "longer", agent="bee_colony", evaluations=24)
-    grown = run(tmp_path / "grown", agent="bee_colony", evaluations=14)
+    few = {"agent": "bee_colony", "options": {"sources": 2}}
+    longer = run(tmp_path / "longer", **few, evaluations=24)
+    grown = run(tmp_path / "grown", **few, evaluations=14)
     resume(grown, ["search.evaluations=24"])
     assert trials(grown) == trials(longer)
     assert read_front(grown) == read_front(longer)
@@ -100,6 +104,66 @@ def test_what_is_known_is_not_evaluated_again(tmp_path, monkeypatch):
     assert len(counted) == 3
 
 
+def test_ctrl_c_while_it_is_played_again_loses_nothing(tmp_path, monkeypatch):
+    folder = run(tmp_path, agent="envelope_ddpg", options=LEARNER, evaluations=12)
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.name != "manifest.json"}
+    taken = []
+
+    def take(self, episode):
+        taken.append(episode)
+        if len(taken) == 3:
+            raise KeyboardInterrupt
+        return True
+
+    monkeypatch.setattr("search.resume.Recorded.take", take)
+    with pytest.raises(KeyboardInterrupt):
+        resume(folder, ["search.evaluations=20"])
+    after = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.name != "manifest.json"}
+    assert after == before
+
+
+def test_an_agent_that_was_lost_is_made_again(tmp_path):
+    folder = run(tmp_path, agent="envelope_ddpg", options=LEARNER, evaluations=12)
+    replay = dict(np.load(folder / "agent" / "replay.npz"))
+    shutil.rmtree(folder / "agent")
+    resume(folder)
+    again = np.load(folder / "agent" / "replay.npz")
+    for name, values in replay.items():
+        np.testing.assert_array_equal(values, again[name])
+    assert len(trials(folder)) == 12
+
+
+def test_failures_are_tried_again_and_stay_in_the_study(tmp_path, monkeypatch):
+    from envs.evaluator import Evaluator
+
+    network = Evaluator.network
+    calls = []
+
+    def broken(self, policy):
+        calls.append(policy)
+        if len(calls) == 3:
+            raise RuntimeError("out of luck")
+        return network(self, policy)
+
+    monkeypatch.setattr(Evaluator, "network", broken)
+    folder = run(tmp_path, evaluations=6)
+    assert read_front(folder)["failed"] == 1
+    resume(folder, ["search.evaluations=9"])
+    states = [trial.state.name for trial in load_study(folder).trials]
+    assert states[:6] == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
+    assert states[6:] == ["COMPLETE"] * 3 and read_front(folder)["evaluations"] == 9
+
+
+def test_a_line_that_was_cut_off_is_not_written_on(tmp_path):
+    folder = run(tmp_path, evaluations=5)
+    journal = folder / "study.journal"
+    whole = trials(folder)
+    with journal.open("ab") as file:
+        file.write(b'{"op_code": 4, "worker_id": "x')
+    resume(folder, ["search.evaluations=8"])
+    assert trials(folder)[:5] == whole and len(trials(folder)) == 8
+
+
 def test_winners_are_exported_anew(tmp_path):
     folder = run(tmp_path, evaluations=4, finalize={"top": 1, "verify": True})
     (folder / "exports" / "small" / "old").write_text("of the winner before")
@@ -114,6 +178,8 @@ def test_a_run_goes_on_only_as_it_was(tmp_path):
     for override in ("search.seed=5", "search.agent=bee_colony", "space.prune_ratio=[0.0, 0.5]", "budgets.small.macs=<= 40%"):
         with pytest.raises(InputError, match="goes on only as it was"):
             resume(folder, [override])
+    with pytest.raises(InputError, match="less than the 4"):
+        resume(folder, ["search.evaluations=3"])
     manifest = json.loads(before)
     manifest["dense"]["top1"] = 0.123
     (folder / "manifest.json").write_text(json.dumps(manifest))

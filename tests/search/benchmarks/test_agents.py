@@ -64,8 +64,21 @@ def test_options_make_a_contestant_of_their_own():
     assert given == Contestant("envelope_ddpg envelope=false updates=3", "envelope_ddpg", {"envelope": False, "updates": 3})
     own = parse_config({**VALUES, "search": {**VALUES["search"], "options": {"redraws": 5}}}, "test.yaml")
     assert contestant("random", own).options == {"redraws": 5}
-    with pytest.raises(InputError, match="must read like"):
-        contestant("envelope_ddpg envelope", config)
+    assert contestant('bee_colony "preference=[0.5, 0.5]"', config).options == {"preference": [0.5, 0.5]}
+    for wrong in ("envelope_ddpg envelope", "envelope_ddpg envelope=[1,", "envelope_ddpg envelope=@a", 'random "'):
+        with pytest.raises(InputError, match="must read like"):
+            contestant(wrong, config)
+    for wrong in ("nobody", "", "random nothing=1", "random redraws=2020-01-01"):
+        with pytest.raises(InputError, match="--agent"):
+            contestant(wrong, config)
+
+
+def test_what_does_not_fit_the_problem_is_refused_before_any_run(problem, tmp_path):
+    records = Records(tmp_path / "results.jsonl", {})
+    wrong = Contestant("envelope_ddpg", "envelope_ddpg", {"preference": (1.0,)})
+    with pytest.raises(InputError, match="one weight for each of"):
+        run_contestants(problem, None, [Contestant("random", "random"), wrong], [0], 2, records, print)
+    assert not records.rows
 
 
 def row(agent, seed, tests, hypervolumes=(0.2, 0.4), **changes):
@@ -90,8 +103,12 @@ def test_tables_give_means_and_spreads_best_first(problem):
         "| tiny | b | 1 | 50.00 | 60.00 | 50.00 |",
         "| tiny | a | 0 of 2 | - | - | - |",
     ]
-    assert runs == ["| a | 20 | - | 0.4000 ± 0.0000 | 100 | 10 |", "| b | 10 | 72.50 | 0.3000 | 100 | 10 |"]
+    assert runs == [
+        "| a | 20 | - | 0.4000 ± 0.0000 | 100 | 0.50 | 0.05 |",
+        "| b | 10 | 72.50 | 0.3000 | 100 | 1.00 | 0.10 |",
+    ]
     assert curves == ["| a | 0.4000 |", "| b | 0.3000 |"], "a run that ended early stays where it was"
     assert "macs" not in outcome_line(rows[0]) and "small 70.00, tiny -" in outcome_line(rows[0])
     report = search_report(problem, 0.9, rows)
+    assert summary([row("c", 0, {"small": 0.9}, (0.3,), evaluations=1)]).endswith("| c | 0.3000 |"), "a single look"
     assert summary(rows) in report and "90.00 % on" in report and problem.data.source in report

@@ -7,7 +7,8 @@ from functools import partial
 import numpy as np
 import pytest
 
-from envs.core import Budget
+from envs.core import Budget, InputError
+from search.ask import answer
 from search.benchmarks.questions import answer_questions, draw_questions, question_report
 from search.benchmarks.records import Records
 from search.build import build_agent, build_problem, make_env
@@ -32,15 +33,26 @@ def problem():
 
 
 def test_questions_lie_between_the_budgets_of_the_run():
+    class Space:
+        objectives = ("top1", "macs", "bytes")
+
+        def check(self, budget):
+            if budget.limits["macs"] < 10:
+                raise InputError("cannot be met")
+
     budgets = [Budget("a", {"macs": 30.0, "bytes": 5.0}), Budget("b", {"macs": 70.0, "bytes": 9.0}), Budget("c", {"macs": 50.0})]
-    questions = draw_questions(("top1", "macs", "bytes"), budgets, 20, 0)
+    questions = draw_questions(Space(), budgets, 20, 0)
     shares = np.array([(q.budget.limits["macs"] - 30) / 40 for q in questions])
     np.testing.assert_allclose(shares, [(q.budget.limits["bytes"] - 5) / 4 for q in questions])
     assert shares.min() >= 0 and shares.max() <= 1 and shares.std() > 0.1
     assert all(q.preference.tolist() == [1, 0, 0] for q in questions[::2])
     assert all(0 < q.preference.min() and q.preference.sum() == pytest.approx(1) for q in questions[1::2])
-    again = draw_questions(("top1", "macs", "bytes"), budgets, 20, 0)
-    assert [q.budget for q in again] == [q.budget for q in questions]
+    again = draw_questions(Space(), budgets, 30, 0)[:20]
+    assert [q.budget for q in again] == [q.budget for q in questions], "more questions are more of the same"
+    with pytest.raises(InputError, match="at least two that differ"):
+        draw_questions(Space(), budgets[:1], 5, 0)
+    with pytest.raises(InputError, match="cannot be met"):
+        draw_questions(Space(), [budgets[0], Budget("none", {"macs": 1.0, "bytes": 1.0})], 20, 0)
 
 
 def test_both_answers_are_scored_on_test(problem, tmp_path):
@@ -48,7 +60,7 @@ def test_both_answers_are_scored_on_test(problem, tmp_path):
     agent = build_agent(problem, "envelope_ddpg", OPTIONS, 0)
     run_loop(agent, runner, 12, lambda *_: None)
     agent.finish()
-    questions = draw_questions(problem.space.objectives, problem.budgets, 2, 0)
+    questions = draw_questions(problem.space, problem.budgets, 2, 0)
     records, told = Records(tmp_path / "results.jsonl", {}), []
     answer_questions(problem, agent, runner, questions, 2, 6, records, told.append)
     assert len(records.rows) == len(told) == 2
@@ -57,10 +69,24 @@ def test_both_answers_are_scored_on_test(problem, tmp_path):
             shares = row[who]["shares"]
             assert shares["macs"] <= row["limits"]["macs"] + 1e-9
             assert row[who]["test"] == pytest.approx(question.preference @ [row[who]["top1"], -shares["macs"]])
-    proposals = agent.propose(questions[0].budget, questions[0].preference, 2)
-    tests = [finalist_scores(problem, problem.space.decode(table))[1].top1 for table in proposals]
-    assert any(records.rows[0]["asked"]["top1"] == score for score in tests)
-    report = question_report(records.rows, 2, 6)
-    assert "1, top-1 alone" in report and "1, random preference" in report and "of 1" in report
+    agent.rng.bit_generator.state = np.random.default_rng(0).bit_generator.state
+    best = answer(agent, make_env(problem), questions[0].budget, questions[0].preference, 2)[0]
+    assert records.rows[0]["asked"]["top1"] == finalist_scores(problem, best.policy)[1].top1
+    assert records.rows[0]["asked"]["validation"] == best.utility
     answer_questions(problem, agent, runner, questions, 2, 6, records, told.append)
     assert len(told) == 2, "what is there is not asked again"
+    later = Records(tmp_path / "later.jsonl", {})
+    later.add(**records.rows[0])
+    answer_questions(problem, agent, runner, questions, 2, 6, later, told.append)
+    assert later.rows[1]["asked"]["top1"] == records.rows[1]["asked"]["top1"], "whatever was asked before"
+
+
+def test_the_report_says_who_is_better():
+    def row(number, preference, asked, searched):
+        scores = [{"test": test, "validation": test + 0.01, "seconds": 2.0} for test in (asked, searched)]
+        return {"question": number, "preference": preference, "asked": scores[0], "searched": {**scores[1], "seconds": 40.0}}
+
+    rows = [row(0, [1.0, 0.0], 0.9, 0.8), row(2, [1.0, 0.0], 0.7, 0.72), row(1, [0.5, 0.5], 0.1, 0.2)]
+    lines = question_report(rows, 3, 60).splitlines()
+    assert lines[2] == "| 2, top-1 alone | 80.00 | 76.00 | +4.00 ± 6.00 | 1 of 2 | +4.00 | 2.0 | 40.0 |"
+    assert lines[3] == "| 1, random preference | 10.00 | 20.00 | -10.00 ± nan | 0 of 1 | -10.00 | 2.0 | 40.0 |"
