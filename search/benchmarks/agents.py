@@ -12,7 +12,8 @@ import numpy as np
 import yaml
 
 from agents.core import Agent
-from envs.core import Actor, Episode, InputError
+from envs.core import Actor, CompressionPolicy, Episode, InputError
+from envs.evaluator import Evaluator
 from search.benchmarks.records import Records
 from search.build import Problem, build_agent, build_front
 from search.config import SearchConfig, parse_config
@@ -20,6 +21,13 @@ from search.finalize import Finalist, finalize
 from search.front import Front
 from search.loop import Runner, run_loop
 
+KINDS = {"search_top1": "search", "plain_test_top1": "plain test", "validation_top1": "validation", "test_top1": "test"}
+TEST_KINDS = ("plain_test_top1", "test_top1")
+CAPTION = (
+    '"Search" and "plain test": with the recovery of the search, on validation images, which chose, and on test images; '
+    '"validation" and "test": after the finalists\' recovery. Means: over the budgets. An agent thinks while workers evaluate; '
+    "later runs find a few policies evaluated already."
+)
 LOOKS = 12
 """How often a run's hypervolume is noted, at even distances."""
 
@@ -109,11 +117,7 @@ def run_contestants(
 
 
 def _run(problem: Problem, runner: Runner, one: Contestant, seed: int, evaluations: int) -> dict[str, Any]:
-    """Return the row of one run: what it found by when, and its winners' scores.
-
-    top-1: "search" as the search scored the winner, "validation" after the finalists' recovery on the images that chose it,
-    "test" likewise on images that nobody chose by, before any fine-tuning.
-    """
+    """Return the row of one run: what it found by when, and its winners' scores (`_winner`)."""
     agent, front = _Timed(build_agent(problem, one.name, one.options, seed)), build_front(problem)
     looks = {round(share * evaluations) for share in np.linspace(0, 1, LOOKS + 1)[1:]}
     curve: list[dict[str, Any]] = []
@@ -149,20 +153,33 @@ def _run(problem: Problem, runner: Runner, one: Contestant, seed: int, evaluatio
 def _winners(problem: Problem, front: Front) -> dict[str, dict[str, Any] | None]:
     finalists = finalize(problem, front, problem.config.finalize.top)
     best: dict[str, Finalist] = {finalist.budget: finalist for finalist in reversed(finalists)}  # the first of each budget
-    return {budget.name: _winner(best.get(budget.name)) for budget in problem.budgets}
+    return {budget.name: _winner(problem, best.get(budget.name)) for budget in problem.budgets}
 
 
-def _winner(finalist: Finalist | None) -> dict[str, Any] | None:
+def _winner(problem: Problem, finalist: Finalist | None) -> dict[str, Any] | None:
+    """Return a winner and its top-1, before any fine-tuning, in four ways.
+
+    "search": as the search scored it, on the validation images; "plain_test": the same, on test images, which chose nothing;
+    "validation" and "test": after the finalists' recovery.
+    """
     if finalist is None:
         return None
-    scores = {"search": finalist.proxy, "validation": finalist.validation, "test": finalist.final}
     return {
-        **{f"{name}_top1": evaluation.top1 for name, evaluation in scores.items()},
+        "search_top1": finalist.proxy.top1,
+        "plain_test_top1": plain_test_top1(problem, finalist.policy),
+        "validation_top1": finalist.validation.top1,
+        "test_top1": finalist.final.top1,
         "costs": dict(finalist.final.costs),
         "widths": finalist.policy.widths,
         "weight_bits": finalist.policy.weight_bits,
         "activation_bits": finalist.policy.activation_bits,
     }
+
+
+def plain_test_top1(problem: Problem, policy: CompressionPolicy) -> float:
+    """Return the test top-1 of a policy as the search would have scored it: its recoveries, its number format."""
+    images, labels = problem.data.tensors(problem.data.test)
+    return Evaluator(problem.assembler, problem.space.policy_costs, images, labels, problem.precision).evaluate(policy).top1
 
 
 # ---------------------------------------------------------------------------------------------------------------- tables
@@ -194,7 +211,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _budget_table(by_agent: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    heads = ["budget", "agent", "seeds", "search top-1 %", "validation top-1 %", "test top-1 %"]
+    heads = ["budget", "agent", "seeds", *(f"{KINDS[kind]} top-1 %" for kind in KINDS)]
     table = []
     budgets = list(dict.fromkeys(name for rows in by_agent.values() for row in rows for name in row["winners"]))
     for budget in budgets:
@@ -202,8 +219,7 @@ def _budget_table(by_agent: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         for agent, rows in by_agent.items():
             winners = [winner for row in rows if (winner := row["winners"].get(budget))]
             seeds = f"{len(rows)}" if len(winners) == len(rows) else f"{len(winners)} of {len(rows)}"
-            kinds = ("search_top1", "validation_top1", "test_top1")
-            tops = [_spread([100 * winner[kind] for winner in winners]) for kind in kinds]
+            tops = [_spread([100 * winner[kind] for winner in winners]) for kind in KINDS]
             mean = np.mean([winner["test_top1"] for winner in winners]) if winners else -1.0
             lines.append((-mean, [budget, agent, seeds, *tops]))
         table += [cells for _, cells in sorted(lines, key=lambda line: line[0])]
@@ -211,15 +227,18 @@ def _budget_table(by_agent: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 
 def _run_table(by_agent: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    heads = ["agent", "evaluations", "mean test top-1 %", "hypervolume", "feasible %", "s per evaluation", "of these, agent s"]
+    heads = [
+        "agent", "evaluations", "hypervolume", *(f"mean {KINDS[kind]} top-1 %" for kind in TEST_KINDS), "feasible %",
+        "s per evaluation", "of these, agent s",
+    ]  # fmt: skip
     lines = []
     for agent, rows in by_agent.items():
-        means = [100 * np.mean([w["test_top1"] for w in row["winners"].values()]) for row in rows if all(row["winners"].values())]
+        whole = [list(row["winners"].values()) for row in rows if all(row["winners"].values())]
         cells = [
             agent,
             f"{max(row['evaluations'] for row in rows)}",
-            _spread(means),
             _spread([row["hypervolume"] for row in rows], 4),
+            *(_spread([100 * np.mean([winner[kind] for winner in winners]) for winners in whole]) for kind in TEST_KINDS),
             f"{100 * np.mean([row['feasible'] for row in rows]):.0f}",
             *(f"{np.mean([row[key] / row['evaluations'] for row in rows]):.2f}" for key in ("seconds", "agent_seconds")),
         ]
@@ -267,6 +286,5 @@ def search_report(problem: Problem, dense_test: float, rows: Sequence[Mapping[st
     images = f"{problem.dense.images} validation images", f"{len(problem.data.test)} test images"
     return (
         f"{summary(rows)}\n\nDense: {100 * problem.dense.top1:.2f} % on {images[0]}, {100 * dense_test:.2f} % on {images[1]}. "
-        f"{problem.data.source}\nMean test top-1: over the budgets. An agent thinks while workers evaluate; later runs find "
-        "a few policies evaluated already.\n"
+        f"{problem.data.source}\n{CAPTION}\n"
     )

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 
 from envs.core import InputError
+from envs.evaluator import top1
 from search.benchmarks.agents import Contestant, contestant, outcome_line, run_contestants, search_report, summary
 from search.benchmarks.records import Records
 from search.build import build_agent, build_front, build_problem, make_env
@@ -52,6 +53,9 @@ def test_winners_are_chosen_on_validation_and_scored_on_test(problem, tmp_path):
         winner = row["winners"][budget.name]
         scores = (mine[0].proxy.top1, mine[0].validation.top1, mine[0].final.top1)
         assert (winner["search_top1"], winner["validation_top1"], winner["test_top1"]) == scores
+        images, labels = problem.data.tensors(problem.data.test)
+        plain = top1(problem.assembler.assemble(mine[0].policy), images, labels)
+        assert winner["plain_test_top1"] == pytest.approx(plain, abs=0.01)
         assert tuple(winner["widths"]) == mine[0].policy.widths
     run_contestants(problem, runner, [Contestant("random", "random")], [0], 8, records, told.append)
     assert len(records.rows) == len(told) == 1, "what is there is not run again"
@@ -83,7 +87,7 @@ def test_what_does_not_fit_the_problem_is_refused_before_any_run(problem, tmp_pa
 
 def row(agent, seed, tests, hypervolumes=(0.2, 0.4), **changes):
     """A run of 20 evaluations with these test scores of its budgets."""
-    scores = {"search_top1": 0.5, "validation_top1": 0.6}
+    scores = {"search_top1": 0.5, "plain_test_top1": 0.4, "validation_top1": 0.6}
     return {
         "agent": agent, "seed": seed, "evaluations": 20, "feasible": 1.0, "hypervolume": hypervolumes[-1], "seconds": 10.0,
         "agent_seconds": 1.0,
@@ -98,14 +102,14 @@ def test_tables_give_means_and_spreads_best_first(problem):
     rows = [*(row("a", seed, {"small": 0.70 + seed / 50, "tiny": None}) for seed in range(2)), short]
     budgets, runs, curves = (table.splitlines()[2:] for table in summary(rows).split("\n\n"))
     assert budgets == [
-        "| small | b | 1 | 50.00 | 60.00 | 95.00 |",
-        "| small | a | 2 | 50.00 ± 0.00 | 60.00 ± 0.00 | 71.00 ± 1.41 |",
-        "| tiny | b | 1 | 50.00 | 60.00 | 50.00 |",
-        "| tiny | a | 0 of 2 | - | - | - |",
+        "| small | b | 1 | 50.00 | 40.00 | 60.00 | 95.00 |",
+        "| small | a | 2 | 50.00 ± 0.00 | 40.00 ± 0.00 | 60.00 ± 0.00 | 71.00 ± 1.41 |",
+        "| tiny | b | 1 | 50.00 | 40.00 | 60.00 | 50.00 |",
+        "| tiny | a | 0 of 2 | - | - | - | - |",
     ]
     assert runs == [
-        "| a | 20 | - | 0.4000 ± 0.0000 | 100 | 0.50 | 0.05 |",
-        "| b | 10 | 72.50 | 0.3000 | 100 | 1.00 | 0.10 |",
+        "| a | 20 | 0.4000 ± 0.0000 | - | - | 100 | 0.50 | 0.05 |",
+        "| b | 10 | 0.3000 | 40.00 | 72.50 | 100 | 1.00 | 0.10 |",
     ]
     assert curves == ["| a | 0.4000 |", "| b | 0.3000 |"], "a run that ended early stays where it was"
     assert "macs" not in outcome_line(rows[0]) and "small 70.00, tiny -" in outcome_line(rows[0])
