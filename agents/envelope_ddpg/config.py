@@ -35,8 +35,8 @@ class EnvelopeDdpgConfig:
         ahead: "end" values a completion by the critics at its last step, "next" by those at the next step (bootstrapping).
         envelope: the sup over preferences; off: the transition's own alone. Off costs 1.2 points of mean top-1 over five budgets
             after 300 evaluations of ResNet-56 (results/budgets).
-        relabel_preferences, relabel_budgets: practice stored episodes under other goals. Both off cost 1.6 points there, and 0.008
-            of hypervolume.
+        relabel_preferences, relabel_budgets: practice stored episodes under other goals. Both off cost 1.6 points there, and
+            0.008 of hypervolume.
         homotopy: move from the vector loss to the scalarised loss; off: vector loss.
         homotopy_episodes: after so many episodes the loss is the scalarised one.
         episodic: whether the stored end of an episode is one more candidate of the envelope.
@@ -55,8 +55,8 @@ class EnvelopeDdpgConfig:
         actor_rate, critic_rate: learning rates of Adam.
         tau: of the soft target updates.
         target_noise: standard deviation of the target actor's first action, clipped at 2.5 of them.
-        scalar: AMC's plain DDPG instead: one critic, one preference, bootstrapping, one update per step, no planning. It costs 5.0
-            points and 0.053 of hypervolume there.
+        scalar: AMC's plain DDPG instead: one critic, one preference, bootstrapping, one update per step, no planning. It costs
+            5.0 points and 0.053 of hypervolume there.
     """
 
     preference: tuple[float, ...] | None = None
