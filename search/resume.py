@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from optuna.trial import FrozenTrial
 
 from envs.core import CompressionPolicy, Episode, Evaluation, InputError
 from envs.rewards import constraints
@@ -39,11 +38,11 @@ class Recorded:
     """The episodes of a run so far, in the order of the study.
 
     Args:
-        trials: of the study.
+        trials: Optuna's trials of the study.
         problem: of the run.
     """
 
-    def __init__(self, trials: Sequence[FrozenTrial], problem: Problem):
+    def __init__(self, trials: Sequence[Any], problem: Problem):
         self.episodes = [_episode(trial, problem) for trial in trials]
         self._left = Counter(map(_key, self.episodes))
 
@@ -64,7 +63,7 @@ def _key(episode: Episode) -> tuple[str, CompressionPolicy | None, bool]:
     return episode.budget, episode.policy, scored
 
 
-def _episode(trial: FrozenTrial, problem: Problem) -> Episode:
+def _episode(trial: Any, problem: Problem) -> Episode:
     facts = trial.user_attrs
     budgets = {budget.name: budget for budget in problem.budgets}
     policy = policy_of_trial(trial, problem.space.space) if trial.params else None

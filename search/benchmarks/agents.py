@@ -9,14 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import yaml
 
 from agents.core import Agent
 from envs.core import Actor, CompressionPolicy, Episode, InputError
 from envs.evaluator import Evaluator
 from search.benchmarks.records import Records
 from search.build import Problem, build_agent, build_front
-from search.config import SearchConfig, parse_config
+from search.config import SearchConfig, apply_override, parse_config
 from search.finalize import Finalist, finalize
 from search.front import Front
 from search.loop import Runner, run_loop
@@ -47,23 +46,17 @@ def contestant(text: str, config: SearchConfig) -> Contestant:
     Raises:
         InputError: for an unknown agent, or options that it does not have.
     """
+    reads = f'--agent must read like "envelope_ddpg envelope=false", but got {text!r}'
+    values = config.model_dump(mode="json")
     try:
         name, *pairs = shlex.split(text) or [""]
-        options = dict(config.search.options) if name == config.search.agent else {}
+        values["search"] |= {"agent": name, "options": dict(config.search.options) if name == config.search.agent else {}}
         for pair in pairs:
-            option, equals, value = pair.partition("=")
-            if not (option and equals):
-                raise ValueError(f"{pair!r} is not OPTION=VALUE")
-            options[option] = yaml.safe_load(value)
-        values = config.model_dump(mode="json")
-        values["search"] |= {"agent": name, "options": options}
-        parse_config(values, f'--agent "{text}"')
-    except (ValueError, yaml.YAMLError) as error:
-        if isinstance(error, InputError):
-            raise
-        wrong = str(error).splitlines()[0]
-        raise InputError(f'--agent must read like "envelope_ddpg envelope=false", but got {text!r}: {wrong}.') from None
-    return Contestant(" ".join(text.split()), name, options)
+            apply_override(values, f"search.options.{pair}")
+    except ValueError as error:  # an InputError of `apply_override` too
+        raise InputError(f"{reads}: {str(error).removeprefix('--set search.options.')}") from None
+    parse_config(values, f'--agent "{text}"')
+    return Contestant(" ".join(text.split()), name, values["search"]["options"])
 
 
 class _Timed:
