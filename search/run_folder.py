@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from envs.core import InputError
+from search.config import OutputSection, SearchConfig, apply_override, parse_config
 
 try:
     import fcntl
 except ImportError:  # not on Windows, where nothing keeps two processes apart
     fcntl = None
-from search.config import OutputSection, SearchConfig, apply_override, parse_config
 
 log = logging.getLogger(__name__)
 

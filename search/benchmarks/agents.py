@@ -52,6 +52,8 @@ def contestant(text: str, config: SearchConfig) -> Contestant:
         name, *pairs = shlex.split(text) or [""]
         values["search"] |= {"agent": name, "options": dict(config.search.options) if name == config.search.agent else {}}
         for pair in pairs:
+            if "=" not in pair:
+                raise ValueError(f"{pair} has no value")
             apply_override(values, f"search.options.{pair}")
     except ValueError as error:  # an InputError of `apply_override` too
         raise InputError(f"{reads}: {str(error).removeprefix('--set search.options.')}") from None
