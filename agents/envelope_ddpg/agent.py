@@ -46,7 +46,7 @@ from agents.envelope_ddpg.replay import Memory, Outstanding, executes_alike, sam
 from agents.envelope_ddpg.storage import read_agent, write_agent
 from agents.pareto import Archive, hypervolume
 from agents.random_search import random_table
-from agents.uniform import Uniform, UniformConfig
+from agents.uniform import Uniform, UniformConfig, uniform_family
 from envs.core import ActionSpace, Actor, Budget, CompressionPolicy, Episode, InputError
 
 
@@ -65,6 +65,7 @@ class EnvelopeDdpg:
         self.archive = Archive()
         """The Pareto set of the feasible episodes that were learned from, objectives = -reward."""
         self.asked = self.learned = 0
+        self._family = np.stack(uniform_family(space, UniformConfig().exponents))
         self._rules = self._rule_based()
         self._out: dict[int, Outstanding] = {}
         self._to_repeat: list[int] = []  # tickets that a restored agent hands out once more
@@ -224,7 +225,7 @@ class EnvelopeDdpg:
         new = [i for i, table in enumerate(tables) if self.space.decode(table) not in self._known]
         if not new:
             return self._random()
-        rewards = self._expected(tables[new])
+        rewards = self._expected(tables[new], self.config.screening)
         values = self._gains(rewards) if elsewhere else rewards @ self.preference
         best = new[int(values.argmax())]
         named = self.parents[goals[best]]
@@ -248,7 +249,7 @@ class EnvelopeDdpg:
         if held:
             walled = np.stack([self.space.execute(table, budget) for table in held])
             tables = np.concatenate([tables, walled])
-        values = self._expected(tables) @ wanted
+        values = self._expected(tables, "mean") @ wanted
         chosen: dict[CompressionPolicy, np.ndarray] = {}
         for i in np.argsort(-values, kind="stable"):
             if len(chosen) == count:
@@ -257,13 +258,22 @@ class EnvelopeDdpg:
         return list(chosen.values())
 
     def _candidates(self, preferences: np.ndarray, budgets: Sequence[Budget], noise: float) -> np.ndarray:
-        """Return one executed table per preference and budget, (n, num_steps, action_dim): moves first, then rollouts."""
-        moved = round(self.config.local * len(budgets)) if self.learner.memories else 0
+        """Return one executed table per preference and budget, (n, num_steps, action_dim): moves, uniform ones, rollouts."""
+        near = round(self.config.local * len(budgets)) if self.learner.memories else 0
+        alike = self._uniform(near // 4)
+        moved = near - len(alike)
         tables = np.concatenate([
             self._moves(preferences[:moved], budgets[:moved]),
-            self._roll_out(preferences[moved:], budgets[moved:], noise),
+            alike,
+            self._roll_out(preferences[near:], budgets[near:], noise),
         ])
         return self._repair(tables, preferences, budgets)
+
+    def _uniform(self, most: int) -> np.ndarray:
+        """Return at most so many tables of the uniform family, (n, num_steps, action_dim), which no rollout meets by chance."""
+        if len(self._family) <= most:
+            return self._family
+        return self._family[self.rng.choice(len(self._family), most, replace=False)]
 
     def _noise(self) -> float:
         config = self.config
@@ -299,7 +309,10 @@ class EnvelopeDdpg:
         common = rng.normal(size=(len(budgets), 1, shape[2])) * 0.1 * (rng.random((len(budgets), 1, 1)) < 0.5)
         kind = rng.random((len(budgets), 1, 1))  # a third guided, a third normal, a third both
         change = np.where(kind < 2 / 3, guided, 0) + np.where(kind > 1 / 3, normal + common, 0)
-        return np.where(self.space.used, np.clip(starts + np.where(here, change, 0), 0, 1), 0.0)
+        moved = starts + np.where(here, change, 0)
+        if self.space.used.any(axis=0).sum() > 1:  # with one kind of choice the bend to the edge would undo it
+            moved += rng.uniform(-SHIFT, SHIFT, (len(budgets), 1, shape[2])) * (rng.random((len(budgets), 1, 1)) < 0.5)
+        return np.where(self.space.used, np.clip(moved, 0, 1), 0.0)
 
     def _experience(self) -> tuple[np.ndarray, np.ndarray]:
         memories = self.learner.memories
@@ -323,10 +336,10 @@ class EnvelopeDdpg:
         """Return what the environment would execute, (n, num_steps, action_dim)."""
         return self.space.simulate(lambda observations, so_far, step, rows: tables[rows, step], budgets).tables
 
-    def _expected(self, tables: np.ndarray) -> np.ndarray:
-        """Return the rewards of executed tables, (n, num_objectives): exact costs, and top-1 as the critics screen it."""
+    def _expected(self, tables: np.ndarray, screening: str) -> np.ndarray:
+        """Return the rewards of executed tables, (n, num_objectives): exact costs, and one top-1 of all opinions."""
         opinions = self.learner.opinions(tables)
-        match self.config.screening:
+        match screening:
             case "optimistic":
                 top1 = opinions.mean(axis=0) + opinions.std(axis=0)
             case "pessimistic":
@@ -361,6 +374,9 @@ class EnvelopeDdpg:
 
 ELITE = 10
 """How many of the best known policies of a budget are moved."""
+
+SHIFT = 0.3
+"""Largest step of all entries of a kind together, in half of the moves; a level or two of bit-widths."""
 
 
 def _nothing(observations: np.ndarray, tables: np.ndarray, step: int, rows: np.ndarray) -> np.ndarray:

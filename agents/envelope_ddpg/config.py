@@ -40,6 +40,7 @@ class EnvelopeDdpgConfig:
         homotopy: move from the vector loss to the scalarised loss; off: vector loss.
         homotopy_episodes: after so many episodes the loss is the scalarised one.
         episodic: whether the stored end of an episode is one more candidate of the envelope.
+        log_odds: learn the log-odds of top-1; off: top-1 itself.
         hidden: width of both hidden layers of all networks.
         critics: how many.
         additive: blend the critics' opinions on complete tables with those of a ridge regression on actions and their squares, by
@@ -64,7 +65,7 @@ class EnvelopeDdpgConfig:
     rules: int = 2
     candidates: int = 128
     local: float = 0.5
-    screening: str = "mean"
+    screening: str = "optimistic"
     edge: bool = True
     elsewhere: float = 0.2
     noise: float = 0.5
@@ -82,9 +83,10 @@ class EnvelopeDdpgConfig:
     envelope: bool = True
     relabel_preferences: bool = True
     relabel_budgets: bool = True
-    homotopy: bool = True
+    homotopy: bool = False
     homotopy_episodes: int = 140
-    episodic: bool = True
+    episodic: bool = False
+    log_odds: bool = True
     hidden: int = 64
     critics: int = 4
     additive: bool = True
@@ -134,5 +136,6 @@ class EnvelopeDdpgConfig:
         return replace(
             self, rules=0, candidates=1, local=0.0, elsewhere=0.0, edge=False, updates=num_steps, planned=num_steps,
             alternatives=1, ahead="next", envelope=False, relabel_preferences=False, relabel_budgets=False, homotopy=False,
-            episodic=False, critics=1, additive=False, dropout=0.0, smoothing=0.0, weight_decay=0.0, target_noise=0.0,
+            episodic=False, log_odds=False, critics=1, additive=False, dropout=0.0, smoothing=0.0, weight_decay=0.0,
+            target_noise=0.0,
         )  # fmt: skip

@@ -2,6 +2,9 @@
 
 The critics look at *afterstates*: the table with the action at hand filled in. At the last step the table is complete, and
 nothing else decides the accuracy, so everything else is zeroed there: those values are a model of the accuracy of policies.
+
+What they say is a *score*: with `log_odds`, the log-odds of top-1. Compression moves log-odds by nearly the same everywhere, but
+top-1 little near the dense model and much under tight budgets, whose errors would drown all others.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agents.bee_colony import regress
+from agents.envelope_ddpg.additive import AdditiveModel
 from agents.envelope_ddpg.config import EnvelopeDdpgConfig
 from agents.envelope_ddpg.networks import Mlp, follow
 from agents.envelope_ddpg.replay import Memory, Pool, sample_preferences
@@ -68,11 +71,13 @@ class Learner:
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), config.actor_rate, fused=True)
         self.memories: list[Memory] = []
         self.pool = Pool(config.memory * config.planned)
-        self.center, self.scale = space.dense_top1 / 2, 1.0  # of top-1
+        self.center, self.scale = float(self._score(np.array(space.dense_top1 / 2))), 1.0  # of scores
+        self.spread = 1.0  # of top-1
         self._steps, self._kinds = torch.from_numpy(self.step_of), torch.from_numpy(self.kind_of)
         self._ends = torch.empty(0, inputs)  # what the critics see at the end of every episode
-        self._returns = torch.empty(0)
-        self.surprises: list[np.ndarray] = []  # of the networks and of the ridge regression, by each new episode
+        self._scores = torch.empty(0)  # of every episode
+        self._model: AdditiveModel | None = None  # of all episodes, once it is asked
+        self.surprises: list[np.ndarray] = []  # by how much the networks and the additive model missed scores of new episodes
 
     # ---------------------------------------------------------------------------------------------------------- inputs
 
@@ -116,28 +121,32 @@ class Learner:
     def opinions(self, tables: np.ndarray, target: bool = False) -> np.ndarray:
         """Return the top-1 of complete tables as each critic expects it, (critics, n).
 
-        With `additive`, each opinion is blended with that of a ridge regression on all episodes: more of whichever has told the
-        latest episodes better, before they were learned from.
+        With `additive`, they are blended with the additive model: more of whichever has told the latest episodes better, before
+        they were learned from. What that model is unsure of, each critic sees in its own way, from pessimistic to optimistic.
         """
         opinions = self._networks(tables, target)
-        if not self.surprises:
-            return opinions
-        networks, ridge = np.square(self.surprises[-RECENT:]).mean(axis=0) + 1e-12
-        share = networks / (networks + ridge)
-        return (1 - share) * opinions + share * self._additive(tables)
+        if self.surprises:
+            networks, additive = np.square(self.surprises[-RECENT:]).mean(axis=0) + 1e-12
+            share = networks / (networks + additive)
+            mean, deviation = self._additive(tables)
+            opinions = (1 - share) * opinions + share * (mean + _views(len(opinions))[:, None] * deviation)
+        return self._top1(opinions)
 
     def _networks(self, tables: np.ndarray, target: bool = False) -> np.ndarray:
+        """Return the scores of complete tables as each critic expects them, (critics, n)."""
         opinions = self._evaluate(self._complete(tables), target)
         if self.memories:
             # Blurred actions cost accuracy on average; what the critics miss on known tables is given back.
-            opinions += (self._returns.numpy() - self._evaluate(self._ends, target)).mean(axis=1, keepdims=True)
+            opinions += (self._scores.numpy() - self._evaluate(self._ends, target)).mean(axis=1, keepdims=True)
         return opinions
 
-    def _additive(self, tables: np.ndarray) -> np.ndarray:
-        """Return the top-1 of complete tables by a ridge regression on actions and their squares, (n,)."""
+    def _additive(self, tables: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the scores of complete tables as the additive model foretells them, and how unsure it is of each, (n,)."""
         used = self.space.used
-        known = np.stack([memory.table[used] for memory in self.memories])
-        return regress(known, self._returns.numpy()[:, None], tables[:, used], self.config.ridge)[:, 0]
+        if self._model is None:
+            known = np.stack([memory.table[used] for memory in self.memories])
+            self._model = AdditiveModel(known, self._scores.numpy().astype(float), self.kind_of, self.config.ridge)
+        return self._model.foretell(np.asarray(tables[:, used], float))
 
     def _complete(self, tables: np.ndarray) -> Tensor:
         """Return what the critics see at the end of an episode, (n, inputs): the table and nothing else."""
@@ -146,21 +155,39 @@ class Learner:
         return self.features(tables, np.full(count, self.space.num_steps - 1), *nothing, after=True)
 
     def _evaluate(self, inputs: Tensor, target: bool) -> np.ndarray:
+        """Return the scores of what the critics see, (critics, n)."""
         critic = self.target_critic if target else self.critic
         with torch.inference_mode():
             return self.center + self.scale * critic(inputs)[..., 0].numpy()
+
+    def _score(self, top1: np.ndarray) -> np.ndarray:
+        """Return log-odds, bounded as if 1 of 100 more images were right and another one wrong; without `log_odds`, top-1."""
+        if not self.config.log_odds:
+            return top1
+        share = (np.clip(top1, 0, 1) + EDGE) / (1 + 2 * EDGE)
+        return np.log(share / (1 - share))
+
+    def _top1(self, scores):
+        """Return what `_score` has turned into scores: arrays or tensors."""
+        if not self.config.log_odds:
+            return scores
+        if isinstance(scores, Tensor):
+            return torch.sigmoid(scores) * (1 + 2 * EDGE) - EDGE
+        return (1 + 2 * EDGE) / (1 + np.exp(-scores)) - EDGE
 
     # ---------------------------------------------------------------------------------------------------- planning
 
     def add(self, memory: Memory) -> None:
         """Remember an episode, and how well it was foretold."""
         if self.config.additive and len(self.memories) >= ENOUGH:
-            foretold = self._networks(memory.table[None]).mean(), self._additive(memory.table[None])[0]
-            self.surprises.append(np.array(foretold) - memory.reward[0])
+            foretold = self._networks(memory.table[None]).mean(), self._additive(memory.table[None])[0][0]
+            self.surprises.append(np.array(foretold) - self._score(memory.reward[0]))
         self.memories.append(memory)
+        self._model = None
         self._ends = torch.cat([self._ends, self._complete(memory.table[None])])
-        self._returns = torch.cat([self._returns, _float(memory.reward[:1])])
-        self.center, self.scale = float(self._returns.mean()), max(float(self._returns.std(correction=0)), 1e-3)
+        self._scores = torch.cat([self._scores, _float(self._score(memory.reward[:1]))])
+        self.center, self.scale = float(self._scores.mean()), max(float(self._scores.std(correction=0)), 1e-3)
+        self.spread = max(float(np.std([memory.reward[0] for memory in self.memories])), 1e-3)
 
     def plan(self, count: int) -> None:
         """Compute envelope targets of `count` transitions under practiced goals, and pool them."""
@@ -202,7 +229,7 @@ class Learner:
         else:
             seen = ahead.observations[np.arange(count * k), starts[: count * k]]
             inputs = self.features(completed, starts[: count * k], seen, row_preferences[: count * k], after=True)
-            top1 = self._evaluate(inputs, target=True)
+            top1 = self._top1(self._evaluate(inputs, target=True))
         vectors = pessimistic(top1, costs, np.repeat(preferences, k, axis=0)).reshape(count, k, objectives)
         if config.episodic:
             returns = np.stack([m.reward for m in memories])
@@ -244,13 +271,12 @@ class Learner:
         """Take one step towards known returns and planned targets."""
         known = torch.from_numpy(self.rng.integers(len(self.memories), size=self.config.batch))
         values = self.critic(self._smoothed(self._ends[known]), drop=True)[..., 0]
-        loss = (values - (self._returns[known] - self.center) / self.scale).square().mean()
+        loss = (values - (self._scores[known] - self.center) / self.scale).square().mean()
         if len(self.pool):
             rows = self.pool.sample(self.rng, self.config.batch)
-            values = self.critic(self._smoothed(rows["after"]), drop=True)[..., 0]
-            targets = rows["targets"] / self.scale
-            targets[:, 0] -= self.center / self.scale
-            loss = loss + critic_loss(values, rows["costs"] / self.scale, targets, rows["preferences"], scalarized)
+            scores = self.center + self.scale * self.critic(self._smoothed(rows["after"]), drop=True)[..., 0]
+            vectors = self._top1(scores) / self.spread, rows["costs"] / self.spread, rows["targets"] / self.spread
+            loss = loss + critic_loss(*vectors, rows["preferences"], scalarized)
         self.critic_optimizer.zero_grad()
         loss.backward()
         self.critic_optimizer.step()
@@ -272,18 +298,27 @@ class Learner:
         rows = self.pool.sample(self.rng, self.config.batch)
         actions = torch.sigmoid(self.actor(rows["before"])[0])
         inputs = self.with_actions(rows["after"], rows["steps"], actions)
-        values = self.critic(inputs)[..., 0].mean(dim=0)
-        gain = rows["preferences"][:, 0] * values - (rows["slopes"] / self.scale * actions).sum(-1)
+        top1 = self._top1(self.center + self.scale * self.critic(inputs)[..., 0]).mean(dim=0)
+        gain = (rows["preferences"][:, 0] * top1 - (rows["slopes"] * actions).sum(-1)) / self.spread
         self.actor_optimizer.zero_grad()
         (-gain.mean()).backward(inputs=list(self.actor.parameters()))
         self.actor_optimizer.step()
 
 
+EDGE = 0.01
+"""What keeps the log-odds of 0 and 100 % finite."""
+
 RECENT = 40
-"""Episodes whose top-1 the networks and the ridge regression were to foretell."""
+"""Episodes whose scores the networks and the additive model were to foretell."""
 
 SHIFT = 0.1
 """By how much an action is moved, both ways, to see how the costs of the completion follow."""
+
+
+def _views(critics: int) -> np.ndarray:
+    """Return how many standard deviations above the mean each critic looks, (critics,): evenly apart, 0 and 1 on average."""
+    evenly = np.linspace(-1, 1, critics) if critics > 1 else np.zeros(1)
+    return evenly / max(evenly.std(), 1e-9)
 
 
 def _float(values: np.ndarray) -> Tensor:

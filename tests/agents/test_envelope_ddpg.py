@@ -14,6 +14,7 @@ from agents.envelope_ddpg.networks import Mlp, follow
 from agents.envelope_ddpg.replay import sample_preferences, tighter_budgets
 from agents.envelope_ddpg.targets import critic_loss, envelope_target, pessimistic
 from agents.pareto import hypervolume
+from agents.uniform import uniform_family
 from envs.core import Budget, Episode, Evaluation, InputError
 
 SMALL = EnvelopeDdpgConfig(
@@ -157,10 +158,10 @@ def test_a_preference_needs_a_weight_for_every_objective(toy):
 
 
 SWITCHES = [
-    {"envelope": False}, {"relabel_preferences": False}, {"relabel_budgets": False}, {"homotopy": False}, {"episodic": False},
+    {"envelope": False}, {"relabel_preferences": False}, {"relabel_budgets": False}, {"homotopy": True}, {"episodic": True},
     {"candidates": 1}, {"rules": 0}, {"edge": False}, {"ahead": "next"}, {"scalar": True}, {"preference": (0.5, 0.5)},
-    {"screening": "optimistic"}, {"screening": "pessimistic"}, {"screening": "thompson"}, {"dropout": 0.1}, {"elsewhere": 1.0},
-    {"smoothing": 0.0}, {"local": 1.0}, {"local": 0.0}, {"additive": False},
+    {"screening": "mean"}, {"screening": "pessimistic"}, {"screening": "thompson"}, {"dropout": 0.1}, {"elsewhere": 1.0},
+    {"smoothing": 0.0}, {"local": 1.0}, {"local": 0.0}, {"additive": False}, {"log_odds": False},
 ]  # fmt: skip
 
 
@@ -176,6 +177,35 @@ def test_every_switch_runs_and_matters(toy, switch):
     assert len(changed[0]) == 40
     assert run(replace(SMALL, **switch)) == changed
     assert changed != run(SMALL)
+
+
+def test_uniform_policies_are_among_the_candidates(toy):
+    agent = agent_of(toy)
+    toy.run(agent, 24)
+    budget = toy.budgets[0]
+    wanted = {toy.decode(toy.fit(table, budget)) for table in uniform_family(toy, 7)}
+    # Nothing is drawn around them: an actor without noise and no moves leave them to themselves.
+    found = agent._candidates(np.tile(agent.preference, (128, 1)), [budget] * 128, 0.0)
+    assert wanted <= {toy.decode(table) for table in found}
+
+
+@pytest.mark.parametrize("log_odds", [True, False])
+def test_opinions_are_in_top1_whatever_is_learned(toy, log_odds):
+    agent = agent_of(toy, config=replace(SMALL, log_odds=log_odds))
+    toy.run(agent, 60)
+    memories = agent.learner.memories
+    seen = np.array([memory.reward[0] for memory in memories])
+    told = agent.learner.opinions(np.stack([memory.table for memory in memories])).mean(axis=0)
+    assert np.abs(told - seen).mean() < 0.3 * np.abs(seen - seen.mean()).mean()
+
+
+def test_log_odds_of_top1_are_finite_and_come_back(toy):
+    learner = agent_of(toy).learner
+    top1 = np.array([0.0, 1e-4, 0.1, 0.5, 0.93, 1.0])
+    scores = learner._score(top1)
+    assert np.isfinite(scores).all() and (np.diff(scores) > 0).all()
+    np.testing.assert_allclose(learner._top1(scores), top1, atol=1e-12)
+    torch.testing.assert_close(learner._top1(torch.from_numpy(scores)), torch.from_numpy(top1))
 
 
 def test_executed_actions_are_stored_even_when_others_were_asked_for(toy):
