@@ -97,6 +97,31 @@ class NetworkGeometry:
     live: np.ndarray
     step_layer: np.ndarray
 
+    @cached_property
+    def kernel_area(self) -> np.ndarray:
+        """(L,) float."""
+        return np.array([layer.kernel[0] * layer.kernel[1] for layer in self.layers], float)
+
+    @cached_property
+    def conv_groups(self) -> np.ndarray:
+        """(L,) integer."""
+        return np.array([layer.conv_groups for layer in self.layers], int)
+
+    @cached_property
+    def depthwise(self) -> np.ndarray:
+        """(L,) bool."""
+        return np.array([layer.depthwise for layer in self.layers], bool)
+
+    @cached_property
+    def macs_per_weight(self) -> np.ndarray:
+        """(L,) float."""
+        return np.array([layer.macs_per_weight for layer in self.layers], float)
+
+    @cached_property
+    def has_bias(self) -> np.ndarray:
+        """(L,) float, 0 or 1."""
+        return np.array([layer.has_bias for layer in self.layers], float)
+
     def shapes(self, widths=None, weight_bits=None, activation_bits=None) -> LayerShapes:
         """Return the shapes of a population.
 
@@ -142,13 +167,10 @@ class LayerShapes:
     @cached_property
     def weights(self) -> np.ndarray:
         """Elements of each layer's weight tensor, (population, L) float."""
-        layers = self.geometry.layers
-        area = np.array([layer.kernel[0] * layer.kernel[1] for layer in layers], float)
+        geometry = self.geometry
         # A depthwise convolution loses one conv group with each channel; any other keeps its number of groups.
-        fan_in = np.where(
-            [layer.depthwise for layer in layers], 1.0, self.in_channels / [layer.conv_groups for layer in layers]
-        )
-        return fan_in * self.out_channels * area
+        fan_in = np.where(geometry.depthwise, 1.0, self.in_channels / geometry.conv_groups)
+        return fan_in * self.out_channels * geometry.kernel_area
 
     @cached_property
     def other_parameters(self) -> np.ndarray:

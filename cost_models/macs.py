@@ -21,12 +21,8 @@ class Macs:
 
     def per_layer(self, shapes: LayerShapes) -> np.ndarray:
         """Return each layer's multiply-accumulates, (population, L)."""
-        return shapes.weights * _macs_per_weight(shapes)
+        return shapes.weights * shapes.geometry.macs_per_weight
 
     def total(self, shapes: LayerShapes) -> np.ndarray:
         """Return the multiply-accumulates of each network, (population,): the layers' and `fixed_macs`."""
-        return shapes.weights @ _macs_per_weight(shapes) + shapes.geometry.fixed_macs
-
-
-def _macs_per_weight(shapes: LayerShapes) -> np.ndarray:
-    return np.array([layer.macs_per_weight for layer in shapes.geometry.layers], float)
+        return shapes.weights @ shapes.geometry.macs_per_weight + shapes.geometry.fixed_macs

@@ -26,8 +26,7 @@ class WeightBytes:
 
     def per_layer(self, shapes: LayerShapes) -> np.ndarray:
         """Return the bytes of each layer's weights, scales and biases, (population, L)."""
-        has_bias = np.array([layer.has_bias for layer in shapes.geometry.layers], float)
-        vectors = has_bias + (shapes.weight_bits < FLOAT_BITS)  # float32 vectors of one entry per output channel
+        vectors = shapes.geometry.has_bias + (shapes.weight_bits < FLOAT_BITS)  # float32 vectors of one entry per output channel
         vectors *= shapes.out_channels
         vectors *= FLOAT_BYTES
         weight_bytes = shapes.weights * shapes.weight_bits

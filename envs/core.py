@@ -122,7 +122,7 @@ class Simulation:
     """What n episodes would execute and spend; nothing of it was evaluated.
 
     Attributes:
-        observations: (n, num_steps + 1, observation_dim) float32.
+        observations: (n, num_steps + 1, observation_dim) float32; zeros at steps that were given.
         tables: executed actions, (n, num_steps, action_dim) float32.
         costs: (n, num_objectives - 1): every cost among the objectives as a share of the dense one.
     """

@@ -51,7 +51,7 @@ class FeasibleSpace:
         self.num_steps, self.action_dim, self.used = space.num_steps, space.action_dim, space.used
         geometry = space.geometry
         self.unit_magnitudes = tuple(np.ones(units) for units in geometry.group_units)
-        macs = geometry.shapes().weights[0] * [layer.macs_per_weight for layer in geometry.layers]
+        macs = geometry.shapes().weights[0] * geometry.macs_per_weight
         produces = geometry.out_per_unit > 0
         self.producer_macs = produces @ macs / np.maximum(produces.sum(axis=1), 1)
         self.dense_costs = {

@@ -44,16 +44,20 @@ class Observer:
             last: (action_dim,) the previous step's executed action.
             budget: the episode's budget.
         """
-        return self.rows(step, decision, levels[None], last[None], [budget])[0]
+        return self.rows(step, decision, levels[None], last[None], self.limits([budget]))[0]
 
-    def rows(
-        self, step: int, decision: int, levels: np.ndarray, last: np.ndarray, budgets: Sequence[Budget]
-    ) -> np.ndarray:
-        """Return the observations of many episodes at the same step, (n, observation_dim); every argument has a row for each."""
+    def rows(self, step: int, decision: int, levels: np.ndarray, last: np.ndarray, limits: np.ndarray) -> np.ndarray:
+        """Return the observations of many episodes at the same step, (n, observation_dim).
+
+        Args:
+            step, decision: as in `__call__`, the same for all.
+            levels, last: a row for each.
+            limits: theirs, as `limits` returns them, (n, costs).
+        """
         rows = len(levels)
         ends = np.repeat([self.space.space.strongest, self.space.space.weakest], rows, axis=0)
         ends[:, :decision] = np.tile(levels[:, :decision], (2, 1))
-        costs, limits = self.space.costs(ends), self.limits(budgets)
+        costs = self.space.costs(ends)
         static = np.tile(self._static[min(step, self.space.num_steps - 1)], (rows, 1))
         reach = [
             column
@@ -77,7 +81,7 @@ def _layer_features(space: FeasibleSpace) -> np.ndarray:
     """(num_steps, LAYER_FEATURES + kinds): everything that the policy does not change."""
     layers = space.space.geometry.layers
     weights = space.space.geometry.shapes().weights[0]
-    macs = weights * [layer.macs_per_weight for layer in layers]
+    macs = weights * space.space.geometry.macs_per_weight
     widest = np.log2(1 + max(max(layer.in_channels, layer.out_channels) for layer in layers))
     largest = max(max(layer.out_hw) for layer in layers)
     rows = []

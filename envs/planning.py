@@ -32,14 +32,15 @@ def simulate(
     forced_levels = space.space.snap(forced)
     executed = np.zeros_like(forced)
     levels = np.tile(space.space.strongest, (rows, 1))
-    observations = np.empty((rows, space.num_steps + 1, len(observer.names)), np.float32)
+    observations = np.zeros((rows, space.num_steps + 1, len(observer.names)), np.float32)
+    limits = observer.limits(budgets)
     last = np.zeros((rows, space.action_dim), np.float32)
     decision = 0
     for step in range(space.num_steps):
-        observations[:, step] = observer.rows(step, decision, levels, last, budgets)
         free = np.flatnonzero(starts <= step)
         wanted = np.zeros((rows, space.action_dim))
         if len(free):
+            observations[free, step] = observer.rows(step, decision, levels[free], last[free], limits[free])
             wanted[free] = act(observations[free, step], executed[free], step, free)
         for column in np.flatnonzero(space.used[step]):
             strengths = space.space.decisions[decision].strengths
@@ -50,7 +51,7 @@ def simulate(
             executed[:, step, column] = strengths[levels[:, decision]]
             decision += 1
         last = executed[:, step]
-    observations[:, -1] = observer.rows(space.num_steps, decision, levels, last, budgets)
+    observations[:, -1] = observer.rows(space.num_steps, decision, levels, last, limits)
     return Simulation(observations, executed, space.cost_shares(executed))
 
 

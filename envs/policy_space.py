@@ -179,26 +179,21 @@ class PolicySpace:
 
     def columns(self, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return widths (population, G), weight bits and activation bits (population, L) of levels (population, decisions)."""
-        population = len(levels)
-        columns = {
-            kind: np.tile(base, (population, 1))
-            for kind, base in zip(KINDS, (self._base_widths, *self._base_bits), strict=True)
-        }
-        chosen = self._levels[np.arange(len(self.decisions)), levels]
-        for kind, (which, targets) in self._targets.items():
-            columns[kind][:, targets] = chosen[:, which]
-        return tuple(columns[kind] for kind in KINDS)
+        columns = []
+        for kind, base in zip(KINDS, (self._base_widths, *self._base_bits), strict=True):
+            columns.append(np.empty((len(levels), len(base)), base.dtype))
+            columns[-1][:] = base
+            if kind in self._targets:
+                which, targets = self._targets[kind]
+                columns[-1][:, targets] = self._levels[which, levels[:, which]]
+        return tuple(columns)
 
     @cached_property
-    def _targets(self) -> dict[str, tuple[list[int], list[int]]]:
+    def _targets(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """{kind: (decision indices, their targets)}."""
-        return {
-            kind: (
-                [i for i, decision in enumerate(self.decisions) if decision.kind == kind],
-                [decision.target for decision in self.decisions if decision.kind == kind],
-            )
-            for kind in self.kinds
-        }
+        kinds = np.array([decision.kind for decision in self.decisions])
+        targets = np.array([decision.target for decision in self.decisions])
+        return {kind: (np.flatnonzero(kinds == kind), targets[kinds == kind]) for kind in self.kinds}
 
     def shapes(self, levels: np.ndarray):
         """Return the `LayerShapes` of levels (population, decisions)."""

@@ -157,8 +157,7 @@ class EnvelopeDdpg:
             goals += [i for i in held if executes_alike(self.space, table, self.goals[i])]
         observations = episode.observations
         if observations is None:
-            whole = np.full(1, self.space.num_steps)
-            observations = self.space.simulate(_nothing, [self.budgets[own]], table[None], whole).observations[0]
+            observations = self.space.simulate(lambda *at: table[None, at[2]], [self.budgets[own]]).observations[0]
         return Memory(table.astype(float), observations, reward, np.array(goals), sent.preference, episode.feasible)
 
     # -------------------------------------------------------------------------------------------------------- choosing
@@ -377,11 +376,6 @@ ELITE = 10
 
 SHIFT = 0.3
 """Largest step of all entries of a kind together, in half of the moves; a level or two of bit-widths."""
-
-
-def _nothing(observations: np.ndarray, tables: np.ndarray, step: int, rows: np.ndarray) -> np.ndarray:
-    """Act in no step: for simulations of complete tables."""
-    raise AssertionError("complete tables leave nothing to choose")
 
 
 def truncated_normal(mean: np.ndarray, spread: float, rng: np.random.Generator) -> np.ndarray:

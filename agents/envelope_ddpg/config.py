@@ -65,7 +65,7 @@ class EnvelopeDdpgConfig:
     rules: int = 2
     candidates: int = 128
     local: float = 0.5
-    screening: str = "optimistic"
+    screening: str = "thompson"
     edge: bool = True
     elsewhere: float = 0.2
     noise: float = 0.5

@@ -98,7 +98,7 @@ def _close(found: Tensor, wanted: Tensor) -> bool:
 def _test_inputs(model: nn.Module, example_inputs: Sequence[Tensor], graph: ModelGraph) -> list[Tensor]:
     """Return two random images, smaller than the example's if the network is large and takes them."""
     geometry = graph.geometry
-    macs = geometry.shapes().weights[0] @ [layer.macs_per_weight for layer in geometry.layers]
+    macs = geometry.shapes().weights[0] @ geometry.macs_per_weight
     if macs > MACS_LIMIT:
         smaller = [_two_images(x, (MACS_LIMIT / macs) ** 0.5) for x in example_inputs]
         if _runs(model, smaller):

@@ -132,7 +132,7 @@ def test_episodes_are_practiced_only_under_budgets_that_execute_them_alike(toy):
         for i, goal in enumerate(agent.goals):
             alike = np.array_equal(toy.execute(memory.table, goal), memory.table)
             assert (i in memory.goals) == (alike and -memory.reward[1] <= goal.limits["cost"])
-        shown = toy.simulate(lambda *_: None, [toy.budgets[0]], memory.table[None], np.array([toy.num_steps]))
+        shown = toy.simulate(lambda *at: memory.table[None, at[2]], [toy.budgets[0]])
         np.testing.assert_array_equal(memory.observations, shown.observations[0])
 
 
@@ -160,7 +160,7 @@ def test_a_preference_needs_a_weight_for_every_objective(toy):
 SWITCHES = [
     {"envelope": False}, {"relabel_preferences": False}, {"relabel_budgets": False}, {"homotopy": True}, {"episodic": True},
     {"candidates": 1}, {"rules": 0}, {"edge": False}, {"ahead": "next"}, {"scalar": True}, {"preference": (0.5, 0.5)},
-    {"screening": "mean"}, {"screening": "pessimistic"}, {"screening": "thompson"}, {"dropout": 0.1}, {"elsewhere": 1.0},
+    {"screening": "mean"}, {"screening": "pessimistic"}, {"screening": "optimistic"}, {"dropout": 0.1}, {"elsewhere": 1.0},
     {"smoothing": 0.0}, {"local": 1.0}, {"local": 0.0}, {"additive": False}, {"log_odds": False},
 ]  # fmt: skip
 
