@@ -17,12 +17,13 @@ is public: its state, reward, networks and training cannot be reproduced, and no
    same actions, because raw components are stored. gamma is 1 and only the end is rewarded.
 7. *Planned batches*: completions cost more than gradient steps, so targets are computed for a few transitions per episode and
    pooled; many small steps sample from the pool until it ages out (GPI-PD takes 20 steps per observation).
-8. *Blurred actions* instead of dropout and layer norms alone (DroQ, GPI-PD): 50 to 200 noisy scores are learned by heart
-   otherwise. For the same reason their opinions are blended with a ridge regression's, by how well both foretold what came next.
-9. *Acting*: rules first (uniform, CLR-RNF), then random feasible policies, then whatever the critics like best among noisy
-   rollouts of the actor (AMC's truncated normal) and moves of the best known policies (those of the bee colony, and normal ones),
-   bent to the edge of the budget when lower costs are worth nothing. A second-order dynamic program is not among the rules: an
-   agent knows magnitudes of weights, no curvature.
+8. *Few noisy scores*: 50 to 200 are learned by heart. So critics see blurred actions instead of dropout and layer norms alone
+   (DroQ, GPI-PD), learn log-odds, and are blended with an additive Gaussian process (additive.py) by how well both foretold
+   what came next.
+9. *Acting*: rules first (uniform, CLR-RNF), then random feasible policies, then whatever one critic, drawn each time (Thompson),
+   likes best among noisy rollouts of the actor (AMC's truncated normal), moves of the best known policies (those of the bee
+   colony, and normal ones) and uniform policies, bent to the edge of the budget when lower costs are worth nothing. A
+   second-order dynamic program is not among the rules: an agent knows magnitudes of weights, no curvature.
 10. A share of the episodes looks *elsewhere*: at the policy, under any budget and preference, that would add most hypervolume to
     the front if the critics are right (after GPI-LS, which visits the preference with the largest expected gain). Budgets reach
     concave parts of a front, which linear preferences cannot.

@@ -16,8 +16,9 @@ class EnvelopeDdpgConfig:
         warmup: evaluations before the networks choose: rule-based ones first, then random feasible ones.
         rules: how many policies of each rule (uniform, CLR-RNF) each budget starts with; 0: none.
         candidates: policies that are rolled out, and screened by the critics, for one evaluation; 1: no screening.
-        local: share of the candidates that are moves of the best known policies instead of rollouts.
+        local: share of the candidates that are no rollouts but moves of the best known policies, a few of them uniform ones.
         screening: how the critics' opinions become one: "mean", "optimistic", "pessimistic", or "thompson" (one of them, drawn).
+            Questions to a run's agent are answered by the mean.
         edge: whether candidates are bent to the edge of their budget when the preference is top-1 alone.
         elsewhere: share of the episodes that look where the front would gain most, under any budget and preference.
         noise, noise_decay: of the truncated normal exploration: noise * noise_decay ** (episodes after the warm-up).
@@ -43,14 +44,11 @@ class EnvelopeDdpgConfig:
         log_odds: learn the log-odds of top-1; off: top-1 itself.
         hidden: width of both hidden layers of all networks.
         critics: how many.
-        additive: blend the critics' opinions on complete tables with those of a ridge regression on actions and their squares, by
-            how well both foretold the latest episodes. Networks alone: 91.0 instead of 91.5 %
-            top-1 after 200 noisy evaluations of a made-up task of ResNet-56's size.
-        ridge: its penalty, above 0, in units of its number of features.
+        additive: blend the critics' opinions on complete tables with an additive Gaussian process (additive.py), by how well both
+            foretold the latest episodes.
+        ridge: variance of what that process leaves unexplained, above 0, in units of that of its quadratics.
         dropout: in the critics.
-        smoothing: standard deviation of the noise on the actions that the critics learn from, before anything is known. The
-            strongest regularizer of all: rank correlation 0.76 instead of 0.62 after 100 noisy evaluations of a made-up task of
-            ResNet-56's size.
+        smoothing: standard deviation of the noise on the actions that the critics learn from, before anything is known.
         sharpening: episodes n after which that noise has shrunk to 1 / sqrt(2); it goes with 1 / sqrt(1 + episodes / n).
         weight_decay: of the critics.
         actor_rate, critic_rate: learning rates of Adam.
