@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from agents.envelope_ddpg.learner import Learner
 
 STATE, NETWORKS, REPLAY = "agent.json", "networks.safetensors", "replay.npz"
+SCHEMA = 3
+"""Of the folder; goes up when older agents would mean something else."""
+
 PARTS = ("critic", "actor", "target_critic", "target_actor")
 OPTIMIZERS = ("critic_optimizer", "actor_optimizer")
 DAMAGES = (ValueError, LookupError, TypeError, SafetensorError, OSError, RuntimeError, EOFError, BadZipFile)
@@ -57,7 +60,7 @@ def write_agent(folder: Path, agent: EnvelopeDdpg) -> None:
         front=agent.archive.objectives,
     )
     state = {
-        "schema": 2,
+        "schema": SCHEMA,
         "agent": "envelope_ddpg",
         "config": asdict(agent.config),
         "preference": agent.preference.tolist(),
@@ -90,9 +93,9 @@ def read_agent(folder: Path, space: ActionSpace, make: type[EnvelopeDdpg]) -> En
     """Return the agent; see `EnvelopeDdpg.load`."""
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        if state["schema"] != 2:
+        if state["schema"] != SCHEMA:
             raise InputError(
-                f"{folder / STATE} has schema {state['schema']}; this version reads schema 2. Make it anew: secateur resume "
+                f"{folder / STATE} has schema {state['schema']}; this version reads schema {SCHEMA}. Make it anew: secateur resume "
                 f"{folder.parent}"
             )
         tensors = load_file(folder / NETWORKS)
