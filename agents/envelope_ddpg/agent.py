@@ -258,22 +258,26 @@ class EnvelopeDdpg:
         return list(chosen.values())
 
     def _candidates(self, preferences: np.ndarray, budgets: Sequence[Budget], noise: float) -> np.ndarray:
-        """Return one executed table per preference and budget, (n, num_steps, action_dim): moves, uniform ones, rollouts."""
-        near = round(self.config.local * len(budgets)) if self.learner.memories else 0
-        alike = self._uniform(near // 4)
-        moved = near - len(alike)
+        """Return one executed table per preference and budget, (n, num_steps, action_dim): moves, blind ones, rollouts."""
+        count = len(budgets)
+        moved = round(self.config.local * count) if self.learner.memories else 0
+        rolled = count - moved - round(self.config.blind * (count - moved))
         tables = np.concatenate([
             self._moves(preferences[:moved], budgets[:moved]),
-            alike,
-            self._roll_out(preferences[near:], budgets[near:], noise),
+            self._blind(count - moved - rolled),
+            self._roll_out(preferences[count - rolled :], budgets[count - rolled :], noise),
         ])
         return self._repair(tables, preferences, budgets)
 
-    def _uniform(self, most: int) -> np.ndarray:
-        """Return at most so many tables of the uniform family, (n, num_steps, action_dim), which no rollout meets by chance."""
-        if len(self._family) <= most:
-            return self._family
-        return self._family[self.rng.choice(len(self._family), most, replace=False)]
+    def _blind(self, count: int) -> np.ndarray:
+        """Return tables that nobody has learned, (count, num_steps, action_dim): at most half uniform ones, the others random."""
+        tables = np.empty((count, *self.space.used.shape))
+        if count:
+            alike = self._family[self.rng.permutation(len(self._family))[: count // 2]]
+            tables[: len(alike)] = alike
+            for row in tables[len(alike) :]:
+                row[:] = random_table(self.space, self.rng)
+        return tables
 
     def _noise(self) -> float:
         config = self.config
@@ -310,6 +314,9 @@ class EnvelopeDdpg:
         kind = rng.random((len(budgets), 1, 1))  # a third guided, a third normal, a third both
         change = np.where(kind < 2 / 3, guided, 0) + np.where(kind > 1 / 3, normal + common, 0)
         moved = starts + np.where(here, change, 0)
+        used = np.broadcast_to(self.space.used, shape)
+        means = (starts * used).sum(axis=1, keepdims=True) / np.maximum(used.sum(axis=1, keepdims=True), 1)
+        moved += (means - starts) * rng.random((len(budgets), 1, 1)) * (rng.random((len(budgets), 1, 1)) < 0.25)
         if self.space.used.any(axis=0).sum() > 1:  # with one kind of choice the bend to the edge would undo it
             moved += rng.uniform(-SHIFT, SHIFT, (len(budgets), 1, shape[2])) * (rng.random((len(budgets), 1, 1)) < 0.5)
         return np.where(self.space.used, np.clip(moved, 0, 1), 0.0)

@@ -16,7 +16,8 @@ class EnvelopeDdpgConfig:
         warmup: evaluations before the networks choose: rule-based ones first, then random feasible ones.
         rules: how many policies of each rule (uniform, CLR-RNF) each budget starts with; 0: none.
         candidates: policies that are rolled out, and screened by the critics, for one evaluation; 1: no screening.
-        local: share of the candidates that are no rollouts but moves of the best known policies, a few of them uniform ones.
+        local: share of the candidates that are moves of the best known policies.
+        blind: share of the others that are uniform and random policies instead of rollouts.
         screening: how the critics' opinions become one: "mean", "optimistic", "pessimistic", or "thompson" (one of them, drawn).
             Questions to a run's agent are answered by the mean.
         edge: whether candidates are bent to the edge of their budget when the preference is top-1 alone.
@@ -63,6 +64,7 @@ class EnvelopeDdpgConfig:
     rules: int = 2
     candidates: int = 128
     local: float = 0.5
+    blind: float = 0.5
     screening: str = "thompson"
     edge: bool = True
     elsewhere: float = 0.2
@@ -108,7 +110,7 @@ class EnvelopeDdpgConfig:
         for name, value in least.items():
             if not getattr(self, name) >= value:
                 raise InputError(f"`{name}` of envelope DDPG must be at least {value}, but got {getattr(self, name)}.")
-        for name in ("local", "elsewhere", "mixing"):
+        for name in ("local", "blind", "elsewhere", "mixing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"`{name}` of envelope DDPG must be a share in [0, 1], but got {getattr(self, name)}.")
         for name in ("noise_decay", "actor_rate", "critic_rate", "tau"):
@@ -132,7 +134,7 @@ class EnvelopeDdpgConfig:
         if not self.scalar:
             return self
         return replace(
-            self, rules=0, candidates=1, local=0.0, elsewhere=0.0, edge=False, updates=num_steps, planned=num_steps,
+            self, rules=0, candidates=1, local=0.0, blind=0.0, elsewhere=0.0, edge=False, updates=num_steps, planned=num_steps,
             alternatives=1, ahead="next", envelope=False, relabel_preferences=False, relabel_budgets=False, homotopy=False,
             episodic=False, log_odds=False, critics=1, additive=False, dropout=0.0, smoothing=0.0, weight_decay=0.0,
             target_noise=0.0,

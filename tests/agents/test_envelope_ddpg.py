@@ -132,7 +132,8 @@ def test_episodes_are_practiced_only_under_budgets_that_execute_them_alike(toy):
         for i, goal in enumerate(agent.goals):
             alike = np.array_equal(toy.execute(memory.table, goal), memory.table)
             assert (i in memory.goals) == (alike and -memory.reward[1] <= goal.limits["cost"])
-        shown = toy.simulate(lambda *at: memory.table[None, at[2]], [toy.budgets[0]])
+        table = memory.table[None]
+        shown = toy.simulate(lambda *at, table=table: table[:, at[2]], [toy.budgets[0]])
         np.testing.assert_array_equal(memory.observations, shown.observations[0])
 
 
