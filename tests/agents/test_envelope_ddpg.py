@@ -143,7 +143,7 @@ def test_episodes_are_practiced_only_under_budgets_that_execute_them_alike(toy):
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"warmup": 0}, {"candidates": 0}, {"local": 1.5}, {"elsewhere": -0.1}, {"mixing": float("nan")}, {"tau": 0},
+        {"warmup": 0}, {"candidates": 0}, {"local": 1.5}, {"blind": 2}, {"elsewhere": -0.1}, {"mixing": float("nan")}, {"tau": 0},
         {"screening": "best"}, {"ahead": "never"}, {"dropout": 1.0}, {"preference": (0.0, 0.0)}, {"preference": (-1.0, 2.0)},
         {"updates": 0}, {"noise_decay": 0}, {"critics": 0}, {"smoothing": -1}, {"ridge": 0},
     ],
@@ -162,7 +162,7 @@ SWITCHES = [
     {"envelope": False}, {"relabel_preferences": False}, {"relabel_budgets": False}, {"homotopy": True}, {"episodic": True},
     {"candidates": 1}, {"rules": 0}, {"edge": False}, {"ahead": "next"}, {"scalar": True}, {"preference": (0.5, 0.5)},
     {"screening": "mean"}, {"screening": "pessimistic"}, {"screening": "optimistic"}, {"dropout": 0.1}, {"elsewhere": 1.0},
-    {"smoothing": 0.0}, {"local": 1.0}, {"local": 0.0}, {"additive": False}, {"log_odds": False},
+    {"smoothing": 0.0}, {"local": 1.0}, {"local": 0.0}, {"blind": 0.0}, {"additive": False}, {"log_odds": False},
 ]  # fmt: skip
 
 
