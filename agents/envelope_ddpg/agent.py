@@ -221,7 +221,9 @@ class EnvelopeDdpg:
             drawn = self.rng.random(count) < 0.5
             preferences[drawn] = sample_preferences(self.rng, int(drawn.sum()), objectives)
         budgets = [self.goals[goal] for goal in goals]
-        tables = self._candidates(preferences, budgets, self._noise())
+        # The neighborhood of what is good already would win against anything unknown: each has its turns.
+        near = self.config.local > 0 and self.rng.random() < self.config.local
+        tables = self._candidates(preferences, budgets, self._noise(), moved=count if near else 0)
         new = [i for i, table in enumerate(tables) if self.space.decode(table) not in self._known]
         if not new:
             return self._random()
@@ -244,7 +246,8 @@ class EnvelopeDdpg:
         """
         wanted = self.preference if preference is None else np.asarray(preference, float)
         preferences, budgets = np.tile(wanted, (rollouts, 1)), [budget] * rollouts
-        tables = self._candidates(preferences, budgets, 0.1)
+        moved = round(self.config.local * rollouts) if self.learner.memories else 0
+        tables = self._candidates(preferences, budgets, 0.1, moved)
         held = [memory.table for memory in self.learner.memories if self._holds(budget, memory.reward)]
         if held:
             walled = np.stack([self.space.execute(table, budget) for table in held])
@@ -257,10 +260,9 @@ class EnvelopeDdpg:
             chosen.setdefault(self.space.decode(tables[i]), tables[i])
         return list(chosen.values())
 
-    def _candidates(self, preferences: np.ndarray, budgets: Sequence[Budget], noise: float) -> np.ndarray:
+    def _candidates(self, preferences: np.ndarray, budgets: Sequence[Budget], noise: float, moved: int) -> np.ndarray:
         """Return one executed table per preference and budget, (n, num_steps, action_dim): moves, blind ones, rollouts."""
         count = len(budgets)
-        moved = round(self.config.local * count) if self.learner.memories else 0
         rolled = count - moved - round(self.config.blind * (count - moved))
         tables = np.concatenate([
             self._moves(preferences[:moved], budgets[:moved]),

@@ -16,8 +16,8 @@ class EnvelopeDdpgConfig:
         warmup: evaluations before the networks choose: rule-based ones first, then random feasible ones.
         rules: how many policies of each rule (uniform, CLR-RNF) each budget starts with; 0: none.
         candidates: policies that are rolled out, and screened by the critics, for one evaluation; 1: no screening.
-        local: share of the candidates that are moves of the best known policies.
-        blind: share of the others that are uniform and random policies instead of rollouts.
+        local: share of the choices that are made among moves of the best known policies; the others: rollouts and blind ones.
+        blind: share of uniform and random policies beside the rollouts.
         screening: how the critics' opinions become one: "mean", "optimistic", "pessimistic", or "thompson" (one of them, drawn).
             Questions to a run's agent are answered by the mean.
         edge: whether candidates are bent to the edge of their budget when the preference is top-1 alone.
