@@ -156,7 +156,7 @@ def check_model(name: str) -> SupportRow:
         model=name,
         failure=failure if trains else failure or "the training step does not give finite gradients",
         parameters=int(_predicted_parameters(graph, graph.geometry.group_units)),
-        macs=float(shapes.weights[0] @ [layer.macs_per_weight for layer in layers]) + graph.geometry.fixed_macs,
+        macs=float(shapes.weights[0] @ graph.geometry.macs_per_weight) + graph.geometry.fixed_macs,
         published_macs=published,
         groups=len(graph.groups),
         prunable=1 - sum(reasons.values()) / sum(layer.out_channels for layer in layers),

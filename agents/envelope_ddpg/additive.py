@@ -43,10 +43,10 @@ class AdditiveModel:
     def foretell(self, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the expected scores of other tables, (m,), and their standard deviations, (m,)."""
         wanted = self._features(entries)
-        shared = _kernel(wanted, self._known)
+        covariance = _kernel(wanted, self._known)
         prior = (wanted[0] ** 2).sum(axis=1) + SHARED * (wanted[1] ** 2).sum(axis=1) + 1
-        variance = np.maximum(prior - np.einsum("ij,jk,ik->i", shared, self._inverse, shared, optimize=True), 0)
-        return shared @ self._weights + self._mean, np.sqrt(self._variance * variance)
+        variance = np.maximum(prior - np.einsum("ij,jk,ik->i", covariance, self._inverse, covariance, optimize=True), 0)
+        return covariance @ self._weights + self._mean, np.sqrt(self._variance * variance)
 
     def _features(self, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         own = (_own(entries) - self._own_moments[0]) / self._own_moments[1]
@@ -54,15 +54,18 @@ class AdditiveModel:
         return own / np.sqrt(own.shape[1]), shared / np.sqrt(shared.shape[1])
 
     def _shared(self, entries: np.ndarray) -> np.ndarray:
-        alike = [entries[:, self._kinds == kind] for kind in np.unique(self._kinds)]
-        return np.stack([(own**power).mean(axis=1) for own in alike for power in (1, 2, 4)], axis=1)
+        """Return the means of powers of the entries of each kind, (n, 3 * kinds)."""
+        by_kind = [entries[:, self._kinds == kind] for kind in np.unique(self._kinds)]
+        return np.stack([(alike**power).mean(axis=1) for alike in by_kind for power in (1, 2, 4)], axis=1)
 
 
 def _own(entries: np.ndarray) -> np.ndarray:
+    """Return what each entry adds by itself, (n, 2 * entries)."""
     return np.hstack([entries, entries**2])
 
 
 def _kernel(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """Return the covariances of two sets of features, (len(a), len(b)): the three parts of eq. (1)."""
     (own_a, shared_a), (own_b, shared_b) = a, b
     distances = (shared_a**2).sum(axis=1)[:, None] + (shared_b**2).sum(axis=1) - 2 * shared_a @ shared_b.T
     return own_a @ own_b.T + SHARED * shared_a @ shared_b.T + np.exp(-distances / 2)

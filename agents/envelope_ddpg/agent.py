@@ -21,9 +21,10 @@ is public: its state, reward, networks and training cannot be reproduced, and no
    (DroQ, GPI-PD), learn log-odds, and are blended with an additive Gaussian process (additive.py) by how well both foretold
    what came next.
 9. *Acting*: rules first (uniform, CLR-RNF), then random feasible policies, then whatever one critic, drawn each time (Thompson),
-   likes best among noisy rollouts of the actor (AMC's truncated normal), moves of the best known policies (those of the bee
-   colony, and normal ones) and uniform policies, bent to the edge of the budget when lower costs are worth nothing. A
-   second-order dynamic program is not among the rules: an agent knows magnitudes of weights, no curvature.
+   likes best: half of the time among moves of the best known policies (those of the bee colony, normal ones, shifts of a whole
+   kind and steps to its mean), else among noisy rollouts of the actor (AMC's truncated normal), uniform and random policies.
+   All are bent to the edge of the budget when lower costs are worth nothing. A second-order dynamic program is not among the
+   rules: an agent knows magnitudes of weights, no curvature.
 10. A share of the episodes looks *elsewhere*: at the policy, under any budget and preference, that would add most hypervolume to
     the front if the critics are right (after GPI-LS, which visits the preference with the largest expected gain). Budgets reach
     concave parts of a front, which linear preferences cannot.
@@ -316,8 +317,8 @@ class EnvelopeDdpg:
         kind = rng.random((len(budgets), 1, 1))  # a third guided, a third normal, a third both
         change = np.where(kind < 2 / 3, guided, 0) + np.where(kind > 1 / 3, normal + common, 0)
         moved = starts + np.where(here, change, 0)
-        used = np.broadcast_to(self.space.used, shape)
-        means = (starts * used).sum(axis=1, keepdims=True) / np.maximum(used.sum(axis=1, keepdims=True), 1)
+        # A quarter also goes some way to the mean of each kind: good policies have few extremes.
+        means = starts.sum(axis=1, keepdims=True) / np.maximum(self.space.used.sum(axis=0), 1)
         moved += (means - starts) * rng.random((len(budgets), 1, 1)) * (rng.random((len(budgets), 1, 1)) < 0.25)
         if self.space.used.any(axis=0).sum() > 1:  # with one kind of choice the bend to the edge would undo it
             moved += rng.uniform(-SHIFT, SHIFT, (len(budgets), 1, shape[2])) * (rng.random((len(budgets), 1, 1)) < 0.5)

@@ -39,9 +39,9 @@ class EnvelopeDdpgConfig:
             after 300 evaluations of ResNet-56 (results/budgets_ablation: with `screening: mean`, without `log_odds`).
         relabel_preferences, relabel_budgets: practice stored episodes under other goals. Both off cost 1.6 points there, and
             0.008 of hypervolume.
-        homotopy: move from the vector loss to the scalarised loss; off: vector loss. No gain was seen yet, so it is off.
+        homotopy: move from the vector loss to the scalarised loss; off: vector loss. Off until an ablation shows a gain.
         homotopy_episodes: after so many episodes the loss is the scalarised one.
-        episodic: whether the stored end of an episode is one more candidate of the envelope. No gain was seen yet, so it is off.
+        episodic: whether the stored end of an episode is one more candidate of the envelope. Off until an ablation shows a gain.
         log_odds: learn the log-odds of top-1; off: top-1 itself.
         hidden: width of both hidden layers of all networks.
         critics: how many.

@@ -95,8 +95,8 @@ def read_agent(folder: Path, space: ActionSpace, make: type[EnvelopeDdpg]) -> En
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         if state["schema"] != SCHEMA:
             raise InputError(
-                f"{folder / STATE} has schema {state['schema']}; this version reads schema {SCHEMA}. Make it anew: "
-                f"secateur resume {folder.parent}"
+                f"{folder / STATE} has schema {state['schema']}; this version reads schema {SCHEMA}. Start "
+                "another search, or ask it with the version that wrote it."
             )
         tensors = load_file(folder / NETWORKS)
         with np.load(folder / REPLAY, allow_pickle=False) as archive:

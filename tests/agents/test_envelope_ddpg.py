@@ -388,7 +388,7 @@ def test_damaged_or_foreign_agents_are_refused(toy, trained, tmp_path):
         EnvelopeDdpg.load(folder, other)
     state = json.loads((folder / "agent.json").read_text())
     (folder / "agent.json").write_text(json.dumps({**state, "schema": 9}))
-    with pytest.raises(InputError, match="schema 9"):
+    with pytest.raises(InputError, match="schema 9.*Start another search"):
         EnvelopeDdpg.load(folder, toy)
     (folder / "agent.json").write_text(json.dumps(state))
     (folder / "networks.safetensors").write_bytes(b"nothing")
