@@ -8,6 +8,7 @@ from agents.bee_colony import BeeColony, BeeColonyConfig
 from agents.clr_rnf import ClrRnf, ClrRnfConfig
 from agents.core import Agent
 from agents.envelope_ddpg import EnvelopeDdpgConfig, make_envelope_ddpg
+from agents.greedy import Greedy, GreedyConfig
 from agents.nsga2 import Nsga2, Nsga2Config
 from agents.random_search import RandomConfig, RandomSearch
 from agents.uniform import Uniform, UniformConfig
@@ -16,6 +17,7 @@ AGENTS: dict[str, tuple[type, Callable[..., Agent]]] = {
     "random": (RandomConfig, RandomSearch),
     "uniform": (UniformConfig, Uniform),
     "clr_rnf": (ClrRnfConfig, ClrRnf),
+    "greedy": (GreedyConfig, Greedy),
     "bee_colony": (BeeColonyConfig, BeeColony),
     "nsga2": (Nsga2Config, Nsga2),
     "envelope_ddpg": (EnvelopeDdpgConfig, make_envelope_ddpg),

@@ -132,6 +132,27 @@ class Simulation:
     costs: np.ndarray
 
 
+@dataclass(frozen=True, eq=False)
+class Sensitivities:
+    """How far each choice by itself moves the outputs of the model (envs/sensitivity.py).
+
+    Attributes:
+        curves: (entries, points) divergence in nats at even strengths from 0 to 1; entries in the order of `np.nonzero(used)`.
+        seconds: how long the measurement took.
+    """
+
+    curves: np.ndarray
+    seconds: float = 0.0
+
+    def __call__(self, strengths: np.ndarray) -> np.ndarray:
+        """Return the divergence of each entry alone, in the shape of its strengths, (..., entries) in [0, 1]."""
+        points = self.curves.shape[1]
+        place = np.clip(strengths, 0, 1) * (points - 1)
+        low = np.minimum(place.astype(int), points - 2)
+        share, rows = place - low, np.arange(len(self.curves))
+        return (1 - share) * self.curves[rows, low] + share * self.curves[rows, low + 1]
+
+
 class ActionSpace(Protocol):
     """What an agent may know about the environment besides its episodes.
 
@@ -142,11 +163,13 @@ class ActionSpace(Protocol):
     action_dim: int
     observation_dim: int
     used: np.ndarray  # (num_steps, action_dim) bool
+    strengths: tuple[np.ndarray, ...]  # of each entry of `np.nonzero(used)`: the actions that mean its levels, increasing
     objectives: tuple[str, ...]  # names of the reward's components; the first is "top1"
     dense_top1: float
     dense_costs: Mapping[str, float]
     unit_magnitudes: tuple[np.ndarray, ...]  # per group (units,): mean |w| of what produces each unit
     producer_macs: np.ndarray  # (groups,) multiply-accumulates of the dense layer that produces a group; of several, the mean
+    sensitivities: Sensitivities | None  # what every choice by itself does to the outputs; None: not measured
 
     def execute(self, table: np.ndarray, budget: Budget) -> np.ndarray:
         """Return the table that the environment would execute: behind the wall of the budget, rounded to real levels."""

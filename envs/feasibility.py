@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from cost_models.core import CostModel, InputError
-from envs.core import Act, Budget, CompressionPolicy, Simulation
+from envs.core import Act, Budget, CompressionPolicy, Sensitivities, Simulation
 from envs.policy_space import PolicySpace
 
 _BETTER = 1e-9  # what a slack must fall by to count: sums of costs differ by rounding from call to call
@@ -32,7 +32,7 @@ class FeasibleSpace:
         dense_top1: top-1 of the untouched model on the validation split.
         observation_dim: of the environment that this space belongs to.
 
-    `unit_magnitudes` (see `ActionSpace`) are all alike until they are set: costs need no weights.
+    `unit_magnitudes` (see `ActionSpace`) are all alike until they are set, and `sensitivities` None: costs need no weights.
     """
 
     def __init__(
@@ -50,13 +50,13 @@ class FeasibleSpace:
         self.observation_dim = observation_dim
         self.num_steps, self.action_dim, self.used = space.num_steps, space.action_dim, space.used
         geometry = space.geometry
+        self.strengths = tuple(decision.strengths for decision in space.decisions)
         self.unit_magnitudes = tuple(np.ones(units) for units in geometry.group_units)
+        self.sensitivities: Sensitivities | None = None
         macs = geometry.shapes().weights[0] * geometry.macs_per_weight
         produces = geometry.out_per_unit > 0
         self.producer_macs = produces @ macs / np.maximum(produces.sum(axis=1), 1)
-        self.dense_costs = {
-            name: float(model.total(space.geometry.shapes())[0]) for name, model in self.cost_models.items()
-        }
+        self.dense_costs = {name: float(model.total(space.geometry.shapes())[0]) for name, model in self.cost_models.items()}
         self._completions: dict[tuple[tuple[str, float], ...], np.ndarray] = {}
         self._least: dict[str, np.ndarray] = {}
 
@@ -191,7 +191,7 @@ class FeasibleSpace:
         low, high = -7.0, 7.0  # log2 of the exponent
         for _ in range(2):
             exponents = np.linspace(low, high, _BENDS)
-            population = self.space.snap(strengths[None] ** (2.0 ** exponents)[:, None, None])
+            population = self.space.snap(strengths[None] ** (2.0**exponents)[:, None, None])
             feasible = np.flatnonzero(self.slack(population, budget) <= 0)
             best = feasible[-1] if len(feasible) else 0
             low, high = exponents[best], exponents[min(best + 1, _BENDS - 1)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +22,7 @@ from cost_models.device import Device
 from envs.assembler import Assembler
 from envs.calibration import CalibrationConfig, LayerPlan, cached_calibration, plan_calibration
 from envs.compression_env import CompressionEnv
-from envs.core import Budget, CompressionPolicy, Evaluation, InputError
+from envs.core import Budget, CompressionPolicy, Evaluation, InputError, Sensitivities
 from envs.evaluator import Evaluator, Precision, choose_precision, top1
 from envs.feasibility import FeasibleSpace
 from envs.model_graph import ModelGraph, analyze
@@ -34,6 +35,7 @@ from envs.pruning.slicing import slice_model
 from envs.quantization.quantizers import QUANTIZERS, Quantizer
 from envs.racing import Race
 from envs.recovery import RECOVERIES, Recovery
+from envs.sensitivity import IMAGES, measure_sensitivities
 from envs.tasks.data import TaskData, load_data
 from envs.tasks.models import load_model
 from envs.tasks.training import Progress, cache_directory
@@ -84,9 +86,7 @@ class Problem:
         return self.config.device
 
 
-def build_model_and_graph(
-    config: SearchConfig, say: Say = log.info
-) -> tuple[TaskData, nn.Module, ModelGraph]:
+def build_model_and_graph(config: SearchConfig, say: Say = log.info) -> tuple[TaskData, nn.Module, ModelGraph]:
     """Return data, model and graph: what `secateur inspect` needs.
 
     Args:
@@ -113,9 +113,7 @@ def build_model_and_graph(
 
 def _epochs_to(say: Say) -> Progress:
     """Return a listener that tells each epoch of a training through `say`."""
-    return lambda at: say(
-        f"training the model, epoch {at.epoch} of {at.epochs}: loss {at.loss:.3f}, top-1 {100 * at.top1:.1f} %"
-    )
+    return lambda at: say(f"training the model, epoch {at.epoch} of {at.epochs}: loss {at.loss:.3f}, top-1 {100 * at.top1:.1f} %")
 
 
 def build_space(config: SearchConfig, graph: ModelGraph, dense_top1: float) -> tuple[FeasibleSpace, tuple[Budget, ...]]:
@@ -151,8 +149,7 @@ def build_cost_models(config: SearchConfig) -> dict[str, CostModel]:
 def absolute_budget(name: str, config: BudgetConfig, space: FeasibleSpace) -> Budget:
     """Return the budget with every limit in the cost's own unit (not yet checked)."""
     limits = {
-        cost: limit.value * space.dense_costs[cost] if limit.relative else limit.value
-        for cost, limit in config.limits.items()
+        cost: limit.value * space.dense_costs[cost] if limit.relative else limit.value for cost, limit in config.limits.items()
     }
     return Budget(name, limits, config.top1_drop)
 
@@ -165,9 +162,7 @@ def build_problem(config: SearchConfig, say: Say = log.info) -> Problem:
     """
     data, model, graph = build_model_and_graph(config, say)
     space, budgets = build_space(config, graph, dense_top1=float("nan"))
-    space.unit_magnitudes = tuple(
-        mean_over_producers(model, group, lambda rows: rows.abs().mean(1)) for group in graph.groups
-    )
+    space.unit_magnitudes = tuple(mean_over_producers(model, group, lambda rows: rows.abs().mean(1)) for group in graph.groups)
     for budget in budgets:
         space.check(budget)
     assembler, finalist_assembler = build_assemblers(config, data, model, graph, say)
@@ -272,10 +267,15 @@ def build_front(problem: Problem) -> Front:
     return Front(problem.space.objectives, problem.budgets, problem.dense, problem.data.num_classes, device)
 
 
-def build_agent(problem: Problem, name: str, options: dict, seed: int) -> Agent:
-    """Return the agent `name` for this problem."""
+def build_agent(problem: Problem, name: str, options: dict, seed: int, say: Say = log.info) -> Agent:
+    """Return the agent `name` for this problem; if it wants the choices' sensitivities, they are measured once."""
     config_class, agent = AGENTS[name]
     config = build_options(config_class, options)
+    if getattr(config, "needs_sensitivities", False) and problem.space.sensitivities is None:
+        evaluator, start = make_env(problem).evaluator, time.perf_counter()
+        images = torch.cat(evaluator.batches)[:IMAGES]
+        curves = measure_sensitivities(problem.space.space, evaluator.network, images, say)
+        problem.space.sensitivities = Sensitivities(curves, time.perf_counter() - start)
     return agent(config, problem.space, problem.budgets, np.random.default_rng(seed))
 
 

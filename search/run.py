@@ -66,7 +66,7 @@ def _run(problem: Problem, run: Path | None, recorded: Recorded | None, progress
     """Search, in a new folder or in the one of a run that goes on."""
     config = problem.config
     progress.note(f"evaluations in {problem.precision.dtype}: {problem.precision.reason}")
-    agent = build_agent(problem, config.search.agent, config.search.options, config.search.seed)
+    agent = build_agent(problem, config.search.agent, config.search.options, config.search.seed, progress.say)
     progress.say("starting the workers")
     with ExitStack() as stack:
         runner = stack.enter_context(closing(open_runner(problem, recorded.known if recorded else ())))

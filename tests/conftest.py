@@ -8,7 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-from envs.core import Budget, CompressionPolicy, Episode, Evaluation, Simulation  # noqa: E402
+from envs.core import Budget, CompressionPolicy, Episode, Evaluation, Sensitivities, Simulation  # noqa: E402
 
 LEVELS = np.linspace(0, 1, 5)
 
@@ -26,6 +26,8 @@ class ToySpace:
     dense_costs = {"cost": 1.0}
     unit_magnitudes = tuple(np.random.default_rng(0).random((6, 8)))  # one group per step; the first choice is its prune ratio
     producer_macs = np.arange(1.0, 7.0)
+    strengths = (LEVELS,) * 11
+    sensitivities = Sensitivities(np.random.default_rng(1).uniform(0.5, 1, (11, 1)) * np.linspace(0, 1, 65) ** 2)
     best = np.array([[1, 0], [0.25, 0.75], [0.5, 1], [0, 0.25], [0.75, 0.25], [1, 0]])
 
     def __init__(self):

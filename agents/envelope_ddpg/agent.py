@@ -19,12 +19,13 @@ is public: its state, reward, networks and training cannot be reproduced, and no
    pooled; many small steps sample from the pool until it ages out (GPI-PD takes 20 steps per observation).
 8. *Few noisy scores*: 50 to 200 are learned by heart. So critics see blurred actions instead of dropout and layer norms alone
    (DroQ, GPI-PD), learn log-odds, and are blended with an additive Gaussian process (additive.py) by how well both foretold
-   what came next.
-9. *Acting*: rules first (uniform, CLR-RNF), then random feasible policies, then whatever one critic, drawn each time (Thompson),
-   likes best: half of the time among moves of the best known policies (those of the bee colony, normal ones, shifts of a whole
-   kind and steps to its mean), else among noisy rollouts of the actor (AMC's truncated normal), uniform and random policies.
-   All are bent to the edge of the budget when lower costs are worth nothing. A second-order dynamic program is not among the
-   rules: an agent knows magnitudes of weights, no curvature.
+   what came next. That process knows the sensitivities of all choices (envs/sensitivity.py), which tell most of what random
+   policies score before any was evaluated.
+9. *Acting*: rules first (greedy by sensitivities, uniform, CLR-RNF), then random feasible policies, then whatever the critics
+   like best: half of the time among moves of the best known policies (those of the bee colony, normal ones, shifts of a whole
+   kind and steps to its mean), else among noisy rollouts of the actor (AMC's truncated normal), uniform and random policies. The
+   best of them are moved on and screened again for a few rounds: an evolutionary search that costs no evaluation. All are bent
+   to the edge of the budget when lower costs are worth nothing.
 10. A share of the episodes looks *elsewhere*: at the policy, under any budget and preference, that would add most hypervolume to
     the front if the critics are right (after GPI-LS, which visits the preference with the largest expected gain). Budgets reach
     concave parts of a front, which linear preferences cannot.
@@ -35,7 +36,7 @@ is public: its state, reward, networks and training cannot be reproduced, and no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,7 @@ from agents.envelope_ddpg.config import EnvelopeDdpgConfig
 from agents.envelope_ddpg.learner import ENOUGH, Learner, one_thread
 from agents.envelope_ddpg.replay import Memory, Outstanding, executes_alike, sample_preferences, tighter_budgets
 from agents.envelope_ddpg.storage import read_agent, write_agent
+from agents.greedy import Greedy, GreedyConfig, allocate
 from agents.pareto import Archive, hypervolume
 from agents.random_search import random_table
 from agents.uniform import Uniform, UniformConfig, uniform_family
@@ -55,9 +57,7 @@ from envs.core import ActionSpace, Actor, Budget, CompressionPolicy, Episode, In
 class EnvelopeDdpg:
     """Asks, tells and, at any time, proposes policies for any preference and budget; see the module."""
 
-    def __init__(
-        self, config: EnvelopeDdpgConfig, space: ActionSpace, budgets: Sequence[Budget], rng: np.random.Generator
-    ):
+    def __init__(self, config: EnvelopeDdpgConfig, space: ActionSpace, budgets: Sequence[Budget], rng: np.random.Generator):
         self.config = config = config.resolved(space.num_steps)
         self.space, self.budgets, self.rng = space, tuple(budgets), rng
         self.preference = self._simplex(np.eye(len(space.objectives))[0] if config.preference is None else config.preference)
@@ -82,8 +82,7 @@ class EnvelopeDdpg:
         objectives, weights = self.space.objectives, np.asarray(preference, float)
         if weights.shape != (len(objectives),):
             raise InputError(
-                f"`preference` of envelope DDPG must have one weight for each of {', '.join(objectives)}, "
-                f"but got {weights.size}."
+                f"`preference` of envelope DDPG must have one weight for each of {', '.join(objectives)}, but got {weights.size}."
             )
         if not (weights.min() >= 0 and 0 < weights.sum() < np.inf):
             raise InputError(f"`preference` of envelope DDPG must be weights >= 0, not all zero, but got {weights.tolist()}.")
@@ -179,10 +178,12 @@ class EnvelopeDdpg:
         return actor
 
     def _rule_based(self) -> list[tuple[int, np.ndarray]]:
-        """Return (budget, table) of the first uniform and CLR-RNF policies of every budget, each policy once."""
+        """Return (budget, table) of the first greedy, uniform and CLR-RNF policies of every budget, each policy once."""
         found: dict[CompressionPolicy, tuple[int, np.ndarray]] = {}
         for index, budget in enumerate(self.budgets):
-            rules = Uniform(UniformConfig(), *self._problem(budget)), ClrRnf(ClrRnfConfig(), *self._problem(budget))
+            rules = [Uniform(UniformConfig(), *self._problem(budget)), ClrRnf(ClrRnfConfig(), *self._problem(budget))]
+            if self.learner.sensitivities is not None:
+                rules.insert(0, Greedy(GreedyConfig(), *self._problem(budget)))
             for rule in rules:
                 for actor in rule.ask(self.config.rules):
                     found.setdefault(self.space.decode(actor.table), (index, actor.table))
@@ -213,7 +214,7 @@ class EnvelopeDdpg:
         return self.space.execute(table, self.budgets[named])
 
     def _choose(self) -> tuple[int, np.ndarray, np.ndarray]:
-        """Roll out, move what is known, screen, and take the best that is new."""
+        """Roll out, move what is known, screen, move the best of it on, and take the best that is new."""
         count, objectives = self.config.candidates, len(self.space.objectives)
         _, goal, elsewhere = self._turn()
         preferences, goals = np.tile(self.preference, (count, 1)), np.full(count, goal)
@@ -221,18 +222,44 @@ class EnvelopeDdpg:
             goals = self.rng.integers(len(self.goals), size=count)
             drawn = self.rng.random(count) < 0.5
             preferences[drawn] = sample_preferences(self.rng, int(drawn.sum()), objectives)
-        budgets = [self.goals[goal] for goal in goals]
         # The neighborhood of what is good already would win against anything unknown: each has its turns.
         near = self.config.local > 0 and self.rng.random() < self.config.local
-        tables = self._candidates(preferences, budgets, self._noise(), moved=count if near else 0)
-        new = [i for i, table in enumerate(tables) if self.space.decode(table) not in self._known]
-        if not new:
-            return self._random()
-        rewards = self._expected(tables[new], self.config.screening)
-        values = self._gains(rewards) if elsewhere else rewards @ self.preference
-        best = new[int(values.argmax())]
-        named = self.parents[goals[best]]
-        return named, preferences[best], self._under(tables[best], named)
+        tables = self._candidates(preferences, self._goals(goals), self._noise(), moved=count if near else 0)
+        luck = self.rng.random()
+        tables, values, origin = self._refine(
+            tables, preferences, self._goals(goals), lambda tables: self._values(tables, elsewhere, luck)
+        )
+        for i in np.argsort(-values, kind="stable"):
+            if self.space.decode(tables[i]) not in self._known:
+                named = self.parents[goals[origin[i]]]
+                return named, preferences[origin[i]], self._under(tables[i], named)
+        return self._random()
+
+    def _refine(
+        self,
+        tables: np.ndarray,
+        preferences: np.ndarray,
+        budgets: Sequence[Budget],
+        value: Callable[[np.ndarray], np.ndarray],
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Move the best candidates on for a few rounds; return all tables, their values, and from which candidate each comes."""
+        values, origin, count = value(tables), np.arange(len(tables)), max(1, len(tables) // 2)
+        for _ in range(self.config.rounds):
+            best = np.argsort(-values, kind="stable")[:ELITE]
+            starts = best[(len(best) * self.rng.random(count) ** 2).astype(int)]
+            moved = self._moved(tables[starts], tables[self.rng.choice(best, count)], tables[best[:1]])
+            moved = self._repair(moved, preferences[origin[starts]], [budgets[i] for i in origin[starts]])
+            tables, values = np.concatenate([tables, moved]), np.append(values, value(moved))
+            origin = np.append(origin, origin[starts])
+        return tables, values, origin
+
+    def _goals(self, indices: np.ndarray) -> list[Budget]:
+        return [self.goals[index] for index in indices]
+
+    def _values(self, tables: np.ndarray, elsewhere: bool, luck: float) -> np.ndarray:
+        """Return what the critics think of executed tables, (n,): utilities, or what they would add to the front."""
+        rewards = self._expected(tables, self.config.screening, luck)
+        return self._gains(rewards) if elsewhere else rewards @ self.preference
 
     def propose(
         self, budget: Budget, preference: np.ndarray | None = None, count: int = 3, rollouts: int = 256
@@ -249,11 +276,14 @@ class EnvelopeDdpg:
         preferences, budgets = np.tile(wanted, (rollouts, 1)), [budget] * rollouts
         moved = round(self.config.local * rollouts) if self.learner.memories else 0
         tables = self._candidates(preferences, budgets, 0.1, moved)
-        held = [memory.table for memory in self.learner.memories if self._holds(budget, memory.reward)]
-        if held:
-            walled = np.stack([self.space.execute(table, budget) for table in held])
-            tables = np.concatenate([tables, walled])
-        values = self._expected(tables, "mean") @ wanted
+        known = [memory.table for memory in self.learner.memories if self._holds(budget, memory.reward)]
+        known = [self.space.execute(table, budget) for table in known]
+        if self.learner.sensitivities is not None:
+            known += allocate(self.space, self.learner.sensitivities, [budget], [GreedyConfig.powers[0]])
+        if known:
+            tables = np.concatenate([tables, np.stack(known)])
+        rows = np.tile(wanted, (len(tables), 1)), [budget] * len(tables)
+        tables, values, _ = self._refine(tables, *rows, lambda tables: self._expected(tables, "mean", 0.0) @ wanted)
         chosen: dict[CompressionPolicy, np.ndarray] = {}
         for i in np.argsort(-values, kind="stable"):
             if len(chosen) == count:
@@ -265,11 +295,13 @@ class EnvelopeDdpg:
         """Return one executed table per preference and budget, (n, num_steps, action_dim): moves, blind ones, rollouts."""
         count = len(budgets)
         rolled = count - moved - round(self.config.blind * (count - moved))
-        tables = np.concatenate([
-            self._moves(preferences[:moved], budgets[:moved]),
-            self._blind(count - moved - rolled),
-            self._roll_out(preferences[count - rolled :], budgets[count - rolled :], noise),
-        ])
+        tables = np.concatenate(
+            [
+                self._moves(preferences[:moved], budgets[:moved]),
+                self._blind(count - moved - rolled),
+                self._roll_out(preferences[count - rolled :], budgets[count - rolled :], noise),
+            ]
+        )
         return self._repair(tables, preferences, budgets)
 
     def _blind(self, count: int) -> np.ndarray:
@@ -297,8 +329,7 @@ class EnvelopeDdpg:
 
     def _moves(self, preferences: np.ndarray, budgets: Sequence[Budget]) -> np.ndarray:
         """Return moves of the best known tables of each budget, (n, num_steps, action_dim): the bee colony's and normal ones."""
-        rng, shape = self.rng, (len(budgets), *self.space.used.shape)
-        starts, partners, bests = np.empty((3, *shape))
+        starts, partners, bests = np.empty((3, len(budgets), *self.space.used.shape))
         tables, rewards = self._experience()
         held: dict[int, np.ndarray] = {}
         for i, budget in enumerate(budgets):
@@ -307,21 +338,26 @@ class EnvelopeDdpg:
                 held[id(budget)] = fitting if len(fitting) else np.arange(len(rewards))
             known = held[id(budget)]
             order = known[np.argsort(-(rewards[known] @ preferences[i]), kind="stable")][:ELITE]
-            starts[i] = tables[order[int(len(order) * rng.random() ** 2)]]
-            partners[i], bests[i] = tables[order[rng.integers(len(order))]], tables[order[0]]
+            starts[i] = tables[order[int(len(order) * self.rng.random() ** 2)]]
+            partners[i], bests[i] = tables[order[self.rng.integers(len(order))]], tables[order[0]]
+        return self._moved(starts, partners, bests)
+
+    def _moved(self, starts: np.ndarray, partners: np.ndarray, bests: np.ndarray) -> np.ndarray:
+        """Return tables (n, num_steps, action_dim) moved with respect to partners and the best ones."""
+        rng, (count, _, kinds) = self.rng, starts.shape
         size = self.space.used.sum()
-        here = rng.random(shape) < rng.integers(1, size + 1, size=(len(budgets), 1, 1)) / size
-        guided = rng.uniform(-1, 1, shape) * (starts - partners) + rng.uniform(0, 1.5, shape) * (bests - starts)
-        normal = rng.normal(size=shape) * 10 ** rng.uniform(-2, -0.5, (len(budgets), 1, 1))
-        common = rng.normal(size=(len(budgets), 1, shape[2])) * 0.1 * (rng.random((len(budgets), 1, 1)) < 0.5)
-        kind = rng.random((len(budgets), 1, 1))  # a third guided, a third normal, a third both
+        here = rng.random(starts.shape) < rng.integers(1, size + 1, size=(count, 1, 1)) / size
+        guided = rng.uniform(-1, 1, starts.shape) * (starts - partners) + rng.uniform(0, 1.5, starts.shape) * (bests - starts)
+        normal = rng.normal(size=starts.shape) * 10 ** rng.uniform(-2, -0.5, (count, 1, 1))
+        common = rng.normal(size=(count, 1, kinds)) * 0.1 * (rng.random((count, 1, 1)) < 0.5)
+        kind = rng.random((count, 1, 1))  # a third guided, a third normal, a third both
         change = np.where(kind < 2 / 3, guided, 0) + np.where(kind > 1 / 3, normal + common, 0)
         moved = starts + np.where(here, change, 0)
         # A quarter also goes some way to the mean of each kind: good policies have few extremes.
         means = starts.sum(axis=1, keepdims=True) / np.maximum(self.space.used.sum(axis=0), 1)
-        moved += (means - starts) * rng.random((len(budgets), 1, 1)) * (rng.random((len(budgets), 1, 1)) < 0.25)
+        moved += (means - starts) * rng.random((count, 1, 1)) * (rng.random((count, 1, 1)) < 0.25)
         if self.space.used.any(axis=0).sum() > 1:  # with one kind of choice the bend to the edge would undo it
-            moved += rng.uniform(-SHIFT, SHIFT, (len(budgets), 1, shape[2])) * (rng.random((len(budgets), 1, 1)) < 0.5)
+            moved += rng.uniform(-SHIFT, SHIFT, (count, 1, kinds)) * (rng.random((count, 1, 1)) < 0.5)
         return np.where(self.space.used, np.clip(moved, 0, 1), 0.0)
 
     def _experience(self) -> tuple[np.ndarray, np.ndarray]:
@@ -346,7 +382,7 @@ class EnvelopeDdpg:
         """Return what the environment would execute, (n, num_steps, action_dim)."""
         return self.space.simulate(lambda observations, so_far, step, rows: tables[rows, step], budgets).tables
 
-    def _expected(self, tables: np.ndarray, screening: str) -> np.ndarray:
+    def _expected(self, tables: np.ndarray, screening: str, luck: float) -> np.ndarray:
         """Return the rewards of executed tables, (n, num_objectives): exact costs, and one top-1 of all opinions."""
         opinions = self.learner.opinions(tables)
         match screening:
@@ -354,8 +390,10 @@ class EnvelopeDdpg:
                 top1 = opinions.mean(axis=0) + opinions.std(axis=0)
             case "pessimistic":
                 top1 = opinions.mean(axis=0) - opinions.std(axis=0)
+            case "bound":
+                top1 = opinions.mean(axis=0) + 2 * luck * opinions.std(axis=0)
             case "thompson":
-                top1 = opinions[self.rng.integers(len(opinions))]
+                top1 = opinions[int(luck * len(opinions))]
             case _:
                 top1 = opinions.mean(axis=0)
         return np.column_stack([top1, -self.space.cost_shares(tables)])

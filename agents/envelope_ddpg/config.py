@@ -14,12 +14,14 @@ class EnvelopeDdpgConfig:
     Attributes:
         preference: weights of the reward's components, "top1" first, that most episodes search for; None: top-1 alone.
         warmup: evaluations before the networks choose: rule-based ones first, then random feasible ones.
-        rules: how many policies of each rule (uniform, CLR-RNF) each budget starts with; 0: none.
-        candidates: policies that are rolled out, and screened by the critics, for one evaluation; 1: no screening.
+        rules: how many policies of each rule (greedy where sensitivities are known, uniform, CLR-RNF) each budget starts with.
+        candidates: policies that are rolled out or moved, and screened by the critics, for one evaluation; 1: no screening.
+        rounds: how often the best candidates are moved on and screened again, half as many each time, before one is evaluated.
         local: share of the choices that are made among moves of the best known policies; the others: rollouts and blind ones.
         blind: share of uniform and random policies beside the rollouts.
-        screening: how the critics' opinions become one: "mean", "optimistic", "pessimistic", or "thompson" (one of them, drawn).
-            Questions to a run's agent are answered by the mean.
+        screening: how the critics' opinions become one: "mean", "optimistic", "pessimistic" (one standard deviation up, down),
+            "bound" (0 to 2 of them up, drawn for each choice; randomised upper confidence bounds, Berk et al. 2020), or
+            "thompson" (one of the critics, drawn). Questions to a run's agent are answered by the mean.
         edge: whether candidates are bent to the edge of their budget when the preference is top-1 alone.
         elsewhere: share of the episodes that look where the front would gain most, under any budget and preference.
         noise, noise_decay: of the truncated normal exploration: noise * noise_decay ** (episodes after the warm-up).
@@ -47,7 +49,9 @@ class EnvelopeDdpgConfig:
         critics: how many.
         additive: blend the critics' opinions on complete tables with an additive Gaussian process (additive.py), by how well both
             foretold the latest episodes.
-        ridge: variance of what that process leaves unexplained, above 0, in units of that of its quadratics.
+        sensitivity: measure how far each choice by itself moves the model's outputs (envs/sensitivity.py), and build the additive
+            model and the first policies on that.
+        ridge: variance of what that process leaves unexplained, above 0, in units of that of single entries.
         dropout: in the critics.
         smoothing: standard deviation of the noise on the actions that the critics learn from, before anything is known.
         sharpening: episodes n after which that noise has shrunk to 1 / sqrt(2); it goes with 1 / sqrt(1 + episodes / n).
@@ -61,11 +65,12 @@ class EnvelopeDdpgConfig:
 
     preference: tuple[float, ...] | None = None
     warmup: int = 30
-    rules: int = 2
+    rules: int = 1
     candidates: int = 128
     local: float = 0.5
     blind: float = 0.5
-    screening: str = "thompson"
+    rounds: int = 4
+    screening: str = "mean"
     edge: bool = True
     elsewhere: float = 0.2
     noise: float = 0.5
@@ -90,7 +95,8 @@ class EnvelopeDdpgConfig:
     hidden: int = 64
     critics: int = 4
     additive: bool = True
-    ridge: float = 0.3
+    sensitivity: bool = True
+    ridge: float = 0.1
     dropout: float = 0.0
     smoothing: float = 0.3
     sharpening: int = 30
@@ -104,8 +110,8 @@ class EnvelopeDdpgConfig:
     def __post_init__(self):
         least = {
             "warmup": 1, "rules": 0, "candidates": 1, "noise": 0, "least_noise": 0, "goals": 1, "lookahead": 1, "updates": 1,
-            "batch": 1, "planned": 1, "memory": 1, "alternatives": 1, "homotopy_episodes": 1, "hidden": 1, "critics": 1,
-            "weight_decay": 0, "sharpening": 1, "smoothing": 0, "target_noise": 0,
+            "batch": 1, "planned": 1, "memory": 1, "alternatives": 1, "rounds": 0, "homotopy_episodes": 1, "hidden": 1,
+            "critics": 1, "weight_decay": 0, "sharpening": 1, "smoothing": 0, "target_noise": 0,
         }  # fmt: skip
         for name, value in least.items():
             if not getattr(self, name) >= value:
@@ -120,7 +126,7 @@ class EnvelopeDdpgConfig:
             raise InputError(f"`dropout` of envelope DDPG must be in [0, 1), but got {self.dropout}.")
         if not self.ridge > 0:
             raise InputError(f"`ridge` of envelope DDPG must be above 0, but got {self.ridge}.")
-        choices = {"screening": ("mean", "optimistic", "pessimistic", "thompson"), "ahead": ("end", "next")}
+        choices = {"screening": ("mean", "optimistic", "pessimistic", "thompson", "bound"), "ahead": ("end", "next")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise InputError(f"`{name}` of envelope DDPG must be one of {', '.join(known)}, but got {getattr(self, name)}.")
@@ -129,6 +135,11 @@ class EnvelopeDdpgConfig:
                 f"`preference` of envelope DDPG must be weights >= 0, not all zero, but got {list(self.preference)}."
             )
 
+    @property
+    def needs_sensitivities(self) -> bool:
+        """Whether the choices' sensitivities must be measured first."""
+        return self.sensitivity and not self.scalar
+
     def resolved(self, num_steps: int) -> EnvelopeDdpgConfig:
         """Return what is really used: `scalar` switches everything off that AMC does not have."""
         if not self.scalar:
@@ -136,6 +147,6 @@ class EnvelopeDdpgConfig:
         return replace(
             self, rules=0, candidates=1, local=0.0, blind=0.0, elsewhere=0.0, edge=False, updates=num_steps, planned=num_steps,
             alternatives=1, ahead="next", envelope=False, relabel_preferences=False, relabel_budgets=False, homotopy=False,
-            episodic=False, log_odds=False, critics=1, additive=False, dropout=0.0, smoothing=0.0, weight_decay=0.0,
-            target_noise=0.0,
+            episodic=False, log_odds=False, critics=1, additive=False, sensitivity=False, rounds=0, dropout=0.0, smoothing=0.0,
+            weight_decay=0.0, target_noise=0.0,
         )  # fmt: skip

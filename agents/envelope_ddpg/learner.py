@@ -59,6 +59,7 @@ class Learner:
         rng: np.random.Generator,
     ):
         self.config, self.space, self.goals, self.preference, self.rng = config, space, list(goals), preference, rng
+        self.sensitivities = space.sensitivities if config.sensitivity else None
         self.step_of, self.kind_of = np.nonzero(space.used)  # of every entry of a table that has an effect
         entries, objectives = len(self.step_of), len(space.objectives)
         inputs = 3 * entries + space.observation_dim + objectives
@@ -145,7 +146,8 @@ class Learner:
         used = self.space.used
         if self._model is None:
             known = np.stack([memory.table[used] for memory in self.memories])
-            self._model = AdditiveModel(known, self._scores.numpy().astype(float), self.kind_of, self.config.ridge)
+            scores = self._scores.numpy().astype(float)
+            self._model = AdditiveModel(known, scores, self.kind_of, self.config.ridge, self.sensitivities)
         return self._model.foretell(np.asarray(tables[:, used], float))
 
     def _complete(self, tables: np.ndarray) -> Tensor:

@@ -2,7 +2,7 @@
 
     agent.json             options, goals, where it stands, what is out
     networks.safetensors   actor, critics, their targets, the moments of the optimizers, planned transitions
-    replay.npz             finished episodes, those not yet learned from last
+    replay.npz             finished episodes, those not yet learned from last; sensitivities
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch import Tensor
 
 from agents.envelope_ddpg.config import EnvelopeDdpgConfig
 from agents.envelope_ddpg.replay import Memory, Outstanding
-from envs.core import ActionSpace, Budget, CompressionPolicy, InputError
+from envs.core import ActionSpace, Budget, CompressionPolicy, InputError, Sensitivities
 
 if TYPE_CHECKING:
     from agents.envelope_ddpg.agent import EnvelopeDdpg
     from agents.envelope_ddpg.learner import Learner
 
 STATE, NETWORKS, REPLAY = "agent.json", "networks.safetensors", "replay.npz"
-SCHEMA = 3
+SCHEMA = 4
 """Of the folder; goes up when older agents would mean something else."""
 
 PARTS = ("critic", "actor", "target_critic", "target_actor")
@@ -58,6 +58,7 @@ def write_agent(folder: Path, agent: EnvelopeDdpg) -> None:
         goals=goals,
         surprises=np.reshape(agent.learner.surprises, (-1, 2)),
         front=agent.archive.objectives,
+        sensitivities=np.empty((0, 0)) if agent.learner.sensitivities is None else agent.learner.sensitivities.curves,
     )
     state = {
         "schema": SCHEMA,
@@ -122,6 +123,7 @@ def _restored(state: dict[str, Any], tensors, replay, space: ActionSpace, make: 
     agent.goals[len(budgets) :] = [Budget(**budget) for budget in state["goals"][len(budgets) :]]
     learner = agent.learner
     learner.goals = agent.goals
+    learner.sensitivities = Sensitivities(replay["sensitivities"]) if len(replay["sensitivities"]) else None
     agent.prefer(state["preference"])
     known = _memories(replay)
     told = {int(ticket): scored for ticket, scored in state["told"].items()}

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from agents import AGENTS
 from agents.core import Agent
 from envs.core import Actor, CompressionPolicy, Episode, InputError
 from envs.evaluator import Evaluator
 from search.benchmarks.records import Records
-from search.build import Problem, build_agent, build_front
+from search.build import Problem, build_agent, build_front, build_options
 from search.config import SearchConfig, apply_override, parse_config
 from search.finalize import Finalist, finalize
 from search.front import Front
@@ -25,7 +26,8 @@ TEST_KINDS = ("plain_test_top1", "test_top1")
 CAPTION = (
     '"Search" and "plain test": with the recovery of the search, on validation images, which chose, and on test images; '
     '"validation" and "test": after the finalists\' recovery. Means: over the budgets. An agent thinks while workers evaluate; '
-    "later runs find a few policies evaluated already."
+    "seconds include the measurement of sensitivities where an agent wants them; later runs find a few policies evaluated "
+    "already."
 )
 LOOKS = 12
 """How often a run's hypervolume is noted, at even distances."""
@@ -113,7 +115,9 @@ def run_contestants(
 
 def _run(problem: Problem, runner: Runner, one: Contestant, seed: int, evaluations: int) -> dict[str, Any]:
     """Return the row of one run: what it found by when, and its winners' scores (`_winner`)."""
+    config = build_options(AGENTS[one.name][0], one.options)
     agent, front = _Timed(build_agent(problem, one.name, one.options, seed)), build_front(problem)
+    prepared = problem.space.sensitivities.seconds if getattr(config, "needs_sensitivities", False) else 0.0
     looks = {round(share * evaluations) for share in np.linspace(0, 1, LOOKS + 1)[1:]}
     curve: list[dict[str, Any]] = []
 
@@ -128,7 +132,7 @@ def _run(problem: Problem, runner: Runner, one: Contestant, seed: int, evaluatio
 
     start = time.perf_counter()
     run_loop(agent, runner, evaluations, on_episode)
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - start + prepared
     if not curve or curve[-1]["evaluations"] < front.evaluations:
         look()  # the agent had nothing more to try
     return {

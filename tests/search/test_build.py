@@ -10,6 +10,7 @@ from cost_models.core import InputError
 from envs.assembler import Assembler
 from envs.evaluator import Evaluator, Precision, batches, choose_precision, predict, top1
 from envs.pruning.slicing import masked_model, slice_model
+from envs.rollout import rollout
 from search.build import build_agent, build_problem, feasibility_table, make_env
 from search.config import parse_config
 
@@ -164,6 +165,32 @@ def test_a_model_that_does_not_run_in_bfloat16_is_searched_in_float32(problem, m
 def test_options_are_used_as_they_were_checked():
     agent = build_agent(build(), "bee_colony", {"sources": 4.0}, 0)  # 4.0 means 4; a list cannot be repeated 4.0 times
     assert len(agent.ask(4)) == 4
+
+
+def test_sensitivities_are_measured_once_and_only_for_agents_that_want_them():
+    problem, told = build(recovery=["least_squares"]), []
+    build_agent(problem, "bee_colony", {}, 0, told.append)
+    build_agent(problem, "envelope_ddpg", {"sensitivity": False}, 0, told.append)
+    assert problem.space.sensitivities is None and not told
+    build_agent(problem, "greedy", {}, 0, told.append)
+    measured = problem.space.sensitivities
+    assert told[-1].startswith("measuring the sensitivity of choice") and measured.seconds > 0
+    build_agent(problem, "envelope_ddpg", {}, 0)
+    assert problem.space.sensitivities is measured
+    strongest = measured(np.ones(len(problem.space.strengths)))
+    assert (strongest >= 0).all() and strongest.max() > 0.01
+
+
+def test_greedy_beats_uniform_by_what_was_measured():
+    """On a network, with nothing made up: its sensitivities foretell its scores."""
+    problem = build(recovery=["least_squares"], budgets={"small": {"macs": "<= 25%", "weight_bytes": "<= 5%"}})
+    env = make_env(problem)
+
+    def best(agent, count):
+        actors = build_agent(problem, agent, {}, 0).ask(count)
+        return max(rollout(env, actor).evaluation.top1 for actor in actors)
+
+    assert best("greedy", 3) >= best("uniform", 3)
 
 
 def test_one_prune_ratio_is_applied_everywhere_without_a_decision():

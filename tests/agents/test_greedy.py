@@ -1,0 +1,86 @@
+"""The greedy allocation against all policies of a space that is small enough, and on sensitivities that are easy to read."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from agents.greedy import Greedy, GreedyConfig, allocate
+from cost_models import COST_MODELS
+from envs.core import Budget, InputError, Sensitivities
+from envs.feasibility import FeasibleSpace
+from envs.model_graph import analyze
+from envs.policy_space import PolicySpace, SpaceConfig
+from envs.tasks.synthetic import synthetic_net
+
+
+@pytest.fixture
+def space():
+    """Three prune ratios, of 8, 8 and 16 units, and the bits of five layers."""
+    graph = analyze(synthetic_net().eval(), (torch.zeros(1, 3, 8, 8),))
+    costs = {name: model() for name, model in COST_MODELS.items()}
+    decisions = PolicySpace(graph, SpaceConfig(prune_ratio=(0.0, 0.9), weight_bits=(4, 8)))
+    space = FeasibleSpace(decisions, costs, ("top1", "macs", "weight_bytes"), 0.9, 10)
+    weights = np.random.default_rng(0).uniform(0.05, 0.5, (len(space.strengths), 1))
+    space.sensitivities = Sensitivities(weights * np.linspace(0, 1, 65) ** 2)
+    return space
+
+
+def budgets(space, **shares):
+    return [Budget("it", {name: share * space.dense_costs[name] for name, share in shares.items()})]
+
+
+def harm(space, levels, power=1.0):
+    strengths = np.array([strengths[level] for strengths, level in zip(space.strengths, levels, strict=True)])
+    return float((space.sensitivities(strengths) ** power).sum())
+
+
+@pytest.mark.parametrize("shares", [{"macs": 0.5}, {"macs": 0.2}, {"macs": 0.4, "weight_bytes": 0.1}])
+def test_nearly_the_best_of_all_policies(space, shares):
+    (budget,) = budgets(space, **shares)
+    everything = np.array(list(product(*(range(len(strengths)) for strengths in space.strengths))))
+    fitting = everything[space.slack(everything, budget) <= 0]
+    best = min(harm(space, levels) for levels in fitting)
+    worst = max(harm(space, levels) for levels in fitting)
+    (table,) = allocate(space, space.sensitivities, [budget], [1.0])
+    levels = space.space.snap(table)
+    assert space.slack(levels[None], budget)[0] <= 0
+    assert harm(space, levels) - best < 0.05 * (worst - best)
+
+
+def test_nothing_can_be_given_back(space):
+    (budget,) = budgets(space, macs=0.4)
+    (table,) = allocate(space, space.sensitivities, [budget], [0.75])
+    levels = space.space.snap(table)
+    for index in np.flatnonzero(levels):
+        weaker = levels.copy()
+        weaker[index] -= 1
+        assert space.slack(weaker[None], budget)[0] > 0
+
+
+def test_what_is_free_goes_first(space):
+    free = [decision.name for decision in space.space.decisions].index("prune_ratio/conv2")
+    space.sensitivities.curves[free] = 0
+    (table,) = allocate(space, space.sensitivities, budgets(space, macs=0.8), [0.75])
+    assert space.decode(table).widths[1] < 8 and space.decode(table).widths[::2] == (8, 16)
+
+
+def test_only_what_saves_is_compressed(space):
+    (table,) = allocate(space, space.sensitivities, budgets(space, macs=0.5), [0.75])
+    assert set(space.decode(table).weight_bits) == {8}  # bits save no multiply-accumulates
+    assert not allocate(space, space.sensitivities, budgets(space, macs=1.0), [0.75])[0].any()
+
+
+def test_powers_are_walked_and_equal_policies_handed_out_once(toy):
+    agent = Greedy(GreedyConfig(powers=(1.0, 1.0, 3.0)), toy, toy.budgets, np.random.default_rng(0))
+    actors = agent.ask(100)
+    assert agent.ask(1) == [] and len(toy.budgets) < len(actors) <= 2 * len(toy.budgets)
+    assert [actor.ticket for actor in actors] == list(range(len(actors)))
+    assert len({(actor.budget.name, toy.decode(actor.table)) for actor in actors}) == len(actors)
+
+
+@pytest.mark.parametrize("powers", [(), (0.0,), (0.5, float("nan"))])
+def test_powers_must_be_above_zero(powers):
+    with pytest.raises(InputError, match="`powers` of the greedy baseline must be numbers above 0"):
+        GreedyConfig(powers=powers)

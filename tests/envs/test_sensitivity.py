@@ -1,0 +1,69 @@
+"""Sensitivities are the divergences that they say, and lines between what was measured."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from envs.core import Sensitivities
+from envs.sensitivity import LEVELS, WORST, measure_sensitivities
+
+IMAGES = torch.linspace(-1, 1, 7 * 3).view(7, 3, 1, 1)
+
+
+class Shifted(nn.Module):
+    """Scores three classes by three pixels; every choice shifts one class by its strength."""
+
+    def __init__(self, shifts):
+        super().__init__()
+        self.shifts = torch.tensor(shifts)
+
+    def forward(self, images):
+        return images.flatten(1) + self.shifts
+
+
+@pytest.fixture
+def space(feasible_space):
+    return feasible_space(prune_ratio=(0.0, 0.9), weight_bits=(2, 4, 8)).space
+
+
+def network(space, asked=None):
+    """The first choice shifts the first class, and so on; the fourth does nothing, the fifth gives NaN."""
+
+    def make(policy):
+        if asked is not None:
+            asked.append(policy)
+        strengths = [d.strengths[d.values.index(v)] for d, v in zip(space.decisions, space.values(policy), strict=True)]
+        shifts = [2.0 * strengths[0], strengths[1], strengths[2] if strengths[4] == 0 else float("nan")]
+        return Shifted(shifts)
+
+    return make
+
+
+def test_curves_are_mean_divergences_of_the_class_probabilities(space):
+    curves = measure_sensitivities(space, network(space), IMAGES)
+    assert curves.shape == (len(space.decisions), 65) and (curves[:, 0] == 0).all()
+    dense = torch.log_softmax(IMAGES.flatten(1), 1)
+    for index, shift in enumerate([2.0, 1.0, 1.0]):
+        moved = torch.log_softmax(IMAGES.flatten(1) + shift * torch.eye(3)[index], 1)
+        expected = nn.functional.kl_div(moved, dense, log_target=True, reduction="batchmean")
+        assert curves[index, -1] == pytest.approx(float(expected), rel=0.01)
+    assert (np.diff(curves[:3]) >= 0).all()
+    assert (curves[3] == 0).all()
+    assert curves[4, -1] == WORST
+
+
+def test_few_networks_are_made_and_each_differs_in_one_choice(space):
+    asked, told = [], []
+    measure_sensitivities(space, network(space, asked), IMAGES, told.append)
+    assert len(asked) == len(set(asked)) <= 1 + LEVELS * len(space.decisions)
+    dense = space.values(asked[0])
+    assert dense == space.values(space.policy(space.weakest))
+    assert all(sum(a != b for a, b in zip(space.values(policy), dense, strict=True)) == 1 for policy in asked[1:])
+    assert told[-1].endswith(f"{len(space.decisions)} of {len(space.decisions)}")
+
+
+def test_lines_are_drawn_between_points():
+    curves = Sensitivities(np.array([[0.0, 1.0, 3.0], [0.0, 0.0, 8.0]]))
+    np.testing.assert_allclose(curves(np.array([[0.25, 0.75], [1.0, 1.0], [-1.0, 2.0]])), [[0.5, 4.0], [3.0, 8.0], [0.0, 8.0]])
+    assert curves(np.zeros((2, 3, 2))).shape == (2, 3, 2)
