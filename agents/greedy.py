@@ -45,6 +45,8 @@ class Greedy:
     """Hands out the greedy policies of every budget, budgets in turn; see the module. It draws nothing at random."""
 
     def __init__(self, config: GreedyConfig, space: ActionSpace, budgets: Sequence[Budget], rng: np.random.Generator):
+        if space.sensitivities is None:
+            raise ValueError("The greedy allocation needs a space whose sensitivities have been measured.")
         self.space, self.budgets = space, tuple(budgets)
         self._powers = list(config.powers)
         self._waiting: list[tuple[Budget, np.ndarray]] = []

@@ -271,12 +271,18 @@ def build_agent(problem: Problem, name: str, options: dict, seed: int, say: Say 
     """Return the agent `name` for this problem; if it wants the choices' sensitivities, they are measured once."""
     config_class, agent = AGENTS[name]
     config = build_options(config_class, options)
-    if getattr(config, "needs_sensitivities", False) and problem.space.sensitivities is None:
+    if getattr(config, "needs_sensitivities", False):
+        measure_once(problem, say)
+    return agent(config, problem.space, problem.budgets, np.random.default_rng(seed))
+
+
+def measure_once(problem: Problem, say: Say = log.info) -> None:
+    """Give the problem's space the sensitivities of its choices, unless it has them."""
+    if problem.space.sensitivities is None:
         evaluator, start = make_env(problem).evaluator, time.perf_counter()
         images = torch.cat(evaluator.batches)[:IMAGES]
         curves = measure_sensitivities(problem.space.space, evaluator.network, images, say)
         problem.space.sensitivities = Sensitivities(curves, time.perf_counter() - start)
-    return agent(config, problem.space, problem.budgets, np.random.default_rng(seed))
 
 
 def make_env(problem: Problem, known: Known = ()) -> CompressionEnv:

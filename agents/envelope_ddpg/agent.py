@@ -224,10 +224,10 @@ class EnvelopeDdpg:
             preferences[drawn] = sample_preferences(self.rng, int(drawn.sum()), objectives)
         # The neighborhood of what is good already would win against anything unknown: each has its turns.
         near = self.config.local > 0 and self.rng.random() < self.config.local
-        tables = self._candidates(preferences, self._goals(goals), self._noise(), moved=count if near else 0)
+        tables = self._candidates(preferences, self._budgets(goals), self._noise(), moved=count if near else 0)
         luck = self.rng.random()
         tables, values, origin = self._refine(
-            tables, preferences, self._goals(goals), lambda tables: self._values(tables, elsewhere, luck)
+            tables, preferences, self._budgets(goals), lambda tables: self._values(tables, elsewhere, luck)
         )
         for i in np.argsort(-values, kind="stable"):
             if self.space.decode(tables[i]) not in self._known:
@@ -244,7 +244,7 @@ class EnvelopeDdpg:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Move the best candidates on for a few rounds; return all tables, their values, and from which candidate each comes."""
         values, origin, count = value(tables), np.arange(len(tables)), max(1, len(tables) // 2)
-        for _ in range(self.config.rounds):
+        for _ in range(self.config.rounds if len(tables) > 1 else 0):
             best = np.argsort(-values, kind="stable")[:ELITE]
             starts = best[(len(best) * self.rng.random(count) ** 2).astype(int)]
             moved = self._moved(tables[starts], tables[self.rng.choice(best, count)], tables[best[:1]])
@@ -253,7 +253,7 @@ class EnvelopeDdpg:
             origin = np.append(origin, origin[starts])
         return tables, values, origin
 
-    def _goals(self, indices: np.ndarray) -> list[Budget]:
+    def _budgets(self, indices: np.ndarray) -> list[Budget]:
         return [self.goals[index] for index in indices]
 
     def _values(self, tables: np.ndarray, elsewhere: bool, luck: float) -> np.ndarray:
@@ -295,13 +295,11 @@ class EnvelopeDdpg:
         """Return one executed table per preference and budget, (n, num_steps, action_dim): moves, blind ones, rollouts."""
         count = len(budgets)
         rolled = count - moved - round(self.config.blind * (count - moved))
-        tables = np.concatenate(
-            [
-                self._moves(preferences[:moved], budgets[:moved]),
-                self._blind(count - moved - rolled),
-                self._roll_out(preferences[count - rolled :], budgets[count - rolled :], noise),
-            ]
-        )
+        tables = np.concatenate([
+            self._moves(preferences[:moved], budgets[:moved]),
+            self._blind(count - moved - rolled),
+            self._roll_out(preferences[count - rolled :], budgets[count - rolled :], noise),
+        ])
         return self._repair(tables, preferences, budgets)
 
     def _blind(self, count: int) -> np.ndarray:
@@ -421,7 +419,7 @@ class EnvelopeDdpg:
 
 
 ELITE = 10
-"""How many of the best known policies of a budget are moved."""
+"""How many of the best known policies of a budget, or of the candidates, are moved."""
 
 SHIFT = 0.3
 """Largest step of all entries of a kind together, in half of the moves; a level or two of bit-widths."""

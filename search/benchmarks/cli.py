@@ -262,6 +262,37 @@ def benchmark_importances(
     print(f"results: {output}")
 
 
+@benchmark.command("sensitivities")
+def benchmark_sensitivities(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    policies: Annotated[int, typer.Option(min=4, help="Number of random policies of each budget.")] = 30,
+    output: Annotated[Path, typer.Option(help="Folder for results.jsonl and results.md; goes on with what is there.")] = Path(
+        "results/sensitivities"
+    ),
+) -> None:
+    """Score random policies, and tell how well the sensitivities of single choices ranked them before."""
+    from search.config import load_config
+
+    settings = load_config(config, [*(overrides or ()), "search.racing=false"])
+    from search.benchmarks import sensitivities as measure
+    from search.benchmarks.records import Records, config_record
+    from search.build import build_problem, measure_once
+    from search.progress import SearchProgress
+
+    header = {"benchmark": "sensitivities", "config": config_record(settings)}
+    with SearchProgress(Console(stderr=True)) as progress:
+        problem = build_problem(settings, progress.say)
+        records = Records(output / "results.jsonl", header)
+        measure_once(problem, progress.say)
+        progress.stop()
+        measure.compare_sensitivities(problem, policies, records, lambda line: print(line, flush=True))
+    table = measure.sensitivity_report(problem, records.rows)
+    _write_report(output, table)
+    print(table)
+    print(f"results: {output}")
+
+
 @benchmark.command("prediction")
 def benchmark_prediction(
     config: ConfigPath,

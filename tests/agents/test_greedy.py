@@ -80,6 +80,12 @@ def test_powers_are_walked_and_equal_policies_handed_out_once(toy):
     assert len({(actor.budget.name, toy.decode(actor.table)) for actor in actors}) == len(actors)
 
 
+def test_needs_sensitivities(toy, monkeypatch):
+    monkeypatch.setattr(toy, "sensitivities", None)
+    with pytest.raises(ValueError, match="needs a space whose sensitivities have been measured"):
+        Greedy(GreedyConfig(), toy, toy.budgets, np.random.default_rng(0))
+
+
 @pytest.mark.parametrize("powers", [(), (0.0,), (0.5, float("nan"))])
 def test_powers_must_be_above_zero(powers):
     with pytest.raises(InputError, match="`powers` of the greedy baseline must be numbers above 0"):

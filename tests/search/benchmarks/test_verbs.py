@@ -78,6 +78,17 @@ def test_prediction(config, tmp_path, monkeypatch):
     assert refused.exit_code == 2 and "no recovery `magic`" in refused.stderr
 
 
+def test_sensitivities(config, tmp_path):
+    folder = tmp_path / "out"
+    check(benchmark("sensitivities", config, "--policies", 4, "--output", folder), folder, "results.jsonl", 8)  # two budgets
+    done = benchmark("sensitivities", config, "--policies", 6, "--output", folder)
+    check(done, folder, "results.jsonl", 12)
+    assert "policy 3: " not in done.stdout and "policy 4: " in done.stdout
+    row = json.loads((folder / "results.jsonl").read_text().splitlines()[1])
+    assert 0 <= row["top1"] <= 1 and row["sums"]["0.5"] > row["sums"]["1.0"] > 0
+    assert "| half | 6 | " in (folder / "results.md").read_text() and "nan" not in done.stdout
+
+
 def test_agent(config):
     small = "{warmup: 8, candidates: 8, goals: 2, updates: 2, batch: 8, planned: 4, hidden: 8, critics: 2, lookahead: 2}"
     done = benchmark("agent", config, "--set", "search.agent=envelope_ddpg", "--set", f"search.options={small}")
