@@ -22,9 +22,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from agents.core import TableActor
+from agents.fixed import FixedPolicies
 from agents.uniform import uniform_family
-from envs.core import ActionSpace, Actor, Budget, CompressionPolicy, Episode, InputError
+from envs.core import ActionSpace, Budget, InputError
 
 
 @dataclass(frozen=True)
@@ -49,32 +49,17 @@ class ClrRnfConfig:
             raise InputError(f"`splits` of the agent `clr_rnf` must be at least 1, but got {self.splits}.")
 
 
-class ClrRnf:
-    """Hands out the ranked policies of every budget, budgets in turn; see the module. It draws nothing at random."""
+class ClrRnf(FixedPolicies):
+    """The ranked policies of every budget; see the module. It draws nothing at random."""
 
     def __init__(self, config: ClrRnfConfig, space: ActionSpace, budgets: Sequence[Budget], rng: np.random.Generator):
-        self.space = space
+        super().__init__(space, budgets, uniform_family(space, config.splits))
         self._scores = unit_scores(space, config.exponent)
         self._thresholds = np.append(np.unique(np.concatenate([*self._scores, np.empty(0)])), np.inf)
-        self._waiting = [(budget, table) for table in uniform_family(space, config.splits) for budget in budgets]
-        self._asked = 0
-        self._known: set[tuple[str, CompressionPolicy]] = set()
 
-    def ask(self, count: int) -> list[Actor]:
-        """Return at most `count` actors; none when the family is used up."""
-        actors: list[Actor] = []
-        while self._waiting and len(actors) < count:
-            budget, wanted = self._waiting.pop(0)
-            table = self._allocate(self.space.fit(wanted, budget), budget)
-            key = budget.name, self.space.decode(table)
-            if key not in self._known:
-                self._known.add(key)
-                actors.append(TableActor(budget, table, self._asked))
-                self._asked += 1
-        return actors
-
-    def tell(self, results: Sequence[tuple[Actor, Episode]]) -> None:
-        """Ignore the episodes: the policies are fixed."""
+    def table(self, recipe: np.ndarray, budget: Budget) -> np.ndarray:
+        """Return the ranked prune ratios beside the bits that `uniform` takes from this table of its family."""
+        return self._allocate(self.space.fit(recipe, budget), budget)
 
     def _allocate(self, table: np.ndarray, budget: Budget) -> np.ndarray:
         """Return the table with the prune ratios of the least threshold that the wall leaves as it is."""

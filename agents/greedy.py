@@ -20,8 +20,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from agents.core import TableActor
-from envs.core import ActionSpace, Actor, Budget, CompressionPolicy, Episode, InputError, Sensitivities
+from agents.fixed import FixedPolicies
+from envs.core import ActionSpace, Budget, InputError, Sensitivities
 
 
 @dataclass(frozen=True)
@@ -41,37 +41,17 @@ class GreedyConfig:
             raise InputError(f"`powers` of the greedy baseline must be numbers above 0, but got {list(self.powers)}.")
 
 
-class Greedy:
-    """Hands out the greedy policies of every budget, budgets in turn; see the module. It draws nothing at random."""
+class Greedy(FixedPolicies):
+    """The greedy policies of every budget; see the module. It draws nothing at random."""
 
     def __init__(self, config: GreedyConfig, space: ActionSpace, budgets: Sequence[Budget], rng: np.random.Generator):
         if space.sensitivities is None:
             raise ValueError("The greedy allocation needs a space whose sensitivities have been measured.")
-        self.space, self.budgets = space, tuple(budgets)
-        self._powers = list(config.powers)
-        self._waiting: list[tuple[Budget, np.ndarray]] = []
-        self._asked = 0
-        self._known: set[tuple[str, CompressionPolicy]] = set()
+        super().__init__(space, budgets, config.powers)
 
-    def ask(self, count: int) -> list[Actor]:
-        """Return at most `count` actors; none when all powers are used up."""
-        actors: list[Actor] = []
-        while len(actors) < count and (self._waiting or self._powers):
-            if not self._waiting:
-                power = self._powers.pop(0)
-                tables = allocate(self.space, self.space.sensitivities, self.budgets, [power] * len(self.budgets))
-                self._waiting = list(zip(self.budgets, tables, strict=True))
-                continue
-            budget, table = self._waiting.pop(0)
-            key = budget.name, self.space.decode(table)
-            if key not in self._known:
-                self._known.add(key)
-                actors.append(TableActor(budget, table, self._asked))
-                self._asked += 1
-        return actors
-
-    def tell(self, results: Sequence[tuple[Actor, Episode]]) -> None:
-        """Ignore the episodes: the policies are fixed."""
+    def table(self, recipe: float, budget: Budget) -> np.ndarray:
+        """Return the greedy table with this power of the divergences."""
+        return allocate(self.space, self.space.sensitivities, [budget], [recipe])[0]
 
 
 def allocate(

@@ -15,8 +15,8 @@ from itertools import product
 
 import numpy as np
 
-from agents.core import TableActor
-from envs.core import ActionSpace, Actor, Budget, CompressionPolicy, Episode, InputError
+from agents.fixed import FixedPolicies
+from envs.core import ActionSpace, Budget, InputError
 
 
 @dataclass(frozen=True)
@@ -34,31 +34,15 @@ class UniformConfig:
             raise InputError(f"`exponents` of the uniform baseline must be at least 1, but got {self.exponents}.")
 
 
-class Uniform:
-    """Hands out the uniform policies of every budget, budgets in turn; see the module. It draws nothing at random."""
+class Uniform(FixedPolicies):
+    """The uniform policies of every budget; see the module. It draws nothing at random."""
 
     def __init__(self, config: UniformConfig, space: ActionSpace, budgets: Sequence[Budget], rng: np.random.Generator):
-        self.space = space
-        family = uniform_family(space, config.exponents)
-        self._waiting = [(budget, table) for table in family for budget in budgets]
-        self._asked = 0
-        self._known: set[tuple[str, CompressionPolicy]] = set()
+        super().__init__(space, budgets, uniform_family(space, config.exponents))
 
-    def ask(self, count: int) -> list[Actor]:
-        """Return at most `count` actors; none when the family is used up."""
-        actors: list[Actor] = []
-        while self._waiting and len(actors) < count:
-            budget, wanted = self._waiting.pop(0)
-            table = self.space.fit(wanted, budget)
-            key = budget.name, self.space.decode(table)
-            if key not in self._known:
-                self._known.add(key)
-                actors.append(TableActor(budget, table, self._asked))
-                self._asked += 1
-        return actors
-
-    def tell(self, results: Sequence[tuple[Actor, Episode]]) -> None:
-        """Ignore the episodes: the family is fixed."""
+    def table(self, recipe: np.ndarray, budget: Budget) -> np.ndarray:
+        """Return a table of the family, bent to the edge of the budget."""
+        return self.space.fit(recipe, budget)
 
 
 def uniform_family(space: ActionSpace, exponents: int) -> list[np.ndarray]:

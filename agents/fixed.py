@@ -1,0 +1,47 @@
+"""Agents whose policies are fixed before the search: each is handed out once, and nothing is learned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from agents.core import TableActor
+from envs.core import ActionSpace, Actor, Budget, CompressionPolicy, Episode
+
+
+class FixedPolicies:
+    """Hands out one policy per recipe and budget, budgets in turn; equal policies once.
+
+    Args:
+        space: of the decisions.
+        budgets: of the search.
+        recipes: what `table` makes policies from, best first.
+    """
+
+    def __init__(self, space: ActionSpace, budgets: Sequence[Budget], recipes: Iterable[Any]):
+        self.space = space
+        self._waiting = [(budget, recipe) for recipe in recipes for budget in budgets]
+        self._asked = 0
+        self._known: set[tuple[str, CompressionPolicy]] = set()
+
+    def table(self, recipe: Any, budget: Budget) -> np.ndarray:
+        """Return the executed table of a recipe, (num_steps, action_dim)."""
+        raise NotImplementedError
+
+    def ask(self, count: int) -> list[Actor]:
+        """Return at most `count` actors; none when the recipes are used up."""
+        actors: list[Actor] = []
+        while self._waiting and len(actors) < count:
+            budget, recipe = self._waiting.pop(0)
+            table = self.table(recipe, budget)
+            key = budget.name, self.space.decode(table)
+            if key not in self._known:
+                self._known.add(key)
+                actors.append(TableActor(budget, table, self._asked))
+                self._asked += 1
+        return actors
+
+    def tell(self, results: Sequence[tuple[Actor, Episode]]) -> None:
+        """Ignore the episodes."""
