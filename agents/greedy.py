@@ -73,12 +73,11 @@ def allocate(
     levels = np.zeros((len(budgets), entries), int)
     open_rows = np.arange(len(budgets))
     while len(open_rows):
-        costs = space.cost_shares(_tables(space, levels[open_rows]))
-        open_rows = open_rows[(costs > limits[open_rows]).any(axis=1)]
+        over = _excess(space, levels[open_rows], limits[open_rows])
+        open_rows, over = open_rows[over > 0], over[over > 0]
         if not len(open_rows):
             break
         here = levels[open_rows]
-        over = _excess(space, here, limits[open_rows])
         offers = np.stack([np.minimum(here + stride, last) for stride in strides], axis=1)  # (rows, strides, entries)
         choices = np.repeat(here[:, None, None], len(strides), axis=1).repeat(entries, axis=2)
         which = np.arange(entries)
@@ -97,7 +96,9 @@ def allocate(
         cheapest = price.argmin(axis=1)
         stuck = ~np.isfinite(price.min(axis=1))
         taken = choices.reshape(len(open_rows), -1, entries)[np.arange(len(open_rows)), cheapest]
-        levels[open_rows] = np.where(stuck[:, None], last, taken)  # nothing alone saves anything: all of it may
+        levels[open_rows] = taken
+        for row in open_rows[stuck]:  # no step alone saves anything: give back from what the wall knows to fit
+            levels[row] = _levels(space, space.execute(_tables(space, last[None])[0], budgets[row]))
         open_rows = open_rows[~stuck]
     levels = _give_back(space, levels, limits, harms)
     return [space.execute(table, budget) for table, budget in zip(_tables(space, levels), budgets, strict=True)]
@@ -119,7 +120,8 @@ def _give_back(space: ActionSpace, levels: np.ndarray, limits: np.ndarray, harms
                 for row, level in zip(open_rows, here, strict=True)
             ]
         )
-        gain = np.where(fits, harm, -1.0)
+        fits &= harm >= 0  # curves are measured, and need not rise
+        gain = np.where(fits, harm, -np.inf)
         best, any_fits = gain.argmax(axis=1), fits.any(axis=1)
         levels[open_rows[any_fits], best[any_fits]] -= 1
         open_rows = open_rows[any_fits]
@@ -140,6 +142,16 @@ def _tables(space: ActionSpace, levels: np.ndarray) -> np.ndarray:
     return tables
 
 
+def _levels(space: ActionSpace, table: np.ndarray) -> np.ndarray:
+    """Return the levels of an executed table, (entries,)."""
+    return np.array([np.abs(known - at).argmin() for known, at in zip(space.strengths, table[space.used], strict=True)])
+
+
 def _excess(space: ActionSpace, levels: np.ndarray, limits: np.ndarray) -> np.ndarray:
     """Return by how much levels exceed their limits, as shares of them, summed, (n,)."""
-    return np.maximum(space.cost_shares(_tables(space, levels)) / limits - 1, 0).sum(axis=1)
+    share = space.cost_shares(_tables(space, levels)) / limits - 1
+    return np.where(share > ROUNDING, share, 0.0).sum(axis=1)
+
+
+ROUNDING = 1e-9
+"""What sums of costs differ by from call to call, as a share."""

@@ -1,6 +1,8 @@
 """How far each choice by itself moves the outputs of the model: one layer compressed, all others as they are.
 
-    divergence_i(s) = mean over images of KL(dense || strength s at choice i alone), in nats, on class probabilities       (1)
+    divergence_i(s) = mean over images of KL(least compression || strength s at choice i alone), in nats                   (1)
+
+on class probabilities.
 
 Source: ZeroQ (Cai et al. 2020, arXiv:2001.00281, eq. 6) for bit-widths; here for prune ratios too, after the search's recovery.
 Sums of powers of (1) over all choices foretell which of two policies scores better, before any policy was evaluated.
@@ -11,7 +13,8 @@ rank random policies of ResNet-56 like 256 images and eight levels do.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -20,19 +23,21 @@ from torch import nn
 from envs.core import CompressionPolicy
 from envs.policy_space import PolicySpace
 
+log = logging.getLogger(__name__)
+
 IMAGES = 64
 LEVELS = 4
 """Images and levels per choice that are measured."""
 POINTS = 65
 """Points that a curve is stored at: strengths 0, 1/64 ... 1."""
 WORST = 10.0
-"""Nats of a network whose outputs are not finite."""
+"""Nats of a network that fails, or whose outputs are not finite."""
 
 
 def measure_sensitivities(
     space: PolicySpace,
     network: Callable[[CompressionPolicy], nn.Module],
-    images: torch.Tensor,
+    images: Sequence[torch.Tensor],
     say: Callable[[str], None] = lambda text: None,
 ) -> np.ndarray:
     """Return the curves of every choice, (entries, POINTS); see `Sensitivities` in envs/core.py.
@@ -40,7 +45,7 @@ def measure_sensitivities(
     Args:
         space: the decisions.
         network: returns the network of a policy, ready for `images`.
-        images: (N, C, H, W), normalised, in the number format of the networks.
+        images: batches (N, C, H, W), normalised, in the number format of the networks.
         say: told how far it is.
     """
     least = space.weakest
@@ -54,15 +59,22 @@ def measure_sensitivities(
         for level in levels[levels > least[index]]:
             alone = least.copy()
             alone[index] = level
-            moved = _log_probabilities(network(space.policy(alone)), images)
-            divergence = float((dense.exp() * (dense - moved)).sum(dim=1).mean())
-            # Sums differ in their last digits from one number of threads to another; what is built on them must not.
-            divergence = float(f"{max(divergence, 0.0):.3g}") if np.isfinite(divergence) else WORST
-            measured[float(decision.strengths[level])] = divergence
+            divergence = _divergence(dense, lambda alone=alone: network(space.policy(alone)), images)
+            measured[float(decision.strengths[level])] = max(divergence, 0.0) if np.isfinite(divergence) else WORST
         curves[index] = np.interp(np.linspace(0, 1, POINTS), list(measured), list(measured.values()))
     return curves
 
 
+def _divergence(dense: torch.Tensor, make: Callable[[], nn.Module], images: Sequence[torch.Tensor]) -> float:
+    """Return the mean divergence; NaN if the network cannot be made or run, as any policy of a search may fail."""
+    try:
+        moved = _log_probabilities(make(), images)
+    except Exception as error:
+        log.warning("a sensitivity could not be measured: %s: %s", type(error).__name__, error)
+        return float("nan")
+    return float((dense.exp() * (dense - moved)).sum(dim=1).mean())
+
+
 @torch.inference_mode()
-def _log_probabilities(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    return torch.log_softmax(network(images).float(), dim=1)
+def _log_probabilities(network: nn.Module, images: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.log_softmax(torch.cat([network(batch) for batch in images]).float(), dim=1)

@@ -280,7 +280,12 @@ def measure_once(problem: Problem, say: Say = log.info) -> None:
     """Give the problem's space the sensitivities of its choices, unless it has them."""
     if problem.space.sensitivities is None:
         evaluator, start = make_env(problem).evaluator, time.perf_counter()
-        images = torch.cat(evaluator.batches)[:IMAGES]
+        images, left = [], IMAGES
+        for batch in evaluator.batches:
+            images.append(batch[:left])
+            left -= len(images[-1])
+            if not left:
+                break
         curves = measure_sensitivities(problem.space.space, evaluator.network, images, say)
         problem.space.sensitivities = Sensitivities(curves, time.perf_counter() - start)
 

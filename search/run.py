@@ -21,6 +21,7 @@ from search.loop import Runner, run_loop
 from search.progress import SearchProgress
 from search.resume import Recorded, check_evaluations, check_same_score, check_unchanged
 from search.run_folder import AGENT, check_run_folder, create_run_folder, held, load_manifest, write_manifest
+from search.sensitivities import read_sensitivities, write_sensitivities
 from search.study import StudyRecorder, load_study
 from search.winners import verify_winners, winner_folder
 
@@ -66,6 +67,8 @@ def _run(problem: Problem, run: Path | None, recorded: Recorded | None, progress
     """Search, in a new folder or in the one of a run that goes on."""
     config = problem.config
     progress.note(f"evaluations in {problem.precision.dtype}: {problem.precision.reason}")
+    if run is not None:
+        problem.space.sensitivities = read_sensitivities(run, problem.space.space)  # sums may differ from machine to machine
     agent = build_agent(problem, config.search.agent, config.search.options, config.search.seed, progress.say)
     progress.say("starting the workers")
     with ExitStack() as stack:
@@ -74,6 +77,7 @@ def _run(problem: Problem, run: Path | None, recorded: Recorded | None, progress
         if run is None:
             run = create_run_folder(config.output)
             stack.enter_context(held(run))
+        write_sensitivities(run, problem.space)
         front = _evaluate(problem, agent, runner, run, recorded, progress)
         runner.close()
         _finish(problem, front, run, progress)

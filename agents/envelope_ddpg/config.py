@@ -16,7 +16,7 @@ class EnvelopeDdpgConfig:
         warmup: evaluations before the networks choose: rule-based ones first, then random feasible ones.
         rules: how many policies of each rule (greedy where sensitivities are known, uniform, CLR-RNF) each budget starts with.
         candidates: policies that are rolled out or moved, and screened by the critics, for one evaluation; 1: no screening.
-        rounds: how often the best candidates are moved on and screened again, half as many each time, before one is evaluated.
+        rounds: how often the best candidates are moved on and screened, half as many moves each time as there were candidates.
         local: share of the choices that are made among moves of the best known policies; the others: rollouts and blind ones.
         blind: share of uniform and random policies beside the rollouts.
         screening: how the critics' opinions become one: "mean", "optimistic", "pessimistic" (one standard deviation up, down),

@@ -286,7 +286,12 @@ def benchmark_sensitivities(
         records = Records(output / "results.jsonl", header)
         measure_once(problem, progress.say)
         progress.stop()
-        measure.compare_sensitivities(problem, policies, records, lambda line: print(line, flush=True))
+
+        def on_row(line: str) -> None:
+            print(line, flush=True)
+            _write_report(output, measure.sensitivity_report(problem, records.rows))
+
+        measure.compare_sensitivities(problem, policies, records, on_row)
     table = measure.sensitivity_report(problem, records.rows)
     _write_report(output, table)
     print(table)

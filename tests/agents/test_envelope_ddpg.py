@@ -308,6 +308,19 @@ def test_proposals_keep_any_budget(toy, trained):
             np.testing.assert_array_equal(toy.execute(table, budget), table)
 
 
+def test_rounds_find_what_the_critics_like_better(toy, trained):
+    preferences, budgets = np.tile(trained.preference, (16, 1)), [toy.budgets[0]] * 16
+    first = trained._candidates(preferences, budgets, 0.5, 0)
+
+    def value(tables):
+        return trained._expected(tables, "mean", 0.0)[:, 0]
+
+    tables, values, origin = trained._refine(first, preferences, budgets, value)
+    assert len(tables) == len(values) == len(origin) == 16 + trained.config.rounds * 8
+    assert values.max() > values[:16].max() and origin.max() < 16
+    assert max(toy.cost(table) for table in tables) <= toy.budgets[0].limits["cost"]
+
+
 def test_a_saved_agent_answers_alike(toy, trained, tmp_path, monkeypatch):
     trained.save(tmp_path / "agent")
     monkeypatch.setattr(toy, "sensitivities", None)  # a question should not wait for their measurement

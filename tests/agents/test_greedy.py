@@ -59,6 +59,22 @@ def test_nothing_can_be_given_back(space):
         assert space.slack(weaker[None], budget)[0] > 0
 
 
+def test_curves_need_not_rise(space):
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        space.sensitivities = Sensitivities(np.hstack([np.zeros((8, 1)), rng.choice([0.01, 0.1, 10.0], (8, 64))]))
+        (budget,) = budgets(space, macs=0.5, weight_bytes=0.2)
+        levels = space.space.snap(allocate(space, space.sensitivities, [budget], [0.75])[0])
+        assert levels.min() >= 0 and space.slack(levels[None], budget)[0] <= 0
+
+
+def test_what_no_step_alone_saves_is_left_to_the_wall(toy, monkeypatch):
+    # A cost that only falls when everything is compressed.
+    monkeypatch.setattr(toy, "cost_shares", lambda tables: np.where((tables[:, toy.used] == 1).all(axis=1), 0.0, 1.0)[:, None])
+    (table,) = allocate(toy, toy.sensitivities, [Budget("all", {"cost": 0.1})], [0.75])
+    assert (toy.execute(table, Budget("all", {"cost": 0.1})) == table).all() and toy.cost(table) <= 0.1
+
+
 def test_what_is_free_goes_first(space):
     free = [decision.name for decision in space.space.decisions].index("prune_ratio/conv2")
     space.sensitivities.curves[free] = 0

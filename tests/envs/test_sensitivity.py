@@ -41,7 +41,7 @@ def network(space, asked=None):
 
 
 def test_curves_are_mean_divergences_of_the_class_probabilities(space):
-    curves = measure_sensitivities(space, network(space), IMAGES)
+    curves = measure_sensitivities(space, network(space), IMAGES.split(3))
     assert curves.shape == (len(space.decisions), 65) and (curves[:, 0] == 0).all()
     dense = torch.log_softmax(IMAGES.flatten(1), 1)
     for index, shift in enumerate([2.0, 1.0, 1.0]):
@@ -55,12 +55,22 @@ def test_curves_are_mean_divergences_of_the_class_probabilities(space):
 
 def test_few_networks_are_made_and_each_differs_in_one_choice(space):
     asked, told = [], []
-    measure_sensitivities(space, network(space, asked), IMAGES, told.append)
+    measure_sensitivities(space, network(space, asked), [IMAGES], told.append)
     assert len(asked) == len(set(asked)) <= 1 + LEVELS * len(space.decisions)
     dense = space.values(asked[0])
     assert dense == space.values(space.policy(space.weakest))
     assert all(sum(a != b for a, b in zip(space.values(policy), dense, strict=True)) == 1 for policy in asked[1:])
     assert told[-1].endswith(f"{len(space.decisions)} of {len(space.decisions)}")
+
+
+def test_a_choice_that_cannot_be_tried_is_the_worst_and_ends_nothing(space):
+    def make(policy):
+        if policy.widths[0] < 3:
+            raise RuntimeError("singular")
+        return network(space)(policy)
+
+    curves = measure_sensitivities(space, make, [IMAGES])
+    assert curves[0, -1] == WORST and 0 < curves[0, 16] < 1 and curves[1, -1] < 1
 
 
 def test_lines_are_drawn_between_points():

@@ -15,6 +15,7 @@ from search.front import read_front
 from search.progress import SearchProgress
 from search.run import resume, search
 from search.run_folder import held
+from search.sensitivities import SENSITIVITIES
 from search.study import load_study
 
 LEARNER = {"warmup": 8, "candidates": 16, "updates": 2, "planned": 4, "hidden": 8, "critics": 2, "goals": 2}
@@ -120,6 +121,20 @@ def test_ctrl_c_while_it_is_played_again_loses_nothing(tmp_path, monkeypatch):
         resume(folder, ["search.evaluations=20"])
     after = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.name != "manifest.json"}
     assert after == before
+
+
+def test_a_run_goes_on_with_the_sensitivities_that_it_measured(tmp_path, monkeypatch):
+    folder = run(tmp_path, agent="envelope_ddpg", options=LEARNER, evaluations=9)
+    document = json.loads((folder / SENSITIVITIES).read_text())
+    assert set(document["curves"]) == set(trials(folder)[0][1])
+    monkeypatch.setattr("search.build.measure_sensitivities", None)
+    resume(folder, ["search.evaluations=10"])
+    assert len(trials(folder)) == 10
+    document["curves"].popitem()
+    (folder / SENSITIVITIES).write_text(json.dumps(document))
+    with pytest.raises(InputError, match=r"sensitivities.json is damaged: KeyError"):
+        resume(folder, ["search.evaluations=11"])
+    assert not (run(tmp_path, evaluations=2) / SENSITIVITIES).exists()
 
 
 def test_an_agent_that_was_lost_is_made_again(tmp_path):
