@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from agents.core import TableActor
 from envs.core import ActionSpace, Actor, Budget, CompressionPolicy, Episode
 
 
-class FixedPolicies:
+class FixedPolicies(ABC):
     """Hands out one policy per recipe and budget, budgets in turn; equal policies once.
 
     Args:
@@ -26,9 +27,9 @@ class FixedPolicies:
         self._asked = 0
         self._known: set[tuple[str, CompressionPolicy]] = set()
 
+    @abstractmethod
     def table(self, recipe: Any, budget: Budget) -> np.ndarray:
         """Return the executed table of a recipe, (num_steps, action_dim)."""
-        raise NotImplementedError
 
     def ask(self, count: int) -> list[Actor]:
         """Return at most `count` actors; none when the recipes are used up."""
@@ -45,3 +46,4 @@ class FixedPolicies:
 
     def tell(self, results: Sequence[tuple[Actor, Episode]]) -> None:
         """Ignore the episodes."""
+        return

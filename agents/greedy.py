@@ -51,81 +51,54 @@ class Greedy(FixedPolicies):
 
     def table(self, recipe: float, budget: Budget) -> np.ndarray:
         """Return the greedy table with this power of the divergences."""
-        return allocate(self.space, self.space.sensitivities, [budget], [recipe])[0]
+        return allocate(self.space, self.space.sensitivities, budget, recipe)
 
 
-def allocate(
-    space: ActionSpace, sensitivities: Sensitivities, budgets: Sequence[Budget], powers: Sequence[float]
-) -> list[np.ndarray]:
-    """Return one greedy table per budget and power, each (num_steps, action_dim), executed; see the module.
+def allocate(space: ActionSpace, sensitivities: Sensitivities, budget: Budget, power: float) -> np.ndarray:
+    """Return the greedy table, (num_steps, action_dim), executed; see the module.
 
     Args:
         space: of the decisions.
         sensitivities: of all choices.
-        budgets: satisfiable; costs that are no objectives are left to the wall.
-        powers: of the divergences, one per budget.
+        budget: satisfiable; costs that are no objectives are left to the wall.
+        power: of the divergences.
     """
-    names = space.objectives[1:]
-    limits = np.array([[b.limits.get(name, np.inf) / space.dense_costs[name] for name in names] for b in budgets])
-    harms = [_harms(space, sensitivities, power) for power in powers]
-    entries, last = len(space.strengths), np.array([len(strengths) - 1 for strengths in space.strengths])
+    limits = np.array([budget.limits.get(name, np.inf) / space.dense_costs[name] for name in space.objectives[1:]])
+    harms, last = _harms(space, sensitivities, power), np.array([len(strengths) - 1 for strengths in space.strengths])
     strides = [np.maximum(1, last // part) for part in (8, 4, 2)]  # single levels of a hundred would take for ever
-    levels = np.zeros((len(budgets), entries), int)
-    open_rows = np.arange(len(budgets))
-    while len(open_rows):
-        over = _excess(space, levels[open_rows], limits[open_rows])
-        open_rows, over = open_rows[over > 0], over[over > 0]
-        if not len(open_rows):
+    levels, entries = np.zeros(len(last), int), np.arange(len(last))
+    while (over := _excess(space, levels[None], limits)[0]) > 0:
+        offers = np.stack([np.minimum(levels + stride, last) for stride in strides])  # (strides, entries)
+        choices = np.concatenate([_alone(levels, offer) for offer in offers])
+        saved = over - _excess(space, choices, limits)
+        harm = (harms[entries, offers] - harms[entries, levels]).ravel()
+        saves = saved > 1e-12
+        if not saves.any():  # no step alone does: give back from what the wall knows to fit
+            levels = _levels(space, space.execute(_tables(space, last[None])[0], budget))
             break
-        here = levels[open_rows]
-        offers = np.stack([np.minimum(here + stride, last) for stride in strides], axis=1)  # (rows, strides, entries)
-        choices = np.repeat(here[:, None, None], len(strides), axis=1).repeat(entries, axis=2)
-        which = np.arange(entries)
-        choices[:, :, which, which] = offers
-        flat = choices.reshape(-1, entries)
-        repeated = np.repeat(limits[open_rows], len(strides) * entries, axis=0)
-        saved = over[:, None, None] - _excess(space, flat, repeated).reshape(offers.shape)
-        harm = np.stack(
-            [
-                harms[row][which, offer] - harms[row][which, level]
-                for row, offer, level in zip(open_rows, offers, here, strict=True)
-            ]
-        )
-        with np.errstate(divide="ignore", invalid="ignore"):
-            price = np.where(saved > 1e-12, np.maximum(harm, 1e-9) / saved, np.inf).reshape(len(open_rows), -1)
-        cheapest = price.argmin(axis=1)
-        stuck = ~np.isfinite(price.min(axis=1))
-        taken = choices.reshape(len(open_rows), -1, entries)[np.arange(len(open_rows)), cheapest]
-        levels[open_rows] = taken
-        for row in open_rows[stuck]:  # no step alone saves anything: give back from what the wall knows to fit
-            levels[row] = _levels(space, space.execute(_tables(space, last[None])[0], budgets[row]))
-        open_rows = open_rows[~stuck]
+        levels = choices[saves][(np.maximum(harm[saves], 1e-9) / saved[saves]).argmin()]
     levels = _give_back(space, levels, limits, harms)
-    return [space.execute(table, budget) for table, budget in zip(_tables(space, levels), budgets, strict=True)]
+    return space.execute(_tables(space, levels[None])[0], budget)
 
 
-def _give_back(space: ActionSpace, levels: np.ndarray, limits: np.ndarray, harms: Sequence[np.ndarray]) -> np.ndarray:
-    """Return levels (rows, entries) with less compression, one level after the other, where the limits leave room."""
-    levels, which = levels.copy(), np.arange(levels.shape[1])
-    open_rows = np.arange(len(levels))
-    while len(open_rows):
-        here = levels[open_rows]
-        weaker = np.repeat(here[:, None], len(which), axis=1)
-        weaker[:, which, which] = np.maximum(here - 1, 0)
-        excess = _excess(space, weaker.reshape(-1, len(which)), np.repeat(limits[open_rows], len(which), axis=0))
-        fits = (excess.reshape(here.shape) <= 0) & (here > 0)
-        harm = np.stack(
-            [
-                harms[row][which, level] - harms[row][which, np.maximum(level - 1, 0)]
-                for row, level in zip(open_rows, here, strict=True)
-            ]
-        )
-        fits &= harm >= 0  # curves are measured, and need not rise
-        gain = np.where(fits, harm, -np.inf)
-        best, any_fits = gain.argmax(axis=1), fits.any(axis=1)
-        levels[open_rows[any_fits], best[any_fits]] -= 1
-        open_rows = open_rows[any_fits]
-    return levels
+def _give_back(space: ActionSpace, levels: np.ndarray, limits: np.ndarray, harms: np.ndarray) -> np.ndarray:
+    """Return levels (entries,) with less compression, one level after the other, where the limits leave room."""
+    entries = np.arange(len(levels))
+    while True:
+        weaker = np.maximum(levels - 1, 0)
+        harm = harms[entries, levels] - harms[entries, weaker]  # may be negative: curves are measured, and need not rise
+        fits = (_excess(space, _alone(levels, weaker), limits) <= 0) & (levels > 0) & (harm >= 0)
+        if not fits.any():
+            return levels
+        levels = levels.copy()
+        levels[np.where(fits, harm, -np.inf).argmax()] -= 1
+
+
+def _alone(levels: np.ndarray, offer: np.ndarray) -> np.ndarray:
+    """Return the levels with one entry at a time as offered, (entries, entries)."""
+    choices = np.tile(levels, (len(levels), 1))
+    np.fill_diagonal(choices, offer)
+    return choices
 
 
 def _harms(space: ActionSpace, sensitivities: Sensitivities, power: float) -> np.ndarray:

@@ -40,6 +40,8 @@ def read_sensitivities(run: Path, space: PolicySpace) -> Sensitivities | None:
     document = read_json(path, "a run")
     try:
         curves = np.array([document["curves"][decision.name] for decision in space.decisions], np.float32)
+        if curves.ndim != 2 or curves.shape[1] < 2 or not np.isfinite(curves).all():
+            raise ValueError("its curves are not lists of finite numbers")
         return Sensitivities(curves, float(document["seconds"]))
     except (LookupError, TypeError, ValueError) as error:
         raise InputError(f"{path} is damaged: {type(error).__name__}: {error}") from None

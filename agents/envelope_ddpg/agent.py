@@ -279,7 +279,7 @@ class EnvelopeDdpg:
         known = [memory.table for memory in self.learner.memories if self._holds(budget, memory.reward)]
         known = [self.space.execute(table, budget) for table in known]
         if self.learner.sensitivities is not None:
-            known += allocate(self.space, self.learner.sensitivities, [budget], [GreedyConfig.powers[0]])
+            known.append(allocate(self.space, self.learner.sensitivities, budget, GreedyConfig.powers[0]))
         if known:
             tables = np.concatenate([tables, np.stack(known)])
         rows = np.tile(wanted, (len(tables), 1)), [budget] * len(tables)

@@ -43,7 +43,7 @@ def test_nearly_the_best_of_all_policies(space, shares):
     fitting = everything[space.slack(everything, budget) <= 0]
     best = min(harm(space, levels) for levels in fitting)
     worst = max(harm(space, levels) for levels in fitting)
-    (table,) = allocate(space, space.sensitivities, [budget], [1.0])
+    table = allocate(space, space.sensitivities, budget, 1.0)
     levels = space.space.snap(table)
     assert space.slack(levels[None], budget)[0] <= 0
     assert harm(space, levels) - best < 0.05 * (worst - best)
@@ -51,7 +51,7 @@ def test_nearly_the_best_of_all_policies(space, shares):
 
 def test_nothing_can_be_given_back(space):
     (budget,) = budgets(space, macs=0.4)
-    (table,) = allocate(space, space.sensitivities, [budget], [0.75])
+    table = allocate(space, space.sensitivities, budget, 0.75)
     levels = space.space.snap(table)
     for index in np.flatnonzero(levels):
         weaker = levels.copy()
@@ -64,28 +64,28 @@ def test_curves_need_not_rise(space):
     for _ in range(5):
         space.sensitivities = Sensitivities(np.hstack([np.zeros((8, 1)), rng.choice([0.01, 0.1, 10.0], (8, 64))]))
         (budget,) = budgets(space, macs=0.5, weight_bytes=0.2)
-        levels = space.space.snap(allocate(space, space.sensitivities, [budget], [0.75])[0])
+        levels = space.space.snap(allocate(space, space.sensitivities, budget, 0.75))
         assert levels.min() >= 0 and space.slack(levels[None], budget)[0] <= 0
 
 
 def test_what_no_step_alone_saves_is_left_to_the_wall(toy, monkeypatch):
     # A cost that only falls when everything is compressed.
     monkeypatch.setattr(toy, "cost_shares", lambda tables: np.where((tables[:, toy.used] == 1).all(axis=1), 0.0, 1.0)[:, None])
-    (table,) = allocate(toy, toy.sensitivities, [Budget("all", {"cost": 0.1})], [0.75])
+    table = allocate(toy, toy.sensitivities, Budget("all", {"cost": 0.1}), 0.75)
     assert (toy.execute(table, Budget("all", {"cost": 0.1})) == table).all() and toy.cost(table) <= 0.1
 
 
 def test_what_is_free_goes_first(space):
     free = [decision.name for decision in space.space.decisions].index("prune_ratio/conv2")
     space.sensitivities.curves[free] = 0
-    (table,) = allocate(space, space.sensitivities, budgets(space, macs=0.8), [0.75])
+    table = allocate(space, space.sensitivities, *budgets(space, macs=0.8), 0.75)
     assert space.decode(table).widths[1] < 8 and space.decode(table).widths[::2] == (8, 16)
 
 
 def test_only_what_saves_is_compressed(space):
-    (table,) = allocate(space, space.sensitivities, budgets(space, macs=0.5), [0.75])
+    table = allocate(space, space.sensitivities, *budgets(space, macs=0.5), 0.75)
     assert set(space.decode(table).weight_bits) == {8}  # bits save no multiply-accumulates
-    assert not allocate(space, space.sensitivities, budgets(space, macs=1.0), [0.75])[0].any()
+    assert not allocate(space, space.sensitivities, *budgets(space, macs=1.0), 0.75).any()
 
 
 def test_powers_are_walked_and_equal_policies_handed_out_once(toy):
