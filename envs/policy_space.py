@@ -221,6 +221,11 @@ class PolicySpace:
         columns = dict(zip(KINDS, (policy.widths, policy.weight_bits, policy.activation_bits), strict=True))
         return tuple(d.values[d.levels.index(columns[d.kind][d.target])] for d in self.decisions)
 
+    def strengths(self, policy: CompressionPolicy) -> np.ndarray:
+        """Return how strongly each decision of a policy compresses, (decisions,) in [0, 1]."""
+        values = self.values(policy)
+        return np.array([d.strengths[d.values.index(value)] for d, value in zip(self.decisions, values, strict=True)])
+
     def describe(self, policy: CompressionPolicy) -> dict[str, float]:
         """Return {decision name: chosen value}."""
         return dict(zip((decision.name for decision in self.decisions), self.values(policy), strict=True))

@@ -31,8 +31,7 @@ def compare_sensitivities(problem: Problem, policies: int, records: Records, on_
         for index, policy in enumerate(random_policies(problem, budget, policies)):
             if records.find(budget=budget.name, policy=index) is not None:
                 continue
-            levels = [d.values.index(value) for d, value in zip(space.space.decisions, space.space.values(policy), strict=True)]
-            alone = space.sensitivities(space.space.table(levels)[space.used])
+            alone = space.sensitivities(space.space.strengths(policy))
             sums = {str(power): float((alone**power).sum()) for power in POWERS}
             row = records.add(budget=budget.name, policy=index, top1=evaluator.evaluate(policy).top1, sums=sums)
             on_row(f"{budget.name}, policy {index}: {100 * row['top1']:.1f} % top-1, sensitivities {sums['0.75']:.3f}")

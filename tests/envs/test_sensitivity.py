@@ -33,7 +33,7 @@ def network(space, asked=None):
     def make(policy):
         if asked is not None:
             asked.append(policy)
-        strengths = [d.strengths[d.values.index(v)] for d, v in zip(space.decisions, space.values(policy), strict=True)]
+        strengths = space.strengths(policy)
         shifts = [2.0 * strengths[0], strengths[1], strengths[2] if strengths[4] == 0 else float("nan")]
         return Shifted(shifts)
 
