@@ -93,7 +93,7 @@ def benchmark_search(
 
 @benchmark.command("ask")
 def benchmark_ask(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished search of the agent envelope_ddpg.")],
+    runs: Annotated[list[Path], typer.Argument(help="Finished searches of envelope_ddpg that differ in nothing else.")],
     overrides: Overrides = None,
     questions: Annotated[int, typer.Option(min=1, help="How many new budgets and preferences.")] = 20,
     evaluations: Annotated[int, typer.Option(min=1, help="Proposals that are measured for each question.")] = 3,
@@ -102,22 +102,23 @@ def benchmark_ask(
         "results/ask"
     ),
 ) -> None:
-    """Ask a run's agent under new budgets and preferences, and search each afresh: test scores of both."""
+    """Ask the runs' agents under new budgets and preferences, and search each afresh: test scores of both."""
     from search.ask import agent_folder, load_agent
     from search.benchmarks import questions as measure
-    from search.benchmarks.records import Records, config_record
+    from search.benchmarks.records import Records
     from search.build import build_problem, open_runner
     from search.progress import SearchProgress
     from search.run_folder import load_manifest
 
-    settings, _ = load_manifest(run, [*(overrides or ()), "search.racing=false"])
-    agent_folder(run, settings)  # before anything is written
+    settings = [load_manifest(run, [*(overrides or ()), "search.racing=false"])[0] for run in runs]
+    for run, own in zip(runs, settings, strict=True):
+        agent_folder(run, own)  # before anything is written
+    header = {"benchmark": "ask", "config": measure.shared_config(runs, settings), "evaluations": evaluations, "fresh": fresh}
     with SearchProgress(Console(stderr=True)) as progress:
-        problem = build_problem(settings, progress.say)
-        agent = load_agent(run, settings, problem.space)
-        drawn = measure.draw_questions(problem.space, problem.budgets, questions, settings.search.seed)
-        counts = {"learned": agent.learned, "evaluations": evaluations, "fresh": fresh}
-        records = Records(output / "results.jsonl", {"benchmark": "ask", "config": config_record(settings), **counts})
+        problem = build_problem(settings[0], progress.say)
+        agents = [load_agent(run, own, problem.space) for run, own in zip(runs, settings, strict=True)]
+        drawn = measure.draw_questions(problem.space, problem.budgets, questions, seed=0)
+        records = Records(output / "results.jsonl", header)
         progress.say("starting the workers")
         runner = open_runner(problem)
         progress.stop()
@@ -127,7 +128,9 @@ def benchmark_ask(
             _write_report(output, measure.question_report(records.rows, evaluations, fresh))
 
         try:
-            measure.answer_questions(problem, agent, runner, drawn, evaluations, fresh, records, on_row)
+            for own, agent in zip(settings, agents, strict=True):
+                who = measure.agent_name(own), own.search.seed
+                measure.answer_questions(problem, agent, *who, runner, drawn, evaluations, fresh, records, on_row)
         finally:
             runner.close()
     table = measure.question_report(records.rows, evaluations, fresh)

@@ -1,10 +1,12 @@
-"""What one run of the learning agent is worth afterwards: questions under new budgets and preferences, against fresh searches."""
+"""What runs of the learning agent are worth afterwards: questions under new budgets and preferences, against fresh searches."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,8 +14,9 @@ import numpy as np
 from envs.core import ActionSpace, Actor, Budget, CompressionPolicy, Episode, InputError
 from search.ask import answer
 from search.benchmarks.agents import markdown_table
-from search.benchmarks.records import Records
+from search.benchmarks.records import Records, config_record, difference
 from search.build import Problem, build_agent, make_env
+from search.config import SearchConfig
 from search.finalize import finalist_scores
 from search.loop import Runner, run_loop
 
@@ -62,9 +65,38 @@ def draw_questions(space: ActionSpace, budgets: Sequence[Budget], count: int, se
     return questions
 
 
+def agent_name(config: SearchConfig) -> str:
+    """Return how a run's agent is called in the rows: its name, and the options that it was given."""
+    options = (f"{name}={json.dumps(value)}" for name, value in sorted(config.search.options.items()))
+    return " ".join([config.search.agent, *options])
+
+
+def shared_config(runs: Sequence[Path], configs: Sequence[SearchConfig]) -> dict[str, Any]:
+    """Return what the configurations of several runs have in common: all but the agent, its options, seed and evaluations.
+
+    Raises:
+        InputError: if they differ in anything else, or two of them are the same run.
+    """
+    records = [config_record(config) for config in configs]
+    for record in records:
+        record["search"] = {name: record["search"][name] for name in ("precision", "racing")}
+    known: dict[tuple[str, int], Path] = {}
+    for run, config, record in zip(runs, configs, records, strict=True):
+        if record != records[0]:
+            places = f"in {run}", f"in {runs[0]}"
+            raise InputError(f"Runs of different searches cannot be asked together: {difference(record, records[0], places)}.")
+        who = agent_name(config), config.search.seed
+        if who in known:
+            raise InputError(f"{run} and {known[who]} are runs of the same agent with the same seed: leave one of them out.")
+        known[who] = run
+    return records[0]
+
+
 def answer_questions(
     problem: Problem,
     agent: EnvelopeDdpg,
+    name: str,
+    seed: int,
     runner: Runner,
     questions: Sequence[Question],
     evaluations: int,
@@ -72,11 +104,14 @@ def answer_questions(
     records: Records,
     on_row: Callable[[str], None],
 ) -> None:
-    """Add one row for every question that has none yet: the agent's best measured proposal, and what a fresh search finds.
+    """Add one row for every question that this agent has not answered: its best measured proposal, and what a fresh search finds.
+
+    The fresh search of a question is the same for all agents, so only the first one's row waits for it.
 
     Args:
         problem: of the run.
         agent: what the run has left.
+        name, seed: of the agent; they tell its rows from those of other runs.
         runner: evaluates for the fresh searches.
         questions: to ask.
         evaluations: of proposals, for each question.
@@ -86,20 +121,25 @@ def answer_questions(
     """
     env = make_env(problem)
     for number, question in enumerate(questions):
-        if records.find(question=number) is not None:
+        if records.find(agent=name, seed=seed, question=number) is not None:
             continue
         # The same answer whichever questions were asked before.
         agent.rng.bit_generator.state = np.random.default_rng(number).bit_generator.state
         start = time.perf_counter()
         best = answer(agent, env, question.budget, question.preference, evaluations)[0]
         asked = time.perf_counter() - start
-        found, seconds = _fresh_search(problem, runner, question, rival_evaluations, number)
+        known = records.find(question=number)
+        if known is None:
+            found, seconds = _fresh_search(problem, runner, question, rival_evaluations, number)
+            searched = _scores(problem, question, found.policy, float(question.preference @ found.reward), seconds)
         row = records.add(
+            agent=name,
+            seed=seed,
             question=number,
             limits={name: limit / problem.space.dense_costs[name] for name, limit in question.budget.limits.items()},
             preference=question.preference.tolist(),
             asked=_scores(problem, question, best.policy, best.utility, asked),
-            searched=_scores(problem, question, found.policy, float(question.preference @ found.reward), seconds),
+            searched=searched if known is None else known["searched"],
         )
         on_row(question_line(row))
 
@@ -147,37 +187,48 @@ def question_line(row: Mapping[str, Any]) -> str:
     limits = ", ".join(f"{name} <= {100 * share:.1f} %" for name, share in row["limits"].items())
     weights = " ".join(f"{weight:.2f}" for weight in row["preference"])
     return (
-        f"question {row['question']}, {limits}, preference {weights}: utility on test {100 * row['asked']['test']:.2f}, "
-        f"of a fresh search {100 * row['searched']['test']:.2f}"
+        f"{row['agent']}, seed {row['seed']}, question {row['question']}, {limits}, preference {weights}: utility on test "
+        f"{100 * row['asked']['test']:.2f}, of a fresh search {100 * row['searched']['test']:.2f}"
     )
 
 
 def question_report(rows: Sequence[Mapping[str, Any]], evaluations: int, rival_evaluations: int) -> str:
-    """Return a Markdown table, one line for each kind of question: utilities times 100, means and their difference.
+    """Return a Markdown table, one line for each kind of question and agent: utilities times 100, means and their difference.
 
     Args:
         rows: at least one.
         evaluations, rival_evaluations: for each question.
     """
     heads = [
-        "questions", f"asked: {evaluations} evaluations each", f"{RIVAL}: {rival_evaluations} each", "difference",
-        "asked is better", "difference on validation", "seconds asked", "seconds searched",
+        "questions", "agent", "runs", f"asked: {evaluations} evaluations each", f"{RIVAL}: {rival_evaluations} each",
+        "difference", "asked is better", "difference on validation", "seconds asked", "seconds searched",
     ]  # fmt: skip
     table = []
     for kind, chosen in (("top-1 alone", True), ("random preference", False)):
-        group = [row for row in rows if (row["preference"][0] == 1.0) == chosen]
-        if not group:
-            continue
-        asked, searched = (100 * np.array([row[who]["test"] for row in group]) for who in ("asked", "searched"))
-        gains = asked - searched
-        seen = [100 * (row["asked"]["validation"] - row["searched"]["validation"]) for row in group]
-        error = gains.std(ddof=1) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
-        seconds = [np.mean([row[who]["seconds"] for row in group]) for who in ("asked", "searched")]
-        table.append([
-            f"{len(group)}, {kind}", f"{asked.mean():.2f}", f"{searched.mean():.2f}", f"{gains.mean():+.2f} ± {error:.2f}",
-            f"{(gains > 0).sum()} of {len(group)}", f"{np.mean(seen):+.2f}", *(f"{value:.1f}" for value in seconds),
-        ])  # fmt: skip
+        for agent in dict.fromkeys(row["agent"] for row in rows):
+            group = [row for row in rows if row["agent"] == agent and (row["preference"][0] == 1.0) == chosen]
+            if group:
+                table.append(_line(kind, agent, group))
     return (
         f"{markdown_table(heads, table)}\n\nUtility: preference @ (top-1, minus the shares of the dense costs), times 100, on "
-        "test images; ± the standard error of the mean difference.\n"
+        "test images; ± the standard error of the mean difference over the questions, of each the mean over the runs. The fresh "
+        "searches are the same in all lines.\n"
     )
+
+
+def _line(kind: str, agent: str, group: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the cells of one agent's rows for one kind of question."""
+
+    def gains(what: str) -> np.ndarray:
+        return np.array([100 * (row["asked"][what] - row["searched"][what]) for row in group])
+
+    asked, searched = (np.mean([100 * row[who]["test"] for row in group]) for who in ("asked", "searched"))
+    numbers = np.array([row["question"] for row in group])
+    by_question = np.array([gains("test")[numbers == number].mean() for number in np.unique(numbers)])
+    error = by_question.std(ddof=1) / len(by_question) ** 0.5 if len(by_question) > 1 else float("nan")
+    seconds = [np.mean([row[who]["seconds"] for row in group]) for who in ("asked", "searched")]
+    return [
+        f"{len(by_question)}, {kind}", agent, f"{len({row['seed'] for row in group})}", f"{asked:.2f}", f"{searched:.2f}",
+        f"{gains('test').mean():+.2f} ± {error:.2f}", f"{(gains('test') > 0).sum()} of {len(group)}",
+        f"{gains('validation').mean():+.2f}", *(f"{value:.1f}" for value in seconds),
+    ]  # fmt: skip

@@ -35,7 +35,7 @@ class Records:
             found = _parsed(file, lines)
             if found and found[0] != self._header:
                 raise InputError(
-                    f"{file} holds another measurement ({_difference(found[0], self._header)}). "
+                    f"{file} holds another measurement ({difference(found[0], self._header)}). "
                     "Choose another folder with --output."
                 )
             self.rows: list[dict[str, Any]] = found[1:]
@@ -76,13 +76,13 @@ def _parsed(file: Path, lines: list[str]) -> list[dict[str, Any]]:
     return parsed
 
 
-def _difference(found: Any, wanted: Any, place: str = "") -> str:
-    """Return the first place where two JSON values differ, and both values there."""
+def difference(found: Any, wanted: Any, where: tuple[str, str] = ("there", "here"), place: str = "") -> str:
+    """Return the first place where two JSON values differ, and both values; `where` says in which words they are."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         for name in dict.fromkeys([*wanted, *found]):
             if found.get(name) != wanted.get(name):
-                return _difference(found.get(name), wanted.get(name), f"{place}.{name}".removeprefix("."))
-    return f"`{place}` is {json.dumps(found)} there, {json.dumps(wanted)} here"
+                return difference(found.get(name), wanted.get(name), where, f"{place}.{name}".removeprefix("."))
+    return f"`{place}` is {json.dumps(found)} {where[0]}, {json.dumps(wanted)} {where[1]}"
 
 
 def config_record(config: SearchConfig) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from envs.core import Budget, InputError
 from search.ask import answer
-from search.benchmarks.questions import answer_questions, draw_questions, question_report
+from search.benchmarks.questions import agent_name, answer_questions, draw_questions, question_report, shared_config
 from search.benchmarks.records import Records
 from search.build import build_agent, build_problem, make_env
 from search.config import parse_config
@@ -62,7 +63,11 @@ def test_both_answers_are_scored_on_test(problem, tmp_path):
     agent.finish()
     questions = draw_questions(problem.space, problem.budgets, 2, 0)
     records, told = Records(tmp_path / "results.jsonl", {}), []
-    answer_questions(problem, agent, runner, questions, 2, 6, records, told.append)
+
+    def ask(records, seed=0):
+        answer_questions(problem, agent, "envelope_ddpg", seed, runner, questions, 2, 6, records, told.append)
+
+    ask(records)
     assert len(records.rows) == len(told) == 2
     for row, question in zip(records.rows, questions, strict=True):
         for who in ("asked", "searched"):
@@ -73,20 +78,45 @@ def test_both_answers_are_scored_on_test(problem, tmp_path):
     best = answer(agent, make_env(problem), questions[0].budget, questions[0].preference, 2)[0]
     assert records.rows[0]["asked"]["top1"] == finalist_scores(problem, best.policy)[1].top1
     assert records.rows[0]["asked"]["validation"] == best.utility
-    answer_questions(problem, agent, runner, questions, 2, 6, records, told.append)
+    ask(records)
     assert len(told) == 2, "what is there is not asked again"
     later = Records(tmp_path / "later.jsonl", {})
     later.add(**records.rows[0])
-    answer_questions(problem, agent, runner, questions, 2, 6, later, told.append)
+    ask(later)
     assert later.rows[1]["asked"]["top1"] == records.rows[1]["asked"]["top1"], "whatever was asked before"
+    searched = [row["searched"] for row in records.rows]
+    ask(records, seed=1)
+    assert [row["searched"] for row in records.rows] == searched * 2, "one fresh search of a question serves all agents"
 
 
 def test_the_report_says_who_is_better():
-    def row(number, preference, asked, searched):
+    def row(number, preference, asked, searched, **changes):
         scores = [{"test": test, "validation": test + 0.01, "seconds": 2.0} for test in (asked, searched)]
-        return {"question": number, "preference": preference, "asked": scores[0], "searched": {**scores[1], "seconds": 40.0}}
+        known = {"agent": "ddpg", "seed": 0, "question": number, "preference": preference, "asked": scores[0]}
+        return {**known, "searched": {**scores[1], "seconds": 40.0}, **changes}
 
     rows = [row(0, [1.0, 0.0], 0.9, 0.8), row(2, [1.0, 0.0], 0.7, 0.72), row(1, [0.5, 0.5], 0.1, 0.2)]
     lines = question_report(rows, 3, 60).splitlines()
-    assert lines[2] == "| 2, top-1 alone | 80.00 | 76.00 | +4.00 ± 6.00 | 1 of 2 | +4.00 | 2.0 | 40.0 |"
-    assert lines[3] == "| 1, random preference | 10.00 | 20.00 | -10.00 ± nan | 0 of 1 | -10.00 | 2.0 | 40.0 |"
+    assert lines[2] == "| 2, top-1 alone | ddpg | 1 | 80.00 | 76.00 | +4.00 ± 6.00 | 1 of 2 | +4.00 | 2.0 | 40.0 |"
+    assert lines[3] == "| 1, random preference | ddpg | 1 | 10.00 | 20.00 | -10.00 ± nan | 0 of 1 | -10.00 | 2.0 | 40.0 |"
+    rows += [row(0, [1.0, 0.0], 0.84, 0.8, seed=1), row(2, [1.0, 0.0], 0.76, 0.72, seed=1)]
+    rows += [row(0, [1.0, 0.0], 0.9, 0.8, agent="b")]
+    lines = question_report(rows, 3, 60).splitlines()
+    assert lines[2].startswith("| 2, top-1 alone | ddpg | 2 | 80.00 | 76.00 | +4.00 ± 3.00 | 3 of 4 |")
+    assert lines[3].startswith("| 1, top-1 alone | b | 1 | 90.00 | 80.00 |")
+
+
+def test_runs_are_asked_together_if_only_their_agents_differ():
+    def config(options=OPTIONS, seed=0, evaluations=12, **sections):
+        search = {**VALUES["search"], "options": options, "seed": seed, "evaluations": evaluations}
+        return parse_config({**VALUES, "search": search, **sections}, "test.yaml")
+
+    folders = [Path("a"), Path("b")]
+    other = config({"hidden": 8, "envelope": True}, evaluations=20)
+    assert shared_config(folders, [config(), other]) == shared_config(folders[:1], [other])
+    assert agent_name(other) == "envelope_ddpg envelope=true hidden=8"
+    with pytest.raises(InputError, match="`budgets.tiny` is null in b, {.*} in a"):
+        shared_config(folders, [config(), config(budgets={"small": {"macs": "<= 60%"}})])
+    with pytest.raises(InputError, match="b and a are runs of the same agent with the same seed"):
+        shared_config(folders, [config(), config(evaluations=20)])
+    shared_config(folders, [config(), config(seed=1)])
