@@ -18,16 +18,16 @@ from search.benchmarks.records import Records
 from search.build import Problem, build_agent, build_front, build_options
 from search.config import SearchConfig, apply_override, parse_config
 from search.finalize import Finalist, finalize
-from search.front import Front
+from search.front import Candidate, Front
 from search.loop import Runner, run_loop
 
 KINDS = {"search_top1": "search", "plain_test_top1": "plain test", "validation_top1": "validation", "test_top1": "test"}
 TEST_KINDS = ("plain_test_top1", "test_top1")
 CAPTION = (
-    '"Search" and "plain test": with the recovery of the search, on validation images, which chose, and on test images; '
-    '"validation" and "test": after the finalists\' recovery. Means: over the budgets. An agent thinks while workers evaluate; '
-    "seconds include the measurement of sensitivities where an agent wants them; later runs find a few policies evaluated "
-    "already."
+    '"Search" and "plain test": what the search liked best, under its recovery, on validation images, which chose, and on test '
+    'images; "validation" and "test": the best finalist after their recovery. Means: over the budgets. An agent thinks while '
+    "workers evaluate; seconds include the measurement of sensitivities where an agent wants them; later runs find a few "
+    "policies evaluated already."
 )
 LOOKS = 12
 """How often a run's hypervolume is noted, at even distances."""
@@ -155,20 +155,21 @@ def _run(problem: Problem, runner: Runner, one: Contestant, seed: int, evaluatio
 def _winners(problem: Problem, front: Front, sensitivities: Sensitivities | None) -> dict[str, dict[str, Any] | None]:
     finalists = finalize(problem, front, problem.config.finalize.top, sensitivities)
     best: dict[str, Finalist] = {finalist.budget: finalist for finalist in reversed(finalists)}  # the first of each budget
-    return {budget.name: _winner(problem, best.get(budget.name)) for budget in problem.budgets}
-
-
-def _winner(problem: Problem, finalist: Finalist | None) -> dict[str, Any] | None:
-    """Return a winner and its top-1, before any fine-tuning, in four ways.
-
-    "search": as the search scored it, on the validation images; "plain_test": the same, on test images, which chose nothing;
-    "validation" and "test": after the finalists' recovery.
-    """
-    if finalist is None:
-        return None
     return {
-        "search_top1": finalist.proxy.top1,
-        "plain_test_top1": plain_test_top1(problem, finalist.policy),
+        name: _winner(problem, best[name], front.best(name, 1)[0]) if name in best else None
+        for name in (budget.name for budget in problem.budgets)
+    }
+
+
+def _winner(problem: Problem, finalist: Finalist, plain: Candidate) -> dict[str, Any]:
+    """Return a budget's winner, and top-1 before any fine-tuning, in four ways.
+
+    Of what the search liked best: "search", as it scored it, on the validation images; "plain_test", the same on test images,
+    which chose nothing. Of the winner among the finalists: "validation" and "test", after their recovery.
+    """
+    return {
+        "search_top1": plain.evaluation.top1,
+        "plain_test_top1": plain_test_top1(problem, plain.policy),
         "validation_top1": finalist.validation.top1,
         "test_top1": finalist.final.top1,
         "costs": dict(finalist.final.costs),

@@ -18,8 +18,9 @@ from agents.uniform import uniform_family
 from envs.core import Budget, Episode, Evaluation, InputError
 
 SMALL = EnvelopeDdpgConfig(
-    warmup=12, candidates=16, goals=4, updates=4, batch=16, planned=8, hidden=16, critics=2, lookahead=4, homotopy_episodes=30
-)
+    warmup=12, candidates=16, goals=4, updates=4, batch=16, planned=8, hidden=16, critics=2, lookahead=4, homotopy_episodes=30,
+    envelope=True, relabel_preferences=True, relabel_budgets=True,
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
