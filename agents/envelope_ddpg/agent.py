@@ -7,14 +7,17 @@ is public: its state, reward, networks and training cannot be reproduced, and no
    budget are inputs that may change at any time, also afterwards (`propose`): nothing is left to adapt.
 2. *Envelope target*: the sup over preferences w' of completions by the target actor (Yang's optimality filter, the actor in place
    of the maximum over actions), the pessimistic critic inside it, mixed with the plain target (QENV_CTN, in the code of CAPQL);
-   the whole vector of the critic with the smaller scalarised value (PD-MORL). See targets.py.
+   the whole vector of the critic with the smaller scalarised value (PD-MORL). See targets.py. A switch, off by default because
+   it gained nothing here (config.py): what is evaluated is chosen by what the critics say of complete tables, which depends on
+   no preference, so the sup only reaches it through the actor's rollouts.
 3. *Costs are never learned*. The critics know top-1 alone; costs of a completion come from the simulated environment
    (`ActionSpace.simulate`), and so does their slope by the action in the actor's gradient, as a finite difference.
 4. *Completions are valued at their end*. The simulator walks to the last step anyway, where critics need no bootstrapping: a
    complete table is all that decides top-1, and evaluated ones are known there. `ahead: next` bootstraps at the next step.
 5. *The table belongs to the state*: an observation alone does not tell what was done to earlier layers.
-6. *Hindsight*: every episode is practiced under other preferences (HPR-CAPQL) and under every budget that would have executed the
-   same actions, because raw components are stored. gamma is 1 and only the end is rewarded.
+6. *Hindsight*: an episode can be practiced under other preferences (HPR-CAPQL) and under every budget that would have executed
+   the same actions, because raw components are stored. Switches as well, and off for the same reason. gamma is 1 and only the end
+   is rewarded.
 7. *Planned batches*: completions cost more than gradient steps, so targets are computed for a few transitions per episode and
    pooled; many small steps sample from the pool until it ages out (GPI-PD takes 20 steps per observation).
 8. *Few noisy scores*: 50 to 200 are learned by heart. So critics see blurred actions instead of dropout and layer norms alone

@@ -35,7 +35,7 @@ LOOKS = 12
 
 @dataclass(frozen=True)
 class Contestant:
-    """An agent and its options; `label` is what the user wrote, such as "envelope_ddpg envelope=false"."""
+    """An agent and its options; `label` is what the user wrote, such as "envelope_ddpg envelope=true"."""
 
     label: str
     name: str
@@ -48,7 +48,7 @@ def contestant(text: str, config: SearchConfig) -> Contestant:
     Raises:
         InputError: for an unknown agent, or options that it does not have.
     """
-    reads = f'--agent must read like "envelope_ddpg envelope=false", but got {text!r}'
+    reads = f'--agent must read like "envelope_ddpg envelope=true", but got {text!r}'
     values = config.model_dump(mode="json")
     try:
         name, *pairs = shlex.split(text) or [""]

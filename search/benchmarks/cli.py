@@ -47,7 +47,7 @@ def benchmark_search(
     overrides: Overrides = None,
     agent: Annotated[
         list[str] | None,
-        typer.Option(help='Agent, with options if any ("envelope_ddpg envelope=false"); repeat for several. Default: all.'),
+        typer.Option(help='Agent, with options if any ("envelope_ddpg envelope=true"); repeat for several. Default: all.'),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from the configuration's on.")] = 3,
     output: Annotated[Path, typer.Option(help="Folder for results.jsonl and results.md; goes on with what is there.")] = Path(

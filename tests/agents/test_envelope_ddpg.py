@@ -17,9 +17,11 @@ from agents.pareto import hypervolume
 from agents.uniform import uniform_family
 from envs.core import Budget, Episode, Evaluation, InputError
 
+INGREDIENTS = {"envelope": True, "relabel_preferences": True, "relabel_budgets": True}
+"""Of the method; off by default."""
 SMALL = EnvelopeDdpgConfig(
     warmup=12, candidates=16, goals=4, updates=4, batch=16, planned=8, hidden=16, critics=2, lookahead=4, homotopy_episodes=30,
-    envelope=True, relabel_preferences=True, relabel_budgets=True,
+    **INGREDIENTS,
 )  # fmt: skip
 
 
@@ -425,9 +427,9 @@ EXPLORER = EnvelopeDdpgConfig(
 )
 
 
-def share_of_hypervolume(make, seed, evaluations=150):
+def share_of_hypervolume(make, seed, evaluations=150, **options):
     space = make()
-    agent = EnvelopeDdpg(EXPLORER, space, [Budget("any", {"cost": 0.95})], np.random.default_rng(seed))
+    agent = EnvelopeDdpg(replace(EXPLORER, **options), space, [Budget("any", {"cost": 0.95})], np.random.default_rng(seed))
     episodes = space.run(agent, evaluations, slots=1)
     found = np.array([[-episode.evaluation.top1, -episode.reward[1]] for episode in episodes])
     costs, top1 = space.front()
@@ -448,6 +450,8 @@ def test_finds_a_known_front(known_fronts, name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, INGREDIENTS], ids=["by default", "with all ingredients"])
 @pytest.mark.parametrize("name", FRONTS)
-def test_finds_a_known_front_with_most_seeds(known_fronts, name):
-    assert sum(share_of_hypervolume(known_fronts[name], seed) >= 0.9 for seed in range(10)) >= 8
+def test_finds_a_known_front_with_most_seeds(known_fronts, name, options):
+    shares = [share_of_hypervolume(known_fronts[name], seed, **options) for seed in range(10)]
+    assert sum(share >= 0.9 for share in shares) >= 8
