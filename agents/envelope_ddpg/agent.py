@@ -8,8 +8,8 @@ is public: its state, reward, networks and training cannot be reproduced, and no
 2. *Envelope target*: the sup over preferences w' of completions by the target actor (Yang's optimality filter, the actor in place
    of the maximum over actions), the pessimistic critic inside it, mixed with the plain target (QENV_CTN, in the code of CAPQL);
    the whole vector of the critic with the smaller scalarised value (PD-MORL). See targets.py. A switch, off by default because
-   it gained nothing here (config.py): what is evaluated is chosen by what the critics say of complete tables, which depends on
-   no preference, so the sup only reaches it through the actor's rollouts.
+   it did not help (config.py): what is evaluated is chosen by what the critics say of complete tables, which depends on no
+   preference, so the sup only reaches it through the actor's rollouts.
 3. *Costs are never learned*. The critics know top-1 alone; costs of a completion come from the simulated environment
    (`ActionSpace.simulate`), and so does their slope by the action in the actor's gradient, as a finite difference.
 4. *Completions are valued at their end*. The simulator walks to the last step anyway, where critics need no bootstrapping: a
