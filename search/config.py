@@ -339,8 +339,7 @@ class FinalizeSection(Section):
 
     Attributes:
         top: so many of each budget are finalists: repaired by `recovery`, scored on the validation split, which chooses
-            the winner, and on the test split. They are those with the best scores in the search; where the agent knew the
-            sensitivities of the choices, the last of several is the policy with the least sum of them.
+            the winner, and on the test split.
         recovery: plug-ins, as in `recovery` of the whole configuration; None: the same ones.
         verify: whether the winner of each budget is exported and checked from its files; see search/winners.py.
     """

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from envs.core import Budget, CompressionPolicy, Evaluation, Sensitivities
+from envs.core import Budget, CompressionPolicy, Evaluation
 from envs.evaluator import top1
 from search.build import Problem
 from search.front import Candidate, Front
-
-POWER = 0.75
-"""Sums of sensitivities to this power foretell scores best (results/sensitivities)."""
 
 
 @dataclass(frozen=True)
@@ -53,43 +50,22 @@ def score_finalist(problem: Problem, budget: Budget, candidate: Candidate) -> Fi
     return _finalist(problem, budget, candidate, validation, final)
 
 
-def finalize(problem: Problem, front: Front, top: int, sensitivities: Sensitivities | None = None) -> list[Finalist]:
-    """Return `top` policies of every budget, best validation score first: the first of each budget is its winner.
+def finalize(problem: Problem, front: Front, top: int) -> list[Finalist]:
+    """Return the `top` policies of every budget, best validation score first: the first of each budget is its winner.
 
     Those that break the budget's `top1_drop` even after the finalists' recovery are left out.
-
-    Args:
-        problem: the search.
-        front: everything that it found.
-        top: how many policies of each budget become finalists: those with the best scores in the search.
-        sensitivities: those that the agent knew, if any. Then the last of several places goes to the policy with the least sum
-            of them: what stands out under the quick recovery of the search is not always what a careful one makes most of.
     """
     scored: dict[CompressionPolicy, tuple[Evaluation, Evaluation]] = {}
     finalists = []
     for budget in problem.budgets:
         of_budget = []
-        for candidate in _candidates(problem, front, budget, top, sensitivities):
+        for candidate in front.best(budget.name, top):
             if candidate.policy not in scored:
                 scored[candidate.policy] = finalist_scores(problem, candidate.policy)
             finalist = _finalist(problem, budget, candidate, *scored[candidate.policy])
             of_budget += [] if finalist is None else [finalist]
         finalists += sorted(of_budget, key=lambda finalist: -finalist.validation.top1)
     return finalists
-
-
-def _candidates(
-    problem: Problem, front: Front, budget: Budget, top: int, sensitivities: Sensitivities | None
-) -> list[Candidate]:
-    """Return the policies that become finalists; see `finalize`."""
-    ranked = front.best(budget.name, front.evaluations)
-    chosen = ranked[:top]
-    if sensitivities is not None and 1 < top < len(ranked):
-        space = problem.space.space
-        mildest = min(ranked, key=lambda candidate: (sensitivities(space.strengths(candidate.policy)) ** POWER).sum())
-        if mildest not in chosen:
-            chosen[-1] = mildest
-    return chosen
 
 
 def _finalist(

@@ -146,8 +146,7 @@ def _finish(problem: Problem, front: Front, run: Path, progress: SearchProgress)
     """Score the best policies on the test images, and check the winners."""
     config, describe = problem.config, problem.space.space.describe
     progress.say("scoring the best policies on the test images")
-    finalists = finalize(problem, front, config.finalize.top, problem.space.sensitivities)
-    dense_final = dense_test_score(problem)
+    finalists, dense_final = finalize(problem, front, config.finalize.top), dense_test_score(problem)
     write_front(run, front.document(describe, finalists, dense_final))
     if config.finalize.verify:
         for budget in problem.budgets:  # winners of this run before it went on

@@ -12,7 +12,7 @@ import numpy as np
 
 from agents import AGENTS
 from agents.core import Agent
-from envs.core import Actor, CompressionPolicy, Episode, InputError, Sensitivities
+from envs.core import Actor, CompressionPolicy, Episode, InputError
 from envs.evaluator import Evaluator
 from search.benchmarks.records import Records
 from search.build import Problem, build_agent, build_front, build_options
@@ -119,8 +119,7 @@ def _run(problem: Problem, runner: Runner, one: Contestant, seed: int, evaluatio
     """Return the row of one run: what it found by when, and its winners' scores (`_winner`)."""
     config = build_options(AGENTS[one.name][0], one.options)
     agent, front = _Timed(build_agent(problem, one.name, one.options, seed)), build_front(problem)
-    # Other contestants' runs may have measured them for the problem that all share.
-    sensitivities = problem.space.sensitivities if getattr(config, "needs_sensitivities", False) else None
+    prepared = problem.space.sensitivities.seconds if getattr(config, "needs_sensitivities", False) else 0.0
     looks = {round(share * evaluations) for share in np.linspace(0, 1, LOOKS + 1)[1:]}
     curve: list[dict[str, Any]] = []
 
@@ -135,7 +134,7 @@ def _run(problem: Problem, runner: Runner, one: Contestant, seed: int, evaluatio
 
     start = time.perf_counter()
     run_loop(agent, runner, evaluations, on_episode)
-    seconds = time.perf_counter() - start + (0.0 if sensitivities is None else sensitivities.seconds)
+    seconds = time.perf_counter() - start + prepared
     if not curve or curve[-1]["evaluations"] < front.evaluations:
         look()  # the agent had nothing more to try
     return {
@@ -147,13 +146,13 @@ def _run(problem: Problem, runner: Runner, one: Contestant, seed: int, evaluatio
         "hypervolume": front.hypervolume,
         "seconds": round(seconds, 1),
         "agent_seconds": round(agent.seconds, 1),
-        "winners": _winners(problem, front, sensitivities),
+        "winners": _winners(problem, front),
         "curve": curve,
     }
 
 
-def _winners(problem: Problem, front: Front, sensitivities: Sensitivities | None) -> dict[str, dict[str, Any] | None]:
-    finalists = finalize(problem, front, problem.config.finalize.top, sensitivities)
+def _winners(problem: Problem, front: Front) -> dict[str, dict[str, Any] | None]:
+    finalists = finalize(problem, front, problem.config.finalize.top)
     best: dict[str, Finalist] = {finalist.budget: finalist for finalist in reversed(finalists)}  # the first of each budget
     return {
         name: _winner(problem, best[name], front.best(name, 1)[0]) if name in best else None

@@ -61,21 +61,6 @@ def test_winners_are_chosen_on_validation_and_scored_on_test(problem, tmp_path):
     assert len(records.rows) == len(told) == 1, "what is there is not run again"
 
 
-def test_only_agents_that_know_the_sensitivities_gain_a_finalist_from_them(problem, tmp_path, monkeypatch):
-    known = {}
-
-    def spy(problem, front, top, sensitivities):
-        known[front.evaluations] = sensitivities
-        return finalize(problem, front, top, sensitivities)
-
-    monkeypatch.setattr("search.benchmarks.agents.finalize", spy)
-    runner = LocalRunner(partial(make_env, problem))
-    contestants = [Contestant("greedy", "greedy", {"powers": (0.75,)}), Contestant("random", "random")]
-    run_contestants(problem, runner, contestants, [0], 6, Records(tmp_path / "results.jsonl", {}), lambda line: None)
-    assert known[2] is problem.space.sensitivities is not None, "one power, two budgets"
-    assert known[6] is None
-
-
 def test_options_make_a_contestant_of_their_own():
     config = parse_config(VALUES, "test.yaml")
     assert contestant("uniform", config) == Contestant("uniform", "uniform", {})
