@@ -113,12 +113,13 @@ def benchmark_ask(
     settings = [load_manifest(run, [*(overrides or ()), "search.racing=false"])[0] for run in runs]
     for run, own in zip(runs, settings, strict=True):
         agent_folder(run, own)  # before anything is written
-    header = {"benchmark": "ask", "config": measure.shared_config(runs, settings), "evaluations": evaluations, "fresh": fresh}
+    shared = measure.shared_config(runs, settings)
     with SearchProgress(Console(stderr=True)) as progress:
         problem = build_problem(settings[0], progress.say)
         agents = [load_agent(run, own, problem.space) for run, own in zip(runs, settings, strict=True)]
         drawn = measure.draw_questions(problem.space, problem.budgets, questions, seed=0)
-        records = Records(output / "results.jsonl", header)
+        counts = {"learned": measure.shared_experience(runs, agents), "evaluations": evaluations, "fresh": fresh}
+        records = Records(output / "results.jsonl", {"benchmark": "ask", "config": shared, **counts})
         progress.say("starting the workers")
         runner = open_runner(problem)
         progress.stop()

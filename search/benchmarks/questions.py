@@ -92,6 +92,22 @@ def shared_config(runs: Sequence[Path], configs: Sequence[SearchConfig]) -> dict
     return records[0]
 
 
+def shared_experience(runs: Sequence[Path], agents: Sequence[EnvelopeDdpg]) -> int:
+    """Return how many evaluations every agent has learned from.
+
+    Raises:
+        InputError: if that differs: their answers would not be comparable.
+    """
+    for run, agent in zip(runs, agents, strict=True):
+        if agent.learned != agents[0].learned:
+            raise InputError(
+                f"The agent in {run} has learned from {agent.learned} evaluations, the one in {runs[0]} from "
+                f"{agents[0].learned}. Go on with the shorter run (secateur resume RUN --set search.evaluations=N), or ask each "
+                "with an --output of its own."
+            )
+    return agents[0].learned
+
+
 def answer_questions(
     problem: Problem,
     agent: EnvelopeDdpg,

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from envs.core import Budget, InputError
 from search.ask import answer
-from search.benchmarks.questions import agent_name, answer_questions, draw_questions, question_report, shared_config
+from search.benchmarks.questions import (
+    agent_name,
+    answer_questions,
+    draw_questions,
+    question_report,
+    shared_config,
+    shared_experience,
+)
 from search.benchmarks.records import Records
 from search.build import build_agent, build_problem, make_env
 from search.config import parse_config
@@ -120,3 +128,10 @@ def test_runs_are_asked_together_if_only_their_agents_differ():
     with pytest.raises(InputError, match="b and a are runs of the same agent with the same seed"):
         shared_config(folders, [config(), config(evaluations=20)])
     shared_config(folders, [config(), config(seed=1)])
+
+
+def test_agents_are_asked_together_if_they_have_learned_from_as_many_evaluations():
+    folders, agents = [Path("a"), Path("b")], [SimpleNamespace(learned=300), SimpleNamespace(learned=500)]
+    assert shared_experience(folders[:1], agents[:1]) == 300
+    with pytest.raises(InputError, match="agent in b has learned from 500 evaluations, the one in a from 300"):
+        shared_experience(folders, agents)
