@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from agents.bee_colony import BeeColony, BeeColonyConfig
-from agents.clr_rnf import ClrRnf, ClrRnfConfig
-from agents.core import Agent
-from agents.envelope_ddpg import EnvelopeDdpgConfig, make_envelope_ddpg
-from agents.greedy import Greedy, GreedyConfig
-from agents.nsga2 import Nsga2, Nsga2Config
-from agents.random_search import RandomConfig, RandomSearch
-from agents.uniform import Uniform, UniformConfig
+from secateur.agents.bee_colony import BeeColony, BeeColonyConfig
+from secateur.agents.clr_rnf import ClrRnf, ClrRnfConfig
+from secateur.agents.core import Agent
+from secateur.agents.envelope_ddpg import EnvelopeDdpgConfig, make_envelope_ddpg
+from secateur.agents.greedy import Greedy, GreedyConfig
+from secateur.agents.nsga2 import Nsga2, Nsga2Config
+from secateur.agents.random_search import RandomConfig, RandomSearch
+from secateur.agents.uniform import Uniform, UniformConfig
 
 AGENTS: dict[str, tuple[type, Callable[..., Agent]]] = {
     "random": (RandomConfig, RandomSearch),

@@ -63,11 +63,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from agents.core import TableActor, scored
-from agents.pareto import violation
-from agents.per_budget import PerBudget
-from agents.random_search import random_table
-from envs.core import ActionSpace, Budget, CompressionPolicy, Episode, InputError
+from secateur.agents.core import TableActor, scored
+from secateur.agents.pareto import violation
+from secateur.agents.per_budget import PerBudget
+from secateur.agents.random_search import random_table
+from secateur.envs.core import ActionSpace, Budget, CompressionPolicy, Episode, InputError
 
 
 @dataclass(frozen=True)

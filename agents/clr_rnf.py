@@ -22,9 +22,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from agents.fixed import FixedPolicies
-from agents.uniform import uniform_family
-from envs.core import ActionSpace, Budget, InputError
+from secateur.agents.fixed import FixedPolicies
+from secateur.agents.uniform import uniform_family
+from secateur.envs.core import ActionSpace, Budget, InputError
 
 
 @dataclass(frozen=True)

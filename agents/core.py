@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from envs.core import Actor, Budget, Episode
+from secateur.envs.core import Actor, Budget, Episode
 
 
 class Agent(Protocol):

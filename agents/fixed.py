@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from agents.core import TableActor
-from envs.core import ActionSpace, Actor, Budget, CompressionPolicy, Episode
+from secateur.agents.core import TableActor
+from secateur.envs.core import ActionSpace, Actor, Budget, CompressionPolicy, Episode
 
 
 class FixedPolicies(ABC):

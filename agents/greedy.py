@@ -20,8 +20,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from agents.fixed import FixedPolicies
-from envs.core import ActionSpace, Budget, InputError, Sensitivities
+from secateur.agents.fixed import FixedPolicies
+from secateur.envs.core import ActionSpace, Budget, InputError, Sensitivities
 
 
 @dataclass(frozen=True)

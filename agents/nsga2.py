@@ -22,11 +22,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from agents.core import TableActor, fully_scored
-from agents.pareto import crowding_distance, non_dominated, violation
-from agents.per_budget import PerBudget
-from agents.random_search import random_table
-from envs.core import ActionSpace, Budget, CompressionPolicy, Episode, InputError
+from secateur.agents.core import TableActor, fully_scored
+from secateur.agents.pareto import crowding_distance, non_dominated, violation
+from secateur.agents.per_budget import PerBudget
+from secateur.agents.random_search import random_table
+from secateur.envs.core import ActionSpace, Budget, CompressionPolicy, Episode, InputError
 
 
 @dataclass(frozen=True)

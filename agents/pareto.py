@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import moocore
 import numpy as np
 
-from envs.core import CompressionPolicy
+from secateur.envs.core import CompressionPolicy
 
 
 def dominates(first: np.ndarray, second: np.ndarray) -> bool:

@@ -7,9 +7,9 @@ from typing import Protocol
 
 import numpy as np
 
-from agents.core import TableActor, fully_scored
-from agents.pareto import Archive
-from envs.core import Actor, Episode
+from secateur.agents.core import TableActor, fully_scored
+from secateur.agents.pareto import Archive
+from secateur.envs.core import Actor, Episode
 
 
 class Searcher(Protocol):

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from agents.core import TableActor
-from envs.core import ActionSpace, Actor, Budget, CompressionPolicy, Episode, InputError
+from secateur.agents.core import TableActor
+from secateur.envs.core import ActionSpace, Actor, Budget, CompressionPolicy, Episode, InputError
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from itertools import product
 
 import numpy as np
 
-from agents.fixed import FixedPolicies
-from envs.core import ActionSpace, Budget, InputError
+from secateur.agents.fixed import FixedPolicies
+from secateur.envs.core import ActionSpace, Budget, InputError
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,14 @@
 """Costs of a compressed network; a new model is one file and one line in `COST_MODELS`.
 
-What depends on a device (latency, energy) comes with the device's file: `cost_models.device`.
+What depends on a device (latency, energy) comes with the device's file: `secateur.cost_models.device`.
 """
 
 from __future__ import annotations
 
-from cost_models.bops import Bops
-from cost_models.core import CostModel
-from cost_models.macs import Macs
-from cost_models.memory import PeakActivationBytes, WeightBytes
+from secateur.cost_models.bops import Bops
+from secateur.cost_models.core import CostModel
+from secateur.cost_models.macs import Macs
+from secateur.cost_models.memory import PeakActivationBytes, WeightBytes
 
 COST_MODELS: dict[str, type[CostModel]] = {
     "macs": Macs,

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from cost_models.core import FLOAT_BITS, LayerShapes
-from cost_models.macs import Macs
+from secateur.cost_models.core import FLOAT_BITS, LayerShapes
+from secateur.cost_models.macs import Macs
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from cost_models.core import FLOAT_BITS, CostModel, InputError
-from cost_models.energy import CountedEnergy, Energy
-from cost_models.latency_table import LatencyTable, TableLatency
-from cost_models.precision import executed_precision, precision_name
-from cost_models.roofline import Roofline, RooflineLatency
-from cost_models.traffic import Traffic
+from secateur.cost_models.core import FLOAT_BITS, CostModel, InputError
+from secateur.cost_models.energy import CountedEnergy, Energy
+from secateur.cost_models.latency_table import LatencyTable, TableLatency
+from secateur.cost_models.precision import executed_precision, precision_name
+from secateur.cost_models.roofline import Roofline, RooflineLatency
+from secateur.cost_models.traffic import Traffic
 
 __all__ = ["DEVICE_COSTS", "SHIPPED", "Device", "executed_precision", "parse_device", "read_device", "write_device"]
 

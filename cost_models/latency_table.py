@@ -1,6 +1,6 @@
 """Measured latency: a table of layer times, and the correction that turns their sum into the time of a whole network.
 
-`secateur profile` (search/deployment/profiling.py) measures the tables; here they are only read. Time is no smooth function of
+`secateur profile` (search/profiling/profiler.py) measures the tables; here they are only read. Time is no smooth function of
 channel counts: kernels work on blocks of channels, and counts that are no multiple of some number get another, slower
 kernel. So each axis of a table knows the staircase that a fine scan has shown (`Axis`), and a wider layer may be faster.
 """
@@ -14,9 +14,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from cost_models.core import FLOAT_BITS, InputError, LayerShape, LayerShapes
-from cost_models.precision import FLOAT_WIDTHS, executed_precision, precision_name
-from cost_models.traffic import Traffic
+from secateur.cost_models.core import FLOAT_BITS, InputError, LayerShape, LayerShapes
+from secateur.cost_models.precision import FLOAT_WIDTHS, executed_precision, precision_name
+from secateur.cost_models.traffic import Traffic
 
 LEAST_SHARE = 0.1
 """What a correction leaves of the time of a layer, at least."""

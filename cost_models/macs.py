@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from cost_models.core import LayerShapes
+from secateur.cost_models.core import LayerShapes
 
 
 @dataclass(frozen=True)

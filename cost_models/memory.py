@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from cost_models.core import FLOAT_BITS, LayerShapes
+from secateur.cost_models.core import FLOAT_BITS, LayerShapes
 
 FLOAT_BYTES = FLOAT_BITS // 8
 ROWS_AT_ONCE = 4096

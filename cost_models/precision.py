@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from cost_models.core import FLOAT_BITS
+from secateur.cost_models.core import FLOAT_BITS
 
 FLOAT_WIDTHS: Mapping[str, int] = {"float32": 32, "float16": 16, "bfloat16": 16}
 """Bits of one value, by float precision."""

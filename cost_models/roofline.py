@@ -10,9 +10,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from cost_models.core import InputError, LayerShapes
-from cost_models.macs import Macs
-from cost_models.traffic import Traffic
+from secateur.cost_models.core import InputError, LayerShapes
+from secateur.cost_models.macs import Macs
+from secateur.cost_models.traffic import Traffic
 
 
 @dataclass(frozen=True)

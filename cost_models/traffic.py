@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cost_models.core import FLOAT_BITS, LayerShapes, NetworkGeometry
-from cost_models.precision import FLOAT_WIDTHS, executed_precision, precision_name
+from secateur.cost_models.core import FLOAT_BITS, LayerShapes, NetworkGeometry
+from secateur.cost_models.precision import FLOAT_WIDTHS, executed_precision, precision_name
 
 
 @dataclass(frozen=True)

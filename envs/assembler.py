@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from cost_models.core import FLOAT_BITS
-from envs.calibration.core import Calibration
-from envs.candidate import Candidate
-from envs.core import CompressionPolicy
-from envs.model_graph.plan import ModelGraph
-from envs.piece_cache import PieceCache
-from envs.pruning.slicing import Slicer
-from envs.quantization.quantizers.core import Quantizer
-from envs.recovery.core import Recovery
+from secateur.cost_models.core import FLOAT_BITS
+from secateur.envs.calibration.core import Calibration
+from secateur.envs.candidate import Candidate
+from secateur.envs.core import CompressionPolicy
+from secateur.envs.model_graph.plan import ModelGraph
+from secateur.envs.piece_cache import PieceCache
+from secateur.envs.pruning.slicing import Slicer
+from secateur.envs.quantization.quantizers.core import Quantizer
+from secateur.envs.recovery.core import Recovery
 
 
 @dataclass(frozen=True)

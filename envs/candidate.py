@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cost_models.core import FLOAT_BITS
-from envs.calibration.core import NONE, Calibration, LayerStatistics
-from envs.model_graph.plan import ModelGraph
-from envs.piece_cache import PieceCache
-from envs.pruning.slicing import Positions, kept_positions
-from envs.quantization.fake_quantize import is_quantized, set_activation_grid, set_quantized_weight
+from secateur.cost_models.core import FLOAT_BITS
+from secateur.envs.calibration.core import NONE, Calibration, LayerStatistics
+from secateur.envs.model_graph.plan import ModelGraph
+from secateur.envs.piece_cache import PieceCache
+from secateur.envs.pruning.slicing import Positions, kept_positions
+from secateur.envs.quantization.fake_quantize import is_quantized, set_activation_grid, set_quantized_weight
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from envs.core import Budget, CompressionPolicy, InputError
-from envs.evaluator import Evaluator
-from envs.feasibility import FeasibleSpace
-from envs.observation import Observer
-from envs.rewards import constraints, reward_vector
+from secateur.envs.core import Budget, CompressionPolicy, InputError
+from secateur.envs.evaluator import Evaluator
+from secateur.envs.feasibility import FeasibleSpace
+from secateur.envs.observation import Observer
+from secateur.envs.rewards import constraints, reward_vector
 
 
 class CompressionEnv(gym.Env):
@@ -41,7 +41,7 @@ class CompressionEnv(gym.Env):
 
     **Episode**: one step per layer that has a choice (further coupled groups that begin at the same layer take further steps).
     `reset(options={"budget": name or Budget})` conditions it; default: the first budget. The last `info` holds "policy",
-    "evaluation" and "constraints". An evaluation that fails raises; `envs.rollout` turns that into a failed episode.
+    "evaluation" and "constraints". An evaluation that fails raises; `secateur.envs.rollout` turns that into a failed episode.
 
     Args:
         space: decisions, wall and costs.
@@ -111,4 +111,4 @@ class CompressionEnv(gym.Env):
         return self._observation(executed), reward, terminated, False, info
 
 
-gym.register("secateur/Compression-v0", entry_point="envs.compression_env:CompressionEnv")
+gym.register("secateur/Compression-v0", entry_point="secateur.envs.compression_env:CompressionEnv")

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from cost_models.core import InputError
+from secateur.cost_models.core import InputError
 
 __all__ = [
     "Act", "ActionSpace", "Actor", "Budget", "CompressionPolicy", "Episode", "Evaluation", "InputError", "Simulation",

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from envs.assembler import Assembler
-from envs.core import CompressionPolicy, Evaluation
-from envs.model_graph.folding import fold_batch_norms
-from envs.model_graph.plan import ModelGraph
-from envs.number_format import convert_network, prepare_images
-from envs.quantization.fake_quantize import use_integer_inputs
-from envs.racing import LOOKS, Race, is_clearly_worse, pack
+from secateur.envs.assembler import Assembler
+from secateur.envs.core import CompressionPolicy, Evaluation
+from secateur.envs.model_graph.folding import fold_batch_norms
+from secateur.envs.model_graph.plan import ModelGraph
+from secateur.envs.number_format import convert_network, prepare_images
+from secateur.envs.quantization.fake_quantize import use_integer_inputs
+from secateur.envs.racing import LOOKS, Race, is_clearly_worse, pack
 
 PRECISION_TOLERANCE = 0.002
 """bfloat16 is used only while it moves the dense model's top-1 by at most this."""

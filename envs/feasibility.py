@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from cost_models.core import CostModel, InputError
-from envs.core import Act, Budget, CompressionPolicy, Sensitivities, Simulation
-from envs.policy_space import PolicySpace
+from secateur.cost_models.core import CostModel, InputError
+from secateur.envs.core import Act, Budget, CompressionPolicy, Sensitivities, Simulation
+from secateur.envs.policy_space import PolicySpace
 
 _BETTER = 1e-9  # what a slack must fall by to count: sums of costs differ by rounding from call to call
 _SAMPLE = 1024  # policies to start from when the strongest compression leads to none that fits
@@ -213,13 +213,13 @@ class FeasibleSpace:
         self, act: Act, budgets: Sequence[Budget], tables: np.ndarray | None = None, starts: np.ndarray | None = None
     ) -> Simulation:
         """Return what the environment would execute, observe and spend (see `ActionSpace`)."""
-        from envs.planning import simulate  # planning builds on this module
+        from secateur.envs.planning import simulate
 
         return simulate(self, act, budgets, tables, starts)
 
     def fit_all(self, tables: np.ndarray, budgets: Sequence[Budget]) -> np.ndarray:
         """Return `fit` of many tables, one budget each (see `ActionSpace`)."""
-        from envs.planning import fit_all
+        from secateur.envs.planning import fit_all
 
         return fit_all(self, tables, budgets)
 
@@ -230,7 +230,7 @@ class FeasibleSpace:
 
     def with_limits(self, observations: np.ndarray, budgets: Sequence[Budget]) -> np.ndarray:
         """Return the observations of the same states under other budgets (see `ActionSpace`)."""
-        from envs.observation import Observer
+        from secateur.envs.observation import Observer
 
         observer = Observer(self)
         columns = [index for index, name in enumerate(observer.names) if name.startswith("limit_")]

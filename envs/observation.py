@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from envs.core import Budget
-from envs.feasibility import FeasibleSpace
+from secateur.envs.core import Budget
+from secateur.envs.feasibility import FeasibleSpace
 
 LAYER_FEATURES = (
     "position", "is_linear", "is_depthwise", "in_channels", "out_channels", "kernel", "stride", "output_size",

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from envs.core import Act, Budget, Simulation
-from envs.feasibility import FeasibleSpace
-from envs.observation import Observer
+from secateur.envs.core import Act, Budget, Simulation
+from secateur.envs.feasibility import FeasibleSpace
+from secateur.envs.observation import Observer
 
 _CHOICES = 8  # levels that are tried at once for rows whose wish the wall refuses
 

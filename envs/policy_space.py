@@ -8,9 +8,9 @@ from functools import cached_property
 
 import numpy as np
 
-from cost_models.core import FLOAT_BITS, InputError
-from envs.core import CompressionPolicy
-from envs.model_graph.plan import ChannelGroup, ModelGraph
+from secateur.cost_models.core import FLOAT_BITS, InputError
+from secateur.envs.core import CompressionPolicy
+from secateur.envs.model_graph.plan import ChannelGroup, ModelGraph
 
 KINDS = ("prune_ratio", "weight_bits", "activation_bits")
 MAX_LEVELS = 64

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from envs.core import Evaluation
+from secateur.envs.core import Evaluation
 
 ERROR_RATE = 0.001
 """Largest probability of stopping a policy that is as good as its reference."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from envs.core import Budget, Evaluation
+from secateur.envs.core import Budget, Evaluation
 
 
 def reward_vector(evaluation: Evaluation, objectives: Sequence[str], dense_costs: Mapping[str, float]) -> np.ndarray:

@@ -6,8 +6,8 @@ import logging
 
 import numpy as np
 
-from envs.compression_env import CompressionEnv
-from envs.core import Actor, Episode
+from secateur.envs.compression_env import CompressionEnv
+from secateur.envs.core import Actor, Episode
 
 log = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from envs.core import CompressionPolicy
-from envs.policy_space import PolicySpace
+from secateur.envs.core import CompressionPolicy
+from secateur.envs.policy_space import PolicySpace
 
 log = logging.getLogger(__name__)
 

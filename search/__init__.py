@@ -1,0 +1,22 @@
+"""The search: configuration, loop, runs, results, exports, devices and benchmarks.
+
+`secateur.search` is this package and, in the public API, the function that runs a search: calling the package calls it.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+
+class _CallablePackage(ModuleType):
+    """Python sets a package's attribute to a subpackage once that is imported, so the function of that name must be the package."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from secateur.search.run.search import search
+
+        return search(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallablePackage

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pydantic import ValidationError
 
-from agents.core import TableActor
-from envs.compression_env import CompressionEnv
-from envs.core import Budget, CompressionPolicy, Evaluation, InputError
-from envs.feasibility import FeasibleSpace
-from envs.rollout import rollout
-from envs.tasks.imports import did_you_mean
-from search.build import Problem, Say, absolute_budget, build_problem, make_env
-from search.config import BudgetConfig, SearchConfig
-from search.run_folder import AGENT, load_manifest
+from secateur.agents.core import TableActor
+from secateur.envs.compression_env import CompressionEnv
+from secateur.envs.core import Budget, CompressionPolicy, Evaluation, InputError
+from secateur.envs.feasibility import FeasibleSpace
+from secateur.envs.rollout import rollout
+from secateur.envs.tasks.imports import did_you_mean
+from secateur.search.build import Problem, Say, absolute_budget, build_problem, make_env
+from secateur.search.config import BudgetConfig, SearchConfig
+from secateur.search.run.folder import AGENT, load_manifest
 
 if TYPE_CHECKING:
-    from agents.envelope_ddpg.agent import EnvelopeDdpg
+    from secateur.agents.envelope_ddpg.agent import EnvelopeDdpg
 
 ROLLOUTS = 256
 """Candidates that are made for one question; the critics choose among them."""
@@ -131,7 +131,7 @@ def load_agent(run: str | Path, settings: SearchConfig, space: FeasibleSpace) ->
         InputError: if it has left none.
     """
     folder = agent_folder(run, settings)
-    from agents.envelope_ddpg.agent import EnvelopeDdpg
+    from secateur.agents.envelope_ddpg.agent import EnvelopeDdpg
 
     agent = EnvelopeDdpg.load(folder, space)
     agent.finish()

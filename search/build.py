@@ -14,36 +14,36 @@ import torch
 from pydantic import TypeAdapter
 from torch import nn
 
-from agents import AGENTS
-from agents.core import Agent
-from cost_models import COST_MODELS
-from cost_models.core import CostModel
-from cost_models.device import Device
-from envs.assembler import Assembler
-from envs.calibration import CalibrationConfig, LayerPlan, cached_calibration, plan_calibration
-from envs.compression_env import CompressionEnv
-from envs.core import Budget, CompressionPolicy, Evaluation, InputError, Sensitivities
-from envs.evaluator import Evaluator, Precision, choose_precision, top1
-from envs.feasibility import FeasibleSpace
-from envs.model_graph import ModelGraph, analyze
-from envs.observation import observation_names
-from envs.policy_space import PolicySpace, SpaceConfig
-from envs.pruning.importance import IMPORTANCES
-from envs.pruning.importance.core import DenseModel, Importance
-from envs.pruning.importance.unit_slices import mean_over_producers
-from envs.pruning.slicing import slice_model
-from envs.quantization.quantizers import QUANTIZERS, Quantizer
-from envs.racing import Race
-from envs.recovery import RECOVERIES, Recovery
-from envs.sensitivity import IMAGES, measure_sensitivities
-from envs.tasks.data import TaskData, load_data
-from envs.tasks.models import load_model
-from envs.tasks.training import Progress, cache_directory
-from search.config import BudgetConfig, PluginEntry, SearchConfig
-from search.front import Front
-from search.local_runner import LocalRunner
-from search.loop import Runner
-from search.ray_runner import LOCAL, RayRunner
+from secateur.agents import AGENTS
+from secateur.agents.core import Agent
+from secateur.cost_models import COST_MODELS
+from secateur.cost_models.core import CostModel
+from secateur.cost_models.device import Device
+from secateur.envs.assembler import Assembler
+from secateur.envs.calibration import CalibrationConfig, LayerPlan, cached_calibration, plan_calibration
+from secateur.envs.compression_env import CompressionEnv
+from secateur.envs.core import Budget, CompressionPolicy, Evaluation, InputError, Sensitivities
+from secateur.envs.evaluator import Evaluator, Precision, choose_precision, top1
+from secateur.envs.feasibility import FeasibleSpace
+from secateur.envs.model_graph import ModelGraph, analyze
+from secateur.envs.observation import observation_names
+from secateur.envs.policy_space import PolicySpace, SpaceConfig
+from secateur.envs.pruning.importance import IMPORTANCES
+from secateur.envs.pruning.importance.core import DenseModel, Importance
+from secateur.envs.pruning.importance.unit_slices import mean_over_producers
+from secateur.envs.pruning.slicing import slice_model
+from secateur.envs.quantization.quantizers import QUANTIZERS, Quantizer
+from secateur.envs.racing import Race
+from secateur.envs.recovery import RECOVERIES, Recovery
+from secateur.envs.sensitivity import IMAGES, measure_sensitivities
+from secateur.envs.tasks.data import TaskData, load_data
+from secateur.envs.tasks.models import load_model
+from secateur.envs.tasks.training import Progress, cache_directory
+from secateur.search.config import BudgetConfig, PluginEntry, SearchConfig
+from secateur.search.loop import Runner
+from secateur.search.results.front import Front
+from secateur.search.run.local_runner import LocalRunner
+from secateur.search.run.ray_runner import LOCAL, RayRunner
 
 log = logging.getLogger(__name__)
 

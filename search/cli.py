@@ -15,12 +15,12 @@ from rich.console import Console
 from rich.logging import RichHandler
 from typer.core import TyperGroup
 
-from cost_models.core import InputError
-from search.arguments import ConfigPath, Overrides
-from search.benchmarks.cli import benchmark
+from secateur.cost_models.core import InputError
+from secateur.search.arguments import ConfigPath, Overrides
+from secateur.search.benchmarks.cli import benchmark
 
 if TYPE_CHECKING:
-    from search.progress import SearchProgress
+    from secateur.search.run.progress import SearchProgress
 
 INTERRUPTED = 130
 """The exit code of a process that Ctrl-C has ended."""
@@ -73,7 +73,7 @@ def main() -> None:
 @app.command()
 def init(path: Annotated[Path, typer.Argument(help="File to write.")] = Path("secateur.yaml")) -> None:
     """Write a starter configuration with comments."""
-    from search.config import INSTALLED_CONFIGS
+    from secateur.search.config import INSTALLED_CONFIGS
 
     text = (INSTALLED_CONFIGS / "starter.yaml").read_text(encoding="utf-8")
     try:
@@ -89,12 +89,12 @@ def init(path: Annotated[Path, typer.Argument(help="File to write.")] = Path("se
 @app.command()
 def inspect(config: ConfigPath, overrides: Overrides = None) -> None:
     """Show layers, coupled groups, what is never pruned and why, and whether the budgets can be met."""
-    from search.config import load_config
+    from secateur.search.config import load_config
 
     settings = load_config(config, overrides or ())
-    from search import tables
-    from search.build import build_model_and_graph, build_space, feasibility_table, planned_calibration
-    from search.progress import SearchProgress
+    from secateur.search.build import build_model_and_graph, build_space, feasibility_table, planned_calibration
+    from secateur.search.results import tables
+    from secateur.search.run.progress import SearchProgress
 
     with SearchProgress(Console(stderr=True)) as progress:
         data, model, graph = build_model_and_graph(settings, progress.say)
@@ -130,10 +130,10 @@ def search(
     address: Annotated[str | None, typer.Option(help="Ray cluster to use instead of a local one.")] = None,
 ) -> None:
     """Search, and write a run: study, Pareto front, test scores of the best policies. Ctrl-C ends it early."""
-    from search.config import load_config
+    from secateur.search.config import load_config
 
     settings = load_config(config, [*(overrides or ()), *([f"search.address={address}"] if address else [])])
-    from search.run import search as run_search
+    from secateur.search.run.search import search as run_search
 
     _follow(lambda progress: run_search(settings, progress))
 
@@ -141,14 +141,14 @@ def search(
 @app.command()
 def resume(run: RunPath, overrides: Overrides = None) -> None:
     """Go on with an interrupted run, or with more evaluations (--set search.evaluations=500), as if it had never stopped."""
-    from search.run import resume as run_resume
+    from secateur.search.run.search import resume as run_resume
 
     _follow(lambda progress: run_resume(run, overrides or (), progress))
 
 
 def _follow(search: Callable[[SearchProgress], Path]) -> None:
     """Show a search while it runs, and what it has found."""
-    from search.progress import SearchProgress
+    from secateur.search.run.progress import SearchProgress
 
     console = Console()
     with SearchProgress(console) as progress:
@@ -165,8 +165,8 @@ def _follow(search: Callable[[SearchProgress], Path]) -> None:
 
 
 def _show_run(console: Console, run: Path) -> None:
-    from search.front import read_front
-    from search.tables import check_lines, front_tables
+    from secateur.search.results.front import read_front
+    from secateur.search.results.tables import check_lines, front_tables
 
     document = read_front(run)
     for table in front_tables(document):
@@ -183,8 +183,8 @@ def front(
     output: Annotated[Format, typer.Option("--format", help="What to print.")] = Format.TABLE,
 ) -> None:
     """Print the Pareto front of a run, also while it is still searching."""
-    from search.front import front_csv, only_budget, read_front
-    from search.tables import check_lines, front_tables
+    from secateur.search.results.front import front_csv, only_budget, read_front
+    from secateur.search.results.tables import check_lines, front_tables
 
     document = read_front(run)
     if budget is not None:
@@ -212,12 +212,19 @@ def export(
     pt2: Annotated[bool, typer.Option("--pt2", help="Write model.pt2 of torch.export too.")] = False,
 ) -> None:
     """Write models of a run: policy.json, safetensors and ONNX, loadable without pickles. Say which with one option."""
-    from search.front import read_front
-    from search.run_folder import load_manifest
+    from secateur.search.results.front import read_front
+    from secateur.search.run.folder import load_manifest
 
     settings, _ = load_manifest(run)
     document = read_front(run)
-    from search.deployment.selection import check_selection, chosen_front, chosen_trial, chosen_winner, find_trial, trial_folder
+    from secateur.search.results.selection import (
+        check_selection,
+        chosen_front,
+        chosen_trial,
+        chosen_winner,
+        find_trial,
+        trial_folder,
+    )
 
     check_selection(budget, trial, front)
     if budget is not None:
@@ -225,9 +232,9 @@ def export(
     else:
         chosen = chosen_front(run, document, output) if front else []
     found = None if trial is None else find_trial(run, trial)
-    from search.build import build_problem
-    from search.export import check_free, export_point, is_export_of
-    from search.progress import SearchProgress
+    from secateur.search.build import build_problem
+    from secateur.search.export.folder import check_free, export_point, is_export_of
+    from secateur.search.run.progress import SearchProgress
 
     for one in [one for one in chosen if output is None and is_export_of(one.folder, one.point, one.budget, pt2)]:
         print(f"export: {one.folder} is there already")
@@ -257,7 +264,7 @@ def verify(
     ] = None,
 ) -> None:
     """Check what an export promises: outputs, scores, costs, size and latency of its files. Exit code 1 if it is broken."""
-    from search.deployment.verification import verification_tables, verify_export
+    from secateur.search.export.verification import verification_tables, verify_export
 
     verification = verify_export(folder, runtime, threads, overrides or ())
     for table in verification_tables(verification):
@@ -284,8 +291,8 @@ def profile(
     """Measure this machine with a model and write a device file. Ctrl-C keeps what was measured; run it again to go on."""
     if (config is None) == (model is None):
         raise InputError("Name either a configuration or a model: secateur profile CONFIG, or --model torchvision:resnet18.")
-    from search.deployment import profile_run
-    from search.deployment.profiling import ProfileConfig
+    from secateur.search.profiling import profile_run
+    from secateur.search.profiling.profiler import ProfileConfig
 
     names = tuple(name.strip() for name in precisions.split(",") if name.strip())
     settings = ProfileConfig(precisions=names, threads=threads, batch=batch)
@@ -310,9 +317,9 @@ def ask(
     overrides: Overrides = None,
 ) -> None:
     """Ask the agent of a run for policies under any budget: a few evaluations instead of a search."""
-    from search.ask import ask as ask_agent
-    from search.progress import SearchProgress
-    from search.tables import answer_table
+    from secateur.search.ask import ask as ask_agent
+    from secateur.search.results.tables import answer_table
+    from secateur.search.run.progress import SearchProgress
 
     with SearchProgress(Console(stderr=True)) as progress:
         reply = ask_agent(run, budget, preference, evaluations, overrides or (), progress.say)
@@ -332,6 +339,6 @@ def support(
         raise InputError(f"The table {output} cannot be written: {error.strerror}. Choose another with --output.") from None
     if not existed:
         output.unlink()
-    from search.support import support_matrix
+    from secateur.search.benchmarks.support import support_matrix
 
     support_matrix(models or None, output, progress=print)

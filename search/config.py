@@ -29,9 +29,9 @@ from pydantic import (
     model_validator,
 )
 
-from cost_models.core import InputError
-from cost_models.device import DEVICE_COSTS, Device, parse_device, read_device
-from envs.tasks.imports import did_you_mean
+from secateur.cost_models.core import InputError
+from secateur.cost_models.device import DEVICE_COSTS, Device, parse_device, read_device
+from secateur.envs.tasks.imports import did_you_mean
 
 INSTALLED_CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 """The example configurations that are installed with the package."""
@@ -95,7 +95,7 @@ def parse_limit(text: Any) -> Limit:
 
 
 def _check_cost_name(name: str) -> str:
-    from cost_models import COST_MODELS
+    from secateur.cost_models import COST_MODELS
 
     known = [*COST_MODELS, *DEVICE_COSTS, TOP1_DROP]
     if name not in known:
@@ -200,7 +200,7 @@ def _plugin_of(path: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-RecoveryEntry = Annotated[PluginEntry, _plugin_of("envs.recovery:RECOVERIES")]
+RecoveryEntry = Annotated[PluginEntry, _plugin_of("secateur.envs.recovery:RECOVERIES")]
 
 
 # ------------------------------------------------------------------------------------------------------------- sections
@@ -238,7 +238,7 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
-    """The images and their splits; the attributes are the arguments of `envs.tasks.data.load_data`.
+    """The images and their splits; the attributes are the arguments of `secateur.envs.tasks.data.load_data`.
 
     `calibration: 0` is for importances, recoveries and quantizers that need no image.
     """
@@ -257,7 +257,7 @@ class DataSection(Section):
     @field_validator("name")
     @classmethod
     def _known(cls, name: str) -> str:
-        from envs.tasks.data import DATASETS
+        from secateur.envs.tasks.data import DATASETS
 
         if name not in DATASETS and ":" not in name:
             known = f'Known: {", ".join(DATASETS)}, or "package.module:function"'
@@ -307,7 +307,7 @@ class SearchSection(Section):
 
 
 class SpaceSection(Section):
-    """What may be chosen; the attributes are those of `envs.policy_space.SpaceConfig`."""
+    """What may be chosen; the attributes are those of `secateur.envs.policy_space.SpaceConfig`."""
 
     prune_ratio: tuple[float, float] | None = (0.0, 0.9)
     channel_multiple: StrictInt = 1
@@ -317,7 +317,7 @@ class SpaceSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> SpaceSection:
-        from envs.policy_space import SpaceConfig
+        from secateur.envs.policy_space import SpaceConfig
 
         SpaceConfig(**self.model_dump())
         return self
@@ -325,13 +325,13 @@ class SpaceSection(Section):
 
 def _with_defaults(options: dict[str, Any]) -> dict[str, Any]:
     """Return all options of the calibration."""
-    from envs.calibration import CalibrationConfig
+    from secateur.envs.calibration import CalibrationConfig
 
     return asdict(_check_options(CalibrationConfig, "calibration", options))
 
 
 CalibrationOptions = Annotated[dict[str, Any], AfterValidator(_with_defaults), Field(validate_default=True)]
-"""How the calibration images are used: fields of `envs.calibration.CalibrationConfig`."""
+"""How the calibration images are used: fields of `secateur.envs.calibration.CalibrationConfig`."""
 
 
 class FinalizeSection(Section):
@@ -341,7 +341,7 @@ class FinalizeSection(Section):
         top: so many of each budget are finalists: repaired by `recovery`, scored on the validation split, which chooses
             the winner, and on the test split.
         recovery: plug-ins, as in `recovery` of the whole configuration; None: the same ones.
-        verify: whether the winner of each budget is exported and checked from its files; see search/winners.py.
+        verify: whether the winner of each budget is exported and checked from its files; see search/results/winners.py.
     """
 
     top: PositiveInt = 3
@@ -384,8 +384,8 @@ class SearchConfig(Section):
     device: DeviceEntry = None
     search: SearchSection = SearchSection.model_construct()
     space: SpaceSection = SpaceSection.model_construct()
-    importance: Annotated[PluginEntry, _plugin_of("envs.pruning.importance:IMPORTANCES")] = PluginEntry(name="l1_norm")
-    quantizer: Annotated[PluginEntry, _plugin_of("envs.quantization.quantizers:QUANTIZERS")] = PluginEntry(
+    importance: Annotated[PluginEntry, _plugin_of("secateur.envs.pruning.importance:IMPORTANCES")] = PluginEntry(name="l1_norm")
+    quantizer: Annotated[PluginEntry, _plugin_of("secateur.envs.quantization.quantizers:QUANTIZERS")] = PluginEntry(
         name="uniform"
     )
     recovery: tuple[RecoveryEntry, ...] = (

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from agents.core import Agent
-from envs.core import Actor, Episode
+from secateur.agents.core import Agent
+from secateur.envs.core import Actor, Episode
 
 
 class Runner(Protocol):

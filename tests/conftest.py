@@ -8,7 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-from envs.core import Budget, CompressionPolicy, Episode, Evaluation, Sensitivities, Simulation  # noqa: E402
+from secateur.envs.core import Budget, CompressionPolicy, Episode, Evaluation, Sensitivities, Simulation
 
 LEVELS = np.linspace(0, 1, 5)
 

@@ -1,4 +1,4 @@
-"""Imports go one way: search -> agents -> envs.core -> cost_models.core, and search -> envs, cost_models."""
+"""Imports go one way: search -> agents -> secateur.envs.core -> secateur.cost_models.core, and search -> envs, cost_models."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ FILES = {
 
 ALLOWED = {
     "cost_models": ("cost_models",),
-    "envs": ("envs", "cost_models.core"),
-    "agents": ("agents", "envs.core", "cost_models.core"),
+    "envs": ("envs", "secateur.cost_models.core"),
+    "agents": ("agents", "secateur.envs.core", "secateur.cost_models.core"),
     "search": PACKAGES,
 }
 """What of ours each package may import."""
@@ -29,18 +29,18 @@ ALLOWED = {
 THIRD_PARTY = {"cost_models": {"numpy", "pydantic"}, "agents": {"numpy", "moocore"}}
 """What else these packages may import, besides the standard library."""
 
-LEARNING = ("agents.envelope_ddpg", {"torch", "safetensors"})
+LEARNING = ("secateur.agents.envelope_ddpg", {"torch", "safetensors"})
 """The one agent with networks, and its libraries."""
 
 ONLY_IN = {
-    "ray": {"search.ray_runner"},
-    "optuna": {"search.study"},
-    "typer": {"search.cli", "search.arguments", "search.benchmarks.cli"},
-    "yaml": {"search.config"},
+    "ray": {"secateur.search.run.ray_runner"},
+    "optuna": {"secateur.search.run.study"},
+    "typer": {"secateur.search.cli", "secateur.search.arguments", "secateur.search.benchmarks.cli"},
+    "yaml": {"secateur.search.config"},
 }
 """Libraries that few modules hide from all others."""
 
-SPINE = ("agents.core", "envs.core", "cost_models.core")
+SPINE = ("secateur.agents.core", "secateur.envs.core", "secateur.cost_models.core")
 """All of ours that the loop may know."""
 
 
@@ -76,7 +76,7 @@ def within(module: str, allowed: tuple[str, ...]) -> bool:
 
 def test_all_packages_are_looked_at():
     assert {name.partition(".")[0] for name in FILES} == set(PACKAGES)
-    assert {"search.loop", "search.cli", *SPINE} <= set(FILES)
+    assert {"secateur.search.loop", "secateur.search.cli", *SPINE} <= set(FILES)
 
 
 @pytest.mark.parametrize("module", FILES)
@@ -94,7 +94,7 @@ def test_imports_follow_the_arrows(module):
 
 
 def test_the_loop_knows_the_spine_only():
-    ours = {imported for imported in imports(FILES["search.loop"]) if imported.partition(".")[0] in PACKAGES}
+    ours = {imported for imported in imports(FILES["secateur.search.loop"]) if imported.partition(".")[0] in PACKAGES}
     assert ours and all(within(imported, SPINE) for imported in ours)
 
 
@@ -105,8 +105,8 @@ def test_the_spine_rests_on_itself(module):
 
 
 def test_nothing_imports_the_command():
-    assert [module for module in FILES if "search.cli" in imports(FILES[module])] == []
-    assert [module for module in FILES if "search.benchmarks.cli" in imports(FILES[module])] == ["search.cli"]
+    assert [module for module in FILES if "secateur.search.cli" in imports(FILES[module])] == []
+    assert [module for module in FILES if "secateur.search.benchmarks.cli" in imports(FILES[module])] == ["secateur.search.cli"]
 
 
 def import_cycle(graph):
@@ -131,6 +131,6 @@ def test_agents_are_known_without_torch():
 
 
 def test_the_command_starts_without_heavy_imports():
-    code = "import sys, search.cli; print(sorted({'torch', 'ray', 'optuna', 'pydantic'} & set(sys.modules)))"
+    code = "import sys, secateur.search.cli; print(sorted({'torch', 'ray', 'optuna', 'pydantic'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -12,13 +12,13 @@
 
 from __future__ import annotations
 
-from agents.envelope_ddpg.config import EnvelopeDdpgConfig
+from secateur.agents.envelope_ddpg.config import EnvelopeDdpgConfig
 
 __all__ = ["EnvelopeDdpgConfig", "make_envelope_ddpg"]
 
 
 def make_envelope_ddpg(config, space, budgets, rng):
     """Return an `EnvelopeDdpg`; torch is imported only now."""
-    from agents.envelope_ddpg.agent import EnvelopeDdpg
+    from secateur.agents.envelope_ddpg.agent import EnvelopeDdpg
 
     return EnvelopeDdpg(config, space, budgets, rng)

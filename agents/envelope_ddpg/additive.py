@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from envs.core import Sensitivities
+from secateur.envs.core import Sensitivities
 
 SHARED = 3.0
 """Variance of the part of the totals, in units of that of single entries."""

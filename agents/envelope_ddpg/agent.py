@@ -44,17 +44,17 @@ from pathlib import Path
 
 import numpy as np
 
-from agents.clr_rnf import ClrRnf, ClrRnfConfig
-from agents.core import TableActor, fully_scored
-from agents.envelope_ddpg.config import EnvelopeDdpgConfig
-from agents.envelope_ddpg.learner import ENOUGH, Learner, one_thread
-from agents.envelope_ddpg.replay import Memory, Outstanding, executes_alike, sample_preferences, tighter_budgets
-from agents.envelope_ddpg.storage import read_agent, write_agent
-from agents.greedy import Greedy, GreedyConfig, allocate
-from agents.pareto import Archive, hypervolume
-from agents.random_search import random_table
-from agents.uniform import Uniform, UniformConfig, uniform_family
-from envs.core import ActionSpace, Actor, Budget, CompressionPolicy, Episode, InputError
+from secateur.agents.clr_rnf import ClrRnf, ClrRnfConfig
+from secateur.agents.core import TableActor, fully_scored
+from secateur.agents.envelope_ddpg.config import EnvelopeDdpgConfig
+from secateur.agents.envelope_ddpg.learner import ENOUGH, Learner, one_thread
+from secateur.agents.envelope_ddpg.replay import Memory, Outstanding, executes_alike, sample_preferences, tighter_budgets
+from secateur.agents.envelope_ddpg.storage import read_agent, write_agent
+from secateur.agents.greedy import Greedy, GreedyConfig, allocate
+from secateur.agents.pareto import Archive, hypervolume
+from secateur.agents.random_search import random_table
+from secateur.agents.uniform import Uniform, UniformConfig, uniform_family
+from secateur.envs.core import ActionSpace, Actor, Budget, CompressionPolicy, Episode, InputError
 
 
 class EnvelopeDdpg:

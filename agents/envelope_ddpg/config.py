@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from envs.core import InputError
+from secateur.envs.core import InputError
 
 
 @dataclass(frozen=True)

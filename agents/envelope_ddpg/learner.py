@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agents.envelope_ddpg.additive import AdditiveModel
-from agents.envelope_ddpg.config import EnvelopeDdpgConfig
-from agents.envelope_ddpg.networks import Mlp, follow
-from agents.envelope_ddpg.replay import Memory, Pool, sample_preferences
-from agents.envelope_ddpg.targets import critic_loss, envelope_target, pessimistic
-from envs.core import ActionSpace, Budget
+from secateur.agents.envelope_ddpg.additive import AdditiveModel
+from secateur.agents.envelope_ddpg.config import EnvelopeDdpgConfig
+from secateur.agents.envelope_ddpg.networks import Mlp, follow
+from secateur.agents.envelope_ddpg.replay import Memory, Pool, sample_preferences
+from secateur.agents.envelope_ddpg.targets import critic_loss, envelope_target, pessimistic
+from secateur.envs.core import ActionSpace, Budget
 
 ENOUGH = 4
 """Episodes before anything is learned."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from envs.core import ActionSpace, Budget
+from secateur.envs.core import ActionSpace, Budget
 
 
 @dataclass(frozen=True, eq=False)

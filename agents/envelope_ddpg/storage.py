@@ -19,13 +19,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from agents.envelope_ddpg.config import EnvelopeDdpgConfig
-from agents.envelope_ddpg.replay import Memory, Outstanding
-from envs.core import ActionSpace, Budget, CompressionPolicy, InputError, Sensitivities
+from secateur.agents.envelope_ddpg.config import EnvelopeDdpgConfig
+from secateur.agents.envelope_ddpg.replay import Memory, Outstanding
+from secateur.envs.core import ActionSpace, Budget, CompressionPolicy, InputError, Sensitivities
 
 if TYPE_CHECKING:
-    from agents.envelope_ddpg.agent import EnvelopeDdpg
-    from agents.envelope_ddpg.learner import Learner
+    from secateur.agents.envelope_ddpg.agent import EnvelopeDdpg
+    from secateur.agents.envelope_ddpg.learner import Learner
 
 STATE, NETWORKS, REPLAY = "agent.json", "networks.safetensors", "replay.npz"
 SCHEMA = 4

@@ -1,8 +1,8 @@
 """Calibration: one pass over some images, from which refits, rounding, ranges and removal orders follow."""
 
-from envs.calibration.calibrate import LayerPlan, calibrate, plan_calibration
-from envs.calibration.core import Calibration, CalibrationConfig, LayerStatistics
-from envs.calibration.storage import cached_calibration
+from secateur.envs.calibration.calibrate import LayerPlan, calibrate, plan_calibration
+from secateur.envs.calibration.core import Calibration, CalibrationConfig, LayerStatistics
+from secateur.envs.calibration.storage import cached_calibration
 
 __all__ = [
     "Calibration",

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cost_models.core import LayerShape
-from envs.calibration.core import CHANNEL, DIAGONAL, FULL, NONE, Calibration, CalibrationConfig, LayerStatistics
-from envs.calibration.patches import is_plain, num_positions, patches, sample_positions
-from envs.core import InputError
-from envs.model_graph.plan import ModelGraph
+from secateur.cost_models.core import LayerShape
+from secateur.envs.calibration.core import CHANNEL, DIAGONAL, FULL, NONE, Calibration, CalibrationConfig, LayerStatistics
+from secateur.envs.calibration.patches import is_plain, num_positions, patches, sample_positions
+from secateur.envs.core import InputError
+from secateur.envs.model_graph.plan import ModelGraph
 
 _FLOAT_BYTES = 4
 _STRIP = 128

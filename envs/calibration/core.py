@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from envs.core import InputError
+from secateur.envs.core import InputError
 
 FULL, CHANNEL, DIAGONAL, NONE = "full", "channel", "diagonal", "none"
 """How much is known about a layer's input; see `LayerStatistics.kind`."""

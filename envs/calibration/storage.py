@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
-from envs.calibration.calibrate import calibrate
-from envs.calibration.core import Calibration, CalibrationConfig, LayerStatistics
-from envs.model_graph.plan import ModelGraph
+from secateur.envs.calibration.calibrate import calibrate
+from secateur.envs.calibration.core import Calibration, CalibrationConfig, LayerStatistics
+from secateur.envs.model_graph.plan import ModelGraph
 
 logger = logging.getLogger(__name__)
 

@@ -8,13 +8,13 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from cost_models.core import InputError
-from envs.model_graph.channel_flow import ChannelFlow
-from envs.model_graph.groups import build_graph, exclude_layers
-from envs.model_graph.plan import ModelGraph
-from envs.model_graph.trace import first_line, trace_model
-from envs.model_graph.verification import verified_graph
-from envs.pruning.slicing import share_tensors
+from secateur.cost_models.core import InputError
+from secateur.envs.model_graph.channel_flow import ChannelFlow
+from secateur.envs.model_graph.groups import build_graph, exclude_layers
+from secateur.envs.model_graph.plan import ModelGraph
+from secateur.envs.model_graph.trace import first_line, trace_model
+from secateur.envs.model_graph.verification import verified_graph
+from secateur.envs.pruning.slicing import share_tensors
 
 
 def analyze(model: nn.Module, example_inputs: tuple[Tensor, ...], exclude: Sequence[str] = (), verify: bool = True) -> ModelGraph:

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from envs.model_graph.identities import Identities
-from envs.model_graph.trace import Trace, TracedLayer, arguments, op_name, run_with, shape_of
+from secateur.envs.model_graph.identities import Identities
+from secateur.envs.model_graph.trace import Trace, TracedLayer, arguments, op_name, run_with, shape_of
 
 Shadow = tuple[Tensor, ...]
 """Identities of one value: one tensor; for a parameter one per axis, as only its use tells which one holds channels."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from envs.model_graph.channel_flow import POINTWISE
-from envs.model_graph.plan import Operation
-from envs.model_graph.trace import Trace, arguments, op_name, shape_of
+from secateur.envs.model_graph.channel_flow import POINTWISE
+from secateur.envs.model_graph.plan import Operation
+from secateur.envs.model_graph.trace import Trace, arguments, op_name, shape_of
 
 _PASSED_THROUGH = ("dropout", "feature_dropout", "clone", "contiguous", "detach", "alias", "max_pool2d", "avg_pool2d",
                    "adaptive_avg_pool2d", "adaptive_max_pool2d", "upsample_nearest2d", "upsample_bilinear2d")  # fmt: skip

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 if TYPE_CHECKING:
-    from envs.model_graph.plan import ModelGraph
+    from secateur.envs.model_graph.plan import ModelGraph
 
 
 @torch.no_grad()

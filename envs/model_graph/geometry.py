@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from cost_models.core import NetworkGeometry
-from envs.model_graph.channel_flow import POINTWISE, ChannelFlow
-from envs.model_graph.plan import ChannelGroup
-from envs.model_graph.trace import Trace, arguments, op_name, run_with, shape_of
+from secateur.cost_models.core import NetworkGeometry
+from secateur.envs.model_graph.channel_flow import POINTWISE, ChannelFlow
+from secateur.envs.model_graph.plan import ChannelGroup
+from secateur.envs.model_graph.trace import Trace, arguments, op_name, run_with, shape_of
 
 
 def network_geometry(trace: Trace, flow: ChannelFlow, groups: Sequence[ChannelGroup], group_of: np.ndarray) -> NetworkGeometry:

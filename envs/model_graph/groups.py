@@ -8,12 +8,12 @@ from itertools import groupby
 
 import numpy as np
 
-from cost_models.core import InputError
-from envs.model_graph.channel_flow import ChannelFlow
-from envs.model_graph.dataflow import dataflow
-from envs.model_graph.geometry import network_geometry
-from envs.model_graph.plan import ChannelGroup, FrozenChannels, ModelGraph, TensorSlice
-from envs.model_graph.trace import Trace
+from secateur.cost_models.core import InputError
+from secateur.envs.model_graph.channel_flow import ChannelFlow
+from secateur.envs.model_graph.dataflow import dataflow
+from secateur.envs.model_graph.geometry import network_geometry
+from secateur.envs.model_graph.plan import ChannelGroup, FrozenChannels, ModelGraph, TensorSlice
+from secateur.envs.model_graph.trace import Trace
 
 
 def exclude_layers(trace: Trace, flow: ChannelFlow, patterns: Sequence[str]) -> None:

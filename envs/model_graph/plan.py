@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cost_models.core import NetworkGeometry
+from secateur.cost_models.core import NetworkGeometry
 
 
 @dataclass(frozen=True)

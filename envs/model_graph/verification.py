@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from envs.model_graph.channel_flow import ChannelFlow
-from envs.model_graph.groups import build_graph, group_elements
-from envs.model_graph.plan import ModelGraph
-from envs.model_graph.trace import Trace, first_line
-from envs.pruning.slicing import masked_model, slice_model
+from secateur.envs.model_graph.channel_flow import ChannelFlow
+from secateur.envs.model_graph.groups import build_graph, group_elements
+from secateur.envs.model_graph.plan import ModelGraph
+from secateur.envs.model_graph.trace import Trace, first_line
+from secateur.envs.pruning.slicing import masked_model, slice_model
 
 RELATIVE_TOLERANCE = 1e-3
 """Largest difference, relative to the largest output, that float32 rounding may cause in a deep network."""

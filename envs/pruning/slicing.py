@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cost_models.core import InputError
+from secateur.cost_models.core import InputError
 
 if TYPE_CHECKING:
-    from envs.model_graph.plan import ModelGraph
+    from secateur.envs.model_graph.plan import ModelGraph
 
 
 Positions = dict[str, dict[int, np.ndarray]]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from envs.quantization.quantizers.core import ActivationGrid, QuantizedWeight, check_bits
+from secateur.envs.quantization.quantizers.core import ActivationGrid, QuantizedWeight, check_bits
 
 
 @dataclass(frozen=True)

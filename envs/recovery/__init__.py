@@ -1,13 +1,13 @@
 """Recoveries: repair without training. A new one is a file and a line in `RECOVERIES`."""
 
-from envs.recovery.batch_norm import BatchNorm, BatchNormConfig
-from envs.recovery.bias_correction import BiasCorrection, BiasCorrectionConfig
-from envs.recovery.core import Recovery
-from envs.recovery.data_free import DataFree, DataFreeConfig
-from envs.recovery.df_mpc import DFMPC, DFMPCConfig
-from envs.recovery.least_squares import LeastSquares, LeastSquaresConfig
-from envs.recovery.none import NoRecovery, NoRecoveryConfig
-from envs.recovery.sequential import Sequential, SequentialConfig
+from secateur.envs.recovery.batch_norm import BatchNorm, BatchNormConfig
+from secateur.envs.recovery.bias_correction import BiasCorrection, BiasCorrectionConfig
+from secateur.envs.recovery.core import Recovery
+from secateur.envs.recovery.data_free import DataFree, DataFreeConfig
+from secateur.envs.recovery.df_mpc import DFMPC, DFMPCConfig
+from secateur.envs.recovery.least_squares import LeastSquares, LeastSquaresConfig
+from secateur.envs.recovery.none import NoRecovery, NoRecoveryConfig
+from secateur.envs.recovery.sequential import Sequential, SequentialConfig
 
 __all__ = ["RECOVERIES", "Recovery"]
 

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from envs.candidate import Candidate
-from envs.core import InputError
-from envs.number_format import convert_network, prepare_images
-from envs.pruning.slicing import share_tensors
+from secateur.envs.candidate import Candidate
+from secateur.envs.core import InputError
+from secateur.envs.number_format import convert_network, prepare_images
+from secateur.envs.pruning.slicing import share_tensors
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from typing import ClassVar
 
 import torch
 
-from envs.calibration.core import NONE
-from envs.candidate import Candidate
+from secateur.envs.calibration.core import NONE
+from secateur.envs.candidate import Candidate
 
 
 @dataclass(frozen=True)

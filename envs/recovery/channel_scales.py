@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from envs.calibration.patches import is_plain
-from envs.candidate import Candidate
-from envs.model_graph.plan import ChannelGroup, TensorSlice
-from envs.pruning.importance.unit_slices import producer_weights, unit_rows
+from secateur.envs.calibration.patches import is_plain
+from secateur.envs.candidate import Candidate
+from secateur.envs.model_graph.plan import ChannelGroup, TensorSlice
+from secateur.envs.pruning.importance.unit_slices import producer_weights, unit_rows
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Protocol
 
-from envs.candidate import Candidate
+from secateur.envs.candidate import Candidate
 
 
 class Recovery(Protocol):

@@ -38,12 +38,12 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
-from envs.calibration.patches import is_plain
-from envs.candidate import Candidate
-from envs.core import InputError
-from envs.model_graph.plan import ChannelGroup
-from envs.pruning.importance.unit_slices import unit_rows
-from envs.recovery.channel_scales import (
+from secateur.envs.calibration.patches import is_plain
+from secateur.envs.candidate import Candidate
+from secateur.envs.core import InputError
+from secateur.envs.model_graph.plan import ChannelGroup
+from secateur.envs.pruning.importance.unit_slices import unit_rows
+from secateur.envs.recovery.channel_scales import (
     ScaleBook,
     filters,
     is_depthwise,
@@ -51,7 +51,7 @@ from envs.recovery.channel_scales import (
     reading_places,
     scale_inputs,
 )
-from envs.recovery.moments import (
+from secateur.envs.recovery.moments import (
     Before,
     Moments,
     current_state,

@@ -21,14 +21,14 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from cost_models.core import FLOAT_BITS
-from envs.calibration.patches import is_plain
-from envs.candidate import Candidate
-from envs.core import InputError
-from envs.model_graph.plan import ChannelGroup
-from envs.recovery.channel_scales import ScaleBook, filters, reading_places, scale_inputs
-from envs.recovery.data_free import cached_moments, check_spatial_correlation
-from envs.recovery.moments import current_state, quantize_in_place, restate_statistics
+from secateur.cost_models.core import FLOAT_BITS
+from secateur.envs.calibration.patches import is_plain
+from secateur.envs.candidate import Candidate
+from secateur.envs.core import InputError
+from secateur.envs.model_graph.plan import ChannelGroup
+from secateur.envs.recovery.channel_scales import ScaleBook, filters, reading_places, scale_inputs
+from secateur.envs.recovery.data_free import cached_moments, check_spatial_correlation
+from secateur.envs.recovery.moments import current_state, quantize_in_place, restate_statistics
 
 KEPT, NORMS, MOMENTS = "kept", "norms", "moments"
 

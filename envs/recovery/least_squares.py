@@ -32,9 +32,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from envs.calibration.core import CHANNEL, DIAGONAL, NONE, LayerStatistics
-from envs.candidate import Candidate, KeptAxes
-from envs.core import InputError
+from secateur.envs.calibration.core import CHANNEL, DIAGONAL, NONE, LayerStatistics
+from secateur.envs.candidate import Candidate, KeptAxes
+from secateur.envs.core import InputError
 
 
 @dataclass(frozen=True)

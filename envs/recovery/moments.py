@@ -27,10 +27,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from envs.calibration.core import FULL, LayerStatistics
-from envs.calibration.patches import is_plain
-from envs.candidate import Candidate
-from envs.model_graph.plan import ModelGraph, Operation
+from secateur.envs.calibration.core import FULL, LayerStatistics
+from secateur.envs.calibration.patches import is_plain
+from secateur.envs.candidate import Candidate
+from secateur.envs.model_graph.plan import ModelGraph, Operation
 
 HERMITE_TERMS = 12
 """Terms of eq. (1); what is cut off goes to the variances, so that the matrix stays positive."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from envs.candidate import Candidate
+from secateur.envs.candidate import Candidate
 
 
 @dataclass(frozen=True)

@@ -49,12 +49,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cost_models.core import FLOAT_BITS
-from envs.calibration.core import FULL, NONE, LayerStatistics
-from envs.calibration.patches import outputs_at, patches, sample_positions
-from envs.candidate import Candidate
-from envs.core import InputError
-from envs.recovery.forward_values import ForwardPlan, Target, ValueTap, counting, plan_forward
+from secateur.cost_models.core import FLOAT_BITS
+from secateur.envs.calibration.core import FULL, NONE, LayerStatistics
+from secateur.envs.calibration.patches import outputs_at, patches, sample_positions
+from secateur.envs.candidate import Candidate
+from secateur.envs.core import InputError
+from secateur.envs.recovery.forward_values import ForwardPlan, Target, ValueTap, counting, plan_forward
 
 log = logging.getLogger(__name__)
 

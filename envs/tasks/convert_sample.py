@@ -1,4 +1,4 @@
-"""Turns a zip of labelled images into one array file: `python -m envs.tasks.convert_sample SOURCE TARGET [--turn]`.
+"""Turns a zip of labelled images into one array file: `python -m secateur.envs.tasks.convert_sample SOURCE TARGET [--turn]`.
 
 SOURCE holds `images.zip`, whose files are called `<class index>_<anything>` and have one size, and `classes.csv` with the
 columns `index` and `name`. TARGET (a .npz file) gets x_test (N, H, W, 3) uint8, y_test (N,) int64 and classes: what
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from envs.core import InputError
+from secateur.envs.core import InputError
 
 
 def read_sample(source: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Turns CIFAR-10 as stacked WebP tiles into one array file: `python -m envs.tasks.convert_tiles SOURCE TARGET`.
+"""Turns CIFAR-10 as stacked WebP tiles into one array file: `python -m secateur.envs.tasks.convert_tiles SOURCE TARGET`.
 
 SOURCE holds `train_00.webp` .. and `test_00.webp` .., each with 32x32 images stacked vertically, and
 `train_labels.npy`, `test_labels.npy`. TARGET/cifar10.npz gets x_train, y_train, x_test, y_test: images
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from envs.core import InputError
+from secateur.envs.core import InputError
 
 
 def read_tiles(source: Path, part: str) -> tuple[np.ndarray, np.ndarray]:

@@ -19,8 +19,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from envs.core import InputError
-from envs.tasks.imports import did_you_mean, import_object
+from secateur.envs.core import InputError
+from secateur.envs.tasks.imports import did_you_mean, import_object
 
 REST = "rest"
 """In place of a count: all images of that part that are left."""
@@ -330,7 +330,7 @@ def _call(path: str, **arguments) -> TaskData:
     except Exception as error:  # the user's function runs arbitrary code
         raise InputError(f"`data.name: {path}` failed: {type(error).__name__}: {error}") from error
     if not isinstance(data, TaskData):
-        raise InputError(f"`data.name: {path}` must return an envs.tasks.data.TaskData, but got {type(data).__name__}.")
+        raise InputError(f"`data.name: {path}` must return an secateur.envs.tasks.data.TaskData, but got {type(data).__name__}.")
     return data
 
 
@@ -365,7 +365,7 @@ def read_digits(root: str | Path | None, input_shape: tuple[int, int, int] | Non
 def read_cifar10(root: str | Path | None, input_shape: tuple[int, int, int] | None) -> Dataset:
     """Return CIFAR-10 from torchvision's layout or from the `cifar10.npz` that `convert_tiles` writes."""
     layout = (
-        "`cifar-10-batches-py/` as torchvision unpacks it, or `cifar10.npz` from `python -m envs.tasks.convert_tiles`"
+        "`cifar-10-batches-py/` as torchvision unpacks it, or `cifar10.npz` from `python -m secateur.envs.tasks.convert_tiles`"
     )
     folder = _folder(root, layout)
     archive = folder / "cifar10.npz"
@@ -481,7 +481,7 @@ def _read_npz(path: Path) -> list[tuple[np.ndarray, np.ndarray]]:
     except Exception as error:  # numpy raises half a dozen kinds on damaged archives
         raise InputError(
             f"{path} cannot be read ({error}). It must hold x_train, y_train, x_test, y_test; "
-            "write it again with `python -m envs.tasks.convert_tiles`."
+            "write it again with `python -m secateur.envs.tasks.convert_tiles`."
         ) from error
     for images, labels in parts:
         if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3) or labels.shape != images.shape[:1]:

@@ -1,6 +1,6 @@
 """A small residual network for scikit-learn's handwritten digits, trained in seconds: the demo's model.
 
-Config: `model: {factory: "envs.tasks.digits:digits_resnet", weights: trained}`,
+Config: `model: {factory: "secateur.envs.tasks.digits:digits_resnet", weights: trained}`,
 `data: {name: digits, train: rest, ...}`.
 """
 
@@ -11,9 +11,9 @@ from pathlib import Path
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from envs.tasks.data import TaskData, load_data
-from envs.tasks.models import load_weights
-from envs.tasks.training import Progress, Recipe, cached_weights
+from secateur.envs.tasks.data import TaskData, load_data
+from secateur.envs.tasks.models import load_weights
+from secateur.envs.tasks.training import Progress, Recipe, cached_weights
 
 RECIPE = Recipe(epochs=30)
 """Reaches 99 % of the digits' test images."""
@@ -62,7 +62,7 @@ def digits_resnet(widths: tuple[int, ...] = (16, 32, 64), num_classes: int = 10)
 
 
 def train_weights(model: nn.Module, data: TaskData, progress: Progress | None = None) -> Path:
-    """Return a weights file of `model` trained on `data.train`, cached (the hook of `envs.tasks.models`)."""
+    """Return a weights file of `model` trained on `data.train`, cached (the hook of `secateur.envs.tasks.models`)."""
     return cached_weights("digits", model, data, RECIPE, progress)
 
 

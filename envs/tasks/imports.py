@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable
 from types import ModuleType
 
-from envs.core import InputError
+from secateur.envs.core import InputError
 
 
 def import_object(path: str, place: str) -> tuple[ModuleType, object]:

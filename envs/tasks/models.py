@@ -6,7 +6,7 @@ must offer
     def train_weights(model: nn.Module, data: TaskData, progress: Progress | None = None) -> Path
 
 which trains a network like `model` on `data.train`, or finds it in its cache, and returns a weights file.
-`envs.tasks.digits` is an example.
+`secateur.envs.tasks.digits` is an example.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from envs.core import InputError
-from envs.tasks.data import TaskData
-from envs.tasks.imports import did_you_mean, import_object
-from envs.tasks.training import Progress
+from secateur.envs.core import InputError
+from secateur.envs.tasks.data import TaskData
+from secateur.envs.tasks.imports import did_you_mean, import_object
+from secateur.envs.tasks.training import Progress
 
 TRAINED = "trained"
 """In place of a weights file: train the network with the recipe of its module."""

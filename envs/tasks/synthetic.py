@@ -8,8 +8,8 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from envs.tasks.data import Dataset, Pool, TaskData, array_pool, split_dataset
-from envs.tasks.training import Progress, Recipe, cached_weights
+from secateur.envs.tasks.data import Dataset, Pool, TaskData, array_pool, split_dataset
+from secateur.envs.tasks.training import Progress, Recipe, cached_weights
 
 IMAGE_SHAPE = (3, 8, 8)
 NUM_CLASSES = 6
@@ -48,7 +48,7 @@ def synthetic_net(width: int = 8) -> SyntheticNet:
 
 
 def train_weights(model: nn.Module, data: TaskData, progress: Progress | None = None) -> Path:
-    """Return a weights file of `model` trained on `data.train`, cached (the hook of `envs.tasks.models`)."""
+    """Return a weights file of `model` trained on `data.train`, cached (the hook of `secateur.envs.tasks.models`)."""
     return cached_weights("synthetic", model, data, RECIPE, progress)
 
 
@@ -61,7 +61,7 @@ def load(
     validation_from: str = "test",
     seed: int = 0,
 ) -> TaskData:
-    """Return the generated splits: `data: {name: "envs.tasks.synthetic:load", ...}`.
+    """Return the generated splits: `data: {name: "secateur.envs.tasks.synthetic:load", ...}`.
 
     Each class is a smooth random pattern; an image is its class's pattern, shifted by up to two pixels, plus noise.
     """

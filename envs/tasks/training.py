@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from envs.core import InputError
-from envs.tasks.data import Split, TaskData
+from secateur.envs.core import InputError
+from secateur.envs.tasks.data import Split, TaskData
 
 logger = logging.getLogger(__name__)
 

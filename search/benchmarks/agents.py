@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from agents import AGENTS
-from agents.core import Agent
-from envs.core import Actor, CompressionPolicy, Episode, InputError
-from envs.evaluator import Evaluator
-from search.benchmarks.records import Records
-from search.build import Problem, build_agent, build_front, build_options
-from search.config import SearchConfig, apply_override, parse_config
-from search.finalize import Finalist, finalize
-from search.front import Candidate, Front
-from search.loop import Runner, run_loop
+from secateur.agents import AGENTS
+from secateur.agents.core import Agent
+from secateur.envs.core import Actor, CompressionPolicy, Episode, InputError
+from secateur.envs.evaluator import Evaluator
+from secateur.search.benchmarks.records import Records
+from secateur.search.build import Problem, build_agent, build_front, build_options
+from secateur.search.config import SearchConfig, apply_override, parse_config
+from secateur.search.loop import Runner, run_loop
+from secateur.search.results.finalize import Finalist, finalize
+from secateur.search.results.front import Candidate, Front
 
 KINDS = {"search_top1": "search", "plain_test_top1": "plain test", "validation_top1": "validation", "test_top1": "test"}
 TEST_KINDS = ("plain_test_top1", "test_top1")

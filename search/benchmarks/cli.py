@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from cost_models.core import InputError
-from search.arguments import ConfigPath, Overrides
+from secateur.cost_models.core import InputError
+from secateur.search.arguments import ConfigPath, Overrides
 
 benchmark = typer.Typer(
     no_args_is_help=True, help="Measure agents, recoveries, importances, the worth of the reward, or the cost models' speed."
@@ -24,8 +24,8 @@ def _write_report(output: Path, table: str) -> None:
 
 def _measure_rows(output: Path, name: str, measure: Callable[..., object], report: Callable[..., str]) -> None:
     """Measure what is missing in a folder of results, printing rows as they come; results.md always follows what is there."""
-    from search.benchmarks.records import Records
-    from search.progress import SearchProgress
+    from secateur.search.benchmarks.records import Records
+    from secateur.search.run.progress import SearchProgress
 
     records = Records(output / "results.jsonl", {"benchmark": name})
     with SearchProgress(Console(stderr=True)) as progress:
@@ -55,17 +55,17 @@ def benchmark_search(
     ),
 ) -> None:
     """Run agents at equal evaluations over several seeds; winners are chosen on validation and scored on test images."""
-    from search.config import load_config
+    from secateur.search.config import load_config
 
     # Runs share what was evaluated, and no run's policies may be stopped by those of another one.
     overrides = [*(overrides or ()), "search.racing=false"]
     settings = load_config(config, overrides)
-    from agents import AGENTS
-    from search.benchmarks import agents as measure
-    from search.benchmarks.records import Records, config_record
-    from search.build import build_problem, open_runner
-    from search.finalize import dense_test_score
-    from search.progress import SearchProgress
+    from secateur.agents import AGENTS
+    from secateur.search.benchmarks import agents as measure
+    from secateur.search.benchmarks.records import Records, config_record
+    from secateur.search.build import build_problem, open_runner
+    from secateur.search.results.finalize import dense_test_score
+    from secateur.search.run.progress import SearchProgress
 
     contestants = [measure.contestant(text, settings) for text in agent or AGENTS]
     records = Records(output / "results.jsonl", {"benchmark": "search", "config": config_record(settings)})
@@ -103,12 +103,12 @@ def benchmark_ask(
     ),
 ) -> None:
     """Ask the runs' agents under new budgets and preferences, and search each afresh: test scores of both."""
-    from search.ask import agent_folder, load_agent
-    from search.benchmarks import questions as measure
-    from search.benchmarks.records import Records
-    from search.build import build_problem, open_runner
-    from search.progress import SearchProgress
-    from search.run_folder import load_manifest
+    from secateur.search.ask import agent_folder, load_agent
+    from secateur.search.benchmarks import questions as measure
+    from secateur.search.benchmarks.records import Records
+    from secateur.search.build import build_problem, open_runner
+    from secateur.search.run.folder import load_manifest
+    from secateur.search.run.progress import SearchProgress
 
     settings = [load_manifest(run, [*(overrides or ()), "search.racing=false"])[0] for run in runs]
     for run, own in zip(runs, settings, strict=True):
@@ -143,13 +143,13 @@ def benchmark_ask(
 @benchmark.command("agent")
 def benchmark_agent(config: ConfigPath, overrides: Overrides = None) -> None:
     """Measure the learning agent, `envelope_ddpg`: rollouts, targets, updates, ask and tell, beside one evaluation."""
-    from search.config import load_config
+    from secateur.search.config import load_config
 
     settings = load_config(config, overrides or ())
-    from agents.envelope_ddpg import EnvelopeDdpgConfig
-    from search.benchmarks.learner import benchmark_learner, speed_lines
-    from search.build import build_options, build_problem, make_env
-    from search.progress import SearchProgress
+    from secateur.agents.envelope_ddpg import EnvelopeDdpgConfig
+    from secateur.search.benchmarks.learner import benchmark_learner, speed_lines
+    from secateur.search.build import build_options, build_problem, make_env
+    from secateur.search.run.progress import SearchProgress
 
     options = settings.search.options if settings.search.agent == "envelope_ddpg" else {}
     with SearchProgress(Console(stderr=True)) as progress:
@@ -166,13 +166,13 @@ def benchmark_costs(
     device: Annotated[Path | None, typer.Option(help="Device file, in place of the configuration's `device`.")] = None,
 ) -> None:
     """Print how many policies per second every cost model answers, on one core."""
-    from search.config import load_config
+    from secateur.search.config import load_config
 
     settings = load_config(config, [*(overrides or ()), *([f"device={device}"] if device else [])])
     import torch
 
-    from search.benchmarks.costs import benchmark_costs as measure
-    from search.build import build_model_and_graph, build_space
+    from secateur.search.benchmarks.costs import benchmark_costs as measure
+    from secateur.search.build import build_model_and_graph, build_space
 
     torch.set_num_threads(1)
     _, _, graph = build_model_and_graph(settings)
@@ -196,10 +196,10 @@ def benchmark_recoveries(
     ),
 ) -> None:
     """Prune, quantize and repair several networks alike: test top-1 of each recovery, without any search."""
-    from search.config import load_config
+    from secateur.search.config import load_config
 
     settings = [load_config(config, overrides or ()) for config in configs]
-    from search.benchmarks.recoveries import compare_recoveries, recovery_report
+    from secateur.search.benchmarks.recoveries import compare_recoveries, recovery_report
 
     _measure_rows(output, "recoveries", partial(compare_recoveries, settings, ratio), recovery_report)
 
@@ -213,10 +213,10 @@ def benchmark_quantizers(
     ),
 ) -> None:
     """Round the weights of a network to 4, 3 and 2 bits in several ways: test top-1 of each."""
-    from search.config import load_config
+    from secateur.search.config import load_config
 
     settings = load_config(config, overrides or ())
-    from search.benchmarks.quantizers import compare_quantizers, quantizer_report
+    from secateur.search.benchmarks.quantizers import compare_quantizers, quantizer_report
 
     _measure_rows(output, "quantizers", partial(compare_quantizers, settings), quantizer_report)
 
@@ -234,16 +234,16 @@ def benchmark_importances(
     ),
 ) -> None:
     """Compare importances at one budget: widths allocated uniformly and by agents, scored with and without recovery."""
-    from search.config import load_config
+    from secateur.search.config import load_config
 
     settings = load_config(config, overrides or ())
-    from agents import AGENTS
-    from envs.pruning.importance import IMPORTANCES
-    from search.benchmarks import importances as measure
-    from search.benchmarks.records import Records, config_record
-    from search.benchmarks.recovered import calibrated_problem
-    from search.finalize import dense_test_score
-    from search.progress import SearchProgress
+    from secateur.agents import AGENTS
+    from secateur.envs.pruning.importance import IMPORTANCES
+    from secateur.search.benchmarks import importances as measure
+    from secateur.search.benchmarks.records import Records, config_record
+    from secateur.search.benchmarks.recovered import calibrated_problem
+    from secateur.search.results.finalize import dense_test_score
+    from secateur.search.run.progress import SearchProgress
 
     names = list(importance or IMPORTANCES)
     agents = list(agent or (known for known in measure.ALLOCATING_AGENTS if known in AGENTS))
@@ -276,13 +276,13 @@ def benchmark_sensitivities(
     ),
 ) -> None:
     """Score random policies, and tell how well the sensitivities of single choices ranked them before."""
-    from search.config import load_config
+    from secateur.search.config import load_config
 
     settings = load_config(config, [*(overrides or ()), "search.racing=false"])
-    from search.benchmarks import sensitivities as measure
-    from search.benchmarks.records import Records, config_record
-    from search.build import build_problem, measure_once
-    from search.progress import SearchProgress
+    from secateur.search.benchmarks import sensitivities as measure
+    from secateur.search.benchmarks.records import Records, config_record
+    from secateur.search.build import build_problem, measure_once
+    from secateur.search.run.progress import SearchProgress
 
     header = {"benchmark": "sensitivities", "config": config_record(settings)}
     with SearchProgress(Console(stderr=True)) as progress:
@@ -315,13 +315,13 @@ def benchmark_prediction(
     ),
 ) -> None:
     """Fine-tune random policies, and tell how well their scores before it predicted those after it."""
-    from search.config import load_config
+    from secateur.search.config import load_config
 
     settings = load_config(config, overrides or ())
-    from search.benchmarks import prediction as measure
-    from search.benchmarks.importances import choose_budget
-    from search.benchmarks.recovered import calibrated_problem
-    from search.progress import SearchProgress
+    from secateur.search.benchmarks import prediction as measure
+    from secateur.search.benchmarks.importances import choose_budget
+    from secateur.search.benchmarks.recovered import calibrated_problem
+    from secateur.search.run.progress import SearchProgress
 
     measure.check_start(start)
     with SearchProgress(Console(stderr=True)) as progress:
@@ -349,15 +349,15 @@ def benchmark_evaluator(
     policies: Annotated[int, typer.Option(min=1, help="Number of random policies of the first budget.")] = 8,
 ) -> None:
     """Print what an evaluation takes, part by part, against a bare forward pass and against the straightforward way."""
-    from search.config import load_config
+    from secateur.search.config import load_config
 
     settings = load_config(config, [*(overrides or ()), "search.racing=false"])
     import torch
 
-    from search.benchmarks import evaluator as measure
-    from search.build import build_problem, open_runner
-    from search.progress import SearchProgress
-    from search.ray_runner import available_cores
+    from secateur.search.benchmarks import evaluator as measure
+    from secateur.search.build import build_problem, open_runner
+    from secateur.search.run.progress import SearchProgress
+    from secateur.search.run.ray_runner import available_cores
 
     try:
         import torch_pruning
@@ -395,10 +395,10 @@ def benchmark_data_free(
     ),
 ) -> None:
     """Prune and quantize a network by fixed amounts and repair it without images: test top-1 of each recovery."""
-    from search.config import load_config
+    from secateur.search.config import load_config
 
     settings = load_config(config, overrides or ())
-    from search.benchmarks.data_free import compare_data_free, data_free_report
+    from secateur.search.benchmarks.data_free import compare_data_free, data_free_report
 
     _measure_rows(output, "data_free", partial(compare_data_free, settings), data_free_report)
 
@@ -414,10 +414,10 @@ def benchmark_speed(
     output: Annotated[Path | None, typer.Option(help="Markdown file for the table.")] = None,
 ) -> None:
     """Measure networks as they are, pruned, in 8-bit integers, and both: latency, size of the file, memory."""
-    from search.benchmarks import speed as measure
-    from search.deployment.profiling import describe_machine
-    from search.deployment.runtimes import find_runtime
-    from search.progress import SearchProgress
+    from secateur.search.benchmarks import speed as measure
+    from secateur.search.profiling.profiler import describe_machine
+    from secateur.search.profiling.runtimes import find_runtime
+    from secateur.search.run.progress import SearchProgress
 
     runtimes = [find_runtime(name) for name in runtime or ["onnxruntime"]]
     versions = [f"{chosen.name} {chosen.version()}" for chosen in runtimes]

@@ -7,18 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cost_models.core import FLOAT_BITS
-from envs.assembler import Assembler
-from envs.core import CompressionPolicy
-from envs.evaluator import top1
-from envs.model_graph import ModelGraph
-from envs.piece_cache import PieceCache
-from envs.quantization.quantizers import QUANTIZERS
-from envs.recovery import RECOVERIES
-from search.benchmarks.records import Records, config_record
-from search.benchmarks.recoveries import Variant, inner_groups, network_name, uniform_policy
-from search.build import Say, build_assemblers, build_model_and_graph, build_plugin, build_space
-from search.config import PluginEntry, SearchConfig
+from secateur.cost_models.core import FLOAT_BITS
+from secateur.envs.assembler import Assembler
+from secateur.envs.core import CompressionPolicy
+from secateur.envs.evaluator import top1
+from secateur.envs.model_graph import ModelGraph
+from secateur.envs.piece_cache import PieceCache
+from secateur.envs.quantization.quantizers import QUANTIZERS
+from secateur.envs.recovery import RECOVERIES
+from secateur.search.benchmarks.records import Records, config_record
+from secateur.search.benchmarks.recoveries import Variant, inner_groups, network_name, uniform_policy
+from secateur.search.build import Say, build_assemblers, build_model_and_graph, build_plugin, build_space
+from secateur.search.config import PluginEntry, SearchConfig
 
 PRUNED_METHODS: Mapping[str, tuple[PluginEntry, ...]] = {
     "none": (),

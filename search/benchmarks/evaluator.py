@@ -22,17 +22,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from agents.core import TableActor
-from envs.assembler import Assembler
-from envs.candidate import Candidate
-from envs.core import Actor, CompressionPolicy, InputError
-from envs.evaluator import Evaluator, prepare_network
-from envs.model_graph import ModelGraph
-from envs.piece_cache import PieceCache
-from envs.pruning.slicing import kept_positions
-from envs.recovery import RECOVERIES
-from search.build import Problem, make_env
-from search.loop import Runner
+from secateur.agents.core import TableActor
+from secateur.envs.assembler import Assembler
+from secateur.envs.candidate import Candidate
+from secateur.envs.core import Actor, CompressionPolicy, InputError
+from secateur.envs.evaluator import Evaluator, prepare_network
+from secateur.envs.model_graph import ModelGraph
+from secateur.envs.piece_cache import PieceCache
+from secateur.envs.pruning.slicing import kept_positions
+from secateur.envs.recovery import RECOVERIES
+from secateur.search.build import Problem, make_env
+from secateur.search.loop import Runner
 
 STRAIGHTFORWARD_BATCH = 128
 """Images per forward pass of the straightforward way; it is measured with the whole split in one pass as well."""

@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from envs.core import Budget, CompressionPolicy, Evaluation, InputError
-from envs.evaluator import top1
-from envs.pruning.importance import IMPORTANCES
-from envs.pruning.importance.core import DenseModel
-from search.benchmarks.records import Records
-from search.benchmarks.recovered import with_recoveries
-from search.build import Problem, build_agent, build_front, build_plugin, open_runner
-from search.config import PluginEntry
-from search.loop import Runner, run_loop
+from secateur.envs.core import Budget, CompressionPolicy, Evaluation, InputError
+from secateur.envs.evaluator import top1
+from secateur.envs.pruning.importance import IMPORTANCES
+from secateur.envs.pruning.importance.core import DenseModel
+from secateur.search.benchmarks.records import Records
+from secateur.search.benchmarks.recovered import with_recoveries
+from secateur.search.build import Problem, build_agent, build_front, build_plugin, open_runner
+from secateur.search.config import PluginEntry
+from secateur.search.loop import Runner, run_loop
 
 GRADES: Mapping[str, tuple[str, ...]] = {
     "none": (),

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from agents.envelope_ddpg import EnvelopeDdpgConfig
-from envs.compression_env import CompressionEnv
-from envs.core import Actor, Episode, Evaluation
-from envs.rewards import constraints, reward_vector
-from envs.rollout import rollout
-from search.build import Problem
+from secateur.agents.envelope_ddpg import EnvelopeDdpgConfig
+from secateur.envs.compression_env import CompressionEnv
+from secateur.envs.core import Actor, Episode, Evaluation
+from secateur.envs.rewards import constraints, reward_vector
+from secateur.envs.rollout import rollout
+from secateur.search.build import Problem
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ def benchmark_learner(
         config: of the agent.
         env: evaluates some real policies; None: none.
     """
-    from agents.envelope_ddpg.agent import EnvelopeDdpg
-    from agents.envelope_ddpg.learner import one_thread
+    from secateur.agents.envelope_ddpg.agent import EnvelopeDdpg
+    from secateur.agents.envelope_ddpg.learner import one_thread
 
     space, rng = problem.space, np.random.default_rng(seed)
     with one_thread():

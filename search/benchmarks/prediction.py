@@ -28,15 +28,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from envs.core import Budget, CompressionPolicy, InputError
-from envs.evaluator import Evaluator, processor_has_bfloat16, top1
-from envs.tasks.data import REST, Split, load_data
-from envs.tasks.training import FineTuning, fine_tune
-from search.benchmarks.records import Records, config_record
-from search.benchmarks.recovered import with_recoveries
-from search.build import Problem, build_agent
-from search.config import SearchConfig
-from search.ray_runner import available_cores
+from secateur.envs.core import Budget, CompressionPolicy, InputError
+from secateur.envs.evaluator import Evaluator, processor_has_bfloat16, top1
+from secateur.envs.tasks.data import REST, Split, load_data
+from secateur.envs.tasks.training import FineTuning, fine_tune
+from secateur.search.benchmarks.records import Records, config_record
+from secateur.search.benchmarks.recovered import with_recoveries
+from secateur.search.build import Problem, build_agent
+from secateur.search.config import SearchConfig
+from secateur.search.run.ray_runner import available_cores
 
 GRADES: Mapping[str, tuple[str, ...]] = {
     "none": (),

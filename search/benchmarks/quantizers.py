@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from cost_models.core import FLOAT_BITS
-from search.benchmarks.records import Records
-from search.benchmarks.recoveries import Variant, compare_recoveries
-from search.build import Say
-from search.config import SearchConfig
+from secateur.cost_models.core import FLOAT_BITS
+from secateur.search.benchmarks.records import Records
+from secateur.search.benchmarks.recoveries import Variant, compare_recoveries
+from secateur.search.build import Say
+from secateur.search.config import SearchConfig
 
 BITS = (4, 3, 2)
 

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from envs.core import ActionSpace, Actor, Budget, CompressionPolicy, Episode, InputError
-from search.ask import answer
-from search.benchmarks.agents import markdown_table
-from search.benchmarks.records import Records, config_record, difference
-from search.build import Problem, build_agent, make_env
-from search.config import SearchConfig
-from search.finalize import finalist_scores
-from search.loop import Runner, run_loop
+from secateur.envs.core import ActionSpace, Actor, Budget, CompressionPolicy, Episode, InputError
+from secateur.search.ask import answer
+from secateur.search.benchmarks.agents import markdown_table
+from secateur.search.benchmarks.records import Records, config_record, difference
+from secateur.search.build import Problem, build_agent, make_env
+from secateur.search.config import SearchConfig
+from secateur.search.loop import Runner, run_loop
+from secateur.search.results.finalize import finalist_scores
 
 if TYPE_CHECKING:
-    from agents.envelope_ddpg.agent import EnvelopeDdpg
+    from secateur.agents.envelope_ddpg.agent import EnvelopeDdpg
 
 RIVAL = "bee_colony"
 """The agent whose fresh searches are the comparison; it takes a preference."""

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cost_models.core import InputError
-from search.config import SearchConfig
+from secateur.cost_models.core import InputError
+from secateur.search.config import SearchConfig
 
 
 class Records:

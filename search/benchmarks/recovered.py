@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from envs.assembler import Assembler
-from envs.piece_cache import PieceCache
-from envs.recovery import RECOVERIES
-from search.build import Problem, Say, build_plugin, build_problem
-from search.config import PluginEntry, SearchConfig
+from secateur.envs.assembler import Assembler
+from secateur.envs.piece_cache import PieceCache
+from secateur.envs.recovery import RECOVERIES
+from secateur.search.build import Problem, Say, build_plugin, build_problem
+from secateur.search.config import PluginEntry, SearchConfig
 
 
 def calibrated_problem(config: SearchConfig, say: Say) -> Problem:

@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from cost_models.core import FLOAT_BITS
-from envs.core import CompressionPolicy
-from envs.evaluator import top1
-from envs.model_graph import ModelGraph
-from envs.quantization.quantizers import QUANTIZERS
-from search.benchmarks.records import Records, config_record
-from search.benchmarks.recovered import calibrated_problem, with_recoveries
-from search.build import Problem, Say, build_plugin
-from search.config import PluginEntry, SearchConfig
+from secateur.cost_models.core import FLOAT_BITS
+from secateur.envs.core import CompressionPolicy
+from secateur.envs.evaluator import top1
+from secateur.envs.model_graph import ModelGraph
+from secateur.envs.quantization.quantizers import QUANTIZERS
+from secateur.search.benchmarks.records import Records, config_record
+from secateur.search.benchmarks.recovered import calibrated_problem, with_recoveries
+from secateur.search.build import Problem, Say, build_plugin
+from secateur.search.config import PluginEntry, SearchConfig
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from search.benchmarks.agents import markdown_table
-from search.benchmarks.prediction import interval, random_policies, spearman
-from search.benchmarks.records import Records
-from search.build import Problem, make_env
+from secateur.search.benchmarks.agents import markdown_table
+from secateur.search.benchmarks.prediction import interval, random_policies, spearman
+from secateur.search.benchmarks.records import Records
+from secateur.search.build import Problem, make_env
 
 POWERS = (0.5, 0.75, 1.0)
 

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from cost_models.core import NetworkGeometry
-from cost_models.macs import Macs
-from envs.core import InputError
-from envs.model_graph import ModelGraph, analyze
-from envs.tasks.models import load_model
-from search.deployment.runtimes import Latency, Session, measure_latencies, open_session
-from search.deployment.whole_models import CompressedModels
+from secateur.cost_models.core import NetworkGeometry
+from secateur.cost_models.macs import Macs
+from secateur.envs.core import InputError
+from secateur.envs.model_graph import ModelGraph, analyze
+from secateur.envs.tasks.models import load_model
+from secateur.search.profiling.runtimes import Latency, Session, measure_latencies, open_session
+from secateur.search.profiling.whole_models import CompressedModels
 
 DENSE, PRUNED, INT8, BOTH = "dense", "pruned", "int8", "pruned, int8"
 RUNS = 3
@@ -140,7 +140,7 @@ def peak_memory(content: bytes, image: np.ndarray, runtime: str, precision: str,
         np.save(images, image)
         arguments = [str(model), str(images), runtime, precision, str(threads)]
         done = subprocess.run(
-            [sys.executable, "-m", "search.benchmarks.speed", *arguments], capture_output=True, text=True, check=True
+            [sys.executable, "-P", "-m", "secateur.search.benchmarks.speed", *arguments], capture_output=True, text=True, check=True
         )
     return int(done.stdout)
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from agents.envelope_ddpg.additive import AdditiveModel
-from envs.core import Sensitivities
+from secateur.agents.envelope_ddpg.additive import AdditiveModel
+from secateur.envs.core import Sensitivities
 
 RNG = np.random.default_rng(0)
 KINDS = np.array([0] * 20 + [1] * 20)

@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
-from agents import AGENTS
-from agents.random_search import random_table
-from agents.uniform import uniform_family
-from envs.core import Budget, InputError
+from secateur.agents import AGENTS
+from secateur.agents.random_search import random_table
+from secateur.agents.uniform import uniform_family
+from secateur.envs.core import Budget, InputError
 
 
 def make(name, toy, budgets=None, seed=0, **options):

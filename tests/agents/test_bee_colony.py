@@ -3,9 +3,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from agents.bee_colony import BeeColony, BeeColonyConfig, Colony, Source, regress
-from agents.random_search import RandomConfig, RandomSearch
-from envs.core import Budget, InputError
+from secateur.agents.bee_colony import BeeColony, BeeColonyConfig, Colony, Source, regress
+from secateur.agents.random_search import RandomConfig, RandomSearch
+from secateur.envs.core import Budget, InputError
 
 TOP1 = np.array([1.0, 0.0])
 

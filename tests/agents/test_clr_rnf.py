@@ -2,14 +2,14 @@ import numpy as np
 import pytest
 import torch
 
-from agents.clr_rnf import ClrRnf, ClrRnfConfig, unit_scores
-from agents.uniform import Uniform, UniformConfig
-from cost_models import COST_MODELS
-from envs.core import Budget, CompressionPolicy, InputError
-from envs.feasibility import FeasibleSpace
-from envs.model_graph import analyze
-from envs.policy_space import PolicySpace, SpaceConfig
-from envs.tasks.synthetic import synthetic_net
+from secateur.agents.clr_rnf import ClrRnf, ClrRnfConfig, unit_scores
+from secateur.agents.uniform import Uniform, UniformConfig
+from secateur.cost_models import COST_MODELS
+from secateur.envs.core import Budget, CompressionPolicy, InputError
+from secateur.envs.feasibility import FeasibleSpace
+from secateur.envs.model_graph import analyze
+from secateur.envs.policy_space import PolicySpace, SpaceConfig
+from secateur.envs.tasks.synthetic import synthetic_net
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from agents.envelope_ddpg import EnvelopeDdpgConfig
-from agents.envelope_ddpg.agent import EnvelopeDdpg, truncated_normal
-from agents.envelope_ddpg.networks import Mlp, follow
-from agents.envelope_ddpg.replay import sample_preferences, tighter_budgets
-from agents.envelope_ddpg.targets import critic_loss, envelope_target, pessimistic
-from agents.pareto import hypervolume
-from agents.uniform import uniform_family
-from envs.core import Budget, Episode, Evaluation, InputError
+from secateur.agents.envelope_ddpg import EnvelopeDdpgConfig
+from secateur.agents.envelope_ddpg.agent import EnvelopeDdpg, truncated_normal
+from secateur.agents.envelope_ddpg.networks import Mlp, follow
+from secateur.agents.envelope_ddpg.replay import sample_preferences, tighter_budgets
+from secateur.agents.envelope_ddpg.targets import critic_loss, envelope_target, pessimistic
+from secateur.agents.pareto import hypervolume
+from secateur.agents.uniform import uniform_family
+from secateur.envs.core import Budget, Episode, Evaluation, InputError
 
 INGREDIENTS = {"envelope": True, "relabel_preferences": True, "relabel_budgets": True}
 """Of the method; off by default."""

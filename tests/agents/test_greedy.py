@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from agents.greedy import Greedy, GreedyConfig, allocate
-from cost_models import COST_MODELS
-from envs.core import Budget, InputError, Sensitivities
-from envs.feasibility import FeasibleSpace
-from envs.model_graph import analyze
-from envs.policy_space import PolicySpace, SpaceConfig
-from envs.tasks.synthetic import synthetic_net
+from secateur.agents.greedy import Greedy, GreedyConfig, allocate
+from secateur.cost_models import COST_MODELS
+from secateur.envs.core import Budget, InputError, Sensitivities
+from secateur.envs.feasibility import FeasibleSpace
+from secateur.envs.model_graph import analyze
+from secateur.envs.policy_space import PolicySpace, SpaceConfig
+from secateur.envs.tasks.synthetic import synthetic_net
 
 
 @pytest.fixture

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from agents.nsga2 import Member, Nsga2, Nsga2Config, polynomial_mutation, simulated_binary_crossover, survivors
-from agents.random_search import RandomConfig, RandomSearch
-from envs.core import InputError
+from secateur.agents.nsga2 import Member, Nsga2, Nsga2Config, polynomial_mutation, simulated_binary_crossover, survivors
+from secateur.agents.random_search import RandomConfig, RandomSearch
+from secateur.envs.core import InputError
 
 
 def member(first, second, violation=0.0):

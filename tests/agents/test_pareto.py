@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from agents.pareto import (
+from secateur.agents.pareto import (
     Archive,
     constrained_dominates,
     crowding_distance,
@@ -12,7 +12,7 @@ from agents.pareto import (
     non_dominated,
     violation,
 )
-from envs.core import CompressionPolicy
+from secateur.envs.core import CompressionPolicy
 
 
 def policy(number):

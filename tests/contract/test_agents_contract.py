@@ -6,9 +6,9 @@ from dataclasses import fields, is_dataclass, replace
 import numpy as np
 import pytest
 
-from agents import AGENTS
-from agents.core import TableActor
-from envs.core import Episode
+from secateur.agents import AGENTS
+from secateur.agents.core import TableActor
+from secateur.envs.core import Episode
 
 SMALL = {
     "envelope_ddpg": {

@@ -5,10 +5,10 @@ import pickle
 import numpy as np
 import pytest
 
-from cost_models import COST_MODELS
-from cost_models.core import LayerShape, NetworkGeometry
-from cost_models.device import SHIPPED, read_device
-from cost_models.latency_table import Axis, Correction, LatencyTable, LayerGrid, TableLatency, layer_key
+from secateur.cost_models import COST_MODELS
+from secateur.cost_models.core import LayerShape, NetworkGeometry
+from secateur.cost_models.device import SHIPPED, read_device
+from secateur.cost_models.latency_table import Axis, Correction, LatencyTable, LayerGrid, TableLatency, layer_key
 
 POPULATION = 40
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from cost_models.core import LayerShape, NetworkGeometry
+from secateur.cost_models.core import LayerShape, NetworkGeometry
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from cost_models import COST_MODELS
+from secateur.cost_models import COST_MODELS
 
 MACS, BOPS = COST_MODELS["macs"](), COST_MODELS["bops"]()
 

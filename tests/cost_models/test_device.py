@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from cost_models.core import InputError
-from cost_models.device import SHIPPED, parse_device, read_device, write_device
-from cost_models.energy import CountedEnergy
-from cost_models.latency_table import TableLatency
-from cost_models.roofline import RooflineLatency
+from secateur.cost_models.core import InputError
+from secateur.cost_models.device import SHIPPED, parse_device, read_device, write_device
+from secateur.cost_models.energy import CountedEnergy
+from secateur.cost_models.latency_table import TableLatency
+from secateur.cost_models.roofline import RooflineLatency
 
 ANALYTIC = {
     "schema": 1,

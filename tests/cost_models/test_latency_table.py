@@ -6,8 +6,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cost_models.core import InputError, LayerShape, NetworkGeometry
-from cost_models.latency_table import LEAST_SHARE, Axis, Correction, LatencyTable, LayerGrid, Staircase, TableLatency, layer_key
+from secateur.cost_models.core import InputError, LayerShape, NetworkGeometry
+from secateur.cost_models.latency_table import (
+    LEAST_SHARE,
+    Axis,
+    Correction,
+    LatencyTable,
+    LayerGrid,
+    Staircase,
+    TableLatency,
+    layer_key,
+)
 
 CONV = LayerShape("a", "conv", 3, 32, kernel=(3, 3), out_hw=(8, 8), calls=2)
 POINTWISE = LayerShape("b", "conv", 32, 32, out_hw=(8, 8))

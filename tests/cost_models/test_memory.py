@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from cost_models import COST_MODELS, memory
+from secateur.cost_models import COST_MODELS, memory
 
 WEIGHTS, PEAK = COST_MODELS["weight_bytes"](), COST_MODELS["peak_activation_bytes"]()
 

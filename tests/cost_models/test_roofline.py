@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cost_models.core import InputError
-from cost_models.energy import CountedEnergy, Energy
-from cost_models.precision import executed_precision
-from cost_models.roofline import Roofline, RooflineLatency
-from cost_models.traffic import Traffic
+from secateur.cost_models.core import InputError
+from secateur.cost_models.energy import CountedEnergy, Energy
+from secateur.cost_models.precision import executed_precision
+from secateur.cost_models.roofline import Roofline, RooflineLatency
+from secateur.cost_models.traffic import Traffic
 
 FLOATS, INTEGERS = Traffic("float32", ()), Traffic("float32", (8,))
 STEM, MID = 5, 4

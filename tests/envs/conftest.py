@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from cost_models import COST_MODELS
-from cost_models.core import LayerShape, NetworkGeometry
-from envs.feasibility import FeasibleSpace
-from envs.model_graph.plan import ChannelGroup, ModelGraph, TensorSlice
-from envs.policy_space import PolicySpace, SpaceConfig
+from secateur.cost_models import COST_MODELS
+from secateur.cost_models.core import LayerShape, NetworkGeometry
+from secateur.envs.feasibility import FeasibleSpace
+from secateur.envs.model_graph.plan import ChannelGroup, ModelGraph, TensorSlice
+from secateur.envs.policy_space import PolicySpace, SpaceConfig
 
 
 def _chain_graph(units=(8, 6), size=4):

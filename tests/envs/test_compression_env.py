@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from envs.compression_env import CompressionEnv
-from envs.core import Budget, Evaluation, InputError
-from envs.rollout import rollout
+from secateur.envs.compression_env import CompressionEnv
+from secateur.envs.core import Budget, Evaluation, InputError
+from secateur.envs.rollout import rollout
 
 
 class CountingEvaluator:
@@ -56,7 +56,7 @@ def test_gymnasium_accepts_the_scalarized_environment(env):
 
 
 def test_registered_under_its_name():
-    assert gym.spec("secateur/Compression-v0").entry_point == "envs.compression_env:CompressionEnv"
+    assert gym.spec("secateur/Compression-v0").entry_point == "secateur.envs.compression_env:CompressionEnv"
 
 
 def test_rewards_are_vectors_in_the_reward_space(env):

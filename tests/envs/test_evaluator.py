@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from envs.core import CompressionPolicy, Evaluation
-from envs.evaluator import Evaluator, Precision, batches
-from envs.racing import Race, unpack
+from secateur.envs.core import CompressionPolicy, Evaluation
+from secateur.envs.evaluator import Evaluator, Precision, batches
+from secateur.envs.racing import Race, unpack
 
 IMAGES, CLASSES = 4096, 4
 RACE = Race(("macs",), ({"macs": 10.0},))

@@ -5,10 +5,10 @@ import itertools
 import numpy as np
 import pytest
 
-from cost_models import COST_MODELS
-from envs.core import Budget, InputError
-from envs.feasibility import FeasibleSpace
-from envs.policy_space import PolicySpace, SpaceConfig
+from secateur.cost_models import COST_MODELS
+from secateur.envs.core import Budget, InputError
+from secateur.envs.feasibility import FeasibleSpace
+from secateur.envs.policy_space import PolicySpace, SpaceConfig
 
 
 def all_levels(space):

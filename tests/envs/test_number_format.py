@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from envs.number_format import convert_network, prepare_images
-from envs.recovery.batch_norm import BatchNorm, BatchNormConfig
+from secateur.envs.number_format import convert_network, prepare_images
+from secateur.envs.recovery.batch_norm import BatchNorm, BatchNormConfig
 
 
 class Net(nn.Sequential):

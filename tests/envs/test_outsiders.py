@@ -6,8 +6,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from envs.compression_env import CompressionEnv
-from envs.core import Budget, Evaluation
+from secateur.envs.compression_env import CompressionEnv
+from secateur.envs.core import Budget, Evaluation
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

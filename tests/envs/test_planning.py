@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from envs.compression_env import CompressionEnv
-from envs.core import Budget, Evaluation
-from envs.rollout import rollout
+from secateur.envs.compression_env import CompressionEnv
+from secateur.envs.core import Budget, Evaluation
+from secateur.envs.rollout import rollout
 
 BUDGETS = (
     Budget("half", {"macs": 2000.0}),

@@ -5,8 +5,8 @@ from math import comb
 import numpy as np
 import pytest
 
-from envs.core import Evaluation
-from envs.racing import ERROR_RATE, LOOKS, Race, binomial_tail, is_clearly_worse, pack, unpack
+from secateur.envs.core import Evaluation
+from secateur.envs.racing import ERROR_RATE, LOOKS, Race, binomial_tail, is_clearly_worse, pack, unpack
 
 IMAGES = 800
 

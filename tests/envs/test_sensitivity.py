@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from envs.core import Sensitivities
-from envs.sensitivity import LEVELS, WORST, measure_sensitivities
+from secateur.envs.core import Sensitivities
+from secateur.envs.sensitivity import LEVELS, WORST, measure_sensitivities
 
 IMAGES = torch.linspace(-1, 1, 7 * 3).view(7, 3, 1, 1)
 

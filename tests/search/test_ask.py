@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from envs.core import InputError
-from search.ask import ask
-from search.cli import app
-from search.config import parse_config
-from search.run import search
+from secateur.envs.core import InputError
+from secateur.search.ask import ask
+from secateur.search.cli import app
+from secateur.search.config import parse_config
+from secateur.search.run.search import search
 
 VALUES = {
-    "model": {"factory": "envs.tasks.synthetic:synthetic_net", "weights": "trained", "input": [3, 8, 8]},
-    "data": {"name": "envs.tasks.synthetic:load", "train": 256, "calibration": 64, "validation": 200},
+    "model": {"factory": "secateur.envs.tasks.synthetic:synthetic_net", "weights": "trained", "input": [3, 8, 8]},
+    "data": {"name": "secateur.envs.tasks.synthetic:load", "train": 256, "calibration": 64, "validation": 200},
     "space": {"prune_ratio": [0.0, 0.75]},
     "recovery": [],
     "budgets": {"half": {"macs": "<= 50%"}},

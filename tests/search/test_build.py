@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from cost_models.core import InputError
-from envs.assembler import Assembler
-from envs.evaluator import Evaluator, Precision, batches, choose_precision, predict, top1
-from envs.pruning.slicing import masked_model, slice_model
-from envs.rollout import rollout
-from search.build import build_agent, build_problem, feasibility_table, make_env
-from search.config import parse_config
+from secateur.cost_models.core import InputError
+from secateur.envs.assembler import Assembler
+from secateur.envs.evaluator import Evaluator, Precision, batches, choose_precision, predict, top1
+from secateur.envs.pruning.slicing import masked_model, slice_model
+from secateur.envs.rollout import rollout
+from secateur.search.build import build_agent, build_problem, feasibility_table, make_env
+from secateur.search.config import parse_config
 
 VALUES = {
-    "model": {"factory": "envs.tasks.synthetic:synthetic_net", "weights": "trained", "input": [3, 8, 8]},
-    "data": {"name": "envs.tasks.synthetic:load", "train": "rest", "calibration": 64, "validation": 200},
+    "model": {"factory": "secateur.envs.tasks.synthetic:synthetic_net", "weights": "trained", "input": [3, 8, 8]},
+    "data": {"name": "secateur.envs.tasks.synthetic:load", "train": "rest", "calibration": 64, "validation": 200},
     "search": {"agent": "random", "evaluations": 6, "workers": 0},
     "space": {"prune_ratio": [0.0, 0.75], "weight_bits": [4, 8], "activation_bits": [8]},
     "recovery": ["least_squares", "batch_norm"],
@@ -66,7 +66,7 @@ def test_an_impossible_budget_ends_the_build():
 
 
 def test_a_model_with_other_classes_than_the_data_is_refused():
-    model = {"factory": "envs.tasks.cifar_resnet:resnet20", "input": [3, 8, 8]}
+    model = {"factory": "secateur.envs.tasks.cifar_resnet:resnet20", "input": [3, 8, 8]}
     with pytest.raises(InputError, match="10 outputs, but the data has 6 classes"):
         build(model=model)
 
@@ -118,7 +118,7 @@ def test_bits_and_widths_of_the_network_are_those_of_the_policy(problem, policie
 
 
 def test_precision_is_float32_unless_bfloat16_is_harmless(problem, monkeypatch):
-    import envs.evaluator as module
+    import secateur.envs.evaluator as module
 
     graph = problem.graph
     images, labels = problem.data.tensors(problem.data.validation)
@@ -152,8 +152,8 @@ class WithConstant(torch.nn.Module):
 
 
 def test_a_model_that_does_not_run_in_bfloat16_is_searched_in_float32(problem, monkeypatch):
-    import envs.evaluator as module
-    from envs.model_graph import analyze
+    import secateur.envs.evaluator as module
+    from secateur.envs.model_graph import analyze
 
     monkeypatch.setattr(module, "processor_has_bfloat16", lambda: True)
     images, labels = problem.data.tensors(problem.data.validation)

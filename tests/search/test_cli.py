@@ -12,14 +12,14 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from envs.tasks import synthetic
-from envs.tasks.models import load_model
-from search.cli import app
-from search.config import load_config
+from secateur.envs.tasks import synthetic
+from secateur.envs.tasks.models import load_model
+from secateur.search.cli import app
+from secateur.search.config import load_config
 
 CONFIG = {
-    "model": {"factory": "envs.tasks.synthetic:synthetic_net", "weights": "trained", "input": [3, 8, 8]},
-    "data": {"name": "envs.tasks.synthetic:load", "validation": 256, "train": "rest"},
+    "model": {"factory": "secateur.envs.tasks.synthetic:synthetic_net", "weights": "trained", "input": [3, 8, 8]},
+    "data": {"name": "secateur.envs.tasks.synthetic:load", "validation": 256, "train": "rest"},
     "search": {"agent": "random", "evaluations": 12, "workers": 0},
     "space": {"weight_bits": [4, 8], "activation_bits": [8]},
     "budgets": {"phone": {"macs": "<= 60%"}, "watch": {"macs": "<= 40%", "weight_bytes": "<= 20%"}},
@@ -91,17 +91,13 @@ def test_an_exported_model_scores_the_same_in_a_fresh_process(folder):
     assert done.stdout == "export: runs/small-1/exports/watch is there already\n"  # the search has written it
     code = """
 import sys
-from envs.evaluator import top1
-from envs.tasks import synthetic
-from search.export import load_compressed
+from secateur.envs.evaluator import top1
+from secateur.envs.tasks import synthetic
+from secateur.search.export.folder import load_compressed
 data = synthetic.load(validation=256, train="rest")
 print(top1(load_compressed("runs/small-1/exports/watch"), *data.tensors(data.test)))
 """
-    root = Path(__file__).resolve().parents[2]
-    fresh = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(root)!r}){code}"],
-        capture_output=True, text=True, check=True, cwd=folder,
-    )  # fmt: skip
+    fresh = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=folder)
     score = float(fresh.stdout)
     recorded = json.loads((folder / "runs/small-1/exports/watch/policy.json").read_text())["scores"]["test"]["top1"]
     document = json.loads((folder / "runs/small-1/front.json").read_text())
@@ -188,7 +184,7 @@ def test_an_impossible_budget_is_refused_before_anything_is_written(folder):
         (["search", "small.yaml", "--set", "output.name=small-1"], "exists already"),
         (["search", "small.yaml", "--set", "model.weights=none.pth"], "none.pth"),
         (["search", "small.yaml", "--set", "model.input=[3, 9, 9]"], "`model.input`"),
-        (["inspect", "small.yaml", "--set", "model.factory=envs.tasks.synthetic:nothing"], "has no `nothing`"),
+        (["inspect", "small.yaml", "--set", "model.factory=secateur.envs.tasks.synthetic:nothing"], "has no `nothing`"),
         (["front", "runs"], "is not a run"),
         (["front", "runs/small-1", "--budget", "fone"], "There is no budget `fone`"),
         (["export", "runs/small-1", "--budget", "fone"], "There is no budget `fone`"),
@@ -208,7 +204,7 @@ def test_mistakes_are_one_sentence_and_exit_code_2(folder, arguments, message):
 
 
 def test_an_interrupted_search_leaves_its_front_and_exits_130(folder, monkeypatch):
-    import search.run
+    import secateur.search.run.search
 
     write(folder)
     finished = []
@@ -222,8 +218,8 @@ def test_an_interrupted_search_leaves_its_front_and_exits_130(folder, monkeypatc
 
         return run_loop(agent, runner, evaluations, stop_after_five, *more)
 
-    run_loop = search.run.run_loop
-    monkeypatch.setattr(search.run, "run_loop", interrupted)
+    run_loop = secateur.search.run.search.run_loop
+    monkeypatch.setattr(secateur.search.run.search, "run_loop", interrupted)
     done = secateur("search", "small.yaml", "--set", "output.name=stopped")
     assert done.exit_code == 130 and "run: runs/stopped" in done.stdout and "interrupted" in done.stderr
     assert json.loads((folder / "runs/stopped/front.json").read_text())["evaluations"] == 5

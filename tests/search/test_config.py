@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from envs.calibration import CalibrationConfig
-from envs.core import InputError
-from envs.policy_space import SpaceConfig
-from envs.tasks.data import load_data
-from search.config import INSTALLED_CONFIGS, DataSection, SpaceSection, load_config, parse_config, parse_limit
+from secateur.envs.calibration import CalibrationConfig
+from secateur.envs.core import InputError
+from secateur.envs.policy_space import SpaceConfig
+from secateur.envs.tasks.data import load_data
+from secateur.search.config import INSTALLED_CONFIGS, DataSection, SpaceSection, load_config, parse_config, parse_limit
 
 MINIMAL = {
-    "model": {"factory": "envs.tasks.synthetic:synthetic_net", "input": [3, 8, 8]},
-    "data": {"name": "envs.tasks.synthetic:load", "validation": 256},
+    "model": {"factory": "secateur.envs.tasks.synthetic:synthetic_net", "input": [3, 8, 8]},
+    "data": {"name": "secateur.envs.tasks.synthetic:load", "validation": 256},
     "budgets": {"phone": {"macs": "<= 40%"}},
 }
 

@@ -11,19 +11,19 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from cost_models.device import Device, write_device
-from cost_models.latency_table import Axis, LatencyTable, LayerGrid, layer_key
-from envs.tasks.synthetic import synthetic_net
-from search.benchmarks.costs import benchmark_costs
-from search.build import build_model_and_graph, build_space
-from search.cli import app
-from search.config import INSTALLED_CONFIGS, parse_config
-from search.front import read_front
-from search.run_folder import load_manifest
+from secateur.cost_models.device import Device, write_device
+from secateur.cost_models.latency_table import Axis, LatencyTable, LayerGrid, layer_key
+from secateur.envs.tasks.synthetic import synthetic_net
+from secateur.search.benchmarks.costs import benchmark_costs
+from secateur.search.build import build_model_and_graph, build_space
+from secateur.search.cli import app
+from secateur.search.config import INSTALLED_CONFIGS, parse_config
+from secateur.search.results.front import read_front
+from secateur.search.run.folder import load_manifest
 
 CONFIG = {
-    "model": {"factory": "envs.tasks.synthetic:synthetic_net", "weights": "weights.pth", "input": [3, 8, 8]},
-    "data": {"name": "envs.tasks.synthetic:load", "validation": 100, "calibration": 64},
+    "model": {"factory": "secateur.envs.tasks.synthetic:synthetic_net", "weights": "weights.pth", "input": [3, 8, 8]},
+    "data": {"name": "secateur.envs.tasks.synthetic:load", "validation": 100, "calibration": 64},
     "search": {"agent": "random", "evaluations": 4, "workers": 0, "precision": "float32"},
     "space": {"weight_bits": [4, 8], "activation_bits": [8, 32]},
     "recovery": [],

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from envs.core import Budget, Episode
-from search.loop import run_loop
+from secateur.envs.core import Budget, Episode
+from secateur.search.loop import run_loop
 
 BUDGET = Budget("b", {})
 

@@ -2,14 +2,14 @@
 
 import pytest
 
-from cost_models.core import InputError
-from envs.tasks.data import load_data
-from search.build import build_assemblers, build_model_and_graph
-from search.config import load_config, parse_config
+from secateur.cost_models.core import InputError
+from secateur.envs.tasks.data import load_data
+from secateur.search.build import build_assemblers, build_model_and_graph
+from secateur.search.config import load_config, parse_config
 
 VALUES = {
-    "model": {"factory": "envs.tasks.synthetic:synthetic_net", "input": [3, 8, 8]},
-    "data": {"name": "envs.tasks.synthetic:load", "calibration": 0, "validation": 20, "test": 40},
+    "model": {"factory": "secateur.envs.tasks.synthetic:synthetic_net", "input": [3, 8, 8]},
+    "data": {"name": "secateur.envs.tasks.synthetic:load", "calibration": 0, "validation": 20, "test": 40},
     "space": {"prune_ratio": [0.0, 0.75], "weight_bits": [4, 8]},
     "recovery": ["data_free"],
     "finalize": {"recovery": ["data_free"]},
@@ -67,7 +67,7 @@ class NeedsImages:
 
 @pytest.mark.parametrize(("recovery", "enough"), [("data_free", True), ("df_mpc", True), ("none", False)])
 def test_a_quantizer_may_use_the_statistics_that_a_recovery_makes(recovery, enough, monkeypatch):
-    from search import build
+    from secateur.search import build
 
     monkeypatch.setitem(build.QUANTIZERS, "uniform", (build.QUANTIZERS["uniform"][0], lambda config: NeedsImages()))
     changes = {"recovery": [recovery], "finalize": {"recovery": ["data_free"]}}

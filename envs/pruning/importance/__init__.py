@@ -1,16 +1,16 @@
 """Channel importances: which units of a group go first. A new one is a file and a line in `IMPORTANCES`."""
 
-from envs.pruning.importance.bn_scale import BnScale, BnScaleConfig
-from envs.pruning.importance.clr_rnf import ClrRnf, ClrRnfConfig
-from envs.pruning.importance.core import Importance
-from envs.pruning.importance.hrank import HRank, HRankConfig
-from envs.pruning.importance.l1_norm import L1Norm, L1NormConfig
-from envs.pruning.importance.l2_norm import L2Norm, L2NormConfig
-from envs.pruning.importance.output_energy import OutputEnergy, OutputEnergyConfig
-from envs.pruning.importance.random import Random, RandomConfig
-from envs.pruning.importance.second_order import SecondOrder, SecondOrderConfig
-from envs.pruning.importance.taylor import Taylor, TaylorConfig
-from envs.pruning.importance.white_box import WhiteBox, WhiteBoxConfig
+from secateur.envs.pruning.importance.bn_scale import BnScale, BnScaleConfig
+from secateur.envs.pruning.importance.clr_rnf import ClrRnf, ClrRnfConfig
+from secateur.envs.pruning.importance.core import Importance
+from secateur.envs.pruning.importance.hrank import HRank, HRankConfig
+from secateur.envs.pruning.importance.l1_norm import L1Norm, L1NormConfig
+from secateur.envs.pruning.importance.l2_norm import L2Norm, L2NormConfig
+from secateur.envs.pruning.importance.output_energy import OutputEnergy, OutputEnergyConfig
+from secateur.envs.pruning.importance.random import Random, RandomConfig
+from secateur.envs.pruning.importance.second_order import SecondOrder, SecondOrderConfig
+from secateur.envs.pruning.importance.taylor import Taylor, TaylorConfig
+from secateur.envs.pruning.importance.white_box import WhiteBox, WhiteBoxConfig
 
 __all__ = ["IMPORTANCES", "Importance"]
 

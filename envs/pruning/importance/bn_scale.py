@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from envs.model_graph.plan import ChannelGroup
-from envs.pruning.importance.core import DenseModel
-from envs.pruning.importance.unit_slices import mean_over_producers, unit_rows
+from secateur.envs.model_graph.plan import ChannelGroup
+from secateur.envs.pruning.importance.core import DenseModel
+from secateur.envs.pruning.importance.unit_slices import mean_over_producers, unit_rows
 
 
 @dataclass(frozen=True)

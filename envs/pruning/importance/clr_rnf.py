@@ -29,9 +29,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from envs.model_graph.plan import ChannelGroup
-from envs.pruning.importance.core import DenseModel
-from envs.pruning.importance.unit_slices import named_parameters, producer_weights, unit_rows
+from secateur.envs.model_graph.plan import ChannelGroup
+from secateur.envs.pruning.importance.core import DenseModel
+from secateur.envs.pruning.importance.unit_slices import named_parameters, producer_weights, unit_rows
 
 
 @dataclass(frozen=True)

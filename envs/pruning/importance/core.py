@@ -8,8 +8,8 @@ from typing import ClassVar, Protocol
 import numpy as np
 from torch import Tensor, nn
 
-from envs.calibration.core import Calibration
-from envs.model_graph.plan import ModelGraph
+from secateur.envs.calibration.core import Calibration
+from secateur.envs.model_graph.plan import ModelGraph
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from envs.pruning.importance.core import DenseModel
-from envs.pruning.importance.readers import Reader, reader, unit_entries
-from envs.pruning.importance.unit_slices import mean_over_producers
+from secateur.envs.pruning.importance.core import DenseModel
+from secateur.envs.pruning.importance.readers import Reader, reader, unit_entries
+from secateur.envs.pruning.importance.unit_slices import mean_over_producers
 
 
 @dataclass(frozen=True)

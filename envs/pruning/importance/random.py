@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from envs.pruning.importance.core import DenseModel
+from secateur.envs.pruning.importance.core import DenseModel
 
 
 @dataclass(frozen=True)

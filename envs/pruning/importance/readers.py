@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from envs.calibration.core import CHANNEL, DIAGONAL, NONE, LayerStatistics
-from envs.model_graph.plan import ChannelGroup, TensorSlice
-from envs.pruning.importance.core import DenseModel
-from envs.pruning.importance.unit_slices import named_parameters
+from secateur.envs.calibration.core import CHANNEL, DIAGONAL, NONE, LayerStatistics
+from secateur.envs.model_graph.plan import ChannelGroup, TensorSlice
+from secateur.envs.pruning.importance.core import DenseModel
+from secateur.envs.pruning.importance.unit_slices import named_parameters
 
 _ROUNDING = 1e-6
 

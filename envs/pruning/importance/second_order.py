@@ -41,12 +41,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from envs.core import InputError
-from envs.model_graph.plan import ChannelGroup
-from envs.pruning.importance.core import DenseModel
-from envs.pruning.importance.output_energy import unit_energy
-from envs.pruning.importance.readers import Reader, reader, unit_entries
-from envs.pruning.importance.unit_slices import mean_over_producers
+from secateur.envs.core import InputError
+from secateur.envs.model_graph.plan import ChannelGroup
+from secateur.envs.pruning.importance.core import DenseModel
+from secateur.envs.pruning.importance.output_energy import unit_energy
+from secateur.envs.pruning.importance.readers import Reader, reader, unit_entries
+from secateur.envs.pruning.importance.unit_slices import mean_over_producers
 
 _PANEL = 128  # entries eliminated between two updates of the whole matrices
 

@@ -21,10 +21,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from envs.core import InputError
-from envs.model_graph.plan import ChannelGroup, TensorSlice
-from envs.pruning.importance.core import DenseModel
-from envs.pruning.importance.unit_slices import named_parameters, producer_weights, unit_rows
+from secateur.envs.core import InputError
+from secateur.envs.model_graph.plan import ChannelGroup, TensorSlice
+from secateur.envs.pruning.importance.core import DenseModel
+from secateur.envs.pruning.importance.unit_slices import named_parameters, producer_weights, unit_rows
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from envs.model_graph.plan import ChannelGroup, TensorSlice
+from secateur.envs.model_graph.plan import ChannelGroup, TensorSlice
 
 
 def unit_rows(tensor: Tensor, place: TensorSlice) -> Tensor:

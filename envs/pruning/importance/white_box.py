@@ -31,10 +31,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from envs.core import InputError
-from envs.pruning.importance.core import DenseModel
-from envs.pruning.importance.readers import input_channels
-from envs.pruning.importance.unit_slices import mean_over_producers
+from secateur.envs.core import InputError
+from secateur.envs.pruning.importance.core import DenseModel
+from secateur.envs.pruning.importance.readers import input_channels
+from secateur.envs.pruning.importance.unit_slices import mean_over_producers
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Quantizers: which grid weights and activations are put on. A new one is a file and a line in `QUANTIZERS`."""
 
-from envs.quantization.quantizers.core import ActivationGrid, QuantizedWeight, Quantizer
-from envs.quantization.quantizers.gptq import GPTQ, GPTQConfig
-from envs.quantization.quantizers.power_of_two import PowerOfTwo, PowerOfTwoConfig
-from envs.quantization.quantizers.uniform import Uniform, UniformConfig
+from secateur.envs.quantization.quantizers.core import ActivationGrid, QuantizedWeight, Quantizer
+from secateur.envs.quantization.quantizers.gptq import GPTQ, GPTQConfig
+from secateur.envs.quantization.quantizers.power_of_two import PowerOfTwo, PowerOfTwoConfig
+from secateur.envs.quantization.quantizers.uniform import Uniform, UniformConfig
 
 __all__ = ["QUANTIZERS", "ActivationGrid", "QuantizedWeight", "Quantizer"]
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from envs.calibration.core import LayerStatistics
-from envs.core import InputError
-from envs.quantization.quantizers.core import ActivationGrid, check_bits
+from secateur.envs.calibration.core import LayerStatistics
+from secateur.envs.core import InputError
+from secateur.envs.quantization.quantizers.core import ActivationGrid, check_bits
 
 SHARES = 0.9 ** np.arange(32)
 """Shares of each end of the range among which "mse" chooses, every pair of them."""

@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from envs.calibration.core import LayerStatistics
+from secateur.envs.calibration.core import LayerStatistics
 
 MIN_BITS, MAX_BITS = 2, 8
 """Bit-widths that can be simulated; 32 everywhere else means "untouched"."""

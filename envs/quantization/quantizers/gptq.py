@@ -31,12 +31,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from envs.calibration.core import CHANNEL, FULL, LayerStatistics
-from envs.core import InputError
-from envs.quantization.quantizers.activation_grids import ActivationGridConfig, choose_activation_grid
-from envs.quantization.quantizers.core import ActivationGrid, QuantizedWeight, check_bits
-from envs.quantization.quantizers.uniform import Uniform
-from envs.quantization.quantizers.weight_grids import (
+from secateur.envs.calibration.core import CHANNEL, FULL, LayerStatistics
+from secateur.envs.core import InputError
+from secateur.envs.quantization.quantizers.activation_grids import ActivationGridConfig, choose_activation_grid
+from secateur.envs.quantization.quantizers.core import ActivationGrid, QuantizedWeight, check_bits
+from secateur.envs.quantization.quantizers.uniform import Uniform
+from secateur.envs.quantization.quantizers.weight_grids import (
     RelativeRows,
     WeightGrid,
     choose_scale,

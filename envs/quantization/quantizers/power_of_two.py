@@ -17,10 +17,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from envs.calibration.core import LayerStatistics
-from envs.quantization.quantizers.activation_grids import ActivationGridConfig, choose_activation_grid
-from envs.quantization.quantizers.core import ActivationGrid, QuantizedWeight, check_bits
-from envs.quantization.quantizers.weight_grids import check_clip, choose_scale, power_of_two_grid, relative_rows
+from secateur.envs.calibration.core import LayerStatistics
+from secateur.envs.quantization.quantizers.activation_grids import ActivationGridConfig, choose_activation_grid
+from secateur.envs.quantization.quantizers.core import ActivationGrid, QuantizedWeight, check_bits
+from secateur.envs.quantization.quantizers.weight_grids import check_clip, choose_scale, power_of_two_grid, relative_rows
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from envs.core import InputError
-from envs.quantization.quantizers.core import QuantizedWeight
+from secateur.envs.core import InputError
+from secateur.envs.quantization.quantizers.core import QuantizedWeight
 
 CLIPPING_POINTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 """Shares of a channel's largest weight among which the search chooses."""

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from envs.calibration import CalibrationConfig, calibrate, plan_calibration
-from envs.calibration.core import CHANNEL, DIAGONAL, FULL, NONE
-from envs.core import InputError
-from envs.model_graph import analyze
+from secateur.envs.calibration import CalibrationConfig, calibrate, plan_calibration
+from secateur.envs.calibration.core import CHANNEL, DIAGONAL, FULL, NONE
+from secateur.envs.core import InputError
+from secateur.envs.model_graph import analyze
 
 EVERYTHING = CalibrationConfig(positions=10_000, batch_size=3, samples=50)
 

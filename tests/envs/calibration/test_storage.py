@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from envs.calibration import CalibrationConfig, cached_calibration, storage
-from envs.calibration.core import CHANNEL, DIAGONAL, FULL, NONE
-from envs.model_graph import analyze
+from secateur.envs.calibration import CalibrationConfig, cached_calibration, storage
+from secateur.envs.calibration.core import CHANNEL, DIAGONAL, FULL, NONE
+from secateur.envs.model_graph import analyze
 
 CONFIG = CalibrationConfig(max_matrix_bytes=400, samples=20)
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cost_models.core import InputError
-from envs.model_graph import analyze
-from envs.model_graph.identities import Identities
+from secateur.cost_models.core import InputError
+from secateur.envs.model_graph import analyze
+from secateur.envs.model_graph.identities import Identities
 
 
 class Between(nn.Module):

@@ -11,8 +11,8 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
-from cost_models.core import InputError
-from envs.model_graph import analyze
+from secateur.cost_models.core import InputError
+from secateur.envs.model_graph import analyze
 
 
 def image_of(size):

@@ -9,17 +9,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from envs.calibration import CalibrationConfig, calibrate
-from envs.core import InputError
-from envs.model_graph import analyze
-from envs.pruning.importance import IMPORTANCES
-from envs.pruning.importance.clr_rnf import reciprocal_scores
-from envs.pruning.importance.core import DenseModel
-from envs.pruning.importance.hrank import map_ranks
-from envs.pruning.importance.second_order import Elimination, damped_inverse, removal_order
-from envs.pruning.importance.taylor import Taylor, TaylorConfig
-from envs.pruning.importance.white_box import WhiteBox, WhiteBoxConfig, class_coefficients
-from envs.tasks.synthetic import synthetic_net
+from secateur.envs.calibration import CalibrationConfig, calibrate
+from secateur.envs.core import InputError
+from secateur.envs.model_graph import analyze
+from secateur.envs.pruning.importance import IMPORTANCES
+from secateur.envs.pruning.importance.clr_rnf import reciprocal_scores
+from secateur.envs.pruning.importance.core import DenseModel
+from secateur.envs.pruning.importance.hrank import map_ranks
+from secateur.envs.pruning.importance.second_order import Elimination, damped_inverse, removal_order
+from secateur.envs.pruning.importance.taylor import Taylor, TaylorConfig
+from secateur.envs.pruning.importance.white_box import WhiteBox, WhiteBoxConfig, class_coefficients
+from secateur.envs.tasks.synthetic import synthetic_net
 
 
 class Mixed(nn.Module):
@@ -265,7 +265,7 @@ def refit_error(moments, weight, gone, damping):
 
 @pytest.mark.parametrize(("block", "panel"), [(1, 128), (1, 3), (3, 128), (2, 4)])
 def test_greedy_costs_are_the_growth_of_the_refit_error(block, panel, monkeypatch):
-    monkeypatch.setattr("envs.pruning.importance.second_order._PANEL", panel)
+    monkeypatch.setattr("secateur.envs.pruning.importance.second_order._PANEL", panel)
     rng = np.random.default_rng(0)
     size = 8 * block
     rows = rng.standard_normal((40, size)) @ rng.standard_normal((size, size))
@@ -462,7 +462,7 @@ def test_white_box_lowers_the_mask_of_a_channel_that_hurts():
 
 
 def test_white_box_leaves_the_network_as_it_is_while_all_masks_are_one():
-    from envs.pruning.importance.white_box import _MaskedModel
+    from secateur.envs.pruning.importance.white_box import _MaskedModel
 
     torch.manual_seed(0)
     model = Mixed().eval()

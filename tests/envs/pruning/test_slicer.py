@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from envs.model_graph import analyze
-from envs.pruning.slicing import Slicer, kept_positions, masked_model
+from secateur.envs.model_graph import analyze
+from secateur.envs.pruning.slicing import Slicer, kept_positions, masked_model
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

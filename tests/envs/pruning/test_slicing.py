@@ -9,16 +9,16 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
-from cost_models.core import InputError
-from envs.calibration import CalibrationConfig, calibrate
-from envs.candidate import Candidate
-from envs.model_graph import analyze, fold_batch_norms
-from envs.piece_cache import PieceCache
-from envs.policy_space import PolicySpace, SpaceConfig
-from envs.pruning.slicing import masked_model, resize_model, slice_model
-from envs.quantization.quantizers.uniform import Uniform
-from envs.recovery.least_squares import LeastSquares
-from search.support import randomize
+from secateur.cost_models.core import InputError
+from secateur.envs.calibration import CalibrationConfig, calibrate
+from secateur.envs.candidate import Candidate
+from secateur.envs.model_graph import analyze, fold_batch_norms
+from secateur.envs.piece_cache import PieceCache
+from secateur.envs.policy_space import PolicySpace, SpaceConfig
+from secateur.envs.pruning.slicing import masked_model, resize_model, slice_model
+from secateur.envs.quantization.quantizers.uniform import Uniform
+from secateur.envs.recovery.least_squares import LeastSquares
+from secateur.search.benchmarks.support import randomize
 
 
 def conv(inputs, outputs, kernel=3, **options):

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from envs.calibration import CalibrationConfig, calibrate
-from envs.candidate import Candidate
-from envs.model_graph import analyze
-from envs.piece_cache import PieceCache
-from envs.quantization.fake_quantize import (
+from secateur.envs.calibration import CalibrationConfig, calibrate
+from secateur.envs.candidate import Candidate
+from secateur.envs.model_graph import analyze
+from secateur.envs.piece_cache import PieceCache
+from secateur.envs.quantization.fake_quantize import (
     ActivationQuantizer,
     activation_grid,
     is_quantized,
@@ -19,9 +19,9 @@ from envs.quantization.fake_quantize import (
     set_activation_grid,
     set_quantized_weight,
 )
-from envs.quantization.quantizers import QUANTIZERS, ActivationGrid
-from envs.quantization.quantizers.uniform import Uniform
-from envs.tasks.synthetic import synthetic_net
+from secateur.envs.quantization.quantizers import QUANTIZERS, ActivationGrid
+from secateur.envs.quantization.quantizers.uniform import Uniform
+from secateur.envs.tasks.synthetic import synthetic_net
 
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "linear")
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from envs.quantization.fake_quantize import ActivationQuantizer, activation_grid, set_activation_grid, use_integer_inputs
-from envs.quantization.quantizers.core import ActivationGrid
+from secateur.envs.quantization.fake_quantize import ActivationQuantizer, activation_grid, set_activation_grid, use_integer_inputs
+from secateur.envs.quantization.quantizers.core import ActivationGrid
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from envs.calibration import CalibrationConfig, calibrate
-from envs.model_graph import analyze
-from envs.quantization.fake_quantize import activation_grid, quantized_weight, set_activation_grid, set_quantized_weight
-from envs.quantization.quantizers import QUANTIZERS
+from secateur.envs.calibration import CalibrationConfig, calibrate
+from secateur.envs.model_graph import analyze
+from secateur.envs.quantization.fake_quantize import activation_grid, quantized_weight, set_activation_grid, set_quantized_weight
+from secateur.envs.quantization.quantizers import QUANTIZERS
 
 LAYERS = {
     "conv": lambda: nn.Conv2d(8, 6, 3, padding=1),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from envs.quantization.packing import pack_bits, unpack_bits
+from secateur.envs.quantization.packing import pack_bits, unpack_bits
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

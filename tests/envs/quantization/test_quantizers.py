@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from envs.calibration.core import CHANNEL, DIAGONAL, FULL, NONE, LayerStatistics
-from envs.core import InputError
-from envs.quantization.packing import pack_bits, unpack_bits
-from envs.quantization.quantizers import QUANTIZERS, QuantizedWeight
-from envs.quantization.quantizers.activation_grids import ActivationGridConfig, choose_activation_grid
-from envs.quantization.quantizers.gptq import GPTQ, GPTQConfig
-from envs.quantization.quantizers.power_of_two import PowerOfTwo
-from envs.quantization.quantizers.uniform import Uniform, UniformConfig
+from secateur.envs.calibration.core import CHANNEL, DIAGONAL, FULL, NONE, LayerStatistics
+from secateur.envs.core import InputError
+from secateur.envs.quantization.packing import pack_bits, unpack_bits
+from secateur.envs.quantization.quantizers import QUANTIZERS, QuantizedWeight
+from secateur.envs.quantization.quantizers.activation_grids import ActivationGridConfig, choose_activation_grid
+from secateur.envs.quantization.quantizers.gptq import GPTQ, GPTQConfig
+from secateur.envs.quantization.quantizers.power_of_two import PowerOfTwo
+from secateur.envs.quantization.quantizers.uniform import Uniform, UniformConfig
 
 BITS = range(2, 9)
 KINDS = (FULL, CHANNEL, DIAGONAL, NONE, None)

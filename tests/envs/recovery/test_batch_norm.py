@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from envs.core import InputError
-from envs.recovery.batch_norm import BatchNorm, BatchNormConfig
+from secateur.envs.core import InputError
+from secateur.envs.recovery.batch_norm import BatchNorm, BatchNormConfig
 
 
 @dataclass

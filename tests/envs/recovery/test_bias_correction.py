@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from envs.calibration import CalibrationConfig, calibrate
-from envs.candidate import Candidate
-from envs.model_graph import analyze
-from envs.piece_cache import PieceCache
-from envs.quantization.quantizers.uniform import Uniform
-from envs.recovery.bias_correction import BiasCorrection
+from secateur.envs.calibration import CalibrationConfig, calibrate
+from secateur.envs.candidate import Candidate
+from secateur.envs.model_graph import analyze
+from secateur.envs.piece_cache import PieceCache
+from secateur.envs.quantization.quantizers.uniform import Uniform
+from secateur.envs.recovery.bias_correction import BiasCorrection
 
 
 class Layers(nn.Module):

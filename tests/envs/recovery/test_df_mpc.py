@@ -8,13 +8,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from envs.assembler import Assembler
-from envs.core import CompressionPolicy, InputError
-from envs.model_graph import analyze
-from envs.model_graph.plan import TensorSlice
-from envs.quantization.quantizers.uniform import Uniform
-from envs.recovery.channel_scales import Filters, ScaleBook, filters
-from envs.recovery.df_mpc import DFMPC, DFMPCConfig, low_producers
+from secateur.envs.assembler import Assembler
+from secateur.envs.core import CompressionPolicy, InputError
+from secateur.envs.model_graph import analyze
+from secateur.envs.model_graph.plan import TensorSlice
+from secateur.envs.quantization.quantizers.uniform import Uniform
+from secateur.envs.recovery.channel_scales import Filters, ScaleBook, filters
+from secateur.envs.recovery.df_mpc import DFMPC, DFMPCConfig, low_producers
 
 
 class Block(nn.Module):

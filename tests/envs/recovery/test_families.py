@@ -7,13 +7,13 @@ import torch
 import torchvision
 from torch import nn
 
-from envs.assembler import Assembler
-from envs.calibration import CalibrationConfig, calibrate
-from envs.core import CompressionPolicy
-from envs.model_graph import analyze
-from envs.pruning.importance.unit_slices import mean_over_producers
-from envs.quantization.quantizers import QUANTIZERS
-from envs.recovery import RECOVERIES
+from secateur.envs.assembler import Assembler
+from secateur.envs.calibration import CalibrationConfig, calibrate
+from secateur.envs.core import CompressionPolicy
+from secateur.envs.model_graph import analyze
+from secateur.envs.pruning.importance.unit_slices import mean_over_producers
+from secateur.envs.quantization.quantizers import QUANTIZERS
+from secateur.envs.recovery import RECOVERIES
 
 FAMILIES = (
     "mobilenet_v2",

@@ -6,12 +6,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from envs.assembler import Assembler
-from envs.calibration import CalibrationConfig, calibrate
-from envs.core import CompressionPolicy, InputError
-from envs.model_graph import analyze
-from envs.quantization.quantizers.uniform import Uniform
-from envs.recovery.least_squares import LeastSquares, LeastSquaresConfig
+from secateur.envs.assembler import Assembler
+from secateur.envs.calibration import CalibrationConfig, calibrate
+from secateur.envs.core import CompressionPolicy, InputError
+from secateur.envs.model_graph import analyze
+from secateur.envs.quantization.quantizers.uniform import Uniform
+from secateur.envs.recovery.least_squares import LeastSquares, LeastSquaresConfig
 
 EXACT = LeastSquares(LeastSquaresConfig(damping=1e-9))
 

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from envs.assembler import Assembler
-from envs.calibration import CalibrationConfig, calibrate
-from envs.core import CompressionPolicy
-from envs.model_graph import analyze
-from envs.pruning.importance import IMPORTANCES
-from envs.pruning.importance.core import DenseModel
-from envs.quantization.quantizers import QUANTIZERS
-from envs.recovery import RECOVERIES
-from envs.tasks import convert_tiles
-from envs.tasks.data import load_data
-from envs.tasks.models import load_model
+from secateur.envs.assembler import Assembler
+from secateur.envs.calibration import CalibrationConfig, calibrate
+from secateur.envs.core import CompressionPolicy
+from secateur.envs.model_graph import analyze
+from secateur.envs.pruning.importance import IMPORTANCES
+from secateur.envs.pruning.importance.core import DenseModel
+from secateur.envs.quantization.quantizers import QUANTIZERS
+from secateur.envs.recovery import RECOVERIES
+from secateur.envs.tasks import convert_tiles
+from secateur.envs.tasks.data import load_data
+from secateur.envs.tasks.models import load_model
 
 pytestmark = [
     pytest.mark.data,
@@ -35,7 +35,7 @@ def task(tmp_path_factory):
     root, folder = Path(os.environ["SECATEUR_DATA"]), tmp_path_factory.mktemp("cifar10")
     convert_tiles.convert(root / "data" / "cifar10", folder)
     data = load_data("cifar10", folder, calibration=512, validation=1000)
-    model = load_model("envs.tasks.cifar_resnet:resnet56", root / "weights" / "cifar10" / "resnet56.pth")
+    model = load_model("secateur.envs.tasks.cifar_resnet:resnet56", root / "weights" / "cifar10" / "resnet56.pth")
     images, labels = data.tensors(data.calibration)
     graph = analyze(model, (images[:1],))
     known = calibrate(model, graph, images, CalibrationConfig())

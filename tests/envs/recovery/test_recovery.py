@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from envs.assembler import Assembler
-from envs.calibration import CalibrationConfig, calibrate
-from envs.core import CompressionPolicy
-from envs.model_graph import analyze
-from envs.quantization.quantizers.uniform import Uniform
-from envs.recovery import RECOVERIES
-from envs.tasks import synthetic
-from envs.tasks.training import Recipe, train
+from secateur.envs.assembler import Assembler
+from secateur.envs.calibration import CalibrationConfig, calibrate
+from secateur.envs.core import CompressionPolicy
+from secateur.envs.model_graph import analyze
+from secateur.envs.quantization.quantizers.uniform import Uniform
+from secateur.envs.recovery import RECOVERIES
+from secateur.envs.tasks import synthetic
+from secateur.envs.tasks.training import Recipe, train
 
 
 @pytest.fixture(scope="module")

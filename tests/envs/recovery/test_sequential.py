@@ -11,16 +11,16 @@ from torch.nn import functional as F
 from torchvision import models
 from torchvision.models.regnet import BlockParams
 
-from envs.assembler import Assembler
-from envs.calibration import CalibrationConfig, calibrate
-from envs.core import CompressionPolicy, InputError
-from envs.model_graph import analyze
-from envs.quantization.quantizers import QUANTIZERS
-from envs.quantization.quantizers.uniform import Uniform
-from envs.recovery import RECOVERIES
-from envs.recovery.forward_values import plan_forward
-from envs.recovery.least_squares import LeastSquares
-from envs.recovery.sequential import Sequential, SequentialConfig
+from secateur.envs.assembler import Assembler
+from secateur.envs.calibration import CalibrationConfig, calibrate
+from secateur.envs.core import CompressionPolicy, InputError
+from secateur.envs.model_graph import analyze
+from secateur.envs.quantization.quantizers import QUANTIZERS
+from secateur.envs.quantization.quantizers.uniform import Uniform
+from secateur.envs.recovery import RECOVERIES
+from secateur.envs.recovery.forward_values import plan_forward
+from secateur.envs.recovery.least_squares import LeastSquares
+from secateur.envs.recovery.sequential import Sequential, SequentialConfig
 
 
 def with_statistics(model, seed=0):
@@ -286,10 +286,10 @@ def test_the_sum_absorbs_the_error_of_the_stream(monkeypatch):
     torch.manual_seed(0)
     model, images = LinearStream().eval(), torch.randn(200, 3, 8, 8)
     weak = Sequential(SequentialConfig(damping=1e-9))
-    monkeypatch.setattr("envs.recovery.sequential._DAMPING_STEPS", (1,))
+    monkeypatch.setattr("secateur.envs.recovery.sequential._DAMPING_STEPS", (1,))
     repaired = recovered(model, images, weak, names=("inner",))
     assert error(repaired, model, images) < 1e-6 < error(recovered(model, images, names=("inner",)), model, images)
-    monkeypatch.setattr("envs.recovery.forward_values._ADDITIONS", ())
+    monkeypatch.setattr("secateur.envs.recovery.forward_values._ADDITIONS", ())
     assert error(recovered(model, images, weak, names=("inner",)), model, images) > 1e-3
 
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from envs.core import InputError
-from envs.tasks.data import load_data
+from secateur.envs.core import InputError
+from secateur.envs.tasks.data import load_data
 
 
 def arrays(count=12, part="test", size=(4, 5, 3), classes=6):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from envs.tasks import convert_sample
-from envs.tasks.data import load_data
+from secateur.envs.tasks import convert_sample
+from secateur.envs.tasks.data import load_data
 
 
 def write_sample(source, sizes=((6, 5),) * 4, names=("0000_a.png", "0001_b.png", "0002_c.png", "0002_d.png"), classes=3):

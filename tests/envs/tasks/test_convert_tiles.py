@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from envs.tasks import convert_tiles
-from envs.tasks.data import load_data
+from secateur.envs.tasks import convert_tiles
+from secateur.envs.tasks.data import load_data
 
 
 @pytest.fixture

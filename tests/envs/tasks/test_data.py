@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from envs.core import InputError
-from envs.tasks import data as data_module
-from envs.tasks.data import Split, TaskData, load_data
+from secateur.envs.core import InputError
+from secateur.envs.tasks import data as data_module
+from secateur.envs.tasks.data import Split, TaskData, load_data
 
 
 def indices_of(split, pool):

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from envs.core import InputError
-from envs.tasks import synthetic
-from envs.tasks.data import Split, TaskData
-from envs.tasks.training import FineTuning, fine_tune
+from secateur.envs.core import InputError
+from secateur.envs.tasks import synthetic
+from secateur.envs.tasks.data import Split, TaskData
+from secateur.envs.tasks.training import FineTuning, fine_tune
 
 
 def task(images, labels, classes=2):

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from envs.core import InputError
-from envs.tasks import synthetic
-from envs.tasks.models import find_factory, is_model_factory, load_model
+from secateur.envs.core import InputError
+from secateur.envs.tasks import synthetic
+from secateur.envs.tasks.models import find_factory, is_model_factory, load_model
 
-FACTORY = "envs.tasks.cifar_resnet:resnet20"
+FACTORY = "secateur.envs.tasks.cifar_resnet:resnet20"
 
 
 def make_reference():
@@ -104,7 +104,7 @@ def test_other_tensors_are_named(change, words, tmp_path):
 def test_other_architecture_is_named(tmp_path):
     torch.save(make_reference().state_dict(), tmp_path / "resnet20.pth")
     with pytest.raises(InputError, match="another architecture"):
-        load_model("envs.tasks.cifar_resnet:resnet32", tmp_path / "resnet20.pth")
+        load_model("secateur.envs.tasks.cifar_resnet:resnet32", tmp_path / "resnet20.pth")
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage that is no archive", b"PK\x03\x04 half an archive", b"\x80\x02"])
@@ -134,8 +134,8 @@ def make_number():
 @pytest.mark.parametrize(
     ("factory", "arguments", "words"),
     [
-        ("envs.tasks.cifar_resnet:resnet57", {}, "Did you mean `resnet56`"),
-        ("envs.tasks.cifar_resnets:resnet56", {}, "no module `envs.tasks.cifar_resnets`"),
+        ("secateur.envs.tasks.cifar_resnet:resnet57", {}, "Did you mean `resnet56`"),
+        ("secateur.envs.tasks.cifar_resnets:resnet56", {}, "no module `secateur.envs.tasks.cifar_resnets`"),
         ("torchvision:resnet19", {}, "Did you mean `resnet1"),
         ("resnet56", {}, '"package.module:name"'),
         (FACTORY, {"classes": 10}, "classes"),
@@ -154,7 +154,7 @@ def test_factory_errors_are_one_sentence(factory, arguments, words, monkeypatch)
     ("factory", "expected"),
     [
         (FACTORY, True),
-        ("envs.tasks.synthetic:SyntheticNet", True),
+        ("secateur.envs.tasks.synthetic:SyntheticNet", True),
         ("torchvision:squeezenet1_0", True),
         ("torch.nn:Linear", True),
         ("os:system", False),
@@ -178,12 +178,12 @@ def test_trained_weights_come_from_the_factorys_module(tmp_path, monkeypatch):
     monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path))
     epochs = []
     data = synthetic.load()
-    model = load_model("envs.tasks.synthetic:synthetic_net", "trained", {"width": 4}, data, epochs.append)
+    model = load_model("secateur.envs.tasks.synthetic:synthetic_net", "trained", {"width": 4}, data, epochs.append)
     images, labels = data.tensors(data.test)
     assert (model(images).argmax(1) == labels).float().mean() > 0.6
     assert [step.epoch for step in epochs] == list(range(1, synthetic.RECIPE.epochs + 1))
     with pytest.raises(InputError, match="train=.rest"):
-        load_model("envs.tasks.synthetic:synthetic_net", "trained", data=synthetic.load(train=0))
+        load_model("secateur.envs.tasks.synthetic:synthetic_net", "trained", data=synthetic.load(train=0))
     with pytest.raises(InputError, match="train_weights"):
         load_model(FACTORY, "trained", data=data)
     with pytest.raises(InputError, match="train_weights"):

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from envs.evaluator import top1
-from envs.tasks.convert_sample import convert
-from search.build import build_model_and_graph
-from search.config import load_config
+from secateur.envs.evaluator import top1
+from secateur.envs.tasks.convert_sample import convert
+from secateur.search.build import build_model_and_graph
+from secateur.search.config import load_config
 
 pytestmark = [
     pytest.mark.data,

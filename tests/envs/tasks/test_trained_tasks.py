@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from envs.tasks import digits, synthetic
-from envs.tasks.data import load_data
-from envs.tasks.training import Recipe, cached_weights, train
+from secateur.envs.tasks import digits, synthetic
+from secateur.envs.tasks.data import load_data
+from secateur.envs.tasks.training import Recipe, cached_weights, train
 
 
 def top1(model, data, split):
@@ -72,7 +72,7 @@ def test_weights_are_cached_by_recipe_model_and_data(tmp_path):
 
 
 def test_shifted_training_images_keep_their_pixels():
-    from envs.tasks.training import _shifted
+    from secateur.envs.tasks.training import _shifted
 
     images = torch.arange(4 * 2 * 5 * 5, dtype=torch.float32).view(4, 2, 5, 5)
     moved = _shifted(images, 1, torch.Generator().manual_seed(0))

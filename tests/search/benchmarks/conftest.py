@@ -2,12 +2,12 @@
 
 import pytest
 
-from search.benchmarks.recovered import calibrated_problem
-from search.config import parse_config
+from secateur.search.benchmarks.recovered import calibrated_problem
+from secateur.search.config import parse_config
 
 VALUES = {
-    "model": {"factory": "envs.tasks.synthetic:synthetic_net", "weights": "trained", "input": [3, 8, 8]},
-    "data": {"name": "envs.tasks.synthetic:load", "train": 256, "calibration": 64, "validation": 200},
+    "model": {"factory": "secateur.envs.tasks.synthetic:synthetic_net", "weights": "trained", "input": [3, 8, 8]},
+    "data": {"name": "secateur.envs.tasks.synthetic:load", "train": 256, "calibration": 64, "validation": 200},
     "search": {"agent": "random", "evaluations": 6, "workers": 0, "precision": "float32"},
     "space": {"prune_ratio": [0.0, 0.75]},
     "recovery": [],

@@ -6,19 +6,19 @@ from functools import partial
 
 import pytest
 
-from envs.core import InputError
-from envs.evaluator import top1
-from search.benchmarks.agents import Contestant, contestant, outcome_line, run_contestants, search_report, summary
-from search.benchmarks.records import Records
-from search.build import build_agent, build_front, build_problem, make_env
-from search.config import parse_config
-from search.finalize import finalist_scores, finalize
-from search.local_runner import LocalRunner
-from search.loop import run_loop
+from secateur.envs.core import InputError
+from secateur.envs.evaluator import top1
+from secateur.search.benchmarks.agents import Contestant, contestant, outcome_line, run_contestants, search_report, summary
+from secateur.search.benchmarks.records import Records
+from secateur.search.build import build_agent, build_front, build_problem, make_env
+from secateur.search.config import parse_config
+from secateur.search.loop import run_loop
+from secateur.search.results.finalize import finalist_scores, finalize
+from secateur.search.run.local_runner import LocalRunner
 
 VALUES = {
-    "model": {"factory": "envs.tasks.synthetic:synthetic_net", "weights": "trained", "input": [3, 8, 8]},
-    "data": {"name": "envs.tasks.synthetic:load", "train": "rest", "calibration": 64, "validation": 200},
+    "model": {"factory": "secateur.envs.tasks.synthetic:synthetic_net", "weights": "trained", "input": [3, 8, 8]},
+    "data": {"name": "secateur.envs.tasks.synthetic:load", "train": "rest", "calibration": 64, "validation": 200},
     "search": {"agent": "random", "evaluations": 6, "workers": 0},
     "space": {"prune_ratio": [0.0, 0.75], "weight_bits": [4, 8], "activation_bits": [8]},
     "budgets": {"small": {"macs": "<= 50%"}, "tiny": {"macs": "<= 30%", "weight_bytes": "<= 10%", "top1_drop": "<= 60"}},

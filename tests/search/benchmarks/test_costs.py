@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from search.benchmarks.costs import benchmark_costs
-from search.build import build_model_and_graph, build_space
-from search.config import parse_config
+from secateur.search.benchmarks.costs import benchmark_costs
+from secateur.search.build import build_model_and_graph, build_space
+from secateur.search.config import parse_config
 
 VALUES = {
-    "model": {"factory": "envs.tasks.synthetic:synthetic_net", "input": [3, 8, 8]},
-    "data": {"name": "envs.tasks.synthetic:load", "validation": 200},
+    "model": {"factory": "secateur.envs.tasks.synthetic:synthetic_net", "input": [3, 8, 8]},
+    "data": {"name": "secateur.envs.tasks.synthetic:load", "validation": 200},
     "budgets": {"small": {"macs": "<= 50%"}},
 }
 

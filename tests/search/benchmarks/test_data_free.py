@@ -2,15 +2,15 @@
 
 import torch
 
-from envs.model_graph import analyze
-from envs.tasks.cifar_resnet import resnet20, vgg16_bn
-from search.benchmarks.data_free import CASES, Case, case_policy, compare_data_free, data_free_report
-from search.benchmarks.records import Records
-from search.config import parse_config
+from secateur.envs.model_graph import analyze
+from secateur.envs.tasks.cifar_resnet import resnet20, vgg16_bn
+from secateur.search.benchmarks.data_free import CASES, Case, case_policy, compare_data_free, data_free_report
+from secateur.search.benchmarks.records import Records
+from secateur.search.config import parse_config
 
 VALUES = {
-    "model": {"factory": "envs.tasks.synthetic:synthetic_net", "input": [3, 8, 8]},
-    "data": {"name": "envs.tasks.synthetic:load", "calibration": 0, "validation": 20, "test": 40},
+    "model": {"factory": "secateur.envs.tasks.synthetic:synthetic_net", "input": [3, 8, 8]},
+    "data": {"name": "secateur.envs.tasks.synthetic:load", "calibration": 0, "validation": 20, "test": 40},
     "recovery": ["least_squares"],
     "budgets": {"small": {"macs": "<= 50%"}},
 }

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from envs.pruning.slicing import slice_model
-from envs.recovery import RECOVERIES
-from search.benchmarks import evaluator as measure
-from search.build import make_env, open_runner
+from secateur.envs.pruning.slicing import slice_model
+from secateur.envs.recovery import RECOVERIES
+from secateur.search.benchmarks import evaluator as measure
+from secateur.search.build import make_env, open_runner
 
 
 def assembler_with(problem, *names):

@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cost_models.core import InputError
-from envs.core import CompressionPolicy
-from envs.evaluator import top1
-from search.benchmarks import importances as measure
-from search.benchmarks.records import Records
-from search.benchmarks.recovered import with_recoveries
+from secateur.cost_models.core import InputError
+from secateur.envs.core import CompressionPolicy
+from secateur.envs.evaluator import top1
+from secateur.search.benchmarks import importances as measure
+from secateur.search.benchmarks.records import Records
+from secateur.search.benchmarks.recovered import with_recoveries
 
 GRADES = {"none": (), "least_squares": ("least_squares",)}
 

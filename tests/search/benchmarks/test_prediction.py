@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from cost_models.core import InputError
-from envs.evaluator import top1
-from envs.tasks.training import FineTuning
-from search.benchmarks import prediction as measure
-from search.benchmarks.importances import choose_budget
-from search.benchmarks.recovered import with_recoveries
+from secateur.cost_models.core import InputError
+from secateur.envs.evaluator import top1
+from secateur.envs.tasks.training import FineTuning
+from secateur.search.benchmarks import prediction as measure
+from secateur.search.benchmarks.importances import choose_budget
+from secateur.search.benchmarks.recovered import with_recoveries
 
 
 @pytest.fixture
@@ -111,5 +111,5 @@ def test_what_cannot_be_measured_is_refused(settings):
     with pytest.raises(InputError, match="no recovery `magic`.*--start: none"):
         measure.check_start("magic")
     assert len(measure.training_images(settings())) == 256
-    everything = settings(data={"name": "envs.tasks.synthetic:load", "validation": 200})
+    everything = settings(data={"name": "secateur.envs.tasks.synthetic:load", "validation": 200})
     assert len(measure.training_images(everything)) == 1024

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from envs.core import Budget, InputError
-from search.ask import answer
-from search.benchmarks.questions import (
+from secateur.envs.core import Budget, InputError
+from secateur.search.ask import answer
+from secateur.search.benchmarks.questions import (
     agent_name,
     answer_questions,
     draw_questions,
@@ -19,17 +19,17 @@ from search.benchmarks.questions import (
     shared_config,
     shared_experience,
 )
-from search.benchmarks.records import Records
-from search.build import build_agent, build_problem, make_env
-from search.config import parse_config
-from search.finalize import finalist_scores
-from search.local_runner import LocalRunner
-from search.loop import run_loop
+from secateur.search.benchmarks.records import Records
+from secateur.search.build import build_agent, build_problem, make_env
+from secateur.search.config import parse_config
+from secateur.search.loop import run_loop
+from secateur.search.results.finalize import finalist_scores
+from secateur.search.run.local_runner import LocalRunner
 
 OPTIONS = {"warmup": 6, "candidates": 16, "updates": 2, "planned": 4, "hidden": 8, "critics": 2, "goals": 2}
 VALUES = {
-    "model": {"factory": "envs.tasks.synthetic:synthetic_net", "weights": "trained", "input": [3, 8, 8]},
-    "data": {"name": "envs.tasks.synthetic:load", "train": "rest", "calibration": 64, "validation": 200},
+    "model": {"factory": "secateur.envs.tasks.synthetic:synthetic_net", "weights": "trained", "input": [3, 8, 8]},
+    "data": {"name": "secateur.envs.tasks.synthetic:load", "train": "rest", "calibration": 64, "validation": 200},
     "search": {"agent": "envelope_ddpg", "options": OPTIONS, "evaluations": 12, "workers": 0},
     "space": {"prune_ratio": [0.0, 0.75]},
     "budgets": {"small": {"macs": "<= 60%"}, "tiny": {"macs": "<= 30%"}},

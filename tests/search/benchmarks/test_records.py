@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from cost_models.core import InputError
-from search.benchmarks.records import Records, config_record
+from secateur.cost_models.core import InputError
+from secateur.search.benchmarks.records import Records, config_record
 
 
 def test_rows_are_found_again_after_a_restart(tmp_path):

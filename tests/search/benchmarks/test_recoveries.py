@@ -4,12 +4,12 @@ import pytest
 import torch
 from torchvision.models import mobilenet_v2, squeezenet1_0
 
-from envs.evaluator import top1
-from envs.model_graph import analyze
-from envs.tasks.cifar_resnet import resnet20, vgg16_bn
-from search.benchmarks import recoveries
-from search.benchmarks.records import Records
-from search.benchmarks.recoveries import Variant, compare_recoveries, inner_groups, recovery_report, uniform_policy
+from secateur.envs.evaluator import top1
+from secateur.envs.model_graph import analyze
+from secateur.envs.tasks.cifar_resnet import resnet20, vgg16_bn
+from secateur.search.benchmarks import recoveries
+from secateur.search.benchmarks.records import Records
+from secateur.search.benchmarks.recoveries import Variant, compare_recoveries, inner_groups, recovery_report, uniform_policy
 
 VARIANTS = (
     Variant("dense"),
@@ -98,8 +98,8 @@ def test_the_table_has_a_line_per_network_and_dashes_for_what_is_missing():
 
 
 def test_the_columns_name_plugins_that_exist():
-    from envs.quantization.quantizers import QUANTIZERS
-    from envs.recovery import RECOVERIES
+    from secateur.envs.quantization.quantizers import QUANTIZERS
+    from secateur.envs.recovery import RECOVERIES
 
     for variant in recoveries.VARIANTS:
         assert variant.quantizer in QUANTIZERS and set(variant.recoveries) <= set(RECOVERIES)

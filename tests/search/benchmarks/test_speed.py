@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 
-from cost_models.macs import Macs
-from envs.core import InputError
-from search.benchmarks import speed
-from search.deployment.runtimes import Latency
+from secateur.cost_models.macs import Macs
+from secateur.envs.core import InputError
+from secateur.search.benchmarks import speed
+from secateur.search.profiling.runtimes import Latency
 
 
 @pytest.fixture(scope="module")
 def network():
-    return speed.random_model("envs.tasks.cifar_resnet:resnet20", 32)
+    return speed.random_model("secateur.envs.tasks.cifar_resnet:resnet20", 32)
 
 
 def macs(geometry, widths):

@@ -6,8 +6,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from search.benchmarks import importances, prediction, quantizers
-from search.cli import app
+from secateur.search.benchmarks import importances, prediction, quantizers
+from secateur.search.cli import app
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""Compressed models on disk: safetensors, ONNX, and the check of what they promise."""

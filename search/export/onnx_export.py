@@ -1,0 +1,417 @@
+"""Writes a compressed network as ONNX: float32 where it has to be, 8-bit integers wherever weight and input have bits.
+
+The float32 graph comes from torch.onnx; ONNX Runtime's own tool adds pairs of QuantizeLinear and DequantizeLinear (QDQ), which
+runtimes turn into integer kernels. The grids of weights and layer inputs are the searched ones.
+
+Where the file differs from the simulation in PyTorch, and why:
+1. An integer convolution needs its output on a grid as well, and residual sums are integers only if both operands are. The
+   simulation keeps these in float32; here their ranges are measured on calibration images.
+2. A tensor has one grid, whoever reads it. The widest of its readers' is taken; float layers and sums read it too.
+3. There are no kernels below 8 bits: codes of fewer bits are stored in bytes with their own scale, which is exact. Inputs of
+   fewer bits get 256 levels over the same range. Levels that are no multiples of each other (powers of two, at 5 bits and
+   more) are rounded to the nearest of 255.
+
+And one thing that a runtime may change by itself: ONNX Runtime also rounds the weights of a float layer that stands between
+two integer ones (its optimizer WeightBiasQuantization). What `secateur verify` compares is what it computes then.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import onnx
+import torch
+from onnx import numpy_helper
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from torch import Tensor, nn
+
+from secateur.cost_models.core import FLOAT_BITS
+from secateur.envs.core import InputError
+from secateur.envs.model_graph.folding import fold_batch_norms
+from secateur.envs.model_graph.plan import ModelGraph
+from secateur.envs.quantization.fake_quantize import ActivationQuantizer, activation_grid, quantized_weight
+from secateur.envs.quantization.quantizers import ActivationGrid, QuantizedWeight
+
+INPUT, OUTPUT = "input", "logits"
+INTEGER_BITS = 8
+LARGEST_CODE = 127
+DATA_SUFFIX = ".data"
+MAX_ONE_FILE = 1.8e9
+"""Bytes; a protocol buffer ends at 2 GB."""
+
+CALIBRATION_BATCH = 8
+LARGEST_BIAS = 2**30
+"""In units of its scale; int32 ends at 2^31."""
+
+SMALLEST_SCALE = 1e-30
+"""Of an all-zero channel, which has none: times an input's scale it is still a normal float32."""
+
+
+@dataclass(frozen=True)
+class LayerExecution:
+    """How a runtime executes one convolution or linear layer of the file.
+
+    Attributes:
+        name: of the layer.
+        weight_bits, activation_bits: of the policy.
+        executed: "int8" or "float32".
+        note: one sentence if that differs from the policy, else "".
+    """
+
+    name: str
+    weight_bits: int
+    activation_bits: int
+    executed: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class _IntegerLayer:
+    """A layer that becomes integer.
+
+    Attributes:
+        codes: of its weight with batch norm folded, int8, in the layout of the module.
+        scale: (outputs,) float32, above zero.
+        grid: of its input, 8 bits.
+        notes: where it is not the policy's layer exactly.
+    """
+
+    codes: np.ndarray
+    scale: np.ndarray
+    grid: ActivationGrid
+    notes: tuple[str, ...]
+
+    def weight(self) -> np.ndarray:
+        """Return what the codes stand for, float32."""
+        return self.codes * self.scale.reshape(-1, *[1] * (self.codes.ndim - 1))
+
+
+def export_onnx(
+    network: nn.Module, graph: ModelGraph, image_shape: Sequence[int], images: Tensor, path: str | Path
+) -> list[LayerExecution]:
+    """Write an ONNX file and return how each layer of it is executed.
+
+    The input is "input", (N, C, H, W) float32 normalised, the output "logits", (N, classes) float32; N is free.
+
+    Args:
+        network: with simulated quantization, eval mode; it is left as it is.
+        graph: plan of the dense network that it was made from.
+        image_shape: (channels, height, width).
+        images: (N, C, H, W) calibration images, normalised; a few dozen. They give the ranges of what the policy has no grid for.
+        path: of the file. Above 1.8 GB the weights go to a second file beside it.
+    Raises:
+        InputError: if torch cannot export the network.
+    """
+    path = Path(path)
+    plain = copy.deepcopy(network).eval()
+    weights = {name: weight for name, module in plain.named_modules() if (weight := quantized_weight(module)) is not None}
+    grids = {name: grid for name, module in plain.named_modules() if (grid := _take_grid(module)) is not None}
+    gains = _batch_norm_gains(plain, graph)
+    fold_batch_norms(plain, graph)
+    layers = {
+        name: _integer_layer(weights[name], gains.get(name), plain.get_submodule(name), grids[name])
+        for name in weights
+        if name in grids
+    }
+    for name, layer in layers.items():  # exactly what the codes stand for, so that the tool cannot round to others
+        plain.get_submodule(name).weight = nn.Parameter(torch.from_numpy(layer.weight()))
+    model = _float_model(plain, image_shape)
+    nodes = _layer_nodes(model, plain, graph)
+    layers = {name: layer for name, layer in layers.items() if name in nodes}
+    notes: dict[str, str] = {}
+    if layers:
+        with TemporaryDirectory(dir=path.parent) as folder:
+            model, notes = _quantize(model, layers, nodes, images, Path(folder))
+            _save(model, path)
+    else:
+        _save(model, path)
+    return [
+        _execution(layer.name, weights.get(layer.name), grids.get(layer.name), layers.get(layer.name), notes)
+        for layer in graph.geometry.layers
+    ]
+
+
+def _take_grid(module: nn.Module) -> ActivationGrid | None:
+    """Return the grid of a layer's input, and let the layer read floats from now on."""
+    grid = activation_grid(module)
+    for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, ActivationQuantizer)]:
+        del module._forward_pre_hooks[key]
+    return grid
+
+
+def _batch_norm_gains(network: nn.Module, graph: ModelGraph) -> dict[str, np.ndarray]:
+    """Return {layer: (outputs,) what folding will multiply its channels by}, of the layers with a batch norm to fold."""
+    gains = {}
+    for layer, name in graph.batch_norms:
+        norm = network.get_submodule(name)
+        if not isinstance(norm, nn.Identity):
+            gain = (norm.running_var + norm.eps).rsqrt()
+            gains[layer] = (gain if norm.weight is None else gain * norm.weight.detach()).numpy()
+    return gains
+
+
+# ---------------------------------------------------------------------------------------------------------------- layers
+
+
+def _integer_layer(
+    weight: QuantizedWeight, gain: np.ndarray | None, folded: nn.Module, grid: ActivationGrid
+) -> _IntegerLayer:
+    """Return what stands in the file for a layer; `folded` is its module after batch norm was folded."""
+    scale = weight.scale.numpy().astype(np.float64) * (1.0 if gain is None else gain)
+    codes, step = _integer_levels(weight)
+    codes, scale = codes * np.sign(scale).reshape(-1, *[1] * (codes.ndim - 1)), np.abs(scale) * step
+    grid_8 = _eight_bits(grid)
+    # The bias is stored in int32, in units of both scales; a channel that is next to nothing beside it gets a coarser scale.
+    bias = 0.0 if folded.bias is None else folded.bias.detach().abs().numpy().astype(np.float64)
+    coarse = np.maximum(scale, np.maximum(bias / (grid_8.scale * LARGEST_BIAS), SMALLEST_SCALE)).astype(np.float32)
+    shrunk = np.where(coarse > scale.astype(np.float32), scale / coarse, 1.0).reshape(-1, *[1] * (codes.ndim - 1))
+    stored = np.clip(np.rint(codes * shrunk), -LARGEST_CODE - 1, LARGEST_CODE)
+    notes = []
+    if not np.array_equal(stored, codes):
+        notes.append("Some weights are rounded to the nearest of 255 levels.")
+    if grid.bits != INTEGER_BITS:
+        notes.append(f"Its input has 256 levels over the range of the {grid.bits}-bit grid.")
+    return _IntegerLayer(stored.astype(np.int8), coarse, grid_8, tuple(notes))
+
+
+def _integer_levels(weight: QuantizedWeight) -> tuple[np.ndarray, float]:
+    """Return the weight's values as multiples of a step, and the step in units of the scale.
+
+    The multiples are integers in -127..127 wherever a step exists that makes them so; else they are not integers.
+    """
+    codes = weight.codes.numpy().astype(np.float64)
+    if weight.levels is None:
+        return codes, 1.0
+    values = weight.levels.numpy().astype(np.float64)[weight.codes.numpy().astype(int) + 2 ** (weight.bits - 1)]
+    largest = max(float(np.abs(values).max()), np.finfo(np.float32).tiny)
+    for step in 2.0 ** -np.arange(INTEGER_BITS):
+        if largest / step <= LARGEST_CODE and np.array_equal(values / step, np.rint(values / step)):
+            return values / step, step
+    return values / (largest / LARGEST_CODE), largest / LARGEST_CODE
+
+
+def _eight_bits(grid: ActivationGrid) -> ActivationGrid:
+    """Return the grid of 256 values over the same range."""
+    if grid.bits == INTEGER_BITS:
+        return grid
+    scale = grid.scale * grid.max_code / (2**INTEGER_BITS - 1)
+    return ActivationGrid(scale, round(grid.zero_point * grid.scale / scale), INTEGER_BITS)
+
+
+def _execution(
+    name: str,
+    weight: QuantizedWeight | None,
+    grid: ActivationGrid | None,
+    layer: _IntegerLayer | None,
+    conflicts: Mapping[str, str],
+) -> LayerExecution:
+    bits = FLOAT_BITS if weight is None else weight.bits, FLOAT_BITS if grid is None else grid.bits
+    if layer is not None:
+        notes = (*layer.notes, *([conflicts[name]] if name in conflicts else []))
+        return LayerExecution(name, *bits, "int8", " ".join(notes))
+    if weight is not None and grid is not None:
+        note = "The exporter has merged it with others, so it runs in float32 and its input is not rounded."
+    elif weight is not None:
+        note = "Only its weight has bits: it runs in float32 with the rounded values."
+    else:
+        note = "" if grid is None else "Only its input has bits: it runs in float32 and its input is not rounded."
+    return LayerExecution(name, *bits, "float32", note)
+
+
+# ----------------------------------------------------------------------------------------------------------- float graph
+
+
+def _float_model(network: nn.Module, image_shape: Sequence[int]) -> onnx.ModelProto:
+    """Return the ONNX graph of a network without quantizers."""
+    batch = torch.export.Dim("batch")
+    try:
+        with quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                network,
+                (torch.zeros(2, *image_shape),),
+                dynamo=True,
+                dynamic_shapes=({0: batch},),
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                external_data=False,
+                verbose=False,
+            )
+            return program.model_proto
+    except Exception as error:  # the exporter runs the user's forward and hundreds of passes of its own
+        reason = str(error).strip().splitlines() or [""]
+        raise InputError(
+            f"torch.onnx cannot export this network: {type(error).__name__}: {reason[0]} Rewrite that operation of its forward."
+        ) from error
+
+
+def _layer_nodes(model: onnx.ModelProto, network: nn.Module, graph: ModelGraph) -> dict[str, list[onnx.NodeProto]]:
+    """Return the nodes that multiply by each layer's weight; layers that the exporter has merged with others have none."""
+    constants = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    layers = {layer.name for layer in graph.geometry.layers}
+    nodes: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        if node.op_type not in ("Conv", "Gemm", "MatMul") or node.input[1] not in constants:
+            continue
+        # Transposed weights have names without a meaning; the exporter notes which module made the node.
+        for name in (node.input[1].removesuffix(".weight"), _module_of(node)):
+            if name in layers and sorted(constants[node.input[1]]) == sorted(network.get_submodule(name).weight.shape):
+                nodes.setdefault(name, []).append(node)
+                break
+    return nodes
+
+
+def _module_of(node: onnx.NodeProto) -> str:
+    scopes = [prop.value for prop in node.metadata_props if prop.key == "pkg.torch.onnx.name_scopes"]
+    modules = ast.literal_eval(scopes[0]) if scopes else []
+    return modules[-2] if len(modules) > 1 else ""
+
+
+def _save(model: onnx.ModelProto, path: Path) -> None:
+    """Write the model without the exporter's notes, which name files of this machine; checked."""
+    del model.metadata_props[:]
+    for part in (model.graph, *model.graph.node, *model.graph.initializer, *model.graph.value_info):
+        del part.metadata_props[:]
+    for value in (*model.graph.input, *model.graph.output):
+        del value.metadata_props[:]
+    large = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > MAX_ONE_FILE
+    data = {"save_as_external_data": True, "location": path.name + DATA_SUFFIX, "size_threshold": 1024} if large else {}
+    onnx.save(model, path, **data)
+    onnx.checker.check_model(path, full_check=True)
+
+
+# --------------------------------------------------------------------------------------------------------- integer graph
+
+
+class _Images(CalibrationDataReader):
+    """Hands the calibration images to ONNX Runtime in batches."""
+
+    def __init__(self, images: Tensor):
+        self._batches: Iterator[Tensor] = iter(images.split(CALIBRATION_BATCH))
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        batch = next(self._batches, None)
+        return None if batch is None else {INPUT: batch.numpy()}
+
+
+def _quantize(
+    model: onnx.ModelProto,
+    layers: Mapping[str, _IntegerLayer],
+    nodes: Mapping[str, Sequence[onnx.NodeProto]],
+    images: Tensor,
+    folder: Path,
+) -> tuple[onnx.ModelProto, dict[str, str]]:
+    """Return the graph with the layers in integers, and what is to be said about some of them."""
+    grids, notes = _tensor_grids(layers, nodes)
+    overrides: dict[str, list[dict]] = {}
+    for tensor, grid in grids.items():
+        scale, zero_point = np.array(grid.scale, np.float32), np.array(grid.zero_point, np.uint8)
+        overrides[tensor] = [{"quant_type": QuantType.QUInt8, "scale": scale, "zero_point": zero_point}]
+    for name, layer in layers.items():
+        for node in nodes[name]:
+            common = {"quant_type": QuantType.QInt8, "zero_point": 0, "axis": _output_axis(node)}
+            overrides[node.input[1]] = [{**common, "scale": scale} for scale in layer.scale]
+    source, target = folder / "float.onnx", folder / "integer.onnx"
+    _save(model, source)
+    with quiet():
+        quantize_static(
+            source,
+            target,
+            _Images(images),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=["Conv", "Gemm", "MatMul", "Add", "Relu", "Clip"],
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            nodes_to_quantize=_integer_nodes(model, {node.name for name in layers for node in nodes[name]}, grids),
+            use_external_data_format=source.with_name(source.name + DATA_SUFFIX).exists(),
+            extra_options={
+                "TensorQuantOverrides": overrides,
+                # Products of matrices have integer kernels that give floats; convolutions have none.
+                "OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"],
+            },
+        )
+    integer = onnx.load(target)
+    stored = {tensor.name: tensor for tensor in integer.graph.initializer}
+    for name, layer in layers.items():
+        codes = numpy_helper.to_array(stored[f"{nodes[name][0].input[1]}_quantized"])
+        expected = layer.codes if _output_axis(nodes[name][0]) == 0 else layer.codes.T
+        if not np.array_equal(codes, expected):
+            raise RuntimeError(f"The codes of layer `{name}` in the ONNX file are not those of the network.")
+    return integer, notes
+
+
+def _tensor_grids(
+    layers: Mapping[str, _IntegerLayer], nodes: Mapping[str, Sequence[onnx.NodeProto]]
+) -> tuple[dict[str, ActivationGrid], dict[str, str]]:
+    """Return the grid of every tensor that an integer layer reads, and a note for layers that get another one's.
+
+    Of several grids for a tensor the one with the widest range is taken: values that are cut off are the larger error.
+    """
+    chosen: dict[str, str] = {}
+    for name, layer in layers.items():
+        for node in nodes[name]:
+            known = chosen.get(node.input[0])
+            if known is None or layer.grid.scale > layers[known].grid.scale:
+                chosen[node.input[0]] = name
+    notes = {
+        name: f"It reads its input on the grid of layer {chosen[node.input[0]]}."
+        for name, layer in layers.items()
+        for node in nodes[name]
+        if layer.grid != layers[chosen[node.input[0]]].grid
+    }
+    return {tensor: layers[name].grid for tensor, name in chosen.items()}, notes
+
+
+def _integer_nodes(model: onnx.ModelProto, layer_nodes: set[str], grids: Mapping[str, ActivationGrid]) -> list[str]:
+    """Return the names of the nodes that get integer inputs and outputs.
+
+    These are the layers, sums whose operands are on grids anyway, and ReLUs behind both: they vanish, because the lowest
+    code is their zero.
+    """
+    names, on_grid = [], set(grids)
+    produced = set()  # by integer convolutions and sums
+    for node in model.graph.node:
+        if node.name in layer_nodes:
+            names.append(node.name)
+            if node.op_type == "Conv":
+                produced.add(node.output[0])
+        elif node.op_type == "Add" and set(node.input) <= on_grid | produced and produced & set(node.input):
+            names.append(node.name)
+            produced.add(node.output[0])
+        elif node.op_type in ("Relu", "Clip") and node.input[0] in produced:
+            grid = grids.get(node.output[0])
+            if grid is None or grid.zero_point == 0:
+                names.append(node.name)
+                produced.add(node.output[0])
+    return names
+
+
+def _output_axis(node: onnx.NodeProto) -> int:
+    """The axis of the node's weight that belongs to the layer's outputs."""
+    transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
+    return 0 if node.op_type == "Conv" or transposed else 1
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep back what torch's exporter and ONNX Runtime's quantizer tell about themselves."""
+    logger = logging.getLogger()
+    level = logger.level
+    # Deprecations inside torch's exporter and hints about pre-processing are no concern of the user; errors are raised.
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

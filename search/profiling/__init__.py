@@ -1,0 +1,1 @@
+"""Devices measured: runtimes, latency tables, and whole models against them."""

@@ -1,0 +1,132 @@
+"""Measures grids of layers, and keeps what is measured so that an interrupted profile goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from secateur.search.profiling.eager import EagerLayers
+from secateur.search.profiling.layer_models import LayerPoint, conversion_model, layers_model, times_by_point
+from secateur.search.profiling.runtimes import PyTorch, Runtime, fastest
+
+ROUNDS = 2
+"""How often all points are visited: a disturbed minute does not meet a point twice."""
+CHUNK_MACS, CHUNK_WEIGHTS, CHUNK_VALUES = 2e9, 4e7, 1e8
+"""What one model of many layers may need: arithmetic, weights, inputs and outputs."""
+REPEATS = 80
+"""Timed runs per visit, at most."""
+
+PointTime = tuple[float, float, int]
+"""Milliseconds, relative spread (75 % - 25 % quantile) and repeats."""
+
+
+class Journal:
+    """Measurements by name, on disk at once; JSON lines.
+
+    Args:
+        path: the file; removed by `finish`.
+        identity: what is measured, on what; a file of another identity is started anew.
+    """
+
+    def __init__(self, path: Path, identity: dict[str, Any]):
+        self._path, self._values = path, {}
+        lines = [_parsed(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        header = json.loads(json.dumps({"identity": identity}))
+        if lines and lines[0] == header:
+            self._values = {entry["name"]: entry["value"] for entry in lines[1:] if entry is not None}
+        # Written anew, because a line that a killed process left half done would swallow the next one.
+        entries = [{"name": name, "value": value} for name, value in self._values.items()]
+        path.write_text("".join(json.dumps(entry) + "\n" for entry in (header, *entries)), encoding="utf-8")
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._values
+
+    def get(self, name: str, measure: Callable[[], Any]) -> Any:
+        """Return what is known under this name, or measure it and keep it."""
+        if name not in self._values:
+            self._values[name] = measure()
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"name": name, "value": self._values[name]}) + "\n")
+        return self._values[name]
+
+    def finish(self) -> None:
+        """Remove the file: everything is written elsewhere."""
+        self._path.unlink(missing_ok=True)
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:  # the last line of a process that was killed
+        return None
+
+
+class LayerTimer:
+    """Times layers in a runtime.
+
+    Args:
+        runtime: what executes them.
+        threads: of the runtime.
+        batch: images per run.
+        seconds: per visit of a chunk.
+    """
+
+    def __init__(self, runtime: Runtime, threads: int, batch: int, seconds: float):
+        self._runtime, self._threads, self._batch, self._seconds = runtime, threads, batch, seconds
+
+    def times(self, points: Sequence[LayerPoint], precision: str) -> list[PointTime]:
+        """Return the times of one visit."""
+        if self._runtime.name == PyTorch.name:
+            layers = EagerLayers(self._threads, self._batch, self._seconds, REPEATS)
+            return [_summary(values) for values in layers.times(points, precision)]
+        model, feeds = layers_model(points, precision, self._batch)
+        times = self._runtime.operator_times(model, feeds, self._threads, precision, self._seconds, REPEATS)
+        return [_summary(values) for values in times_by_point(times, len(points))]
+
+    def conversion(self) -> float:
+        """Return the milliseconds of quantizing, or the inverse, 10^6 values; 0 if the runtime does not tell."""
+        model, feeds = conversion_model()
+        times = self._runtime.operator_times(model, feeds, self._threads, "float32", self._seconds, REPEATS)
+        known = [fastest(values) for name, values in times.items() if "quantize" in name.lower()]
+        values = sum(array.size for array in feeds.values())
+        return round(1e6 * sum(known) / values, 6)
+
+
+def _summary(values: np.ndarray) -> PointTime:
+    low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
+    return round(fastest(values), 7), round(float((high - low) / max(median, 1e-9)), 4), len(values)
+
+
+def chunks(points: Sequence[LayerPoint], batch: int = 1, weights: float = CHUNK_WEIGHTS) -> list[list[LayerPoint]]:
+    """Return the points in parts that fit into one model each.
+
+    Args:
+        batch: images per run.
+        weights: elements that the layers of a part may have together, unless one has more. As many as the networks that
+            the times are for: so the weights come from the same level of the caches.
+    """
+    parts: list[list[LayerPoint]] = []
+    load = np.full(3, np.inf)
+    for point in points:
+        values = np.prod(point.input_shape(batch)) + batch * point.out_channels * np.prod(point.key[3])
+        cost = np.array([batch * point.macs / CHUNK_MACS, point.weights / min(weights, CHUNK_WEIGHTS), values / CHUNK_VALUES])
+        if (load + cost > 1).any():
+            parts.append([])
+            load = np.zeros(3)
+        parts[-1].append(point)
+        load += cost
+    return parts
+
+
+def merged(visits: Sequence[Sequence[PointTime]]) -> list[PointTime]:
+    """Return the least disturbed visit of each point, with the repeats of all."""
+    return [
+        (min(v[0] for v in point), min(v[1] for v in point), sum(v[2] for v in point)) for point in zip(*visits, strict=True)
+    ]

@@ -1,0 +1,1 @@
+"""What a run has found: the Pareto fronts, the finalists, the winners, and how they are printed."""

@@ -1,0 +1,77 @@
+"""The end of a search: the best policies of each budget, repaired with care and scored on images that no search saw."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from secateur.envs.core import Budget, CompressionPolicy, Evaluation
+from secateur.envs.evaluator import top1
+from secateur.search.build import Problem
+from secateur.search.results.front import Candidate, Front
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """A policy that made it to the test split.
+
+    Attributes:
+        budget: whose limits it meets.
+        policy: what it is.
+        proxy: its score in the search, which made it a finalist.
+        validation: its float32 score on the same images after the finalists' recovery, which chooses the winner.
+        final: its test score after the same recovery, which chose nothing.
+    """
+
+    budget: str
+    policy: CompressionPolicy
+    proxy: Evaluation
+    validation: Evaluation
+    final: Evaluation
+
+
+def finalist_scores(problem: Problem, policy: CompressionPolicy) -> tuple[Evaluation, Evaluation]:
+    """Return the float32 scores after the finalists' recovery, on the validation and on the test split."""
+    network, costs = problem.finalist_assembler.assemble(policy), problem.space.policy_costs(policy)
+    splits = {"validation": problem.data.validation, "final": problem.data.test}
+    scored = {name: (top1(network, *problem.data.tensors(split)), len(split)) for name, split in splits.items()}
+    validation, final = (Evaluation(score, costs, name, images) for name, (score, images) in scored.items())
+    return validation, final
+
+
+def dense_test_score(problem: Problem) -> Evaluation:
+    """Return the dense model's float32 score on the test split."""
+    images, labels = problem.data.tensors(problem.data.test)
+    return Evaluation(top1(problem.assembler.model, images, labels), problem.space.dense_costs, "final", len(labels))
+
+
+def score_finalist(problem: Problem, budget: Budget, candidate: Candidate) -> Finalist | None:
+    """Return a candidate as a finalist; None if it breaks the budget's `top1_drop` even after the finalists' recovery."""
+    validation, final = finalist_scores(problem, candidate.policy)
+    return _finalist(problem, budget, candidate, validation, final)
+
+
+def finalize(problem: Problem, front: Front, top: int) -> list[Finalist]:
+    """Return the `top` policies of every budget, best validation score first: the first of each budget is its winner.
+
+    Those that break the budget's `top1_drop` even after the finalists' recovery are left out.
+    """
+    scored: dict[CompressionPolicy, tuple[Evaluation, Evaluation]] = {}
+    finalists = []
+    for budget in problem.budgets:
+        of_budget = []
+        for candidate in front.best(budget.name, top):
+            if candidate.policy not in scored:
+                scored[candidate.policy] = finalist_scores(problem, candidate.policy)
+            finalist = _finalist(problem, budget, candidate, *scored[candidate.policy])
+            of_budget += [] if finalist is None else [finalist]
+        finalists += sorted(of_budget, key=lambda finalist: -finalist.validation.top1)
+    return finalists
+
+
+def _finalist(
+    problem: Problem, budget: Budget, candidate: Candidate, validation: Evaluation, final: Evaluation
+) -> Finalist | None:
+    least = 0.0 if budget.top1_drop is None else problem.dense.top1 - budget.top1_drop
+    if validation.top1 < least:
+        return None
+    return Finalist(budget.name, candidate.policy, candidate.evaluation, validation, final)

@@ -1,0 +1,316 @@
+"""The anytime result of a search: which policies fit which budget, and the best trade-offs among them.
+
+Validation scores choose; test scores are reported. The two are kept apart: a front never mixes them.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from secateur.agents.pareto import Archive, hypervolume
+from secateur.envs.core import Budget, CompressionPolicy, Episode, Evaluation, InputError
+from secateur.envs.rewards import constraints, reward_vector
+from secateur.search.run.folder import read_json
+
+if TYPE_CHECKING:
+    from secateur.search.results.finalize import Finalist
+    from secateur.search.results.winners import Outcome
+
+FRONT_JSON, FRONT_CSV = "front.json", "front.csv"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A policy that fits at least one budget.
+
+    Attributes:
+        number: of the evaluation that found it.
+        policy: what it is.
+        evaluation: its validation score.
+        fits: names of the budgets that it fits, whichever it was asked for.
+        affordable: names of the budgets whose cost limits it meets; it fits those whose `top1_drop` it meets as well.
+    """
+
+    number: int
+    policy: CompressionPolicy
+    evaluation: Evaluation
+    fits: tuple[str, ...]
+    affordable: tuple[str, ...]
+
+
+class Front:
+    """Collects episodes; keeps the Pareto front of every budget, and of all policies that fit any of them.
+
+    Args:
+        objectives: "top1", then the costs that are traded against it.
+        budgets: of the search.
+        dense: validation score and costs of the dense model.
+        num_classes: chance level of the hypervolume's reference point.
+        device: where latencies and energies come from (`Device.label`); None: there are none.
+
+    Attributes:
+        evaluations, feasible, failed: how many episodes were added, fit the budget they were asked for, had a failure.
+    """
+
+    def __init__(
+        self,
+        objectives: Sequence[str],
+        budgets: Sequence[Budget],
+        dense: Evaluation,
+        num_classes: int,
+        device: str | None = None,
+    ):
+        self.objectives, self.budgets, self.dense, self.device = tuple(objectives), tuple(budgets), dense, device
+        self.evaluations = self.feasible = self.failed = 0
+        self._reference = np.array([1 - 1 / num_classes] + [1.0] * (len(objectives) - 1))
+        self._candidates: dict[CompressionPolicy, Candidate] = {}
+        self._overall = Archive()
+        self._archives = {budget.name: Archive() for budget in budgets}
+
+    def add(self, episode: Episode) -> bool:
+        """Count the episode; return whether any front has changed. What was stopped early is counted, and no candidate."""
+        number = self.evaluations
+        self.evaluations += 1
+        self.feasible += episode.feasible
+        self.failed += episode.failure is not None
+        if episode.evaluation is None or episode.evaluation.stopped or episode.policy in self._candidates:
+            return False
+        slacks = {budget.name: constraints(episode.evaluation, budget, self.dense.top1) for budget in self.budgets}
+        affordable = tuple(b.name for b in self.budgets if all(slacks[b.name][cost] <= 0 for cost in b.limits))
+        if not affordable:
+            return False
+        fits = tuple(name for name in affordable if all(slack <= 0 for slack in slacks[name].values()))
+        self._candidates[episode.policy] = Candidate(number, episode.policy, episode.evaluation, fits, affordable)
+        if not fits:
+            return False
+        # Minimised: the share of wrong answers, and every cost by its dense value.
+        losses = -reward_vector(episode.evaluation, self.objectives, self.dense.costs).astype(float)
+        losses[0] += 1
+        changed = [archive.add(episode.policy, losses) for archive in (self._overall, *map(self._archives.get, fits))]
+        return any(changed)
+
+    def of(self, budget: str | None = None) -> list[Candidate]:
+        """Return the front of a budget, or of all of them together; best top-1 first."""
+        archive = self._overall if budget is None else self._archives[budget]
+        candidates = [self._candidates[policy] for policy in archive.policies]
+        return sorted(candidates, key=lambda candidate: (-candidate.evaluation.top1, candidate.number))
+
+    def best(self, budget: str, count: int) -> list[Candidate]:
+        """Return the `count` policies with the best validation top-1 within the budget's cost limits: its finalists.
+
+        Its `top1_drop` is not asked here: finalists are repaired with more care, and judged again.
+        """
+        fitting = [candidate for candidate in self._candidates.values() if budget in candidate.affordable]
+        undominated = set(self._archives[budget].policies)  # of equal top-1, the cheaper one goes first, as in `of`
+
+        def order(candidate: Candidate):
+            return -candidate.evaluation.top1, candidate.policy not in undominated, candidate.number
+
+        return sorted(fitting, key=order)[:count]
+
+    def best_top1(self, budget: str) -> float | None:
+        """Return the best validation top-1 that fits the budget, or None."""
+        front = self.of(budget)
+        return front[0].evaluation.top1 if front else None
+
+    @property
+    def hypervolume(self) -> float:
+        """Volume between the overall front and (chance, dense costs), in shares; in [0, 1]."""
+        return hypervolume(self._overall.objectives, self._reference)
+
+    def document(
+        self,
+        describe: Callable[[CompressionPolicy], Mapping[str, float]],
+        finalists: Sequence[Finalist] = (),
+        dense_final: Evaluation | None = None,
+        outcomes: Sequence[Outcome] = (),
+    ) -> dict[str, Any]:
+        """Return what front.json holds.
+
+        Args:
+            describe: names a policy's choices.
+            finalists: policies with their test scores, winners of a budget first.
+            dense_final: test score of the dense model.
+            outcomes: what the checks of the winners came to.
+        """
+        shown = {candidate.number: candidate for candidate in self.of()}
+        for budget in self.budgets:
+            shown |= {candidate.number: candidate for candidate in self.of(budget.name)}
+        rejected = [rejected.finalist for outcome in outcomes for rejected in outcome.rejected]
+        shown |= {(one := self._candidates[finalist.policy]).number: one for finalist in (*finalists, *rejected)}
+        checks = {outcome.budget: self._check_document(outcome) for outcome in outcomes}
+        return {
+            "schema": 1,
+            "objectives": list(self.objectives),
+            "evaluations": self.evaluations,
+            "feasible": self.feasible,
+            "failed": self.failed,
+            "hypervolume": self.hypervolume,
+            "device": self.device,
+            "dense": _scores(self.dense),
+            "budgets": {
+                budget.name: {
+                    "limits": dict(budget.limits),
+                    "top1_drop": budget.top1_drop,
+                    "front": [candidate.number for candidate in self.of(budget.name)],
+                    "check": checks.get(budget.name),
+                }
+                for budget in self.budgets
+            },
+            "front": [candidate.number for candidate in self.of()],
+            "points": [
+                {
+                    "evaluation": candidate.number,
+                    "fits": list(candidate.fits),
+                    **_scores(candidate.evaluation),
+                    "policy": asdict(candidate.policy),
+                    "choices": dict(describe(candidate.policy)),
+                }
+                for _, candidate in sorted(shown.items())
+            ],
+            "final": {
+                "dense": None if dense_final is None else _scores(dense_final),
+                "points": [
+                    {
+                        "budget": finalist.budget,
+                        "evaluation": self._candidates[finalist.policy].number,
+                        "validation_top1": finalist.validation.top1,
+                        **_scores(finalist.final),
+                    }
+                    for finalist in finalists
+                ],
+            },
+        }
+
+    def _check_document(self, outcome: Outcome) -> dict[str, Any]:
+        """What front.json says of the check of a budget's winner."""
+        found = outcome.verification
+        return {
+            "passed": None if found is None else found.passed,
+            "failures": [] if found is None else list(found.failures),
+            "export": None if outcome.folder is None else f"{outcome.folder.parent.name}/{outcome.folder.name}",
+            "latency_ms": None if found is None else found.latency.milliseconds,
+            "dense_latency_ms": None if found is None else found.latency.dense_milliseconds,
+            "runtime": None if found is None else f"{found.runtime} {found.runtime_version}",
+            "threads": None if found is None else found.threads,
+            "note": outcome.note,
+            "rejected": [
+                {
+                    "evaluation": self._candidates[rejected.finalist.policy].number,
+                    "predicted_ms": rejected.predicted,
+                    "measured_ms": rejected.measured,
+                }
+                for rejected in outcome.rejected
+            ],
+        }
+
+
+def _scores(evaluation: Evaluation) -> dict[str, Any]:
+    return {"top1": evaluation.top1, "images": evaluation.images, "costs": dict(evaluation.costs)}
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def write_front(run: Path, document: Mapping[str, Any]) -> None:
+    """Replace front.json and front.csv of a run; a reader sees the old files or the new ones, never half of them."""
+    _replace(run / FRONT_JSON, json.dumps(document, indent=1) + "\n")
+    _replace(run / FRONT_CSV, front_csv(document))
+
+
+def _replace(path: Path, text: str) -> None:
+    draft = path.with_name(path.name + ".draft")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)
+
+
+def front_csv(document: Mapping[str, Any]) -> str:
+    """Return one row per policy: when it was found, what it fits, validation and test scores apart, its choices."""
+    tested = {point["evaluation"]: point for point in document["final"]["points"]}
+    on_front = set(document["front"])
+    rows = [
+        {
+            "evaluation": point["evaluation"],
+            "on_front": point["evaluation"] in on_front,
+            "fits": " ".join(point["fits"]),
+            "validation_top1": point["top1"],
+            "finalist_validation_top1": tested.get(point["evaluation"], {}).get("validation_top1", ""),
+            "test_top1": tested.get(point["evaluation"], {}).get("top1", ""),
+            **point["costs"],
+            **point["choices"],
+        }
+        for point in document["points"]
+    ]
+    table = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return table.getvalue()
+
+
+def read_front(run: str | Path) -> dict[str, Any]:
+    """Return the document in a run's front.json.
+
+    Raises:
+        InputError: if the folder is no run, or the file is damaged.
+    """
+    return read_json(Path(run) / FRONT_JSON, "a run")
+
+
+def check_budget(document: Mapping[str, Any], budget: str) -> None:
+    """Raise InputError unless the run has this budget."""
+    if budget not in document["budgets"]:
+        raise InputError(f"There is no budget `{budget}`; the run has {', '.join(document['budgets'])}.")
+
+
+def only_budget(document: Mapping[str, Any], budget: str) -> dict[str, Any]:
+    """Return the document with the front and the finalists of one budget; counts and hypervolume stay the whole run's.
+
+    Raises:
+        InputError: if there is no such budget.
+    """
+    check_budget(document, budget)
+    front = document["budgets"][budget]["front"]
+    tested = [point for point in document["final"]["points"] if point["budget"] == budget]
+    shown = {*front, *(point["evaluation"] for point in tested)}
+    return {
+        **document,
+        "budgets": {budget: document["budgets"][budget]},
+        "front": front,
+        "points": [point for point in document["points"] if point["evaluation"] in shown],
+        "final": {**document["final"], "points": tested},
+    }
+
+
+def winner(document: Mapping[str, Any], budget: str) -> dict[str, Any]:
+    """Return the point to export for a budget: the best on validation, whatever the test scores say.
+
+    Raises:
+        InputError: if there is no such budget, or nothing fits it.
+    """
+    check_budget(document, budget)
+    tested = [point["evaluation"] for point in document["final"]["points"] if point["budget"] == budget]
+    check = document["budgets"][budget].get("check")  # runs of earlier versions have none
+    if check and check["rejected"] and not tested:
+        raise InputError(check["note"])
+    best = (tested or document["budgets"][budget]["front"])[:1]
+    if not best:
+        raise InputError(
+            f"Nothing in {document['evaluations']} evaluations fits budget `{budget}`. Search longer, or allow more."
+        )
+    return next(point for point in document["points"] if point["evaluation"] == best[0])
+
+
+def policy_of(point: Mapping[str, Any]) -> CompressionPolicy:
+    """Return the policy of a point in the document."""
+    return CompressionPolicy(**{name: tuple(values) for name, values in point["policy"].items()})

@@ -1,0 +1,161 @@
+"""The folder of a run: made once, never overwritten, with a manifest that says what was searched and with what."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from secateur.envs.core import InputError
+from secateur.search.config import OutputSection, SearchConfig, apply_override, parse_config
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where nothing keeps two processes apart
+    fcntl = None
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+AGENT = "agent"
+"""What a run holds: its facts, and a folder with the agent, if that can be asked later."""
+PACKAGES = ("secateur", "torch", "torchvision", "ray", "optuna", "gymnasium", "numpy", "moocore")
+
+
+def create_run_folder(output: OutputSection) -> Path:
+    """Make and return the folder of a new run: the named one, or the first free number after the prefix.
+
+    Raises:
+        InputError: if the named folder exists, or none can be made.
+    """
+    root = Path(output.root).expanduser()
+    names = [output.name] if output.name is not None else (f"{output.prefix}-{number}" for number in count(1))
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            try:
+                (root / name).mkdir()
+                return root / name
+            except FileExistsError:
+                continue
+    except OSError as error:
+        raise InputError(f"`output.root: {output.root}` cannot hold runs: {error}.") from None
+    raise _taken(root / output.name)
+
+
+def check_run_folder(output: OutputSection) -> None:
+    """Raise InputError if the named folder exists: better before the calibration than after it."""
+    if output.name is not None and (folder := Path(output.root).expanduser() / output.name).exists():
+        raise _taken(folder)
+
+
+def _taken(folder: Path) -> InputError:
+    return InputError(
+        f"The run folder {folder} exists already. Choose another `output.name`, or leave it out: runs are then numbered."
+    )
+
+
+@contextmanager
+def held(run: Path) -> Iterator[None]:
+    """Keep other processes from searching in the same folder; the system lets go of it however this one ends.
+
+    Where the file system has no such locks, nothing keeps them away.
+
+    Raises:
+        InputError: if another process is at it.
+    """
+    if fcntl is None:
+        yield
+        return
+    if not run.is_dir():
+        raise InputError(f"{run} is not a run: there is no such folder.")
+    folder = os.open(run, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"Another process searches in {run}. Wait until it has finished, or end it.") from None
+        except OSError as error:
+            log.info("%s cannot be locked: %s", run, error)
+        yield
+    finally:
+        os.close(folder)
+
+
+def write_manifest(run: Path, config: SearchConfig, facts: Mapping[str, Any]) -> None:
+    """Write the resolved configuration, the versions that ran it, and `facts` (JSON values) about the run."""
+    manifest = {
+        "schema": 1,
+        "config": config.model_dump(mode="json"),
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "versions": {package: _version(package) for package in PACKAGES},
+        "commit": _commit(),
+        **facts,
+    }
+    draft = run / f"{MANIFEST}.draft"
+    draft.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    os.replace(draft, run / MANIFEST)
+
+
+def load_manifest(run: str | Path, overrides: Sequence[str] = ()) -> tuple[SearchConfig, dict[str, Any]]:
+    """Return a run's configuration and its whole manifest.
+
+    Args:
+        run: folder of the run.
+        overrides: "section.key=value" texts that win over the recorded configuration.
+    Raises:
+        InputError: if the folder is no run, or the manifest is damaged.
+    """
+    path = Path(run) / MANIFEST
+    manifest = read_json(path, "a run")
+    if "config" not in manifest:
+        raise InputError(f"{path} is damaged: it has no `config`.")
+    overridden = {apply_override(manifest["config"], text) for text in overrides}
+    return parse_config(manifest["config"], str(path), overridden), manifest
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """Return the content of a JSON file of ours.
+
+    Args:
+        path: of the file.
+        what: the folder around it should be, for the error: "a run".
+    Raises:
+        InputError: if there is no such file, it is damaged, or another version wrote it.
+    """
+    if not path.is_file():
+        raise InputError(f"{path.parent} is not {what}: it has no {path.name}.")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        schema = document["schema"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+    if schema != 1:
+        raise InputError(f"{path} has schema {schema}; this version reads schema 1.")
+    return document
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # a checkout that is not installed
+        return None
+
+
+def _commit() -> str | None:
+    """Return the commit of the checkout that this code runs from, with "-dirty" if it was changed; None without one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None

@@ -1,0 +1,116 @@
+"""Goes on with a run that was interrupted, or has had too few evaluations, as if it had never stopped.
+
+Agents depend on their seed and on what they are told, not on when. So the search is played again from its start: what the study
+holds is answered from there, and everything after it is evaluated. The agent ends up where it was, networks and all, without any
+checkpoint that could be lost or outdated; a learning agent learns again, in a fraction of the time that the evaluations took.
+
+With several workers and an agent that searches every budget apart, another budget may have had its turn; what the study holds
+counts either way. With `search.racing`, new policies are compared only with those evaluated since the run went on.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from secateur.envs.core import CompressionPolicy, Episode, Evaluation, InputError
+from secateur.envs.rewards import constraints
+from secateur.search.build import Problem
+from secateur.search.config import SearchConfig
+from secateur.search.results.selection import policy_of_trial
+
+MAY_CHANGE = {
+    "data": ["root"],
+    "model": ["weights"],
+    "search": ["evaluations", "workers", "address", "time_limit", "precision"],
+    "finalize": None,
+    "output": None,
+}
+"""What of a configuration may differ when a run goes on; None: all of the section. Other weights or another precision would show
+in the dense score."""
+
+
+class Recorded:
+    """The episodes of a run so far, in the order of the study.
+
+    Args:
+        trials: Optuna's trials of the study.
+        problem: of the run.
+    """
+
+    def __init__(self, trials: Sequence[Any], problem: Problem):
+        self.episodes = [_episode(trial, problem) for trial in trials]
+        self._left = Counter(map(_key, self.episodes))
+
+    @property
+    def known(self) -> list[tuple[CompressionPolicy, Evaluation]]:
+        """What need not be evaluated again; failures are tried anew, and are new evaluations if they succeed."""
+        return [(episode.policy, episode.evaluation) for episode in self.episodes if episode.evaluation is not None]
+
+    def take(self, episode: Episode) -> bool:
+        """Return whether this episode was recorded; each recorded one is taken once."""
+        taken = self._left[_key(episode)] > 0
+        self._left[_key(episode)] -= taken
+        return taken
+
+
+def _key(episode: Episode) -> tuple[str, CompressionPolicy | None, bool]:
+    scored = episode.evaluation is not None and bool(np.isfinite(episode.evaluation.top1))
+    return episode.budget, episode.policy, scored
+
+
+def _episode(trial: Any, problem: Problem) -> Episode:
+    facts = trial.user_attrs
+    budgets = {budget.name: budget for budget in problem.budgets}
+    policy = policy_of_trial(trial, problem.space.space) if trial.params else None
+    if "failure" in facts or policy is None:
+        return Episode(facts["budget"], policy, None, failure=facts.get("failure", "unknown"))
+    costs = {name.removeprefix("cost/"): value for name, value in facts.items() if name.startswith("cost/")}
+    top1 = trial.values[0] if trial.values else float("nan")
+    score = Evaluation(top1, costs, "proxy", facts["images"], facts["seconds"], facts["stopped"])
+    slacks = constraints(score, budgets[facts["budget"]], problem.space.dense_top1)
+    return Episode(facts["budget"], policy, score, slacks)
+
+
+def check_unchanged(before: SearchConfig, now: SearchConfig) -> None:
+    """Raise InputError if the run would not be the same: its first evaluations could not be played again."""
+    apart = {section: set(names) if names else True for section, names in MAY_CHANGE.items()}
+    old, new = (config.model_dump(mode="json", exclude=apart) for config in (before, now))
+    changed = _changes(old, new)
+    allowed = [f"`{section}.{name}`".replace(".`", "`") for section, names in MAY_CHANGE.items() for name in names or [""]]
+    if changed:
+        raise InputError(
+            f"A run goes on only as it was, but {', '.join(f'`{name}`' for name in changed)} changed. Start another search. What "
+            f"may change: {', '.join(allowed)}."
+        )
+
+
+def _changes(old: Any, new: Any, place: str = "") -> list[str]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        names = dict.fromkeys([*old, *new])
+        return [c for name in names for c in _changes(old.get(name), new.get(name), f"{place}.{name}".removeprefix("."))]
+    return [] if old == new else [place]
+
+
+def check_evaluations(run: Path, recorded: int, config: SearchConfig) -> None:
+    """Raise InputError if fewer evaluations are asked for than the run has."""
+    if config.search.evaluations < recorded:
+        wanted = config.search.evaluations
+        raise InputError(f"`search.evaluations: {wanted}` is less than the {recorded} that {run} has already. Raise it.")
+
+
+def check_same_score(run: Path, manifest: Mapping[str, Any], problem: Problem) -> None:
+    """Raise InputError if the dense model does not score as it did: other weights, other images or another processor."""
+    before = manifest["dense"]["top1"]
+    if problem.dense.costs != manifest["dense"]["costs"]:
+        raise InputError(f"The dense model has other costs than when {run} began. Bring the same model, or start another search.")
+    if before != problem.dense.top1 or manifest["precision"]["dtype"] != problem.precision.dtype:
+        raise InputError(
+            f"The dense model scores {100 * problem.dense.top1:.2f} % top-1 in {problem.precision.dtype} here, but scored "
+            f"{100 * before:.2f} % in {manifest['precision']['dtype']} when {run} began. Bring the same weights and images, set "
+            f"`search.precision={manifest['precision']['dtype']}` on another processor, or start another search."
+        )

@@ -1,0 +1,177 @@
+"""The main job: build the problem, search, and leave a run folder that is worth reading at any moment."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+
+from secateur.agents.core import Agent
+from secateur.envs.core import Actor, Episode
+from secateur.search.build import Problem, build_agent, build_front, build_problem, open_runner
+from secateur.search.config import SearchConfig
+from secateur.search.loop import Runner, run_loop
+from secateur.search.results.finalize import dense_test_score, finalize
+from secateur.search.results.front import Front, write_front
+from secateur.search.results.winners import verify_winners, winner_folder
+from secateur.search.run.folder import AGENT, check_run_folder, create_run_folder, held, load_manifest, write_manifest
+from secateur.search.run.progress import SearchProgress
+from secateur.search.run.replay import Recorded, check_evaluations, check_same_score, check_unchanged
+from secateur.search.run.sensitivities import read_sensitivities, write_sensitivities
+from secateur.search.run.study import StudyRecorder, load_study
+
+
+def search(config: SearchConfig, progress: SearchProgress | None = None) -> Path:
+    """Run the search that `config` describes, and return its run folder; `progress` follows it, default: in silence.
+
+    front.json is on disk from the start on and follows every change, and the study holds every evaluation as soon as it is
+    done. Whatever ends the search early (Ctrl-C, an error) leaves both with all that was found, and `resume` goes on from there.
+
+    Raises:
+        InputError: for anything in the configuration that cannot be used; nothing is written then.
+    """
+    check_run_folder(config.output)
+    progress = progress or SearchProgress(Console(quiet=True))
+    problem = build_problem(config, progress.say)
+    return _run(problem, None, None, progress)
+
+
+def resume(run: str | Path, overrides: Sequence[str] = (), progress: SearchProgress | None = None) -> Path:
+    """Go on with a run until its configuration's evaluations are done, as if it had never stopped (search/run/replay.py).
+
+    Args:
+        run: its folder.
+        overrides: "section.key=value" texts over the run's configuration, such as "search.evaluations=500".
+        progress: follows it; default: in silence.
+    Raises:
+        InputError: if the folder is no run, another process is at it, or it would not be the same run; nothing is written then.
+    """
+    run, progress = Path(run), progress or SearchProgress(Console(quiet=True))
+    before, manifest = load_manifest(run)
+    config, _ = load_manifest(run, overrides)
+    check_unchanged(before, config)
+    with held(run):
+        trials = load_study(run).trials
+        check_evaluations(run, len(trials), config)
+        problem = build_problem(config, progress.say)
+        check_same_score(run, manifest, problem)
+        return _run(problem, run, Recorded(trials, problem), progress)
+
+
+def _run(problem: Problem, run: Path | None, recorded: Recorded | None, progress: SearchProgress) -> Path:
+    """Search, in a new folder or in the one of a run that goes on."""
+    config = problem.config
+    progress.note(f"evaluations in {problem.precision.dtype}: {problem.precision.reason}")
+    if run is not None:
+        problem.space.sensitivities = read_sensitivities(run, problem.space.space)  # sums may differ from machine to machine
+    agent = build_agent(problem, config.search.agent, config.search.options, config.search.seed, progress.say)
+    progress.say("starting the workers")
+    with ExitStack() as stack:
+        runner = stack.enter_context(closing(open_runner(problem, recorded.known if recorded else ())))
+        # Nothing is written before everything that can be refused has been built.
+        if run is None:
+            run = create_run_folder(config.output)
+            stack.enter_context(held(run))
+        write_sensitivities(run, problem.space)
+        front = _evaluate(problem, agent, runner, run, recorded, progress)
+        runner.close()
+        _finish(problem, front, run, progress)
+    progress.stop()
+    return run
+
+
+def _evaluate(
+    problem: Problem, agent: Agent, runner: Runner, run: Path, recorded: Recorded | None, progress: SearchProgress
+) -> Front:
+    """Search; a run that goes on keeps its front and its agent until there is something new."""
+    config, describe = problem.config, problem.space.space.describe
+    write_manifest(run, config, _facts(problem))
+    front, recorder = build_front(problem), _recorder(problem, run)
+    for episode in recorded.episodes if recorded else ():
+        front.add(episode)
+    before = front.evaluations
+    if recorded is None:
+        write_front(run, front.document(describe))
+    elif before < config.search.evaluations:
+        progress.note(f"playing {before} recorded evaluations again")
+
+    def on_episode(actor: Actor, episode: Episode) -> None:
+        if recorded is not None and recorded.take(episode):
+            return
+        recorder.record(front.evaluations, config.search.agent, episode)
+        if front.add(episode):
+            write_front(run, front.document(describe))
+        progress.on_episode()
+
+    out_of_time, total = _clock(config.search.time_limit), config.search.evaluations
+    lost = hasattr(agent, "save") and not (run / AGENT).is_dir()  # by a process that was killed: then all is played again
+
+    def enough() -> bool:
+        # With several workers another budget may have its turn this time, so what is recorded counts, not what is played.
+        return (front.evaluations >= total and not lost) or out_of_time()
+
+    progress.on_start(run, front, total, config.search.time_limit)
+    try:
+        run_loop(agent, runner, total, on_episode, enough)
+        new = lost or front.evaluations > before
+    except BaseException:
+        new = front.evaluations > before
+        raise
+    finally:
+        if recorded is None or new:
+            write_front(run, front.document(describe))
+            if hasattr(agent, "save"):
+                _save(agent, run / AGENT)
+    return front
+
+
+def _save(agent: Agent, folder: Path) -> None:
+    """Write the agent, in place of an earlier one."""
+    draft, old = (folder.with_name(f"{folder.name}.{what}") for what in ("draft", "old"))
+    for left in (draft, old):
+        shutil.rmtree(left, ignore_errors=True)
+    agent.save(draft)
+    if folder.exists():
+        folder.rename(old)
+    draft.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _finish(problem: Problem, front: Front, run: Path, progress: SearchProgress) -> None:
+    """Score the best policies on the test images, and check the winners."""
+    config, describe = problem.config, problem.space.space.describe
+    progress.say("scoring the best policies on the test images")
+    finalists, dense_final = finalize(problem, front, config.finalize.top), dense_test_score(problem)
+    write_front(run, front.document(describe, finalists, dense_final))
+    if config.finalize.verify:
+        for budget in problem.budgets:  # winners of this run before it went on
+            shutil.rmtree(winner_folder(run, budget), ignore_errors=True)
+        outcomes = verify_winners(problem, front, finalists, run, progress.say)
+        finalists = [finalist for outcome in outcomes for finalist in outcome.finalists]
+        write_front(run, front.document(describe, finalists, dense_final, outcomes))
+
+
+def _facts(problem: Problem) -> dict:
+    """What the manifest says beyond the configuration and the versions."""
+    return {
+        "data": problem.data.source,
+        "precision": asdict(problem.precision),
+        "dense": {name: getattr(problem.dense, name) for name in ("top1", "images", "costs")},
+        "budgets": [asdict(budget) for budget in problem.budgets],
+    }
+
+
+def _recorder(problem: Problem, run: Path) -> StudyRecorder:
+    attributes = {"agent": problem.config.search.agent, "seed": problem.config.search.seed, "data": problem.data.source}
+    return StudyRecorder(run, problem.space.space, problem.space.objectives, problem.budgets, attributes)
+
+
+def _clock(limit: float | None) -> Callable[[], bool]:
+    """Return a function that tells whether `limit` seconds have passed since now; never, without a limit."""
+    start = time.monotonic()
+    return lambda: limit is not None and time.monotonic() - start > limit

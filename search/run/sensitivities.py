@@ -1,0 +1,47 @@
+"""The sensitivities of a run's choices in its folder: for its readers, and so that a run goes on with the very same numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from secateur.envs.core import InputError, Sensitivities
+from secateur.envs.feasibility import FeasibleSpace
+from secateur.envs.policy_space import PolicySpace
+from secateur.search.run.folder import read_json
+
+SENSITIVITIES = "sensitivities.json"
+
+
+def write_sensitivities(run: Path, space: FeasibleSpace) -> None:
+    """Write {choice: divergence in nats at even strengths from 0 to 1}; nothing if they were not measured, or are there."""
+    path = run / SENSITIVITIES
+    if space.sensitivities is not None and not path.exists():
+        names = [decision.name for decision in space.space.decisions]
+        curves = dict(zip(names, space.sensitivities.curves.tolist(), strict=True))
+        document = {"schema": 1, "seconds": space.sensitivities.seconds, "curves": curves}
+        draft = path.with_suffix(".draft")
+        draft.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        os.replace(draft, path)
+
+
+def read_sensitivities(run: Path, space: PolicySpace) -> Sensitivities | None:
+    """Return what a run has measured; None if it has not.
+
+    Raises:
+        InputError: if the file is damaged.
+    """
+    path = run / SENSITIVITIES
+    if not path.is_file():
+        return None
+    document = read_json(path, "a run")
+    try:
+        curves = np.array([document["curves"][decision.name] for decision in space.decisions], np.float32)
+        if curves.ndim != 2 or curves.shape[1] < 2 or not np.isfinite(curves).all():
+            raise ValueError("its curves are not lists of finite numbers")
+        return Sensitivities(curves, float(document["seconds"]))
+    except (LookupError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is damaged: {type(error).__name__}: {error}") from None

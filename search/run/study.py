@@ -1,0 +1,149 @@
+"""Records every evaluation as an Optuna trial in a journal file; the search's process is its only writer."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.exceptions import ExperimentalWarning
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState, create_trial
+
+from secateur.envs.core import Budget, Episode, InputError
+from secateur.envs.policy_space import Decision, PolicySpace
+
+JOURNAL = "study.journal"
+UNLIMITED = -1.0
+"""Slack of a quantity that an episode's budget does not limit: what a cost of zero would have."""
+
+
+class StudyRecorder:
+    """Writes the study of one run.
+
+    A trial's parameters are the policy's choices, its values the objectives (top1 is maximized, every cost minimized),
+    its constraints the slacks value / limit - 1 of whatever any budget limits. A failed episode is a failed trial, one that
+    was stopped early is a pruned trial.
+
+    Args:
+        folder: the run; the journal is made in it, or gone on with.
+        space: names and levels of the choices.
+        objectives: "top1", then the costs that are traded against it.
+        budgets: of the search; episodes name the one they were conditioned on.
+        attributes: about the whole run, JSON values.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        space: PolicySpace,
+        objectives: Sequence[str],
+        budgets: Sequence[Budget],
+        attributes: Mapping[str, Any] | None = None,
+    ):
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._space, self._objectives = space, tuple(objectives)
+        self._distributions = {decision.name: _distribution(decision) for decision in space.decisions}
+        self._limited = limited_quantities(budgets)
+        if (folder / JOURNAL).is_file():  # a run that goes on
+            _drop_unfinished_line(folder / JOURNAL)
+            self._study = load_study(folder)
+            return
+        self._study = optuna.create_study(
+            study_name=folder.name,
+            storage=JournalStorage(JournalFileBackend(str(folder / JOURNAL))),
+            directions=["maximize"] + ["minimize"] * (len(objectives) - 1),
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)  # worth it: else the dashboard says "Objective 0"
+            self._study.set_metric_names(list(objectives))
+        described = {"objectives": list(objectives), "constraint_names": list(self._limited)}
+        for name, value in {**described, **(attributes or {})}.items():
+            self._study.set_user_attr(name, value)
+
+    def record(self, number: int, agent: str, episode: Episode) -> None:
+        """Add one episode as a trial.
+
+        Args:
+            number: of the evaluation in this run, from 0 on.
+            agent: who chose.
+        """
+        values = self._values(episode)
+        failure = episode.failure or (None if values else "the scores are not finite")
+        slacks = {name: float(episode.constraints.get(name, UNLIMITED)) for name in self._limited}
+        attributes = {"evaluation": number, "agent": agent, "budget": episode.budget, "feasible": episode.feasible}
+        if episode.evaluation is not None:
+            attributes |= {name: getattr(episode.evaluation, name) for name in ("images", "seconds", "stopped")}
+            attributes |= {f"cost/{name}": float(value) for name, value in episode.evaluation.costs.items()}
+        if failure is not None:
+            attributes["failure"] = failure
+        trial = create_trial(
+            state=_state(episode, failure),
+            params=self._space.describe(episode.policy) if episode.policy is not None else {},
+            distributions=self._distributions if episode.policy is not None else {},
+            values=values if failure is None else None,
+            user_attrs=attributes,
+            constraints=slacks if failure is None else None,
+            # The dashboard reads only this older list, in the order of the study's "constraint_names".
+            system_attrs={"constraints": list(slacks.values())} if failure is None else None,
+        )
+        self._study.add_trial(trial)
+
+    def _values(self, episode: Episode) -> list[float] | None:
+        """Return the objectives, or None if there are none or they are not finite."""
+        if episode.evaluation is None:
+            return None
+        evaluation = episode.evaluation
+        values = [float(evaluation.top1 if name == "top1" else evaluation.costs[name]) for name in self._objectives]
+        return values if np.isfinite(values).all() else None
+
+
+def limited_quantities(budgets: Sequence[Budget]) -> tuple[str, ...]:
+    """Return the names of everything that any budget limits, in order of appearance."""
+    names = [
+        name
+        for budget in budgets
+        for name in (*budget.limits, *(["top1_drop"] if budget.top1_drop is not None else []))
+    ]
+    return tuple(dict.fromkeys(names))
+
+
+def load_study(run: str | Path) -> optuna.Study:
+    """Return the study of a run, for reading.
+
+    Raises:
+        InputError: if the folder holds no study that can be read.
+    """
+    journal = Path(run) / JOURNAL
+    if not journal.is_file():
+        raise InputError(f"{run} is not a run: it has no {JOURNAL}.")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        return optuna.load_study(study_name=None, storage=JournalStorage(JournalFileBackend(str(journal))))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:  # what damaged lines happen to cause
+        raise InputError(f"{journal} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _drop_unfinished_line(journal: Path) -> None:
+    """Remove what a killed process has left of its last line: the next one would be appended to it."""
+    text = journal.read_bytes()
+    if not text.endswith(b"\n"):
+        os.truncate(journal, text.rfind(b"\n") + 1)
+
+
+def _state(episode: Episode, failure: str | None) -> TrialState:
+    if failure is not None:
+        return TrialState.FAIL
+    return TrialState.PRUNED if episode.evaluation.stopped else TrialState.COMPLETE
+
+
+def _distribution(decision: Decision) -> BaseDistribution:
+    if decision.kind == "prune_ratio":
+        return FloatDistribution(min(decision.values), max(decision.values))
+    return CategoricalDistribution(decision.values)

@@ -1,0 +1,312 @@
+"""ONNX files: they compute what the network computes, with the searched codes in them, and say where they do not."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import nn
+from torch.nn import functional as F
+
+from secateur.envs.calibration import CalibrationConfig, calibrate
+from secateur.envs.candidate import Candidate
+from secateur.envs.core import InputError
+from secateur.envs.model_graph import analyze
+from secateur.envs.piece_cache import PieceCache
+from secateur.envs.quantization.fake_quantize import quantized_weight, set_quantized_weight
+from secateur.envs.quantization.quantizers import QUANTIZERS
+from secateur.search.export import onnx_export
+from secateur.search.export.onnx_export import export_onnx
+
+SHAPE = (3, 16, 16)
+CLOSE = 0.15
+"""Mean difference of the logits in standard deviations: outputs and sums are on grids of 256 values in the file only."""
+
+
+class ConvNet(nn.Module):
+    """Residual, depthwise, squeeze-excite, linear; batch norms, one with a negative and one with a zero gain."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.stem_norm = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.depthwise, self.depthwise_norm = nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False), nn.BatchNorm2d(16)
+        self.project, self.project_norm = nn.Conv2d(16, 16, 1, bias=False), nn.BatchNorm2d(16)
+        self.squeeze, self.excite = nn.Conv2d(16, 4, 1), nn.Conv2d(4, 16, 1)
+        self.plain, self.plain_norm = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.linear = nn.Linear(16, 8)
+
+    def forward(self, x):
+        x = F.relu(self.stem_norm(self.stem(x)))
+        y = self.project_norm(self.project(F.relu6(self.depthwise_norm(self.depthwise(x)))))
+        scale = torch.sigmoid(self.excite(F.relu(self.squeeze(y.mean((2, 3), keepdim=True)))))
+        x = F.relu(x + y * scale)
+        x = F.relu(x + self.plain_norm(self.plain(x)))
+        return self.linear(x.mean((2, 3)))
+
+
+class TokenNet(nn.Module):
+    """Patches, then layer norm and two linear layers for each token, as in ViT and ConvNeXt."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 16, 4, stride=4)
+        self.norm, self.grow, self.shrink = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
+        self.head = nn.Linear(16, 8)
+
+    def forward(self, x):
+        tokens = self.patches(x).flatten(2).transpose(1, 2)
+        tokens = tokens + self.shrink(F.gelu(self.grow(self.norm(tokens))))
+        return self.head(tokens.mean(1))
+
+
+def made(factory):
+    """A network with statistics of its own, its plan, and images."""
+    torch.manual_seed(0)
+    network, images = factory(), torch.randn(64, *SHAPE)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.2)
+            module.momentum = None
+    network.train()(images)
+    network.eval()
+    if factory is ConvNet:
+        network.stem_norm.weight.data[0] *= -1
+        network.plain_norm.weight.data[1] = 0
+    return network, analyze(network, (images[:1],)), images
+
+
+@pytest.fixture(scope="module")
+def conv_net():
+    return made(ConvNet)
+
+
+@pytest.fixture(scope="module")
+def token_net():
+    return made(TokenNet)
+
+
+def quantized(dense, bits, quantizer="uniform"):
+    """The network with simulated quantization; bits: {layer: (weight, activation)} or one pair for all."""
+    model, graph, images = dense
+    names = [layer.name for layer in graph.geometry.layers]
+    bits = bits if isinstance(bits, dict) else dict.fromkeys(names, bits)
+    calibration = calibrate(model, graph, images, CalibrationConfig())
+    config, make = QUANTIZERS[quantizer]
+    kept = [np.arange(group.units) for group in graph.groups]
+    candidate = Candidate(
+        copy.deepcopy(model), model, graph, kept, bits, make(config()), calibration, images, PieceCache()
+    )
+    candidate.quantize_inputs()
+    candidate.quantize_weights()
+    return candidate.network
+
+
+def run(path, images):
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return session.run(["logits"], {"input": images.numpy()})[0]
+
+
+@torch.no_grad()
+def compare(network, path, images):
+    """Mean difference in standard deviations of the logits, and the share of the same answers."""
+    expected, found = network(images).numpy(), run(path, images)
+    return np.abs(found - expected).mean() / expected.std(), (found.argmax(1) == expected.argmax(1)).mean()
+
+
+def stored_weights(path):
+    """{name: (codes, scale)} of all weights that are stored as integers."""
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
+    return {
+        name.removesuffix("_quantized"): (codes, constants[name.removesuffix("_quantized") + "_scale"])
+        for name, codes in constants.items()
+        if name.endswith("_quantized") and codes.dtype == np.int8
+    }
+
+
+def images_like(dense, count=200):
+    return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("dense", ["conv_net", "token_net"])
+def test_a_float_network_gives_the_same_outputs_in_any_batch(dense, request, tmp_path):
+    network, graph, images = request.getfixturevalue(dense)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    executed = export_onnx(network, graph, SHAPE, images, tmp_path / "model.onnx")
+    assert [layer.name for layer in executed] == [layer.name for layer in graph.geometry.layers]
+    assert {(layer.weight_bits, layer.activation_bits, layer.executed, layer.note) for layer in executed} == {
+        (32, 32, "float32", "")
+    }
+    onnx.checker.check_model(tmp_path / "model.onnx", full_check=True)
+    for batch in (images[:1], images[:7]):
+        with torch.no_grad():
+            assert np.abs(run(tmp_path / "model.onnx", batch) - network(batch).numpy()).max() < 1e-4
+    after = network.state_dict()
+    assert set(after) == set(before) and all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_eight_bits_become_integers_with_the_networks_own_codes(conv_net, tmp_path):
+    network, path = quantized(conv_net, (8, 8)), tmp_path / "model.onnx"
+    executed = export_onnx(network, conv_net[1], SHAPE, conv_net[2], path)
+    assert all(layer.executed == "int8" and layer.note == "" for layer in executed)
+    stored = stored_weights(path)
+    norms = dict(conv_net[1].batch_norms)
+    for layer in executed:
+        weight = quantized_weight(network.get_submodule(layer.name))
+        gain = np.ones(len(weight.scale), np.float32)
+        if layer.name in norms:
+            norm = network.get_submodule(norms[layer.name])
+            gain = (norm.weight / (norm.running_var + norm.eps).sqrt()).detach().numpy()
+        codes, scale = stored[f"{layer.name}.weight"]
+        sign = np.sign(gain).reshape(-1, *[1] * (codes.ndim - 1))
+        assert np.array_equal(codes, weight.codes.numpy() * sign), layer.name
+        assert np.allclose(scale[gain != 0], (weight.scale.numpy() * np.abs(gain))[gain != 0], rtol=1e-5), layer.name
+    images = images_like(conv_net)
+    difference, same = compare(network, path, images)
+    assert difference < CLOSE and same > 0.9
+    assert np.allclose(run(path, images[:1]), run(path, images[:7])[:1], atol=1e-4)
+    onnx.checker.check_model(path, full_check=True)
+
+
+def test_the_network_is_left_as_it_is(conv_net, tmp_path):
+    network = quantized(conv_net, (8, 8))
+    with torch.no_grad():
+        before = network(conv_net[2])
+        export_onnx(network, conv_net[1], SHAPE, conv_net[2], tmp_path / "model.onnx")
+        assert torch.equal(network(conv_net[2]), before)
+    assert all(quantized_weight(network.get_submodule(layer.name)) for layer in conv_net[1].geometry.layers)
+
+
+def test_integer_kernels_run_where_they_were_promised(conv_net, tmp_path):
+    network = quantized(conv_net, (8, 8))
+    export_onnx(network, conv_net[1], SHAPE, conv_net[2], tmp_path / "model.onnx")
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3  # warns that the optimized model is for this processor
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    onnxruntime.InferenceSession(tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert kinds.count("QLinearConv") == 6 and "Conv" not in kinds and "Gemm" not in kinds
+    assert kinds.count("QLinearAdd") == 1  # the other sum has a product as operand, which is in float
+
+
+def test_linear_layers_on_tokens_become_integers(token_net, tmp_path):
+    network, path = quantized(token_net, (8, 8)), tmp_path / "model.onnx"
+    executed = export_onnx(network, token_net[1], SHAPE, token_net[2], path)
+    assert {layer.name: layer.executed for layer in executed} == dict.fromkeys(("patches", "grow", "shrink", "head"), "int8")
+    stored = [codes for codes, _ in stored_weights(path).values()]
+    for name in ("grow", "shrink"):
+        codes = quantized_weight(network.get_submodule(name)).codes.numpy()
+        assert any(np.array_equal(codes.T, other) for other in stored), name
+    difference, same = compare(network, path, images_like(token_net))
+    assert difference < CLOSE and same > 0.9
+
+
+def test_only_layers_with_bits_for_weight_and_input_become_integers(conv_net, tmp_path):
+    bits = {"depthwise": (8, 8), "project": (4, 32), "plain": (32, 8), "linear": (8, 8)}
+    network, path = quantized(conv_net, bits), tmp_path / "model.onnx"
+    executed = {layer.name: layer for layer in export_onnx(network, conv_net[1], SHAPE, conv_net[2], path)}
+    assert [name for name, layer in executed.items() if layer.executed == "int8"] == ["depthwise", "linear"]
+    assert set(stored_weights(path)) == {"depthwise.weight", "linear.weight"}
+    assert "Only its weight" in executed["project"].note and "Only its input" in executed["plain"].note
+    assert executed["stem"].note == ""
+    assert (executed["project"].weight_bits, executed["project"].activation_bits) == (4, 32)
+    difference, same = compare(network, path, images_like(conv_net))
+    assert difference < CLOSE and same > 0.9
+
+
+@pytest.mark.parametrize(("quantizer", "bits"), [("uniform", 4), ("uniform", 2), ("gptq", 2), ("power_of_two", 4)])
+def test_fewer_bits_are_stored_in_bytes_exactly(conv_net, tmp_path, quantizer, bits):
+    network, path = quantized(conv_net, (bits, 8), quantizer), tmp_path / "model.onnx"
+    norms = dict(conv_net[1].batch_norms)
+    executed = export_onnx(network, conv_net[1], SHAPE, conv_net[2], path)
+    assert all(layer.executed == "int8" and layer.note == "" for layer in executed)
+    for name, (codes, scale) in stored_weights(path).items():
+        name = name.removesuffix(".weight")
+        weight = quantized_weight(network.get_submodule(name)).dequantize().numpy()
+        gain = np.ones(len(weight), np.float32)
+        if name in norms:
+            norm = network.get_submodule(norms[name])
+            gain = (norm.weight / (norm.running_var + norm.eps).sqrt()).detach().numpy()
+        shape = (-1, *[1] * (weight.ndim - 1))
+        assert np.allclose(codes * scale.reshape(shape), weight * gain.reshape(shape), rtol=1e-5, atol=1e-9), name
+    difference, same = compare(network, path, images_like(conv_net))
+    assert difference < CLOSE and same > 0.9
+
+
+def test_powers_of_two_that_do_not_fit_a_byte_are_rounded_and_it_says_so(conv_net, tmp_path):
+    network, path = quantized(conv_net, (6, 8), "power_of_two"), tmp_path / "model.onnx"
+    executed = {layer.name: layer for layer in export_onnx(network, conv_net[1], SHAPE, conv_net[2], path)}
+    assert "nearest of 255 levels" in executed["plain"].note
+    difference, same = compare(network, path, images_like(conv_net))
+    assert difference < CLOSE and same > 0.9
+
+
+def test_inputs_of_fewer_bits_get_256_levels_over_the_same_range(conv_net, tmp_path):
+    network, path = quantized(conv_net, (8, 4)), tmp_path / "model.onnx"
+    executed = export_onnx(network, conv_net[1], SHAPE, conv_net[2], path)
+    assert all("over the range of the 4-bit grid" in layer.note for layer in executed)
+    finer = quantized(conv_net, (8, 8))
+    with torch.no_grad():
+        images = images_like(conv_net)
+        coarse, fine, found = network(images).numpy(), finer(images).numpy(), run(path, images)
+    assert np.abs(found - fine).mean() < np.abs(coarse - fine).mean()
+
+
+def test_two_readers_of_a_tensor_share_the_wider_grid_and_one_is_told(tmp_path):
+    class Fork(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.left, self.right = (nn.Conv2d(channels, 8, 3) for channels in (3, 8, 8))
+
+        def forward(self, x):
+            x = F.relu(self.stem(x))
+            return (self.left(x) + self.right(x)).mean((2, 3))
+
+    dense = made(Fork)
+    network = quantized(dense, {"left": (8, 8), "right": (8, 2)})
+    left, right = export_onnx(network, dense[1], SHAPE, dense[2], tmp_path / "model.onnx")[1:]
+    notes = [note for note in (left.note, right.note) if "grid of layer" in note]
+    assert left.executed == right.executed == "int8" and len(notes) == 1
+
+
+def test_a_channel_that_is_nothing_beside_its_bias_stays_finite(conv_net, tmp_path):
+    network = quantized(conv_net, (8, 8))
+    weight = quantized_weight(network.linear)
+    scale = weight.scale.clone()
+    scale[0], scale[1] = 1e-20, 0
+    set_quantized_weight(network.linear, type(weight)(weight.codes, scale, 8))
+    with torch.no_grad():
+        network.linear.bias[:2] = torch.tensor([50.0, -50.0])
+    export_onnx(network, conv_net[1], SHAPE, conv_net[2], tmp_path / "model.onnx")
+    found = run(tmp_path / "model.onnx", images_like(conv_net))
+    assert np.allclose(found[:, 0], 50, rtol=1e-6) and np.allclose(found[:, 1], -50, rtol=1e-6)
+
+
+def test_large_networks_keep_their_weights_in_a_second_file(conv_net, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_export, "MAX_ONE_FILE", 1000)
+    network = quantized(conv_net, (8, 8))
+    export_onnx(network, conv_net[1], SHAPE, conv_net[2], tmp_path / "model.onnx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+    assert compare(network, tmp_path / "model.onnx", images_like(conv_net))[1] > 0.9
+
+
+def test_what_torch_cannot_export_is_one_sentence(tmp_path):
+    class Unknown(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.linear(torch.special.bessel_j0(x).mean((2, 3)))
+
+    network, graph, images = made(Unknown)
+    with pytest.raises(InputError, match="torch.onnx cannot export this network"):
+        export_onnx(network, graph, SHAPE, images, tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,49 @@
+"""Codes, scales and tables of levels come back from a file as they were, whichever quantizer made them."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from secateur.envs.calibration import CalibrationConfig, calibrate
+from secateur.envs.candidate import Candidate
+from secateur.envs.model_graph import analyze
+from secateur.envs.piece_cache import PieceCache
+from secateur.envs.quantization.fake_quantize import quantized_weight
+from secateur.envs.quantization.quantizers import QUANTIZERS
+from secateur.envs.tasks.synthetic import synthetic_net
+from secateur.search.export.folder import LEVELS, _layers, _packed_tensors, _restore
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_what_is_read_back_computes_the_same_bit_for_bit(name, tmp_path):
+    torch.manual_seed(0)
+    model, images = synthetic_net().eval(), torch.randn(20, 3, 8, 8)
+    graph = analyze(model, (images[:1],))
+    calibration = calibrate(model, graph, images, CalibrationConfig())
+    config, make = QUANTIZERS[name]
+    bits = {"conv1": (8, 32), "conv2": (2, 4), "conv3": (3, 8), "conv4": (32, 6), "linear": (5, 32)}
+    kept = [np.arange(group.units) for group in graph.groups]
+    candidate = Candidate(
+        copy.deepcopy(model), model, graph, kept, bits, make(config()), calibration, images, PieceCache()
+    )
+    candidate.quantize_inputs()
+    candidate.quantize_weights()
+    network = candidate.network
+
+    packed = _packed_tensors(network)
+    save_file(packed, tmp_path / "weights")
+    restored = synthetic_net().eval()
+    _restore(restored, load_file(tmp_path / "weights"), json.loads(json.dumps(_layers(network))))
+    assert torch.equal(restored(images), network(images))
+    for layer, (weight_bits, _) in bits.items():
+        before, after = (quantized_weight(part.get_submodule(layer)) for part in (network, restored))
+        assert (before is None) == (after is None) == (weight_bits == 32)
+        if before is not None:
+            assert torch.equal(after.codes, before.codes) and after.bits == before.bits
+            assert packed[f"{layer}.weight.codes"].numel() == -(-before.codes.numel() * weight_bits // 8)
+            assert (layer + LEVELS in packed) == (before.levels is not None)
+    assert (f"conv2{LEVELS}" in packed) == (name != "uniform")

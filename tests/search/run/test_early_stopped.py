@@ -1,0 +1,45 @@
+"""What was stopped early is counted and recorded, but is no result."""
+
+from types import SimpleNamespace
+
+import numpy as np
+
+from secateur.envs.core import Budget, CompressionPolicy, Episode, Evaluation
+from secateur.envs.policy_space import Decision
+from secateur.search.results.front import Front
+from secateur.search.run.study import StudyRecorder, load_study
+
+HALF = Budget("half", {"macs": 50.0})
+DENSE = Evaluation(0.9, {"macs": 100.0}, images=500)
+WIDTHS = tuple(range(100, 0, -1))
+RATIOS = tuple(1 - width / 100 for width in WIDTHS)
+SPACE = SimpleNamespace(
+    decisions=(Decision("prune_ratio/conv", "prune_ratio", 0, WIDTHS, RATIOS, np.linspace(0, 1, 100)),),
+    describe=lambda policy: {"prune_ratio/conv": 1 - policy.widths[0] / 100},
+)
+
+
+def episode(width, top1, stopped):
+    evaluation = Evaluation(top1, {"macs": float(width)}, images=64 if stopped else 500, stopped=stopped, right=b"\x01")
+    return Episode("half", CompressionPolicy((width,), (8,), (8,)), evaluation, {"macs": width / 50 - 1})
+
+
+def test_it_is_on_no_front_and_no_finalist_but_counted():
+    front = Front(("top1", "macs"), (HALF,), DENSE, num_classes=10)
+    assert front.add(episode(40, 0.8, stopped=False))
+    assert not front.add(episode(30, 0.85, stopped=True)), "even if its estimate looks good"
+    assert [candidate.number for candidate in front.of()] == [0] == [c.number for c in front.best("half", 5)]
+    assert (front.evaluations, front.feasible, front.failed) == (2, 2, 0)
+    document = front.document(SPACE.describe)
+    assert [point["evaluation"] for point in document["points"]] == [0]
+    assert not {"right", "stopped"} & set(document["points"][0])
+
+
+def test_the_study_says_so(tmp_path):
+    recorder = StudyRecorder(tmp_path, SPACE, ("top1", "macs"), (HALF,))
+    recorder.record(0, "random", episode(40, 0.8, stopped=False))
+    recorder.record(1, "random", episode(30, 0.7, stopped=True))
+    full, stopped = load_study(tmp_path).trials
+    assert (full.user_attrs["stopped"], stopped.user_attrs["stopped"]) == (False, True)
+    assert stopped.user_attrs["images"] == 64 and stopped.user_attrs["feasible"] is True
+    assert [trial.user_attrs["evaluation"] for trial in load_study(tmp_path).best_trials] == [0]

@@ -1,0 +1,171 @@
+"""The Ray runner against the local one, on an environment without any network; one Ray cluster for the whole module."""
+
+from __future__ import annotations
+
+import glob
+import os
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from secateur.envs.core import Budget, CompressionPolicy, Evaluation, InputError
+from secateur.search.run.local_runner import LocalRunner
+from secateur.search.run.ray_runner import RayRunner
+
+BUDGET = Budget("phone", {"macs": 1.0})
+STEPS = 3
+
+
+class ToyEnv:
+    """Three choices among ten; the score is their sum. Choices above 9 break things in the ways that candidates do."""
+
+    space = SimpleNamespace(num_steps=STEPS)
+
+    def __init__(self, evaluator_delay: float = 0.0):
+        self.evaluator = SimpleNamespace(known={})
+        self.evaluated = 0
+        self._delay = evaluator_delay
+
+    def reset(self, options):
+        self.chosen, self.policy = [], None
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        choice = round(float(action[0]) * 10)
+        self.chosen.append(choice)
+        done = len(self.chosen) == STEPS
+        info = {"action": np.array([choice / 10], np.float32)}
+        reward = np.zeros(2, np.float32)
+        if done:
+            self.policy = CompressionPolicy(tuple(self.chosen), (), ())
+            evaluation = self._evaluate()
+            reward = np.array([evaluation.top1, -evaluation.costs["macs"]], np.float32)
+            info |= {"policy": self.policy, "evaluation": evaluation, "constraints": {"macs": -0.5}}
+        return np.full(1, choice / 10, np.float32), reward, done, False, info
+
+    def _evaluate(self):
+        if self.chosen == [10, 10, 10]:
+            os._exit(1)
+        if self.chosen == [10, 10, 0]:
+            raise RuntimeError("the forward failed")
+        if self.policy not in self.evaluator.known:
+            self.evaluated += 1
+            time.sleep(self._delay)
+            score = sum(self.chosen) / 30
+            # `images` counts what this worker has evaluated itself, `seconds` names it.
+            self.evaluator.known[self.policy] = Evaluation(
+                score, {"macs": 1 - score}, images=self.evaluated, seconds=float(os.getpid())
+            )
+        return self.evaluator.known[self.policy]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Plays a fixed table."""
+
+    choices: tuple[int, ...]
+    budget: Budget = BUDGET
+
+    def act(self, observation, step):
+        return np.array([self.choices[step] / 10])
+
+
+def run_all(runner, actors):
+    """Return {choices: episode}; keeps every slot busy and checks that the very actors come back."""
+    waiting, out, episodes = list(actors), [], {}
+    while waiting or out:
+        while waiting and len(out) < runner.slots:
+            out.append(waiting.pop(0))
+            runner.submit(out[-1])
+        for actor, episode in runner.wait():
+            assert any(actor is sent for sent in out)
+            out = [sent for sent in out if sent is not actor]
+            episodes[actor.choices] = episode
+    return episodes
+
+
+@pytest.fixture(scope="module")
+def runner():
+    import ray
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
+    runner = RayRunner(partial(ToyEnv, 0.01), workers=2)
+    yield runner
+    runner.close()
+
+
+def test_local_and_ray_runners_return_the_same_episodes(runner):
+    actors = [Replay((a, b, 3)) for a in range(4) for b in range(3)] + [Replay((10, 10, 0))]
+    local = run_all(LocalRunner(ToyEnv), actors)
+    remote = run_all(runner, actors)
+    assert len(local) == len(actors) and set(local) == set(remote)
+    for choices, episode in local.items():
+        other = remote[choices]
+        assert (other.budget, other.policy, other.constraints) == (episode.budget, episode.policy, episode.constraints)
+        assert other.failure == episode.failure
+        if episode.failure is None:
+            assert (
+                other.evaluation.top1 == episode.evaluation.top1 and other.evaluation.costs == episode.evaluation.costs
+            )
+            np.testing.assert_array_equal(other.actions, episode.actions)
+            np.testing.assert_array_equal(other.observations, episode.observations)
+            np.testing.assert_array_equal(other.reward, episode.reward)
+    assert "the forward failed" in local[(10, 10, 0)].failure
+
+
+def test_both_workers_work_and_neither_repeats_what_the_other_has_evaluated(runner):
+    policies = [(a, 7, 7) for a in range(8)]
+    first = run_all(runner, [Replay(choices) for choices in policies])
+    assert len({episode.evaluation.seconds for episode in first.values()}) == 2
+    again = run_all(runner, [Replay(choices) for choices in policies * 2])
+    assert {choices: episode.evaluation for choices, episode in again.items()} == {
+        choices: episode.evaluation for choices, episode in first.items()
+    }
+
+
+def test_a_candidate_that_kills_its_worker_twice_fails_and_the_search_goes_on(runner):
+    known = run_all(runner, [Replay((5, 5, 5))])
+    episodes = run_all(runner, [Replay((10, 10, 10)), *(Replay((a, 8, 8)) for a in range(6)), Replay((5, 5, 5))])
+    assert episodes[(10, 10, 10)].failure.startswith("worker lost twice")
+    assert not episodes[(10, 10, 10)].feasible
+    assert all(episodes[(a, 8, 8)].failure is None for a in range(6))
+    assert episodes[(5, 5, 5)].evaluation == known[(5, 5, 5)].evaluation
+    # The new worker is told everything again.
+    after = run_all(runner, [Replay((5, 5, 5)), Replay((5, 5, 5)), Replay((4, 8, 8)), Replay((4, 8, 8))])
+    assert after[(5, 5, 5)].evaluation == known[(5, 5, 5)].evaluation
+
+
+def test_ray_asks_for_a_token_and_sends_no_statistics(runner):
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+
+
+def test_a_cluster_that_is_too_small_is_an_error_and_stays_as_it_was(runner):
+    with pytest.raises(InputError, match="`search.workers: 64` needs 64 cores, but the Ray cluster has 2"):
+        RayRunner(ToyEnv, workers=64)
+    assert run_all(runner, [Replay((1, 2, 3))])[(1, 2, 3)].failure is None
+
+
+def test_closing_removes_everything_that_the_runner_made(runner):
+    import ray
+
+    folder = runner._folder
+    assert glob.glob(f"{folder}/session_*")
+    runner.close()
+    assert not ray.is_initialized() and not os.path.exists(folder)
+
+
+def test_an_address_without_a_cluster_is_an_error_at_once(runner):
+    import ray
+
+    runner.close()
+    assert not ray.is_initialized()
+    start = time.monotonic()
+    with pytest.raises(InputError, match="`search.address: 127.0.0.1:1` cannot be joined"):
+        RayRunner(ToyEnv, workers=1, address="127.0.0.1:1")
+    assert time.monotonic() - start < 10

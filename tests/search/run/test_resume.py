@@ -1,0 +1,214 @@
+"""Runs that go on: the same as if they had never stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from secateur.envs.core import InputError
+from secateur.search.config import parse_config
+from secateur.search.results.front import read_front
+from secateur.search.run.folder import held
+from secateur.search.run.progress import SearchProgress
+from secateur.search.run.search import resume, search
+from secateur.search.run.sensitivities import SENSITIVITIES
+from secateur.search.run.study import load_study
+
+LEARNER = {"warmup": 8, "candidates": 16, "updates": 2, "planned": 4, "hidden": 8, "critics": 2, "goals": 2}
+
+
+def values(folder, agent="random", evaluations=20, **changes):
+    return {
+        "model": {"factory": "secateur.envs.tasks.synthetic:synthetic_net", "weights": "trained", "input": [3, 8, 8]},
+        "data": {"name": "secateur.envs.tasks.synthetic:load", "train": "rest", "calibration": 64, "validation": 100},
+        "search": {"agent": agent, "evaluations": evaluations, "workers": 0, "options": changes.pop("options", {})},
+        "space": {"prune_ratio": [0.0, 0.75], "weight_bits": [4, 8]},
+        "budgets": {"small": {"macs": "<= 50%"}, "tiny": {"macs": "<= 30%", "weight_bytes": "<= 10%"}},
+        "finalize": {"top": 1, "verify": False},
+        "output": {"root": str(folder)},
+        **changes,
+    }
+
+
+def run(folder, **changes):
+    return search(parse_config(values(folder, **changes), "test.yaml"))
+
+
+def trials(run):
+    return [(trial.user_attrs["budget"], trial.params, trial.values) for trial in load_study(run).trials]
+
+
+class Interrupted(SearchProgress):
+    """Presses Ctrl-C after so many episodes."""
+
+    def __init__(self, after):
+        from rich.console import Console
+
+        super().__init__(Console(quiet=True))
+        self.left = after
+
+    def on_episode(self):
+        super().on_episode()
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+
+
+OPTIONS = {"random": {}, "bee_colony": {"sources": 2}, "nsga2": {"population": 4}, "envelope_ddpg": LEARNER}
+
+
+@pytest.mark.parametrize("agent", OPTIONS)
+def test_an_interrupted_run_ends_as_if_it_had_never_stopped(tmp_path, agent):
+    options = OPTIONS[agent]
+    straight = run(tmp_path / "straight", agent=agent, options=options)
+    config = parse_config(values(tmp_path / "broken", agent=agent, options=options), "test.yaml")
+    progress = Interrupted(after=13)
+    with pytest.raises(KeyboardInterrupt):
+        search(config, progress)
+    broken = progress.run
+    assert len(trials(broken)) == 13
+    assert resume(broken) == broken
+    assert trials(broken) == trials(straight)
+    documents = [read_front(folder) for folder in (broken, straight)]
+    assert documents[0] == documents[1] and documents[0]["evaluations"] == 20
+    if agent == "envelope_ddpg":
+        states = [json.loads((folder / "agent" / "agent.json").read_text()) for folder in (broken, straight)]
+        assert states[0]["rng"] == states[1]["rng"]
+        replays = [np.load(folder / "agent" / "replay.npz")["tables"] for folder in (broken, straight)]
+        np.testing.assert_array_equal(*replays)
+
+
+def test_a_finished_run_takes_more_evaluations(tmp_path):
+    few = {"agent": "bee_colony", "options": {"sources": 2}}
+    longer = run(tmp_path / "longer", **few, evaluations=24)
+    grown = run(tmp_path / "grown", **few, evaluations=14)
+    resume(grown, ["search.evaluations=24"])
+    assert trials(grown) == trials(longer)
+    assert read_front(grown) == read_front(longer)
+    assert json.loads((grown / "manifest.json").read_text())["config"]["search"]["evaluations"] == 24
+    before = trials(grown)
+    resume(grown)
+    assert trials(grown) == before, "there was nothing left to do"
+
+
+def test_what_is_known_is_not_evaluated_again(tmp_path, monkeypatch):
+    folder = run(tmp_path, evaluations=8)
+    from secateur.envs.evaluator import Evaluator
+
+    counted, network = [], Evaluator.network
+    monkeypatch.setattr(Evaluator, "network", lambda self, policy: (counted.append(policy), network(self, policy))[1])
+    resume(folder, ["search.evaluations=11"])
+    assert len(counted) == 3
+
+
+def test_ctrl_c_while_it_is_played_again_loses_nothing(tmp_path, monkeypatch):
+    folder = run(tmp_path, agent="envelope_ddpg", options=LEARNER, evaluations=12)
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.name != "manifest.json"}
+    taken = []
+
+    def take(self, episode):
+        taken.append(episode)
+        if len(taken) == 3:
+            raise KeyboardInterrupt
+        return True
+
+    monkeypatch.setattr("secateur.search.run.replay.Recorded.take", take)
+    with pytest.raises(KeyboardInterrupt):
+        resume(folder, ["search.evaluations=20"])
+    after = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.name != "manifest.json"}
+    assert after == before
+
+
+def test_a_run_goes_on_with_the_sensitivities_that_it_measured(tmp_path, monkeypatch):
+    folder = run(tmp_path, agent="envelope_ddpg", options=LEARNER, evaluations=9)
+    document = json.loads((folder / SENSITIVITIES).read_text())
+    assert set(document["curves"]) == set(trials(folder)[0][1])
+    monkeypatch.setattr("secateur.search.build.measure_sensitivities", None)
+    resume(folder, ["search.evaluations=10"])
+    assert len(trials(folder)) == 10
+    document["curves"].popitem()
+    (folder / SENSITIVITIES).write_text(json.dumps(document))
+    with pytest.raises(InputError, match=r"sensitivities.json is damaged: KeyError"):
+        resume(folder, ["search.evaluations=11"])
+    assert not (run(tmp_path, evaluations=2) / SENSITIVITIES).exists()
+
+
+def test_an_agent_that_was_lost_is_made_again(tmp_path):
+    folder = run(tmp_path, agent="envelope_ddpg", options=LEARNER, evaluations=12)
+    replay = dict(np.load(folder / "agent" / "replay.npz"))
+    shutil.rmtree(folder / "agent")
+    resume(folder)
+    again = np.load(folder / "agent" / "replay.npz")
+    for name, values in replay.items():
+        np.testing.assert_array_equal(values, again[name])
+    assert len(trials(folder)) == 12
+
+
+def test_failures_are_tried_again_and_stay_in_the_study(tmp_path, monkeypatch):
+    from secateur.envs.evaluator import Evaluator
+
+    network = Evaluator.network
+    calls = []
+
+    def broken(self, policy):
+        calls.append(policy)
+        if len(calls) == 3:
+            raise RuntimeError("out of luck")
+        return network(self, policy)
+
+    monkeypatch.setattr(Evaluator, "network", broken)
+    folder = run(tmp_path, evaluations=6)
+    assert read_front(folder)["failed"] == 1
+    resume(folder, ["search.evaluations=9"])
+    states = [trial.state.name for trial in load_study(folder).trials]
+    assert states[:6] == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
+    assert states[6:] == ["COMPLETE"] * 3 and read_front(folder)["evaluations"] == 9
+
+
+def test_a_line_that_was_cut_off_is_not_written_on(tmp_path):
+    folder = run(tmp_path, evaluations=5)
+    journal = folder / "study.journal"
+    whole = trials(folder)
+    with journal.open("ab") as file:
+        file.write(b'{"op_code": 4, "worker_id": "x')
+    resume(folder, ["search.evaluations=8"])
+    assert trials(folder)[:5] == whole and len(trials(folder)) == 8
+
+
+def test_winners_are_exported_anew(tmp_path):
+    folder = run(tmp_path, evaluations=4, finalize={"top": 1, "verify": True})
+    (folder / "exports" / "small" / "old").write_text("of the winner before")
+    resume(folder, ["search.evaluations=8"])
+    assert not (folder / "exports" / "small" / "old").exists() and (folder / "exports" / "small" / "policy.json").is_file()
+    assert read_front(folder)["budgets"]["small"]["check"]["passed"] is not None
+
+
+def test_a_run_goes_on_only_as_it_was(tmp_path):
+    folder = run(tmp_path, evaluations=4)
+    before = (folder / "manifest.json").read_text()
+    for override in ("search.seed=5", "search.agent=bee_colony", "space.prune_ratio=[0.0, 0.5]", "budgets.small.macs=<= 40%"):
+        with pytest.raises(InputError, match="goes on only as it was"):
+            resume(folder, [override])
+    with pytest.raises(InputError, match="less than the 4"):
+        resume(folder, ["search.evaluations=3"])
+    manifest = json.loads(before)
+    manifest["dense"]["top1"] = 0.123
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=r"scored 12\.30 %"):
+        resume(folder)
+    (folder / "manifest.json").write_text(before)
+    with held(folder), pytest.raises(InputError, match="Another process searches"):
+        resume(folder)
+    shutil.rmtree(folder)
+    with pytest.raises(InputError, match="is not a run"):
+        resume(folder)
+
+
+def test_torch_threads_are_left_alone(tmp_path):
+    before = torch.get_num_threads()
+    run(tmp_path, agent="envelope_ddpg", evaluations=6, options=LEARNER)
+    assert torch.get_num_threads() == before
