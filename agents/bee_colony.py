@@ -12,7 +12,7 @@ Zhu & Kwong 2010 (Appl. Math. Comput. 217), the guided move
 Lin et al. 2020 (ABCPruner, arXiv:2001.08565), the colony as a channel pruner; Deb et al. 2002 (NSGA-II), constraint
 domination. Numbers of equations are ours.
 
-A *source* is a table of actions. Each cycle has two phases. *Employed*: every source is visited by its bee, which
+A *source* is a sequence of actions. Each cycle has two phases. *Employed*: every source is visited by its bee, which
 tries a move; the bee of a source that failed `limit` times in a row becomes a *scout* and draws a new one.
 *Onlooker*: bees choose among the sources by rank and try moves of their own. A move replaces its source only if it is
 better.
@@ -33,14 +33,14 @@ Where we differ from Karaboga's or Lin's colony, and why:
    all genes of each kind by a common step: trading pruning against bits is out of reach for moves of single genes. With
    139 genes of three kinds, 83 instead of 81 % top-1 on a made-up task (the best uniform policy: 81 %).
 7. Scouts cover the whole range, both ends included (ABCPruner's cannot draw the strongest level), and every exhausted
-   source is drawn anew, not just one per cycle. The uniform table is among the first sources.
+   source is drawn anew, not just one per cycle. The uniform sequence is among the first sources.
 8. The best source so far is remembered apart from the sources and is never reset (ABCPruner resets it after the
    start); a scout cannot lose it.
 9. Onlookers choose by rank: with probabilities in proportion to the scores all sources are alike when accuracies are.
 10. Smaller violations win before utility counts (constraint domination). A failed or NaN episode is an infinite
     violation.
 11. As long as new policies are found, none is evaluated twice: what is known is drawn again, and a source without new
-    neighbors sends its bee to a random table.
+    neighbors sends its bee to a random sequence.
 12. A bee looks at several moves and tries the one that a ridge regression over everything evaluated so far rates best,
     expected violation first. This uses all evaluations, not just the sources, and so also tempers the winner's curse:
     one lucky score moves the regression little. 52 instead of 49 % top-1 on the task of point 5.
@@ -63,7 +63,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from secateur.agents.core import TableActor, scored
+from secateur.agents.core import SequenceActor, scored
 from secateur.agents.pareto import violation
 from secateur.agents.per_budget import PerBudget
 from secateur.agents.random_search import random_table
@@ -115,15 +115,15 @@ class BeeColonyConfig:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A table that was tried, and how good it is.
+    """A sequence that was tried, and how good it is.
 
     Attributes:
-        table: executed actions, (num_steps, action_dim).
+        sequence: executed actions, (num_steps, action_dim).
         violation: sum of the positive constraints; infinite if the episode failed.
         utility: preference @ reward; minus infinity if the episode failed.
     """
 
-    table: np.ndarray
+    sequence: np.ndarray
     violation: float
     utility: float
 
@@ -139,10 +139,10 @@ class Source:
 
 @dataclass(frozen=True, eq=False)
 class Flight:
-    """One bee on its way: the slot of its source, the table it tries, and whether it replaces the source unseen."""
+    """One bee on its way: the slot of its source, the sequence it tries, and whether it replaces the source unseen."""
 
     slot: int
-    table: np.ndarray
+    sequence: np.ndarray
     scout: bool
 
 
@@ -158,10 +158,12 @@ class BeeColony(PerBudget):
             )
         # A generator of its own per colony: how far the others are must not change what it draws.
         own_rngs = rng.spawn(len(budgets))
-        super().__init__({
-            budget.name: Colony(config, space, budget, preference, own_rng)
-            for budget, own_rng in zip(budgets, own_rngs, strict=True)
-        })
+        super().__init__(
+            {
+                budget.name: Colony(config, space, budget, preference, own_rng)
+                for budget, own_rng in zip(budgets, own_rngs, strict=True)
+            }
+        )
 
 
 class Colony:
@@ -195,18 +197,18 @@ class Colony:
         """Whether `next` has an actor to give: the phase has bees left, or it is over and the next can begin."""
         return bool(self._waiting) or not self._out
 
-    def next(self) -> TableActor:
+    def next(self) -> SequenceActor:
         """Return the next bee of the phase."""
         if not self._waiting:
             self._waiting = self._onlookers() if self._onlookers_next else self._employed()
             self._onlookers_next = not self._onlookers_next
         flight = self._waiting.pop(0)
-        actor = TableActor(self.budget, flight.table, self.handed_out)
+        actor = SequenceActor(self.budget, flight.sequence, self.handed_out)
         self._out[actor.ticket] = flight
         self.handed_out += 1
         return actor
 
-    def learn(self, actor: TableActor, episode: Episode) -> None:
+    def learn(self, actor: SequenceActor, episode: Episode) -> None:
         """Keep what a bee found; judge the phase when it is the last.
 
         Raises:
@@ -224,9 +226,9 @@ class Colony:
 
     def _judge(self, flight: Flight, episode: Episode) -> Source:
         if not scored(episode):
-            return Source(flight.table, np.inf, -np.inf)
-        table = flight.table if episode.actions is None else episode.actions
-        return Source(np.asarray(table, float), violation(episode.constraints), float(self.preference @ episode.reward))
+            return Source(flight.sequence, np.inf, -np.inf)
+        sequence = flight.sequence if episode.actions is None else episode.actions
+        return Source(np.asarray(sequence, float), violation(episode.constraints), float(self.preference @ episode.reward))
 
     def _select(self) -> None:
         """Replace sources by better finds, in the order in which the bees left."""
@@ -246,7 +248,7 @@ class Colony:
 
     def _employed(self) -> list[Flight]:
         if self.handed_out == 0:
-            uniform = self._fly(0, [self.space.fit(np.where(self.space.used, 0.5, 0.0), self.budget)], scout=True)
+            uniform = self._fly(0, [self.space.scale_to_budget(np.where(self.space.used, 0.5, 0.0), self.budget)], scout=True)
             return [uniform, *(self._scout(slot) for slot in range(1, self.config.sources))]
         return [self._scout(slot) if trials >= self.config.limit else self._move(slot) for slot, trials in enumerate(self.trials)]
 
@@ -264,36 +266,36 @@ class Colony:
         moves = self._new_tables(lambda: self._neighbor(slot), self._repair, self.config.candidates)
         return self._fly(slot, moves or self._random_tables(), scout=False)
 
-    def _fly(self, slot: int, tables: list[np.ndarray], scout: bool) -> Flight:
-        """Return the flight to the table that promises most."""
-        table = tables[0]
-        if len(tables) > 1 and self.evaluated:
-            genes = np.array([source.table[self.space.used] for source in self.evaluated])
+    def _fly(self, slot: int, sequences: list[np.ndarray], scout: bool) -> Flight:
+        """Return the flight to the sequence that promises most."""
+        sequence = sequences[0]
+        if len(sequences) > 1 and self.evaluated:
+            genes = np.array([source.sequence[self.space.used] for source in self.evaluated])
             scores = np.array([source.rank_key for source in self.evaluated])
-            wanted = np.array([table[self.space.used] for table in tables])
+            wanted = np.array([sequence[self.space.used] for sequence in sequences])
             violations, losses = regress(genes, scores, wanted, self.config.ridge).T
-            table = tables[np.lexsort((losses, np.maximum(violations, 0)))[0]]
-        self._known.add(self.space.decode(table))
-        return Flight(slot, table, scout)
+            sequence = sequences[np.lexsort((losses, np.maximum(violations, 0)))[0]]
+        self._known.add(self.space.decode(sequence))
+        return Flight(slot, sequence, scout)
 
     def _neighbor(self, slot: int) -> np.ndarray:
-        """Return a table near a source, before repair."""
-        x = self.sources[slot].table
-        partner = self.sources[(slot + self.rng.integers(1, self.config.sources)) % self.config.sources].table
+        """Return a sequence near a source, before repair."""
+        x = self.sources[slot].sequence
+        partner = self.sources[(slot + self.rng.integers(1, self.config.sources)) % self.config.sources].sequence
         genes = np.argwhere(self.space.used)
         count = self.rng.integers(1, max(1, round(self.config.genes * len(genes))) + 1)
         chosen = tuple(self.rng.choice(genes, count, replace=False).T)
         phi, psi = self.rng.uniform(-1, 1, count), self.rng.uniform(0, self.config.guidance, count)
         moved = np.array(x, float)
         # eq. (2)
-        moved[chosen] += phi * (x - partner)[chosen] + psi * (self.best.table - x)[chosen]
+        moved[chosen] += phi * (x - partner)[chosen] + psi * (self.best.sequence - x)[chosen]
         # With one kind of choice the bend to the budget's edge would undo a common shift.
         if self.space.used.any(axis=0).sum() > 1 and self.rng.random() < 0.5:
             moved += self.rng.uniform(-self.config.shift, self.config.shift, self.space.action_dim)
         return np.where(self.space.used, np.clip(moved, 0, 1), 0.0)
 
     def _random_tables(self) -> list[np.ndarray]:
-        """Return one random table: new if possible, then below the edge of the budget if need be."""
+        """Return one random sequence: new if possible, then below the edge of the budget if need be."""
 
         def draw() -> np.ndarray:
             return random_table(self.space, self.rng)
@@ -308,14 +310,14 @@ class Colony:
         self, draw: Callable[[], np.ndarray], repair: Callable[[np.ndarray, Budget], np.ndarray], count: int
     ) -> list[np.ndarray]:
         """Return at most `count` repaired draws whose policies are not known."""
-        tables: list[np.ndarray] = []
+        sequences: list[np.ndarray] = []
         for _ in range(self.config.redraws + count):
-            table = repair(draw(), self.budget)
-            if self.space.decode(table) not in self._known:
-                tables.append(table)
-                if len(tables) == count:
+            sequence = repair(draw(), self.budget)
+            if self.space.decode(sequence) not in self._known:
+                sequences.append(sequence)
+                if len(sequences) == count:
                     break
-        return tables
+        return sequences
 
 
 def regress(genes: np.ndarray, scores: np.ndarray, wanted: np.ndarray, ridge: float) -> np.ndarray:

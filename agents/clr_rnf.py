@@ -57,25 +57,25 @@ class ClrRnf(FixedPolicies):
         self._scores = unit_scores(space, config.exponent)
         self._thresholds = np.append(np.unique(np.concatenate([*self._scores, np.empty(0)])), np.inf)
 
-    def table(self, recipe: np.ndarray, budget: Budget) -> np.ndarray:
-        """Return the ranked prune ratios beside the bits that `uniform` takes from this table of its family."""
-        return self._allocate(self.space.fit(recipe, budget), budget)
+    def sequence(self, recipe: np.ndarray, budget: Budget) -> np.ndarray:
+        """Return the ranked prune ratios beside the bits that `uniform` takes from this sequence of its family."""
+        return self._allocate(self.space.scale_to_budget(recipe, budget), budget)
 
-    def _allocate(self, table: np.ndarray, budget: Budget) -> np.ndarray:
-        """Return the table with the prune ratios of the least threshold that the wall leaves as it is."""
+    def _allocate(self, sequence: np.ndarray, budget: Budget) -> np.ndarray:
+        """Return the sequence with the prune ratios of the least threshold that the wall leaves as it is."""
         low, high = 0, len(self._thresholds) - 1
         while low < high:
             middle = (low + high) // 2
-            pruned = self._pruned(table, middle)
+            pruned = self._pruned(sequence, middle)
             if np.array_equal(self.space.execute(pruned, budget), pruned):
                 high = middle
             else:
                 low = middle + 1
-        return self.space.execute(self._pruned(table, high), budget)
+        return self.space.execute(self._pruned(sequence, high), budget)
 
-    def _pruned(self, table: np.ndarray, index: int) -> np.ndarray:
+    def _pruned(self, sequence: np.ndarray, index: int) -> np.ndarray:
         ratios = np.array([np.mean(scores < self._thresholds[index]) for scores in self._scores])
-        return self.space.with_prune_ratios(table, ratios)
+        return self.space.with_prune_ratios(sequence, ratios)
 
 
 def unit_scores(space: ActionSpace, exponent: float) -> tuple[np.ndarray, ...]:

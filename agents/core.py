@@ -31,22 +31,22 @@ class Agent(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class TableActor:
-    """Replays a table of actions.
+class SequenceActor:
+    """Replays a sequence of actions.
 
     Attributes:
         budget: of the episode.
-        table: (num_steps, action_dim) in [0, 1].
+        sequence: (num_steps, action_dim) in [0, 1].
         ticket: the agent's own number for it: it outlives pickling, unlike the identity of the object.
     """
 
     budget: Budget
-    table: np.ndarray
+    sequence: np.ndarray
     ticket: int
 
     def act(self, observation: np.ndarray, step: int) -> np.ndarray:
-        """Return row `step` of the table, whatever is observed."""
-        return self.table[step]
+        """Return row `step` of the sequence, whatever is observed."""
+        return self.sequence[step]
 
 
 def scored(episode: Episode) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from secateur.agents.core import TableActor
+from secateur.agents.core import SequenceActor
 from secateur.envs.core import ActionSpace, Actor, Budget, CompressionPolicy, Episode
 
 
@@ -18,7 +18,7 @@ class FixedPolicies(ABC):
     Args:
         space: of the decisions.
         budgets: of the search.
-        recipes: what `table` makes policies from, best first.
+        recipes: what `sequence` makes policies from, best first.
     """
 
     def __init__(self, space: ActionSpace, budgets: Sequence[Budget], recipes: Iterable[Any]):
@@ -28,19 +28,19 @@ class FixedPolicies(ABC):
         self._known: set[tuple[str, CompressionPolicy]] = set()
 
     @abstractmethod
-    def table(self, recipe: Any, budget: Budget) -> np.ndarray:
-        """Return the executed table of a recipe, (num_steps, action_dim)."""
+    def sequence(self, recipe: Any, budget: Budget) -> np.ndarray:
+        """Return the executed sequence of a recipe, (num_steps, action_dim)."""
 
     def ask(self, count: int) -> list[Actor]:
         """Return at most `count` actors; none when the recipes are used up."""
         actors: list[Actor] = []
         while self._waiting and len(actors) < count:
             budget, recipe = self._waiting.pop(0)
-            table = self.table(recipe, budget)
-            key = budget.name, self.space.decode(table)
+            sequence = self.sequence(recipe, budget)
+            key = budget.name, self.space.decode(sequence)
             if key not in self._known:
                 self._known.add(key)
-                actors.append(TableActor(budget, table, self._asked))
+                actors.append(SequenceActor(budget, sequence, self._asked))
                 self._asked += 1
         return actors
 

@@ -49,13 +49,13 @@ class Greedy(FixedPolicies):
             raise ValueError("The greedy allocation needs a space whose sensitivities have been measured.")
         super().__init__(space, budgets, config.powers)
 
-    def table(self, recipe: float, budget: Budget) -> np.ndarray:
-        """Return the greedy table with this power of the divergences."""
+    def sequence(self, recipe: float, budget: Budget) -> np.ndarray:
+        """Return the greedy sequence with this power of the divergences."""
         return allocate(self.space, self.space.sensitivities, budget, recipe)
 
 
 def allocate(space: ActionSpace, sensitivities: Sensitivities, budget: Budget, power: float) -> np.ndarray:
-    """Return the greedy table, (num_steps, action_dim), executed; see the module.
+    """Return the greedy sequence, (num_steps, action_dim), executed; see the module.
 
     Args:
         space: of the decisions.
@@ -64,7 +64,7 @@ def allocate(space: ActionSpace, sensitivities: Sensitivities, budget: Budget, p
         power: of the divergences.
     """
     limits = np.array([budget.limits.get(name, np.inf) / space.dense_costs[name] for name in space.objectives[1:]])
-    harms, last = _harms(space, sensitivities, power), np.array([len(strengths) - 1 for strengths in space.strengths])
+    harms, last = _harms(space, sensitivities, power), np.array([len(actions) - 1 for actions in space.level_actions])
     strides = [np.maximum(1, last // part) for part in (8, 4, 2)]  # single levels of a hundred would take for ever
     levels, entries = np.zeros(len(last), int), np.arange(len(last))
     while (over := _excess(space, levels[None], limits)[0]) > 0:
@@ -103,21 +103,21 @@ def _alone(levels: np.ndarray, offer: np.ndarray) -> np.ndarray:
 
 def _harms(space: ActionSpace, sensitivities: Sensitivities, power: float) -> np.ndarray:
     """Return the divergence ** power of every level, (entries, most levels)."""
-    most = max(len(strengths) for strengths in space.strengths)
-    padded = np.stack([np.pad(strengths, (0, most - len(strengths)), mode="edge") for strengths in space.strengths])
+    most = max(len(actions) for actions in space.level_actions)
+    padded = np.stack([np.pad(actions, (0, most - len(actions)), mode="edge") for actions in space.level_actions])
     return sensitivities(padded.T).T ** power
 
 
 def _tables(space: ActionSpace, levels: np.ndarray) -> np.ndarray:
-    """Return tables (n, num_steps, action_dim) of levels (n, entries)."""
-    tables = np.zeros((len(levels), *space.used.shape))
-    tables[:, space.used] = np.stack([strengths[at] for strengths, at in zip(space.strengths, levels.T, strict=True)], axis=1)
-    return tables
+    """Return sequences (n, num_steps, action_dim) of levels (n, entries)."""
+    sequences = np.zeros((len(levels), *space.used.shape))
+    sequences[:, space.used] = np.stack([actions[at] for actions, at in zip(space.level_actions, levels.T, strict=True)], axis=1)
+    return sequences
 
 
-def _levels(space: ActionSpace, table: np.ndarray) -> np.ndarray:
-    """Return the levels of an executed table, (entries,)."""
-    return np.array([np.abs(known - at).argmin() for known, at in zip(space.strengths, table[space.used], strict=True)])
+def _levels(space: ActionSpace, sequence: np.ndarray) -> np.ndarray:
+    """Return the levels of an executed sequence, (entries,)."""
+    return np.array([np.abs(known - at).argmin() for known, at in zip(space.level_actions, sequence[space.used], strict=True)])
 
 
 def _excess(space: ActionSpace, levels: np.ndarray, limits: np.ndarray) -> np.ndarray:

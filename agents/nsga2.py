@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from secateur.agents.core import TableActor, fully_scored
+from secateur.agents.core import SequenceActor, fully_scored
 from secateur.agents.pareto import crowding_distance, non_dominated, violation
 from secateur.agents.per_budget import PerBudget
 from secateur.agents.random_search import random_table
@@ -65,9 +65,9 @@ class Nsga2Config:
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """A table that was evaluated: its minimised objectives and by how much it breaks its constraints."""
+    """A sequence that was evaluated: its minimised objectives and by how much it breaks its constraints."""
 
-    table: np.ndarray
+    sequence: np.ndarray
     objectives: np.ndarray
     violation: float
 
@@ -81,10 +81,12 @@ class Nsga2(PerBudget):
             super().__init__({budget.name: population for budget in budgets})
         else:
             own_rngs = rng.spawn(len(budgets))
-            super().__init__({
-                budget.name: Population(config, space, [budget], own_rng)
-                for budget, own_rng in zip(budgets, own_rngs, strict=True)
-            })
+            super().__init__(
+                {
+                    budget.name: Population(config, space, [budget], own_rng)
+                    for budget, own_rng in zip(budgets, own_rngs, strict=True)
+                }
+            )
 
 
 class Population:
@@ -105,17 +107,17 @@ class Population:
         """Whether `next` has an actor to give: the generation has children left, or it is over."""
         return bool(self._waiting) or not self._out
 
-    def next(self) -> TableActor:
+    def next(self) -> SequenceActor:
         """Return the next child of the generation."""
         if not self._waiting:
             self._waiting = self._generation()
-        budget, table = self._waiting.pop(0)
-        actor = TableActor(budget, table, self.handed_out)
-        self._out[actor.ticket] = actor.table
+        budget, sequence = self._waiting.pop(0)
+        actor = SequenceActor(budget, sequence, self.handed_out)
+        self._out[actor.ticket] = actor.sequence
         self.handed_out += 1
         return actor
 
-    def learn(self, actor: TableActor, episode: Episode) -> None:
+    def learn(self, actor: SequenceActor, episode: Episode) -> None:
         """Keep what a child scored; select when it is the last of its generation.
 
         Raises:
@@ -126,12 +128,12 @@ class Population:
                 f"Episodes must come back once, with the actor that `ask` gave out, but ticket {actor.ticket} of "
                 f"budget '{actor.budget.name}' is not out. Was it told twice?"
             )
-        table = self._out.pop(actor.ticket)
+        sequence = self._out.pop(actor.ticket)
         if fully_scored(episode):
-            executed = table if episode.actions is None else np.asarray(episode.actions, float)
+            executed = sequence if episode.actions is None else np.asarray(episode.actions, float)
             member = Member(executed, -np.asarray(episode.reward, float), violation(episode.constraints))
         else:
-            member = Member(table, np.full(len(self.space.objectives), np.inf), np.inf)
+            member = Member(sequence, np.full(len(self.space.objectives), np.inf), np.inf)
         self._back[actor.ticket] = member
         if not self._waiting and not self._out:
             children = [self._back[ticket] for ticket in sorted(self._back)]
@@ -148,22 +150,22 @@ class Population:
                 wanted = self._child() if self.members else random_table(self.space, self.rng)
                 if attempt > self.config.redraws // 2:  # the neighborhood is known
                     wanted = random_table(self.space, self.rng)
-                table = (self.space.fit if bend else self.space.execute)(wanted, budget)
-                if self.space.decode(table) not in self._known:
+                sequence = (self.space.fit if bend else self.space.execute)(wanted, budget)
+                if self.space.decode(sequence) not in self._known:
                     break
-            self._known.add(self.space.decode(table))
-            children.append((budget, table))
+            self._known.add(self.space.decode(sequence))
+            children.append((budget, sequence))
         return children
 
     def _child(self) -> np.ndarray:
         used = self.space.used
-        first, second = self._parent().table[used], self._parent().table[used]
+        first, second = self._parent().sequence[used], self._parent().sequence[used]
         if self.rng.random() < self.config.crossover:
             first = simulated_binary_crossover(first, second, self.config.crossover_index, self.rng)
-        table = np.zeros(used.shape)
+        sequence = np.zeros(used.shape)
         rate = min(self.config.mutation / len(first), 1.0)
-        table[used] = polynomial_mutation(first, self.config.mutation_index, rate, self.rng)
-        return table
+        sequence[used] = polynomial_mutation(first, self.config.mutation_index, rate, self.rng)
+        return sequence
 
     def _parent(self) -> Member:
         """The better of two random members: `survivors` keeps them in the order of the crowded comparison."""

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from secateur.agents.core import TableActor, fully_scored
+from secateur.agents.core import SequenceActor, fully_scored
 from secateur.agents.pareto import Archive
 from secateur.envs.core import Actor, Episode
 
@@ -23,11 +23,11 @@ class Searcher(Protocol):
         """Whether `next` has an actor to give."""
         ...
 
-    def next(self) -> TableActor:
+    def next(self) -> SequenceActor:
         """Return the next actor."""
         ...
 
-    def learn(self, actor: TableActor, episode: Episode) -> None:
+    def learn(self, actor: SequenceActor, episode: Episode) -> None:
         """Take back the episode of an actor, failed or not."""
         ...
 

@@ -2,7 +2,7 @@
 
 It is made as strong as blind search can be:
 
-1. Every table is bent to the edge of its budget by `ActionSpace.fit`. Uniform draws alone would mostly miss the budget;
+1. Every sequence is bent to the edge of its budget by `ActionSpace.fit`. Uniform draws alone would mostly miss the budget;
    drawn behind the wall alone, they would leave the repair to the last layers. The edge is where accuracy is highest:
    no evaluation is spent on more compression than was asked for.
 2. Half of the draws are independent in every entry, the other half lean towards a common strength per kind of choice
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from secateur.agents.core import TableActor
+from secateur.agents.core import SequenceActor
 from secateur.envs.core import ActionSpace, Actor, Budget, CompressionPolicy, Episode, InputError
 
 
@@ -60,29 +60,29 @@ class RandomSearch:
     def tell(self, results: Sequence[tuple[Actor, Episode]]) -> None:
         """Ignore the episodes: that is what makes it the baseline."""
 
-    def _draw(self) -> TableActor:
+    def _draw(self) -> SequenceActor:
         budget = self.budgets[self._asked % len(self.budgets)]
         for attempt in range(self.config.redraws + 1):
             wanted = random_table(self.space, self.rng)
             # Where the whole edge is known (a loose budget has a single policy there) look below it.
             repair = self.space.fit if 2 * attempt <= self.config.redraws else self.space.execute
-            table = repair(wanted, budget)
-            key = budget.name, self.space.decode(table)
+            sequence = repair(wanted, budget)
+            key = budget.name, self.space.decode(sequence)
             if key not in self._known:
                 break
         self._known.add(key)
         self._asked += 1
-        return TableActor(budget, table, self._asked - 1)
+        return SequenceActor(budget, sequence, self._asked - 1)
 
 
 def random_table(space: ActionSpace, rng: np.random.Generator) -> np.ndarray:
-    """Return a table of random strengths, (num_steps, action_dim) in [0, 1]; 0 in entries that are not used.
+    """Return a sequence of random actions, (num_steps, action_dim) in [0, 1]; 0 in entries that are not used.
 
-    Half of the tables are independent, U(0, 1) in every entry. The others are a blend, in a random proportion, of such a
-    table with one U(0, 1) strength for each kind of choice (each column).
+    Half of the sequences are independent, U(0, 1) in every entry. The others are a blend, in a random proportion, of such a
+    sequence with one U(0, 1) strength for each kind of choice (each column).
     """
-    strengths = rng.random(space.used.shape)
+    actions = rng.random(space.used.shape)
     if rng.random() < 0.5:
         common = rng.random()
-        strengths = common * rng.random(space.action_dim) + (1 - common) * strengths
-    return np.where(space.used, strengths, 0.0)
+        actions = common * rng.random(space.action_dim) + (1 - common) * actions
+    return np.where(space.used, actions, 0.0)

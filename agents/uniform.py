@@ -1,9 +1,9 @@
-"""Uniform compression: the same strength everywhere, bent to the edge of the budget. The dull baseline of every table.
+"""Uniform compression: the same strength everywhere, bent to the edge of the budget. The dull baseline of every sequence.
 
 With one kind of choice there is exactly one such policy per budget. With several (prune ratio, weight bits, activation
 bits) one more thing is free: how much of the work each kind does. Further evaluations therefore walk a fixed family:
 strength 0.5 ** exponent in all entries of a kind, for every combination of exponents with 1 as the smallest, most even
-first. Bending moves all strengths together, so each combination stands for one ratio between the kinds. Equal policies
+first. Bending moves all actions together, so each combination stands for one ratio between the kinds. Equal policies
 are handed out once. When the family is used up the agent has nothing more to try: `ask` returns nothing.
 """
 
@@ -40,18 +40,18 @@ class Uniform(FixedPolicies):
     def __init__(self, config: UniformConfig, space: ActionSpace, budgets: Sequence[Budget], rng: np.random.Generator):
         super().__init__(space, budgets, uniform_family(space, config.exponents))
 
-    def table(self, recipe: np.ndarray, budget: Budget) -> np.ndarray:
-        """Return a table of the family, bent to the edge of the budget."""
-        return self.space.fit(recipe, budget)
+    def sequence(self, recipe: np.ndarray, budget: Budget) -> np.ndarray:
+        """Return a sequence of the family, bent to the edge of the budget."""
+        return self.space.scale_to_budget(recipe, budget)
 
 
 def uniform_family(space: ActionSpace, exponents: int) -> list[np.ndarray]:
-    """Return tables that are constant within each kind of choice, most even first; see the module."""
+    """Return sequences that are constant within each kind of choice, most even first; see the module."""
     kinds = np.flatnonzero(space.used.any(axis=0))
     choices = np.array([c for c in product(range(exponents), repeat=len(kinds)) if min(c) == 0])
     family = []
     for choice in choices[np.argsort(choices.sum(axis=1), kind="stable")]:
-        strengths = np.zeros(space.action_dim)
-        strengths[kinds] = 0.5 ** (2 ** (choice / 2))
-        family.append(np.where(space.used, strengths, 0.0))
+        actions = np.zeros(space.action_dim)
+        actions[kinds] = 0.5 ** (2 ** (choice / 2))
+        family.append(np.where(space.used, actions, 0.0))
     return family

@@ -57,8 +57,7 @@ class Assembler:
     def kept(self, policy: CompressionPolicy) -> list[np.ndarray]:
         """Return the kept unit indices of every group, sorted; ties go to the lower index."""
         return [
-            np.sort(np.argsort(-scores, kind="stable")[:width])
-            for scores, width in zip(self.scores, policy.widths, strict=True)
+            np.sort(np.argsort(-scores, kind="stable")[:width]) for scores, width in zip(self.scores, policy.widths, strict=True)
         ]
 
     def layer_bits(self, policy: CompressionPolicy) -> dict[str, tuple[int, int]]:

@@ -71,7 +71,7 @@ class CompressionEnv(gym.Env):
         super().reset(seed=seed)
         self.policy = None
         self._budget = self._find_budget((options or {}).get("budget"))
-        self._levels = self.space.space.strongest.copy()
+        self._levels = self.space.policy_space.strongest.copy()
         self._step = self._decision = 0
         return self._observation(np.zeros(self.space.action_dim)), {"budget": self._budget.name}
 
@@ -92,18 +92,18 @@ class CompressionEnv(gym.Env):
         """Execute one layer's choices; see the class."""
         executed = np.zeros(self.space.action_dim, np.float32)
         for column in np.flatnonzero(self.space.used[self._step]):
-            decision = self.space.space.decisions[self._decision]
-            wanted = int(np.abs(decision.strengths - action[column]).argmin())
+            decision = self.space.policy_space.decisions[self._decision]
+            wanted = int(np.abs(decision.actions - action[column]).argmin())
             level = self.space.admit(self._levels, self._decision, wanted, self._budget)
             self._levels[self._decision] = level
-            executed[column] = decision.strengths[level]
+            executed[column] = decision.actions[level]
             self._decision += 1
         self._step += 1
         info: dict[str, Any] = {"action": executed}
         reward = np.zeros(self.reward_dim, np.float32)
         terminated = self._step == self.space.num_steps
         if terminated:
-            self.policy = self.space.space.policy(self._levels)
+            self.policy = self.space.policy_space.policy(self._levels)
             evaluation = self.evaluator.evaluate(self.policy)
             reward = reward_vector(evaluation, self.space.objectives, self.space.dense_costs)
             slacks = constraints(evaluation, self._budget, self.space.dense_top1)

@@ -18,7 +18,7 @@ __all__ = [
 ]  # fmt: skip
 
 Act = Callable[[np.ndarray, np.ndarray, int, np.ndarray], np.ndarray]
-"""Actions of many episodes at once, (n, action_dim) in [0, 1], from what they observe, (n, observation_dim), the tables that they
+"""Actions of many episodes at once, (n, action_dim) in [0, 1], from observations, (n, observation_dim), the sequences that they
 have executed so far, (n, num_steps, action_dim), zero ahead, the step, and which rows they are, (n,)."""
 
 
@@ -41,7 +41,7 @@ class Evaluation:
     """What a policy scored.
 
     Attributes:
-        top1: fraction of images classified right, in [0, 1].
+        top1: fraction of images classified correctly, in [0, 1].
         costs: value of every cost model, by name.
         fidelity: "proxy" (validation split, used by the search), "validation" (the same after the finalists' recovery) or
             "final" (test split, likewise). They never share a front.
@@ -49,7 +49,7 @@ class Evaluation:
         seconds: wall time of the evaluation.
         stopped: whether the score is that of the first images only, because the policy was clearly worse than another one
             (envs/racing.py). Such a policy is on no front.
-        right: which images were classified right, as packed bits in the evaluator's own order; None: not kept.
+        correct: which images were classified correctly, as packed bits in the evaluator's own order; None: not kept.
     """
 
     top1: float
@@ -58,7 +58,7 @@ class Evaluation:
     images: int = 0
     seconds: float = 0.0
     stopped: bool = False
-    right: bytes | None = field(default=None, compare=False, repr=False)
+    correct: bytes | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -123,12 +123,12 @@ class Simulation:
 
     Attributes:
         observations: (n, num_steps + 1, observation_dim) float32; zeros at steps that were given.
-        tables: executed actions, (n, num_steps, action_dim) float32.
+        sequences: executed actions, (n, num_steps, action_dim) float32.
         costs: (n, num_objectives - 1): every cost among the objectives as a share of the dense one.
     """
 
     observations: np.ndarray
-    tables: np.ndarray
+    sequences: np.ndarray
     costs: np.ndarray
 
 
@@ -137,17 +137,17 @@ class Sensitivities:
     """How far each choice by itself moves the outputs of the model (envs/sensitivity.py).
 
     Attributes:
-        curves: (entries, points) divergence in nats at even strengths from 0 to 1; entries in the order of `np.nonzero(used)`.
+        curves: (entries, points) divergence in nats at even actions from 0 to 1; entries in the order of `np.nonzero(used)`.
         seconds: how long the measurement took.
     """
 
     curves: np.ndarray
     seconds: float = 0.0
 
-    def __call__(self, strengths: np.ndarray) -> np.ndarray:
-        """Return the divergence of each entry alone, in the shape of its strengths, (..., entries) in [0, 1]."""
+    def __call__(self, actions: np.ndarray) -> np.ndarray:
+        """Return the divergence of each entry alone, in the shape of its actions, (..., entries) in [0, 1]."""
         points = self.curves.shape[1]
-        place = np.clip(strengths, 0, 1) * (points - 1)
+        place = np.clip(actions, 0, 1) * (points - 1)
         low = np.minimum(place.astype(int), points - 2)
         share, rows = place - low, np.arange(len(self.curves))
         return (1 - share) * self.curves[rows, low] + share * self.curves[rows, low + 1]
@@ -156,14 +156,14 @@ class Sensitivities:
 class ActionSpace(Protocol):
     """What an agent may know about the environment besides its episodes.
 
-    A *table* is a whole episode's actions, (num_steps, action_dim) in [0, 1]; entries where `used` is False have no effect.
+    A *sequence* is a whole episode's actions, (num_steps, action_dim) in [0, 1]; entries where `used` is False have no effect.
     """
 
     num_steps: int
     action_dim: int
     observation_dim: int
     used: np.ndarray  # (num_steps, action_dim) bool
-    strengths: tuple[np.ndarray, ...]  # of each entry of `np.nonzero(used)`: the actions that mean its levels, increasing
+    level_actions: tuple[np.ndarray, ...]  # of each entry of `np.nonzero(used)`: the actions that mean its levels, increasing
     objectives: tuple[str, ...]  # names of the reward's components; the first is "top1"
     dense_top1: float
     dense_costs: Mapping[str, float]
@@ -171,27 +171,27 @@ class ActionSpace(Protocol):
     producer_macs: np.ndarray  # (groups,) multiply-accumulates of the dense layer that produces a group; of several, the mean
     sensitivities: Sensitivities | None  # what every choice by itself does to the outputs; None: not measured
 
-    def execute(self, table: np.ndarray, budget: Budget) -> np.ndarray:
-        """Return the table that the environment would execute: behind the wall of the budget, rounded to real levels."""
+    def execute(self, sequence: np.ndarray, budget: Budget) -> np.ndarray:
+        """Return the sequence that the environment would execute: behind the wall of the budget, rounded to real levels."""
         ...
 
-    def fit(self, table: np.ndarray, budget: Budget) -> np.ndarray:
-        """Return the table bent, keeping its order, to the edge of the budget, then executed: as little compression as fits."""
+    def scale_to_budget(self, sequence: np.ndarray, budget: Budget) -> np.ndarray:
+        """Return the sequence scaled to the edge of the budget, then executed: as little compression as fits."""
         ...
 
-    def with_prune_ratios(self, table: np.ndarray, ratios: np.ndarray) -> np.ndarray:
-        """Return the table with the levels nearest to these prune ratios, (groups,), wherever a prune ratio is chosen."""
+    def with_prune_ratios(self, sequence: np.ndarray, ratios: np.ndarray) -> np.ndarray:
+        """Return the sequence with the levels nearest to these prune ratios, (groups,), wherever a prune ratio is chosen."""
         ...
 
-    def decode(self, table: np.ndarray) -> CompressionPolicy:
-        """Return the policy of an executed table."""
+    def decode(self, sequence: np.ndarray) -> CompressionPolicy:
+        """Return the policy of an executed sequence."""
         ...
 
     def simulate(
         self,
         act: Act,
         budgets: Sequence[Budget],
-        tables: np.ndarray | None = None,
+        sequences: np.ndarray | None = None,
         starts: np.ndarray | None = None,
     ) -> Simulation:
         """Return what the environment would execute, observe and spend in one episode per budget, without any evaluation.
@@ -199,17 +199,17 @@ class ActionSpace(Protocol):
         Args:
             act: chooses; it is not asked for the steps that are given.
             budgets: one per row; satisfiable.
-            tables: (n, num_steps, action_dim) executed actions of the steps before `starts`, which are taken as they are.
+            sequences: (n, num_steps, action_dim) executed actions of the steps before `starts`, which are taken as they are.
             starts: (n,) first step that `act` chooses; default: 0.
         """
         ...
 
-    def fit_all(self, tables: np.ndarray, budgets: Sequence[Budget]) -> np.ndarray:
-        """Return `fit` of many tables, (n, num_steps, action_dim), one budget each; the edge is found a little less closely."""
+    def scale_all_to_budgets(self, sequences: np.ndarray, budgets: Sequence[Budget]) -> np.ndarray:
+        """Return `scale_to_budget` of many sequences, (n, num_steps, action_dim), one budget each."""
         ...
 
-    def cost_shares(self, tables: np.ndarray) -> np.ndarray:
-        """Return every cost among the objectives by the dense one, (n, num_objectives - 1), of executed tables."""
+    def cost_shares(self, sequences: np.ndarray) -> np.ndarray:
+        """Return every cost among the objectives by the dense one, (n, num_objectives - 1), of executed sequences."""
         ...
 
     def with_limits(self, observations: np.ndarray, budgets: Sequence[Budget]) -> np.ndarray:

@@ -53,7 +53,7 @@ def predict(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 def top1(network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
-    """Return the fraction of images that the network classifies right."""
+    """Return the fraction of images that the network classifies correct."""
     return (predict(network, images) == labels).float().mean().item()
 
 
@@ -86,16 +86,16 @@ def choose_precision(
     """
     if not processor_has_bfloat16():
         return Precision("float32", "this processor has no bfloat16 arithmetic")
-    right = {}
+    correct = {}
     for dtype in (torch.float32, torch.bfloat16):
         network = prepare_network(assemble_dense(), graph, dtype)
         try:
-            right[dtype] = int((predict(network, prepare_images(images, dtype)) == labels).sum())
+            correct[dtype] = int((predict(network, prepare_images(images, dtype)) == labels).sum())
         except RuntimeError as error:  # the user's forward may mix in float32 tensors of its own
             if dtype == torch.float32:
                 raise
             return Precision("float32", f"the model does not run in bfloat16: {str(error).splitlines()[0]}")
-    difference = abs(right[torch.float32] - right[torch.bfloat16]) / len(labels)
+    difference = abs(correct[torch.float32] - correct[torch.bfloat16]) / len(labels)
     return Precision(
         "bfloat16" if difference <= PRECISION_TOLERANCE else "float32",
         f"bfloat16 moves the dense top-1 by {100 * difference:.2f} points on {len(images)} validation images; "
@@ -116,7 +116,7 @@ class Evaluator:
         race: stops policies that are clearly worse than known ones; None: every policy is scored on all images.
 
     Attributes:
-        known: evaluations by policy; runners add what other workers found.
+        cache: evaluations by policy; runners add what other workers found.
     """
 
     def __init__(
@@ -133,31 +133,31 @@ class Evaluator:
         order = torch.from_numpy(np.random.default_rng(0).permutation(len(labels)))
         self.batches = batches(prepare_images(images[order], self.dtype))
         self.labels = labels[order].split([len(batch) for batch in self.batches])
-        self.known: dict[CompressionPolicy, Evaluation] = {}
+        self.cache: dict[CompressionPolicy, Evaluation] = {}
 
     def evaluate(self, policy: CompressionPolicy) -> Evaluation:
         """Return the policy's validation score and costs, from memory if it is known."""
-        if policy not in self.known:
+        if policy not in self.cache:
             start = time.perf_counter()
             costs = dict(self.costs(policy))
-            right, stopped = self.score(self.network(policy), costs)
-            seconds, bits = time.perf_counter() - start, None if stopped else pack(right)
-            self.known[policy] = Evaluation(float(right.mean()), costs, "proxy", len(right), seconds, stopped, bits)
-        return self.known[policy]
+            correct, stopped = self.score(self.network(policy), costs)
+            seconds, bits = time.perf_counter() - start, None if stopped else pack(correct)
+            self.cache[policy] = Evaluation(float(correct.mean()), costs, "proxy", len(correct), seconds, stopped, bits)
+        return self.cache[policy]
 
     def network(self, policy: CompressionPolicy) -> nn.Module:
         """Return the policy's network as it is scored."""
         return prepare_network(self.assembler.assemble(policy), self.assembler.graph, self.dtype)
 
     def score(self, network: nn.Module, costs: Mapping[str, float]) -> tuple[np.ndarray, bool]:
-        """Return which of the images that were run the network has right, (seen,) bool, and whether it was stopped."""
-        reference = None if self.race is None else self.race.reference(costs, self.known.values())
+        """Return which of the images that were run the network has correct, (seen,) bool, and whether it was stopped."""
+        reference = None if self.race is None else self.race.reference(costs, self.cache.values())
         looks = {} if reference is None else {round(share * len(self.batches)) for share in LOOKS}
-        right: list[np.ndarray] = []
+        correct: list[np.ndarray] = []
         for batch, labels in zip(self.batches, self.labels, strict=True):
-            right.append((predict(network, batch) == labels).numpy())
-            if len(right) in looks and len(right) < len(self.batches):
-                seen = np.concatenate(right)
+            correct.append((predict(network, batch) == labels).numpy())
+            if len(correct) in looks and len(correct) < len(self.batches):
+                seen = np.concatenate(correct)
                 if is_clearly_worse(seen, reference):
                     return seen, True
-        return np.concatenate(right), False
+        return np.concatenate(correct), False

@@ -37,37 +37,37 @@ class FeasibleSpace:
 
     def __init__(
         self,
-        space: PolicySpace,
+        policy_space: PolicySpace,
         cost_models: Mapping[str, CostModel],
         objectives: Sequence[str],
         dense_top1: float,
         observation_dim: int,
     ):
-        self.space = space
+        self.policy_space = policy_space
         self.cost_models = dict(cost_models)
         self.objectives = tuple(objectives)
         self.dense_top1 = dense_top1
         self.observation_dim = observation_dim
-        self.num_steps, self.action_dim, self.used = space.num_steps, space.action_dim, space.used
-        geometry = space.geometry
-        self.strengths = tuple(decision.strengths for decision in space.decisions)
+        self.num_steps, self.action_dim, self.used = policy_space.num_steps, policy_space.action_dim, policy_space.used
+        geometry = policy_space.geometry
+        self.level_actions = tuple(decision.actions for decision in policy_space.decisions)
         self.unit_magnitudes = tuple(np.ones(units) for units in geometry.group_units)
         self.sensitivities: Sensitivities | None = None
         macs = geometry.shapes().weights[0] * geometry.macs_per_weight
         produces = geometry.out_per_unit > 0
         self.producer_macs = produces @ macs / np.maximum(produces.sum(axis=1), 1)
-        self.dense_costs = {name: float(model.total(space.geometry.shapes())[0]) for name, model in self.cost_models.items()}
+        self.dense_costs = {name: float(model.total(geometry.shapes())[0]) for name, model in self.cost_models.items()}
         self._completions: dict[tuple[tuple[str, float], ...], np.ndarray] = {}
         self._least: dict[str, np.ndarray] = {}
 
     def costs(self, levels: np.ndarray, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """Return {cost: (population,)} of levels (population, decisions)."""
-        shapes = self.space.shapes(levels)
+        shapes = self.policy_space.shapes(levels)
         return {name: self.cost_models[name].total(shapes) for name in names or self.cost_models}
 
     def policy_costs(self, policy: CompressionPolicy) -> dict[str, float]:
         """Return the value of every cost model for one policy."""
-        shapes = self.space.geometry.shapes(policy.widths, policy.weight_bits, policy.activation_bits)
+        shapes = self.policy_space.geometry.shapes(policy.widths, policy.weight_bits, policy.activation_bits)
         return {name: float(model.total(shapes)[0]) for name, model in self.cost_models.items()}
 
     def slack(self, levels: np.ndarray, budget: Budget) -> np.ndarray:
@@ -86,9 +86,9 @@ class FeasibleSpace:
         """
         limits = tuple(budget.limits.items())
         if limits not in self._completions:
-            levels, slack = self._best([self.space.strongest, *map(self._with_least, budget.limits)], budget)
+            levels, slack = self._best([self.policy_space.strongest, *map(self._with_least, budget.limits)], budget)
             if slack > 0:
-                sample = np.random.default_rng(0).integers(self.space.num_levels, size=(_SAMPLE, len(levels)))
+                sample = np.random.default_rng(0).integers(self.policy_space.num_levels, size=(_SAMPLE, len(levels)))
                 starts = [levels, self._best(sample, budget)[0]]
                 levels, _ = self._best([levels, *(self._improved(start, budget) for start in starts)], budget)
             self._completions[limits] = levels
@@ -103,7 +103,7 @@ class FeasibleSpace:
     def _with_least(self, cost: str) -> np.ndarray:
         """Return the levels of the least value of one cost that is found from the strongest compression on."""
         if cost not in self._least:
-            self._least[cost] = self._improved(self.space.strongest, Budget(cost, {cost: self.dense_costs[cost]}))
+            self._least[cost] = self._improved(self.policy_space.strongest, Budget(cost, {cost: self.dense_costs[cost]}))
         return self._least[cost]
 
     def _improved(self, levels: np.ndarray, budget: Budget) -> np.ndarray:
@@ -111,7 +111,7 @@ class FeasibleSpace:
         slack, before = self.slack(levels[None], budget)[0], np.inf
         while slack < before - _BETTER:
             before = slack
-            for decision, count in enumerate(self.space.num_levels):
+            for decision, count in enumerate(self.policy_space.num_levels):
                 population = np.tile(levels, (count, 1))
                 population[:, decision] = np.arange(count)
                 slacks = self.slack(population, budget)
@@ -148,7 +148,7 @@ class FeasibleSpace:
             The least level >= wanted that keeps every limit reachable; if there is none (a cost that is not monotone), the
             nearest weaker one that does. Some level always does: the budget's completion, which the step before has left open.
         """
-        choices = np.arange(self.space.num_levels[decision])
+        choices = np.arange(self.policy_space.num_levels[decision])
         population = np.tile(self.completion(budget), (len(choices), 1))
         population[:, :decision] = levels[:decision]
         population[:, decision] = choices
@@ -177,55 +177,55 @@ class FeasibleSpace:
             start += 1
         return executed
 
-    def execute(self, table: np.ndarray, budget: Budget) -> np.ndarray:
-        """Return the table that the environment would execute (see `ActionSpace`)."""
-        return self.space.table(self.walk(self.space.snap(table), budget))
+    def execute(self, sequence: np.ndarray, budget: Budget) -> np.ndarray:
+        """Return the sequence that the environment would execute (see `ActionSpace`)."""
+        return self.policy_space.sequence(self.walk(self.policy_space.snap(sequence), budget))
 
-    def fit(self, table: np.ndarray, budget: Budget) -> np.ndarray:
-        """Return the table bent to the edge of the budget, then executed.
+    def scale_to_budget(self, sequence: np.ndarray, budget: Budget) -> np.ndarray:
+        """Return the sequence bent to the edge of the budget, then executed.
 
         Every strength s becomes s ** p with one exponent p for all: p > 1 weakens, p < 1 strengthens, and the order of the
-        strengths is kept. The largest p that is feasible is taken.
+        actions is kept. The largest p that is feasible is taken.
         """
-        strengths = np.clip(table, 0.005, 0.995)  # 0 and 1 would not move
+        actions = np.clip(sequence, 0.005, 0.995)  # 0 and 1 would not move
         low, high = -7.0, 7.0  # log2 of the exponent
         for _ in range(2):
             exponents = np.linspace(low, high, _BENDS)
-            population = self.space.snap(strengths[None] ** (2.0**exponents)[:, None, None])
+            population = self.policy_space.snap(actions[None] ** (2.0**exponents)[:, None, None])
             feasible = np.flatnonzero(self.slack(population, budget) <= 0)
             best = feasible[-1] if len(feasible) else 0
             low, high = exponents[best], exponents[min(best + 1, _BENDS - 1)]
-        return self.space.table(self.walk(population[best], budget))
+        return self.policy_space.sequence(self.walk(population[best], budget))
 
-    def with_prune_ratios(self, table: np.ndarray, ratios: np.ndarray) -> np.ndarray:
-        """Return the table with the levels nearest to these prune ratios, (groups,); see `ActionSpace`."""
-        levels = self.space.snap(table)
-        for index, decision in enumerate(self.space.decisions):
+    def with_prune_ratios(self, sequence: np.ndarray, ratios: np.ndarray) -> np.ndarray:
+        """Return the sequence with the levels nearest to these prune ratios, (groups,); see `ActionSpace`."""
+        levels = self.policy_space.snap(sequence)
+        for index, decision in enumerate(self.policy_space.decisions):
             if decision.kind == "prune_ratio":
                 levels[index] = np.abs(np.array(decision.values) - ratios[decision.target]).argmin()
-        return self.space.table(levels)
+        return self.policy_space.sequence(levels)
 
-    def decode(self, table: np.ndarray) -> CompressionPolicy:
-        """Return the policy of an executed table."""
-        return self.space.policy(self.space.snap(table))
+    def decode(self, sequence: np.ndarray) -> CompressionPolicy:
+        """Return the policy of an executed sequence."""
+        return self.policy_space.policy(self.policy_space.snap(sequence))
 
     def simulate(
-        self, act: Act, budgets: Sequence[Budget], tables: np.ndarray | None = None, starts: np.ndarray | None = None
+        self, act: Act, budgets: Sequence[Budget], sequences: np.ndarray | None = None, starts: np.ndarray | None = None
     ) -> Simulation:
         """Return what the environment would execute, observe and spend (see `ActionSpace`)."""
         from secateur.envs.planning import simulate
 
-        return simulate(self, act, budgets, tables, starts)
+        return simulate(self, act, budgets, sequences, starts)
 
-    def fit_all(self, tables: np.ndarray, budgets: Sequence[Budget]) -> np.ndarray:
-        """Return `fit` of many tables, one budget each (see `ActionSpace`)."""
-        from secateur.envs.planning import fit_all
+    def scale_all_to_budgets(self, sequences: np.ndarray, budgets: Sequence[Budget]) -> np.ndarray:
+        """Return `fit` of many sequences, one budget each (see `ActionSpace`)."""
+        from secateur.envs.planning import scale_all_to_budgets
 
-        return fit_all(self, tables, budgets)
+        return scale_all_to_budgets(self, sequences, budgets)
 
-    def cost_shares(self, tables: np.ndarray) -> np.ndarray:
-        """Return the costs among the objectives of executed tables by the dense ones (see `ActionSpace`)."""
-        costs = self.costs(self.space.snap(tables), self.objectives[1:])
+    def cost_shares(self, sequences: np.ndarray) -> np.ndarray:
+        """Return the costs among the objectives of executed sequences by the dense ones (see `ActionSpace`)."""
+        costs = self.costs(self.policy_space.snap(sequences), self.objectives[1:])
         return np.stack([costs[name] / self.dense_costs[name] for name in self.objectives[1:]], axis=1)
 
     def with_limits(self, observations: np.ndarray, budgets: Sequence[Budget]) -> np.ndarray:

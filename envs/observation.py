@@ -31,7 +31,7 @@ class Observer:
     def __init__(self, space: FeasibleSpace):
         self.space = space
         self.costs = tuple(space.cost_models)
-        self.names = observation_names(space.space.kinds, self.costs)
+        self.names = observation_names(space.policy_space.kinds, self.costs)
         self._static = _layer_features(space)
 
     def __call__(self, step: int, decision: int, levels: np.ndarray, last: np.ndarray, budget: Budget) -> np.ndarray:
@@ -55,7 +55,7 @@ class Observer:
             limits: theirs, as `limits` returns them, (n, costs).
         """
         rows = len(levels)
-        ends = np.repeat([self.space.space.strongest, self.space.space.weakest], rows, axis=0)
+        ends = np.repeat([self.space.policy_space.strongest, self.space.policy_space.weakest], rows, axis=0)
         ends[:, :decision] = np.tile(levels[:, :decision], (2, 1))
         costs = self.space.costs(ends)
         static = np.tile(self._static[min(step, self.space.num_steps - 1)], (rows, 1))
@@ -79,25 +79,27 @@ class Observer:
 
 def _layer_features(space: FeasibleSpace) -> np.ndarray:
     """(num_steps, LAYER_FEATURES + kinds): everything that the policy does not change."""
-    layers = space.space.geometry.layers
-    weights = space.space.geometry.shapes().weights[0]
-    macs = weights * space.space.geometry.macs_per_weight
+    layers = space.policy_space.geometry.layers
+    weights = space.policy_space.geometry.shapes().weights[0]
+    macs = weights * space.policy_space.geometry.macs_per_weight
     widest = np.log2(1 + max(max(layer.in_channels, layer.out_channels) for layer in layers))
     largest = max(max(layer.out_hw) for layer in layers)
     rows = []
-    for step, index in enumerate(space.space.step_layers):
+    for step, index in enumerate(space.policy_space.step_layers):
         layer = layers[index]
-        rows.append([
-            step / space.num_steps,
-            layer.kind == "linear",
-            layer.depthwise,
-            np.log2(1 + layer.in_channels) / widest,
-            np.log2(1 + layer.out_channels) / widest,
-            max(layer.kernel) / 7,
-            max(layer.stride) / 4,
-            max(layer.out_hw) / largest,
-            macs[index] / max(macs.max(), 1),
-            weights[index] / weights.max(),
-            *space.used[step],
-        ])
+        rows.append(
+            [
+                step / space.num_steps,
+                layer.kind == "linear",
+                layer.depthwise,
+                np.log2(1 + layer.in_channels) / widest,
+                np.log2(1 + layer.out_channels) / widest,
+                max(layer.kernel) / 7,
+                max(layer.stride) / 4,
+                max(layer.out_hw) / largest,
+                macs[index] / max(macs.max(), 1),
+                weights[index] / weights.max(),
+                *space.used[step],
+            ]
+        )
     return np.array(rows, float)

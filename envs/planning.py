@@ -22,16 +22,16 @@ def simulate(
     space: FeasibleSpace,
     act: Act,
     budgets: Sequence[Budget],
-    tables: np.ndarray | None = None,
+    sequences: np.ndarray | None = None,
     starts: np.ndarray | None = None,
 ) -> Simulation:
     """Return what the environment would execute, observe and spend; see `ActionSpace.simulate`."""
     rows, wall, observer = len(budgets), Wall(space, budgets), Observer(space)
-    forced = np.zeros((rows, *space.used.shape), np.float32) if tables is None else np.asarray(tables, np.float32)
+    forced = np.zeros((rows, *space.used.shape), np.float32) if sequences is None else np.asarray(sequences, np.float32)
     starts = np.zeros(rows, int) if starts is None else np.asarray(starts)
-    forced_levels = space.space.snap(forced)
+    forced_levels = space.policy_space.snap(forced)
     executed = np.zeros_like(forced)
-    levels = np.tile(space.space.strongest, (rows, 1))
+    levels = np.tile(space.policy_space.strongest, (rows, 1))
     observations = np.zeros((rows, space.num_steps + 1, len(observer.names)), np.float32)
     limits = observer.limits(budgets)
     last = np.zeros((rows, space.action_dim), np.float32)
@@ -43,37 +43,39 @@ def simulate(
             observations[free, step] = observer.rows(step, decision, levels[free], last[free], limits[free])
             wanted[free] = act(observations[free, step], executed[free], step, free)
         for column in np.flatnonzero(space.used[step]):
-            strengths = space.space.decisions[decision].strengths
+            actions = space.policy_space.decisions[decision].actions
             levels[:, decision] = forced_levels[:, decision]
             if len(free):
-                wish = np.abs(wanted[free, column, None] - strengths).argmin(axis=1)
+                wish = np.abs(wanted[free, column, None] - actions).argmin(axis=1)
                 levels[free, decision] = wall.admit(levels[free], decision, wish, free)
-            executed[:, step, column] = strengths[levels[:, decision]]
+            executed[:, step, column] = actions[levels[:, decision]]
             decision += 1
         last = executed[:, step]
     observations[:, -1] = observer.rows(space.num_steps, decision, levels, last, limits)
     return Simulation(observations, executed, space.cost_shares(executed))
 
 
-def fit_all(space: FeasibleSpace, tables: np.ndarray, budgets: Sequence[Budget], bends: int = 12, rounds: int = 3) -> np.ndarray:
-    """Return `FeasibleSpace.fit` of many tables, (n, num_steps, action_dim), each under a budget of its own.
+def scale_all_to_budgets(
+    space: FeasibleSpace, sequences: np.ndarray, budgets: Sequence[Budget], bends: int = 12, rounds: int = 3
+) -> np.ndarray:
+    """Return `FeasibleSpace.fit` of many sequences, (n, num_steps, action_dim), each under a budget of its own.
 
     `bends` exponents are tried in each of the `rounds`: together they narrow the edge to 14 * bends ** -rounds.
     """
-    wall, rows = Wall(space, budgets), len(tables)
-    strengths = np.clip(tables, 0.005, 0.995)
+    wall, rows = Wall(space, budgets), len(sequences)
+    actions = np.clip(sequences, 0.005, 0.995)
     low, high = np.full(rows, -7.0), np.full(rows, 7.0)
-    best = np.empty((rows, len(space.space.decisions)), int)
+    best = np.empty((rows, len(space.policy_space.decisions)), int)
     for _ in range(rounds):
         exponents = np.linspace(low, high, bends, axis=1)
-        bent = strengths[:, None] ** (2.0**exponents)[..., None, None]
-        population = space.space.snap(bent)
+        bent = actions[:, None] ** (2.0**exponents)[..., None, None]
+        population = space.policy_space.snap(bent)
         flat = population.reshape(rows * bends, -1)
         fits = wall.slack(flat, np.repeat(np.arange(rows), bends)).reshape(rows, bends) <= 0
         index = np.where(fits.any(axis=1), bends - 1 - fits[:, ::-1].argmax(axis=1), 0)
         best = population[np.arange(rows), index]
         low, high = exponents[np.arange(rows), index], exponents[np.arange(rows), np.minimum(index + 1, bends - 1)]
-    return np.stack([space.space.table(levels) for levels in wall.walk(best)])
+    return np.stack([space.policy_space.sequence(levels) for levels in wall.walk(best)])
 
 
 class Wall:
@@ -103,7 +105,7 @@ class Wall:
         """Return the executed level of every row, (n,); arguments as in `FeasibleSpace.admit`, one row each."""
         admitted = wanted.copy()
         open_rows = np.arange(len(rows))
-        last, chunk = self.space.space.num_levels[decision] - 1, 1
+        last, chunk = self.space.policy_space.num_levels[decision] - 1, 1
         start = wanted.copy()
         while len(open_rows):  # upwards: first the wish itself, then the next stronger levels
             offered = start[open_rows, None] + np.arange(chunk)
@@ -120,7 +122,7 @@ class Wall:
 
     def _weaker(self, levels, decision, wanted, rows, stuck) -> np.ndarray:
         """The nearest reachable weaker level of rows that have no stronger one; see `FeasibleSpace.admit`."""
-        offered = np.tile(np.arange(self.space.space.num_levels[decision]), (len(stuck), 1))
+        offered = np.tile(np.arange(self.space.policy_space.num_levels[decision]), (len(stuck), 1))
         reachable = self._reachable(levels, decision, offered, rows, stuck) & (offered < wanted[stuck, None])
         weaker = offered.shape[1] - 1 - reachable[:, ::-1].argmax(axis=1)
         return np.where(reachable.any(axis=1), weaker, self._completions[self._of_row[rows[stuck]], decision])

@@ -59,7 +59,7 @@ class Decision:
         target: index of the group (prune_ratio) or of the layer (bits).
         levels: what the policy stores: widths or bit-widths, least compression first.
         values: what a reader sees: prune ratios or bit-widths.
-        strengths: (levels,) increasing in [0, 1]: the action that means each level.
+        actions: (levels,) increasing in [0, 1]: the action that means each level.
     """
 
     name: str
@@ -67,13 +67,13 @@ class Decision:
     target: int
     levels: tuple[int, ...]
     values: tuple[float, ...]
-    strengths: np.ndarray
+    actions: np.ndarray
 
 
 class PolicySpace:
-    """Turns tables of actions into policies and back.
+    """Turns sequences of actions into policies and back.
 
-    A table holds the actions of an episode, (num_steps, action_dim) in [0, 1]. Each step belongs to a layer; its columns are
+    A sequence holds the actions of an episode, (num_steps, action_dim) in [0, 1]. Each step belongs to a layer; its columns are
     the kinds of choices that exist anywhere in the space, 0 = least compression, 1 = strongest. `used` says which entries
     choose something. Internally a policy is a vector of *levels*, one integer per decision, so that whole populations are
     decoded at once.
@@ -86,9 +86,7 @@ class PolicySpace:
         self._base_bits = [self._fixed_bits(kind) for kind in KINDS[1:]]
         steps = [step for index in range(len(self.geometry.layers)) for step in self._steps_of_layer(graph, index)]
         self.kinds = tuple(kind for kind in KINDS if any(kind in step for _, step in steps))
-        self.decisions: tuple[Decision, ...] = tuple(
-            step[kind] for _, step in steps for kind in self.kinds if kind in step
-        )
+        self.decisions: tuple[Decision, ...] = tuple(step[kind] for _, step in steps for kind in self.kinds if kind in step)
         self.step_layers = tuple(layer for layer, _ in steps)
         self.num_steps, self.action_dim = len(steps), len(self.kinds)
         self.used = np.array([[kind in step for kind in self.kinds] for _, step in steps], bool).reshape(
@@ -107,19 +105,19 @@ class PolicySpace:
     def _fixed_bits(self, kind: str) -> np.ndarray:
         """(L,) bit-widths before any decision: the least compression that the configuration allows."""
         allowed = getattr(self.config, kind)
-        return np.array([
-            max(allowed) if allowed and layer.quantizable and not self._excluded(layer.name) else FLOAT_BITS
-            for layer in self.geometry.layers
-        ])
+        return np.array(
+            [
+                max(allowed) if allowed and layer.quantizable and not self._excluded(layer.name) else FLOAT_BITS
+                for layer in self.geometry.layers
+            ]
+        )
 
     @property
     def activation_layers(self) -> tuple[str, ...]:
         """Names of the layers whose input some policy quantizes."""
         if min(self.config.activation_bits or (FLOAT_BITS,)) == FLOAT_BITS:
             return ()
-        return tuple(
-            layer.name for layer in self.geometry.layers if layer.quantizable and not self._excluded(layer.name)
-        )
+        return tuple(layer.name for layer in self.geometry.layers if layer.quantizable and not self._excluded(layer.name))
 
     def _excluded(self, layer: str) -> bool:
         return any(fnmatchcase(layer, pattern) for pattern in self.config.exclude)
@@ -136,8 +134,8 @@ class PolicySpace:
         for kind in KINDS[1:]:
             allowed = sorted(set(getattr(self.config, kind) or ()), reverse=True)
             if len(allowed) > 1 and layer.quantizable and not self._excluded(layer.name):
-                strengths = np.linspace(0, 1, len(allowed))
-                bits[kind] = Decision(f"{kind}/{layer.name}", kind, index, tuple(allowed), tuple(allowed), strengths)
+                actions = np.linspace(0, 1, len(allowed))
+                bits[kind] = Decision(f"{kind}/{layer.name}", kind, index, tuple(allowed), tuple(allowed), actions)
         first = {**(prunes[0] if prunes else {}), **bits}
         return [(index, step) for step in [first, *prunes[1:]] if step]
 
@@ -157,9 +155,9 @@ class PolicySpace:
         if len(widths) > MAX_LEVELS:
             widths = [widths[i] for i in np.unique(np.linspace(0, len(widths) - 1, MAX_LEVELS).round().astype(int))]
         ratios = 1 - np.array(widths) / group.units
-        strengths = (ratios - ratios[0]) / (ratios[-1] - ratios[0])
+        actions = (ratios - ratios[0]) / (ratios[-1] - ratios[0])
         return Decision(
-            f"prune_ratio/{group.name}", "prune_ratio", target, tuple(widths), tuple(ratios.round(6).tolist()), strengths
+            f"prune_ratio/{group.name}", "prune_ratio", target, tuple(widths), tuple(ratios.round(6).tolist()), actions
         )
 
     def _channels_per_unit(self, group: int, layer: str) -> float:
@@ -203,28 +201,26 @@ class PolicySpace:
         """Return the policy of one level vector, (decisions,)."""
         return CompressionPolicy(*(tuple(column[0].tolist()) for column in self.columns(levels[None])))
 
-    def snap(self, table: np.ndarray) -> np.ndarray:
-        """Return the nearest levels of tables, (..., num_steps, action_dim) to (..., decisions)."""
-        wanted = np.asarray(table)[..., self.used]
-        return np.stack(
-            [np.abs(wanted[..., i, None] - d.strengths).argmin(axis=-1) for i, d in enumerate(self.decisions)], axis=-1
-        )
+    def snap(self, sequence: np.ndarray) -> np.ndarray:
+        """Return the nearest levels of sequences, (..., num_steps, action_dim) to (..., decisions)."""
+        wanted = np.asarray(sequence)[..., self.used]
+        return np.stack([np.abs(wanted[..., i, None] - d.actions).argmin(axis=-1) for i, d in enumerate(self.decisions)], axis=-1)
 
-    def table(self, levels: np.ndarray) -> np.ndarray:
-        """Return the table that means these levels, (decisions,) to (num_steps, action_dim); unused entries are 0."""
-        table = np.zeros((self.num_steps, self.action_dim), np.float32)
-        table[self.used] = [decision.strengths[level] for decision, level in zip(self.decisions, levels, strict=True)]
-        return table
+    def sequence(self, levels: np.ndarray) -> np.ndarray:
+        """Return the sequence that means these levels, (decisions,) to (num_steps, action_dim); unused entries are 0."""
+        sequence = np.zeros((self.num_steps, self.action_dim), np.float32)
+        sequence[self.used] = [decision.actions[level] for decision, level in zip(self.decisions, levels, strict=True)]
+        return sequence
 
     def values(self, policy: CompressionPolicy) -> tuple[float, ...]:
         """Return what the policy chose, one value per decision, as in `Decision.values`."""
         columns = dict(zip(KINDS, (policy.widths, policy.weight_bits, policy.activation_bits), strict=True))
         return tuple(d.values[d.levels.index(columns[d.kind][d.target])] for d in self.decisions)
 
-    def strengths(self, policy: CompressionPolicy) -> np.ndarray:
+    def actions_of(self, policy: CompressionPolicy) -> np.ndarray:
         """Return how strongly each decision of a policy compresses, (decisions,) in [0, 1]."""
         values = self.values(policy)
-        return np.array([d.strengths[d.values.index(value)] for d, value in zip(self.decisions, values, strict=True)])
+        return np.array([d.actions[d.values.index(value)] for d, value in zip(self.decisions, values, strict=True)])
 
     def describe(self, policy: CompressionPolicy) -> dict[str, float]:
         """Return {decision name: chosen value}."""

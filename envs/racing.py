@@ -1,7 +1,7 @@
 """Racing: a candidate that is clearly worse than a known policy is not scored on all images.
 
 Images come in a fixed random order. After about 1/8, 1/4 and 1/2 of them a candidate c is compared with one reference r,
-on the images that both have seen. Let w be the images that r has right and c wrong, b those that c has right and r wrong;
+on the images that both have seen. Let w be the images that r has correct and c wrong, b those that c has correct and r wrong;
 the others say nothing. Were c at least as good as r on all images, every one of the w + b would fall to r with a chance of
 at most 1/2, so that
 
@@ -58,7 +58,7 @@ class Race:
     limits: Sequence[Mapping[str, float]]
 
     def reference(self, costs: Mapping[str, float], known: Iterable[Evaluation]) -> np.ndarray | None:
-        """Return which images the candidate's reference has right, (images,) bool; None if nothing is comparable.
+        """Return which images the candidate's reference has correct, (images,) bool; None if nothing is comparable.
 
         Args:
             costs: of the candidate.
@@ -66,11 +66,11 @@ class Race:
         """
         met = [limits for limits in self.limits if _meets(costs, limits)]
         best = max((e for e in known if self._comparable(e, costs, met)), key=lambda e: e.top1, default=None)
-        return None if best is None else unpack(best.right, best.images)
+        return None if best is None else unpack(best.correct, best.images)
 
     def _comparable(self, other: Evaluation, costs: Mapping[str, float], met: Sequence[Mapping[str, float]]) -> bool:
         return (
-            other.right is not None
+            other.correct is not None
             and all(other.costs[name] <= (1 + COST_TOLERANCE) * costs[name] for name in self.objectives)
             and all(_meets(other.costs, limits) for limits in met)
         )
@@ -80,15 +80,15 @@ def _meets(costs: Mapping[str, float], limits: Mapping[str, float]) -> bool:
     return all(costs[name] <= limit for name, limit in limits.items())
 
 
-def is_clearly_worse(right: np.ndarray, reference: np.ndarray) -> bool:
+def is_clearly_worse(correct: np.ndarray, reference: np.ndarray) -> bool:
     """Return whether eq. (1) is at most one look's share of the error rate.
 
     Args:
-        right: which of the first images the candidate has right, (seen,) bool.
+        correct: which of the first images the candidate has correct, (seen,) bool.
         reference: the same of the reference, (at least seen,) bool.
     """
-    reference = reference[: len(right)]
-    worse, better = int((reference & ~right).sum()), int((right & ~reference).sum())
+    reference = reference[: len(correct)]
+    worse, better = int((reference & ~correct).sum()), int((correct & ~reference).sum())
     return worse > better and binomial_tail(worse + better, worse) <= ERROR_RATE / len(LOOKS)
 
 
@@ -101,9 +101,9 @@ def binomial_tail(trials: int, successes: int) -> float:
     return total / 2**trials
 
 
-def pack(right: np.ndarray) -> bytes:
+def pack(correct: np.ndarray) -> bytes:
     """Return the bits of (images,) bool."""
-    return np.packbits(right).tobytes()
+    return np.packbits(correct).tobytes()
 
 
 def unpack(bits: bytes, images: int) -> np.ndarray:

@@ -5,7 +5,7 @@
 on class probabilities.
 
 Source: ZeroQ (Cai et al. 2020, arXiv:2001.00281, eq. 6) for bit-widths; here for prune ratios too, after the search's recovery.
-Sums of powers of (1) over all choices foretell which of two policies scores better, before any policy was evaluated.
+Sums of powers of (1) over all choices predict which of two policies scores better, before any policy was evaluated.
 
 Images are needed, labels are not. A quarter of the levels are enough, between them lines are drawn: 64 images and four levels
 rank random policies of ResNet-56 like 256 images and eight levels do.
@@ -29,7 +29,7 @@ IMAGES = 64
 LEVELS = 4
 """Images and levels per choice that are measured."""
 POINTS = 65
-"""Points that a curve is stored at: strengths 0, 1/64 ... 1."""
+"""Points that a curve is stored at: actions 0, 1/64 ... 1."""
 WORST = 10.0
 """Nats of a network that fails, or whose outputs are not finite."""
 
@@ -38,7 +38,7 @@ def measure_sensitivities(
     space: PolicySpace,
     network: Callable[[CompressionPolicy], nn.Module],
     images: Sequence[torch.Tensor],
-    say: Callable[[str], None] = lambda text: None,
+    status: Callable[[str], None] = lambda text: None,
 ) -> np.ndarray:
     """Return the curves of every choice, (entries, POINTS); see `Sensitivities` in envs/core.py.
 
@@ -46,21 +46,21 @@ def measure_sensitivities(
         space: the decisions.
         network: returns the network of a policy, ready for `images`.
         images: batches (N, C, H, W), normalised, in the number format of the networks.
-        say: told how far it is.
+        status: told how far it is.
     """
     least = space.weakest
     dense = _log_probabilities(network(space.policy(least)), images)
     curves = np.zeros((len(space.decisions), POINTS), np.float32)
     for index, decision in enumerate(space.decisions):
-        say(f"measuring the sensitivity of choice {index + 1} of {len(space.decisions)}")
+        status(f"measuring the sensitivity of choice {index + 1} of {len(space.decisions)}")
         wanted = np.arange(1, LEVELS + 1) / LEVELS
-        levels = np.unique(np.abs(decision.strengths[:, None] - wanted).argmin(axis=0))
+        levels = np.unique(np.abs(decision.actions[:, None] - wanted).argmin(axis=0))
         measured = {0.0: 0.0}
         for level in levels[levels > least[index]]:
             alone = least.copy()
             alone[index] = level
             divergence = _divergence(dense, lambda alone=alone: network(space.policy(alone)), images)
-            measured[float(decision.strengths[level])] = max(divergence, 0.0) if np.isfinite(divergence) else WORST
+            measured[float(decision.actions[level])] = max(divergence, 0.0) if np.isfinite(divergence) else WORST
         curves[index] = np.interp(np.linspace(0, 1, POINTS), list(measured), list(measured.values()))
     return curves
 

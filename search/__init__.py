@@ -11,7 +11,7 @@ from typing import Any
 
 
 class _CallablePackage(ModuleType):
-    """Python sets a package's attribute to a subpackage once that is imported, so the function of that name must be the package."""
+    """Importing a subpackage binds its name in the parent, so `secateur.search` must be the package and the function at once."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         from secateur.search.run.search import search

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pydantic import ValidationError
 
-from secateur.agents.core import TableActor
+from secateur.agents.core import SequenceActor
 from secateur.envs.compression_env import CompressionEnv
 from secateur.envs.core import Budget, CompressionPolicy, Evaluation, InputError
 from secateur.envs.feasibility import FeasibleSpace
 from secateur.envs.rollout import rollout
 from secateur.envs.tasks.imports import did_you_mean
-from secateur.search.build import Problem, Say, absolute_budget, build_problem, make_env
+from secateur.search.build import Problem, StatusCallback, absolute_budget, build_problem, make_env
 from secateur.search.config import BudgetConfig, SearchConfig
 from secateur.search.run.folder import AGENT, load_manifest
 
@@ -64,7 +64,7 @@ def ask(
     preference: str | Mapping[str, float] | None = None,
     evaluations: int = 3,
     overrides: Sequence[str] = (),
-    say: Say = lambda text: None,
+    status: StatusCallback = lambda text: None,
 ) -> Reply:
     """Return the best policies that the agent of a run proposes, measured.
 
@@ -74,7 +74,7 @@ def ask(
         preference: weights such as "macs=0.7" or {"macs": 0.7}; top1 has what is left of 1. None: that of the search.
         evaluations: how many policies are measured.
         overrides: "section.key=value" texts over the run's configuration, e.g. where the data are now.
-        say: told each stage.
+        status: told each stage.
     Raises:
         InputError: for a run without an agent, or anything that cannot be asked.
     """
@@ -83,13 +83,13 @@ def ask(
     settings, _ = load_manifest(run, overrides)
     agent_folder(run, settings)  # before anything is loaded that takes long
     limits = _budget_config(budget)
-    problem = build_problem(settings, say)
+    problem = build_problem(settings, status)
     wanted = absolute_budget("asked", limits, problem.space)
     problem.space.check(wanted)
-    say("asking the agent")
+    status("asking the agent")
     agent = load_agent(run, settings, problem.space)
     weights = agent.preference if preference is None else _weights(preference, problem.space.objectives)
-    answers = answer(agent, make_env(problem), wanted, weights, evaluations, say)
+    answers = answer(agent, make_env(problem), wanted, weights, evaluations, status)
     return Reply(wanted, weights, tuple(answers), problem)
 
 
@@ -99,7 +99,7 @@ def answer(
     budget: Budget,
     preference: np.ndarray,
     evaluations: int,
-    say: Say = lambda text: None,
+    status: StatusCallback = lambda text: None,
 ) -> list[Answer]:
     """Return what the agent proposes, measured: feasible ones first, then by measured utility.
 
@@ -109,16 +109,16 @@ def answer(
         budget: satisfiable; any cost may be limited.
         preference: (num_objectives,) on the simplex.
         evaluations: how many policies are measured.
-        say: told each stage.
+        status: told each stage.
     """
-    tables = agent.propose(budget, preference, evaluations, ROLLOUTS)
-    expected = agent.learner.opinions(np.stack(tables)).mean(axis=0)
+    sequences = agent.propose(budget, preference, evaluations, ROLLOUTS)
+    expected = agent.learner.predictions(np.stack(sequences)).mean(axis=0)
     answers = []
-    for number, (table, top1) in enumerate(zip(tables, expected, strict=True)):
-        say(f"evaluating proposal {number + 1} of {len(tables)}")
-        episode = rollout(env, TableActor(budget, table, number))
+    for number, (sequence, top1) in enumerate(zip(sequences, expected, strict=True)):
+        status(f"evaluating proposal {number + 1} of {len(sequences)}")
+        episode = rollout(env, SequenceActor(budget, sequence, number))
         utility = -np.inf if episode.reward is None else float(preference @ episode.reward)
-        policy = agent.space.decode(table)
+        policy = agent.space.decode(sequence)
         found = Answer(policy, episode.evaluation, episode.constraints, utility, float(top1), episode.failure)
         answers.append(((not episode.feasible, -utility), found))
     return [found for _, found in sorted(answers, key=lambda item: item[0])]

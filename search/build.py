@@ -47,8 +47,8 @@ from secateur.search.run.ray_runner import LOCAL, RayRunner
 
 log = logging.getLogger(__name__)
 
-Say = Callable[[str], None]
-Known = Sequence[tuple[CompressionPolicy, Evaluation]]
+StatusCallback = Callable[[str], None]
+Evaluated = Sequence[tuple[CompressionPolicy, Evaluation]]
 
 
 @dataclass(frozen=True)
@@ -86,20 +86,20 @@ class Problem:
         return self.config.device
 
 
-def build_model_and_graph(config: SearchConfig, say: Say = log.info) -> tuple[TaskData, nn.Module, ModelGraph]:
+def build_model_and_graph(config: SearchConfig, status: StatusCallback = log.info) -> tuple[TaskData, nn.Module, ModelGraph]:
     """Return data, model and graph: what `secateur inspect` needs.
 
     Args:
         config: the configuration.
-        say: told each stage in a few words; each epoch too, when the model has to be trained first.
+        status: told each stage in a few words; each epoch too, when the model has to be trained first.
     Raises:
         InputError: for anything in the configuration that cannot be used.
     """
-    say("loading data")
+    status("loading data")
     data = load_data(**config.data.model_dump(), input_shape=config.model.input)
-    say("loading the model")
-    model = load_model(config.model.factory, config.model.weights, config.model.args, data, _epochs_to(say))
-    say("tracing the model")
+    status("loading the model")
+    model = load_model(config.model.factory, config.model.weights, config.model.args, data, _epochs_to(status))
+    status("tracing the model")
     example = torch.zeros(1, *config.model.input)
     graph = analyze(model, (example,), exclude=config.space.exclude)
     with torch.inference_mode():
@@ -111,9 +111,11 @@ def build_model_and_graph(config: SearchConfig, say: Say = log.info) -> tuple[Ta
     return data, model, graph
 
 
-def _epochs_to(say: Say) -> Progress:
-    """Return a listener that tells each epoch of a training through `say`."""
-    return lambda at: say(f"training the model, epoch {at.epoch} of {at.epochs}: loss {at.loss:.3f}, top-1 {100 * at.top1:.1f} %")
+def _epochs_to(status: StatusCallback) -> Progress:
+    """Return a listener that tells each epoch of a training through `status`."""
+    return lambda at: status(
+        f"training the model, epoch {at.epoch} of {at.epochs}: loss {at.loss:.3f}, top-1 {100 * at.top1:.1f} %"
+    )
 
 
 def build_space(config: SearchConfig, graph: ModelGraph, dense_top1: float) -> tuple[FeasibleSpace, tuple[Budget, ...]]:
@@ -154,19 +156,19 @@ def absolute_budget(name: str, config: BudgetConfig, space: FeasibleSpace) -> Bu
     return Budget(name, limits, config.top1_drop)
 
 
-def build_problem(config: SearchConfig, say: Say = log.info) -> Problem:
+def build_problem(config: SearchConfig, status: StatusCallback = log.info) -> Problem:
     """Return the search that the configuration describes; arguments as in `build_model_and_graph`.
 
     Raises:
         InputError: for anything in the configuration that cannot be used, before anything is written.
     """
-    data, model, graph = build_model_and_graph(config, say)
+    data, model, graph = build_model_and_graph(config, status)
     space, budgets = build_space(config, graph, dense_top1=float("nan"))
     space.unit_magnitudes = tuple(mean_over_producers(model, group, lambda rows: rows.abs().mean(1)) for group in graph.groups)
     for budget in budgets:
         space.check(budget)
-    assembler, finalist_assembler = build_assemblers(config, data, model, graph, say)
-    say("scoring the dense model")
+    assembler, finalist_assembler = build_assemblers(config, data, model, graph, status)
+    status("scoring the dense model")
     images, labels = data.tensors(data.validation)
     everything = [np.arange(group.units) for group in graph.groups]
     if config.search.precision == "auto":
@@ -179,7 +181,7 @@ def build_problem(config: SearchConfig, say: Say = log.info) -> Problem:
 
 
 def build_assemblers(
-    config: SearchConfig, data: TaskData, model: nn.Module, graph: ModelGraph, say: Say = log.info
+    config: SearchConfig, data: TaskData, model: nn.Module, graph: ModelGraph, status: StatusCallback = log.info
 ) -> tuple[Assembler, Assembler]:
     """Return what turns policies into networks, for the search and for finalists.
 
@@ -198,8 +200,8 @@ def build_assemblers(
             )
         images, labels = data.tensors(data.calibration)
         settings = build_options(CalibrationConfig, config.calibration)
-        calibration = cached_calibration(model, graph, images, settings, cache_directory() / "calibration", say)
-    say("ranking the channels")
+        calibration = cached_calibration(model, graph, images, settings, cache_directory() / "calibration", status)
+    status("ranking the channels")
     rng = np.random.default_rng(config.search.seed)
     scores = plugins.importance.scores(DenseModel(model, graph, calibration, images, labels, rng))
     assembler = Assembler(model, graph, tuple(scores), plugins.quantizer, plugins.recoveries, calibration, images)
@@ -267,16 +269,16 @@ def build_front(problem: Problem) -> Front:
     return Front(problem.space.objectives, problem.budgets, problem.dense, problem.data.num_classes, device)
 
 
-def build_agent(problem: Problem, name: str, options: dict, seed: int, say: Say = log.info) -> Agent:
+def build_agent(problem: Problem, name: str, options: dict, seed: int, status: StatusCallback = log.info) -> Agent:
     """Return the agent `name` for this problem; if it wants the choices' sensitivities, they are measured once."""
     config_class, agent = AGENTS[name]
     config = build_options(config_class, options)
     if getattr(config, "needs_sensitivities", False):
-        measure_once(problem, say)
+        measure_once(problem, status)
     return agent(config, problem.space, problem.budgets, np.random.default_rng(seed))
 
 
-def measure_once(problem: Problem, say: Say = log.info) -> None:
+def measure_once(problem: Problem, status: StatusCallback = log.info) -> None:
     """Give the problem's space the sensitivities of its choices, unless it has them."""
     if problem.space.sensitivities is None:
         evaluator, start = make_env(problem).evaluator, time.perf_counter()
@@ -286,12 +288,12 @@ def measure_once(problem: Problem, say: Say = log.info) -> None:
             left -= len(images[-1])
             if not left:
                 break
-        curves = measure_sensitivities(problem.space.space, evaluator.network, images, say)
+        curves = measure_sensitivities(problem.space.policy_space, evaluator.network, images, status)
         problem.space.sensitivities = Sensitivities(curves, time.perf_counter() - start)
 
 
-def make_env(problem: Problem, known: Known = ()) -> CompressionEnv:
-    """Return an environment of its own for one worker; what is `known` is not evaluated again."""
+def make_env(problem: Problem, evaluated: Evaluated = ()) -> CompressionEnv:
+    """Return an environment of its own for one worker; what is `evaluated` is not evaluated again."""
     images, labels = problem.data.tensors(problem.data.validation)
     race = Race(problem.space.objectives[1:], [budget.limits for budget in problem.budgets])
     evaluator = Evaluator(
@@ -302,16 +304,16 @@ def make_env(problem: Problem, known: Known = ()) -> CompressionEnv:
         problem.precision,
         race if problem.config.search.racing else None,
     )
-    evaluator.known.update(known)
+    evaluator.cache.update(evaluated)
     return CompressionEnv(problem.space, evaluator, problem.budgets)
 
 
-def open_runner(problem: Problem, known: Known = ()) -> Runner:
-    """Return the runner that the configuration asks for, whose workers evaluate nothing that is `known`; close it after use."""
+def open_runner(problem: Problem, evaluated: Evaluated = ()) -> Runner:
+    """Return the runner that the configuration asks for, whose workers skip what is `evaluated`; close it after use."""
     section = problem.config.search
     if section.workers == 0:
-        return LocalRunner(partial(make_env, problem, known))
-    return RayRunner(partial(make_env, problem, known), section.workers, section.address or LOCAL)
+        return LocalRunner(partial(make_env, problem, evaluated))
+    return RayRunner(partial(make_env, problem, evaluated), section.workers, section.address or LOCAL)
 
 
 @dataclass(frozen=True)

@@ -97,11 +97,11 @@ def inspect(config: ConfigPath, overrides: Overrides = None) -> None:
     from secateur.search.run.progress import SearchProgress
 
     with SearchProgress(Console(stderr=True)) as progress:
-        data, model, graph = build_model_and_graph(settings, progress.say)
+        data, model, graph = build_model_and_graph(settings, progress.status)
         space, budgets = build_space(settings, graph, dense_top1=float("nan"))
         plans = planned_calibration(settings, model, graph)
     console = Console()
-    console.print(tables.layer_table(graph, space.space))
+    console.print(tables.layer_table(graph, space.policy_space))
     console.print(tables.group_table(graph))
     if graph.frozen:
         console.print(tables.frozen_table(graph))
@@ -244,11 +244,11 @@ def export(
     for folder in [output or trial_folder(run, trial)] if found else [one.folder for one in chosen]:
         check_free(folder)
     with SearchProgress(Console(stderr=True)) as progress:
-        problem = build_problem(settings, progress.say)
+        problem = build_problem(settings, progress.status)
         if found is not None:
-            chosen = [chosen_trial(run, found, problem.space.space, output)]
+            chosen = [chosen_trial(run, found, problem.space.policy_space, output)]
         for one in chosen:
-            progress.say(f"exporting {one.folder.name}")
+            progress.status(f"exporting {one.folder.name}")
             validation, test = export_point(one.folder, problem, document, one.budget, one.point, pt2)
             scores = f"validation top-1 {100 * validation.top1:.2f} %, test top-1 {100 * test.top1:.2f} % of {test.images} images"
             print(f"{scores}\nexport: {one.folder}")
@@ -322,7 +322,7 @@ def ask(
     from secateur.search.run.progress import SearchProgress
 
     with SearchProgress(Console(stderr=True)) as progress:
-        reply = ask_agent(run, budget, preference, evaluations, overrides or (), progress.say)
+        reply = ask_agent(run, budget, preference, evaluations, overrides or (), progress.status)
     Console().print(answer_table(reply))
 
 

@@ -368,9 +368,7 @@ def _load_device(value: Any) -> Device | None:
     raise InputError(f"must be the path of a device file (got {_shorten(value)})")
 
 
-DeviceEntry = Annotated[
-    Device | None, PlainValidator(_load_device), PlainSerializer(lambda device: device and device.document())
-]
+DeviceEntry = Annotated[Device | None, PlainValidator(_load_device), PlainSerializer(lambda device: device and device.document())]
 """A device file. It is resolved here, so that a run's manifest holds the device as it was when the run began."""
 
 BudgetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
@@ -457,8 +455,7 @@ def find_config(path: str | Path) -> Path:
         return installed
     examples = sorted(f"configs/{file.relative_to(INSTALLED_CONFIGS)}" for file in INSTALLED_CONFIGS.rglob("*.yaml"))
     raise InputError(
-        f"{path}: there is no such file.{did_you_mean(str(path), examples)} "
-        "`secateur init` writes a starter configuration."
+        f"{path}: there is no such file.{did_you_mean(str(path), examples)} `secateur init` writes a starter configuration."
     )
 
 
@@ -549,9 +546,7 @@ def _known_keys(location: Sequence[Any]) -> list[str]:
     section: Any = SearchConfig
     for key in location:
         field = section.model_fields.get(key) if hasattr(section, "model_fields") else None
-        section = (
-            PluginEntry if key in ("importance", "quantizer", "recovery") else getattr(field, "annotation", section)
-        )
+        section = PluginEntry if key in ("importance", "quantizer", "recovery") else getattr(field, "annotation", section)
     return list(getattr(section, "model_fields", ()))
 
 

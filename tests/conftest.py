@@ -26,7 +26,7 @@ class ToySpace:
     dense_costs = {"cost": 1.0}
     unit_magnitudes = tuple(np.random.default_rng(0).random((6, 8)))  # one group per step; the first choice is its prune ratio
     producer_macs = np.arange(1.0, 7.0)
-    strengths = (LEVELS,) * 11
+    level_actions = (LEVELS,) * 11
     sensitivities = Sensitivities(np.random.default_rng(1).uniform(0.5, 1, (11, 1)) * np.linspace(0, 1, 65) ** 2)
     best = np.array([[1, 0], [0.25, 0.75], [0.5, 1], [0, 0.25], [0.75, 0.25], [1, 0]])
 
@@ -34,49 +34,49 @@ class ToySpace:
         self.used = np.ones((6, 2), bool)
         self.used[5, 1] = False
 
-    def cost(self, table):
+    def cost(self, sequence):
         """Mean strength left over the used entries."""
-        return float(np.mean(1 - table[self.used]))
+        return float(np.mean(1 - sequence[self.used]))
 
-    def execute(self, table, budget):
+    def execute(self, sequence, budget):
         """Round; then the wall: no choice may leave more to the later ones than their strongest levels can do."""
-        rounded = np.where(self.used, _round(np.asarray(table, float)), 0.0)
+        rounded = np.where(self.used, _round(np.asarray(sequence, float)), 0.0)
         if self.cost(rounded) <= budget.limits["cost"]:
             return rounded
-        strengths = rounded[self.used]
-        missing = len(strengths) * (1 - budget.limits["cost"])
-        for i in range(len(strengths)):
-            later = len(strengths) - i - 1
-            least = missing - later - strengths[:i].sum()
-            strengths[i] = max(strengths[i], LEVELS[np.searchsorted(LEVELS, least - 1e-9)] if least > 0 else 0.0)
+        actions = rounded[self.used]
+        missing = len(actions) * (1 - budget.limits["cost"])
+        for i in range(len(actions)):
+            later = len(actions) - i - 1
+            least = missing - later - actions[:i].sum()
+            actions[i] = max(actions[i], LEVELS[np.searchsorted(LEVELS, least - 1e-9)] if least > 0 else 0.0)
         executed = np.zeros(self.used.shape)
-        executed[self.used] = strengths
+        executed[self.used] = actions
         return executed
 
-    def fit(self, table, budget):
-        """Shift all strengths alike, as far towards no compression as the budget lets them."""
+    def scale_to_budget(self, sequence, budget):
+        """Shift all actions alike, as far towards no compression as the budget lets them."""
         shifts = np.linspace(-1, 1, 401)
-        left = 1 - _round(np.asarray(table)[self.used] + shifts[:, None]).mean(axis=1)
-        return self.execute(table + shifts[np.argmax(left <= budget.limits["cost"])], budget)
+        left = 1 - _round(np.asarray(sequence)[self.used] + shifts[:, None]).mean(axis=1)
+        return self.execute(sequence + shifts[np.argmax(left <= budget.limits["cost"])], budget)
 
-    def with_prune_ratios(self, table, ratios):
+    def with_prune_ratios(self, sequence, ratios):
         """Round the ratios to levels; column 0 holds them."""
-        table = np.array(table, float)
-        table[:, 0] = _round(ratios)
-        return table
+        sequence = np.array(sequence, float)
+        sequence[:, 0] = _round(ratios)
+        return sequence
 
-    def decode(self, table):
+    def decode(self, sequence):
         """The level numbers stand in for widths and bits."""
-        numbers = np.rint(4 * np.where(self.used, table, 0)).astype(int)
+        numbers = np.rint(4 * np.where(self.used, sequence, 0)).astype(int)
         return CompressionPolicy(tuple(numbers[:, 0].tolist()), tuple(numbers[:, 1].tolist()), ())
 
-    def observe(self, step, tables, limits):
+    def observe(self, step, sequences, limits):
         """How far, what is left if nothing more is compressed, the last first choice, and the limit."""
-        left = np.mean(1 - tables[:, self.used], axis=1)
-        last = tables[:, step - 1, 0] if step else np.zeros(len(tables))
-        return np.column_stack([np.full(len(tables), step / self.num_steps), left, last, limits])
+        left = np.mean(1 - sequences[:, self.used], axis=1)
+        last = sequences[:, step - 1, 0] if step else np.zeros(len(sequences))
+        return np.column_stack([np.full(len(sequences), step / self.num_steps), left, last, limits])
 
-    def simulate(self, act, budgets, tables=None, starts=None):
+    def simulate(self, act, budgets, sequences=None, starts=None):
         """The wall of `execute`, one entry after the other, for all rows at once."""
         rows, size = len(budgets), self.used.sum()
         limits = np.array([budget.limits["cost"] for budget in budgets])
@@ -85,7 +85,7 @@ class ToySpace:
         for step in range(self.num_steps):
             observations.append(self.observe(step, executed, limits))
             free = np.flatnonzero(starts <= step)
-            wanted = np.zeros((rows, self.action_dim)) if tables is None else np.array(tables[:, step], float)
+            wanted = np.zeros((rows, self.action_dim)) if sequences is None else np.array(sequences[:, step], float)
             if len(free):
                 wanted[free] = _round(act(observations[-1][free], executed[free], step, free))
             for column in np.flatnonzero(self.used[step]):
@@ -96,13 +96,13 @@ class ToySpace:
         observations = np.stack([*observations, self.observe(self.num_steps, executed, limits)], axis=1).astype(np.float32)
         return Simulation(observations, executed.astype(np.float32), self.cost_shares(executed))
 
-    def cost_shares(self, tables):
-        """The cost of each table."""
-        return np.mean(1 - tables[:, self.used], axis=1, keepdims=True)
+    def cost_shares(self, sequences):
+        """The cost of each sequence."""
+        return np.mean(1 - sequences[:, self.used], axis=1, keepdims=True)
 
-    def fit_all(self, tables, budgets):
+    def scale_all_to_budgets(self, sequences, budgets):
         """`fit` of one after the other."""
-        return np.stack([self.fit(table, budget) for table, budget in zip(tables, budgets, strict=True)])
+        return np.stack([self.scale_to_budget(sequence, budget) for sequence, budget in zip(sequences, budgets, strict=True)])
 
     def with_limits(self, observations, budgets):
         """Only the last entry knows the budget."""
@@ -110,9 +110,9 @@ class ToySpace:
         changed[:, -1] = [budget.limits["cost"] for budget in budgets]
         return changed
 
-    def score(self, table):
-        """Top-1 of an executed table."""
-        return 1 - float(np.mean((table - self.best)[self.used] ** 2))
+    def score(self, sequence):
+        """Top-1 of an executed sequence."""
+        return 1 - float(np.mean((sequence - self.best)[self.used] ** 2))
 
     def episode(self, actor, top1=None):
         """The episode of an actor; `top1` overrides the toy's own score."""
@@ -142,8 +142,8 @@ class ToySpace:
         return episodes
 
 
-def _round(table):
-    return np.rint(4 * np.clip(table, 0, 1)) / 4
+def _round(sequence):
+    return np.rint(4 * np.clip(sequence, 0, 1)) / 4
 
 
 class KnownFront(ToySpace):
@@ -152,8 +152,8 @@ class KnownFront(ToySpace):
     losses = np.linspace(0.2, 1.8, 11)
     bend = staticmethod(lambda kept: kept)
 
-    def score(self, table):
-        return float(self.bend(1 - np.mean(self.losses * table[self.used] ** 2) / np.mean(self.losses)))
+    def score(self, sequence):
+        return float(self.bend(1 - np.mean(self.losses * sequence[self.used] ** 2) / np.mean(self.losses)))
 
     def front(self):
         """(costs, top-1) of every total strength."""

@@ -17,11 +17,12 @@ FILES = {
     for package in PACKAGES
     for path in sorted((ROOT / package).rglob("*.py"))
 }
+"""{module without the leading `secateur.`: its file}."""
 
 ALLOWED = {
     "cost_models": ("cost_models",),
-    "envs": ("envs", "secateur.cost_models.core"),
-    "agents": ("agents", "secateur.envs.core", "secateur.cost_models.core"),
+    "envs": ("envs", "cost_models.core"),
+    "agents": ("agents", "envs.core", "cost_models.core"),
     "search": PACKAGES,
 }
 """What of ours each package may import."""
@@ -29,18 +30,18 @@ ALLOWED = {
 THIRD_PARTY = {"cost_models": {"numpy", "pydantic"}, "agents": {"numpy", "moocore"}}
 """What else these packages may import, besides the standard library."""
 
-LEARNING = ("secateur.agents.envelope_ddpg", {"torch", "safetensors"})
+LEARNING = ("agents.envelope_ddpg", {"torch", "safetensors"})
 """The one agent with networks, and its libraries."""
 
 ONLY_IN = {
-    "ray": {"secateur.search.run.ray_runner"},
-    "optuna": {"secateur.search.run.study"},
-    "typer": {"secateur.search.cli", "secateur.search.arguments", "secateur.search.benchmarks.cli"},
-    "yaml": {"secateur.search.config"},
+    "ray": {"search.run.ray_runner"},
+    "optuna": {"search.run.study"},
+    "typer": {"search.cli", "search.arguments", "search.benchmarks.cli"},
+    "yaml": {"search.config"},
 }
 """Libraries that few modules hide from all others."""
 
-SPINE = ("secateur.agents.core", "secateur.envs.core", "secateur.cost_models.core")
+SPINE = ("agents.core", "envs.core", "cost_models.core")
 """All of ours that the loop may know."""
 
 
@@ -58,11 +59,12 @@ def imports(path: Path, at_import_time: bool = False) -> set[str]:
         if at_import_time and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             return
         if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
+            found.update(alias.name.removeprefix("secateur.") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            parts = {f"{node.module}.{alias.name}" for alias in node.names}
-            found.update(part if part in FILES else node.module for part in parts)
+            home = node.module.removeprefix("secateur.")
+            parts = {f"{home}.{alias.name}" for alias in node.names}
+            found.update(part if part in FILES else home for part in parts)
         for child in ast.iter_child_nodes(node):
             visit(child)
 
@@ -76,7 +78,7 @@ def within(module: str, allowed: tuple[str, ...]) -> bool:
 
 def test_all_packages_are_looked_at():
     assert {name.partition(".")[0] for name in FILES} == set(PACKAGES)
-    assert {"secateur.search.loop", "secateur.search.cli", *SPINE} <= set(FILES)
+    assert {"search.loop", "search.cli", *SPINE} <= set(FILES)
 
 
 @pytest.mark.parametrize("module", FILES)
@@ -94,7 +96,7 @@ def test_imports_follow_the_arrows(module):
 
 
 def test_the_loop_knows_the_spine_only():
-    ours = {imported for imported in imports(FILES["secateur.search.loop"]) if imported.partition(".")[0] in PACKAGES}
+    ours = {imported for imported in imports(FILES["search.loop"]) if imported.partition(".")[0] in PACKAGES}
     assert ours and all(within(imported, SPINE) for imported in ours)
 
 
@@ -105,8 +107,8 @@ def test_the_spine_rests_on_itself(module):
 
 
 def test_nothing_imports_the_command():
-    assert [module for module in FILES if "secateur.search.cli" in imports(FILES[module])] == []
-    assert [module for module in FILES if "secateur.search.benchmarks.cli" in imports(FILES[module])] == ["secateur.search.cli"]
+    assert [module for module in FILES if "search.cli" in imports(FILES[module])] == []
+    assert [module for module in FILES if "search.benchmarks.cli" in imports(FILES[module])] == ["search.cli"]
 
 
 def import_cycle(graph):
@@ -125,7 +127,7 @@ def test_there_are_no_import_cycles():
 
 
 def test_agents_are_known_without_torch():
-    code = "import sys, agents; print('torch' in sys.modules)"
+    code = "import sys, secateur.agents; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

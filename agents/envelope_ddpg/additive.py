@@ -4,12 +4,12 @@ Source: Rasmussen & Williams 2006, Gaussian Processes for Machine Learning, algo
 
     score(x) = sum_i g_i(x_i) + g(totals) + local(totals) + near(x)                                                (1)
 
-1. Every entry x_i of the table adds a part of its own: in proportion to its sensitivity ** 0.75, where these are measured, else a
+1. Every entry x_i of the sequence adds a part of its own: in proportion to its sensitivity ** 0.75, where measured, else a
    quadratic of its strength.
 2. Totals say most: the means of x, x^2 and x^4 over each kind of choice (prune ratios, weight bits ...), and the sums of the
    sensitivities to the powers 0.5, 0.75 and 1. A handful of episodes tell how the score follows from them.
 3. What strong compression does says little of mild: `local` varies with the totals as fast as they do.
-4. What sums cannot tell stays where it was seen: `near` is alike for tables that differ by little. Without it, a policy that
+4. What sums cannot tell stays where it was seen: `near` is alike for sequences that differ by little. Without it, a policy that
    did worse than its parts is tried again and again, each time with another small change.
 """
 
@@ -26,14 +26,14 @@ NEAR = 0.5
 """Variance of what is peculiar to a neighborhood, in the same units."""
 
 REACH = 0.15
-"""Root mean square difference of entries at which tables are no longer near: the length scale."""
+"""Root mean square difference of entries at which sequences are no longer near: the length scale."""
 
 
 class AdditiveModel:
     """Eq. (1), fitted once.
 
     Args:
-        entries: of the known tables, (n, entries) in [0, 1].
+        entries: of the known sequences, (n, entries) in [0, 1].
         scores: theirs, (n,).
         kinds: of the entries, (entries,) integers.
         ridge: variance of what eq. (1) leaves unexplained, above 0, in units of that of single entries.
@@ -54,8 +54,8 @@ class AdditiveModel:
         self._weights = self._inverse @ (scores - self._mean)
         self._variance = float((scores - self._mean) @ self._weights) / len(scores)  # of single entries, most likely
 
-    def foretell(self, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the expected scores of other tables, (m,), and their standard deviations, (m,)."""
+    def predict(self, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the expected scores of other sequences, (m,), and their standard deviations, (m,)."""
         wanted = self._features(entries)
         covariance = _kernel(wanted, self._known)
         prior = (wanted[0] ** 2).sum(axis=1) + SHARED * (wanted[1] ** 2).sum(axis=1) + 1 + NEAR

@@ -8,20 +8,20 @@ is public: its state, reward, networks and training cannot be reproduced, and no
 2. *Envelope target*: the sup over preferences w' of completions by the target actor (Yang's optimality filter, the actor in place
    of the maximum over actions), the pessimistic critic inside it, mixed with the plain target (QENV_CTN, in the code of CAPQL);
    the whole vector of the critic with the smaller scalarised value (PD-MORL). See targets.py. A switch, off by default because
-   it did not help (config.py): what is evaluated is chosen by what the critics say of complete tables, which depends on no
+   it did not help (config.py): what is evaluated is chosen by what the critics say of complete sequences, which depends on no
    preference, so the sup only reaches it through the actor's rollouts.
 3. *Costs are never learned*. The critics know top-1 alone; costs of a completion come from the simulated environment
    (`ActionSpace.simulate`), and so does their slope by the action in the actor's gradient, as a finite difference.
 4. *Completions are valued at their end*. The simulator walks to the last step anyway, where critics need no bootstrapping: a
-   complete table is all that decides top-1, and evaluated ones are known there. `ahead: next` bootstraps at the next step.
-5. *The table belongs to the state*: an observation alone does not tell what was done to earlier layers.
+   complete sequence is all that decides top-1, and evaluated ones are known there. `ahead: next` bootstraps at the next step.
+5. *The sequence belongs to the state*: an observation alone does not tell what was done to earlier layers.
 6. *Hindsight*: an episode can be practiced under other preferences (HPR-CAPQL) and under every budget that would have executed
    the same actions, because raw components are stored. Switches as well, and off for the same reason. gamma is 1 and only the end
    is rewarded.
 7. *Planned batches*: completions cost more than gradient steps, so targets are computed for a few transitions per episode and
    pooled; many small steps sample from the pool until it ages out (GPI-PD takes 20 steps per observation).
 8. *Few noisy scores*: 50 to 200 are learned by heart. So critics see blurred actions instead of dropout and layer norms alone
-   (DroQ, GPI-PD), learn log-odds, and are blended with an additive Gaussian process (additive.py) by how well both foretold
+   (DroQ, GPI-PD), learn log-odds, and are blended with an additive Gaussian process (additive.py) by how well both predicted
    what came next. That process knows the sensitivities of all choices (envs/sensitivity.py), which tell most of what random
    policies score before any was evaluated.
 9. *Acting*: rules first (greedy by sensitivities, uniform, CLR-RNF), then random feasible policies, then whatever the critics
@@ -45,7 +45,7 @@ from pathlib import Path
 import numpy as np
 
 from secateur.agents.clr_rnf import ClrRnf, ClrRnfConfig
-from secateur.agents.core import TableActor, fully_scored
+from secateur.agents.core import SequenceActor, fully_scored
 from secateur.agents.envelope_ddpg.config import EnvelopeDdpgConfig
 from secateur.agents.envelope_ddpg.learner import ENOUGH, Learner, one_thread
 from secateur.agents.envelope_ddpg.replay import Memory, Outstanding, executes_alike, sample_preferences, tighter_budgets
@@ -102,7 +102,7 @@ class EnvelopeDdpg:
         actors: list[Actor] = []
         while self._to_repeat and len(actors) < count:
             ticket = self._to_repeat.pop(0)
-            actors.append(TableActor(self.budgets[self._out[ticket].budget], self._out[ticket].table, ticket))
+            actors.append(SequenceActor(self.budgets[self._out[ticket].budget], self._out[ticket].sequence, ticket))
         while len(actors) < count:
             # A choice builds on exactly the episodes before the last `lookahead`, however fast the workers are.
             wanted = self.asked - self.config.lookahead + 1
@@ -144,7 +144,7 @@ class EnvelopeDdpg:
         if memory is not None:
             self.learner.add(memory)
             if memory.feasible:
-                self.archive.add(self.space.decode(memory.table), -memory.reward)
+                self.archive.add(self.space.decode(memory.sequence), -memory.reward)
         if len(self.learner.memories) >= ENOUGH:
             if self.space.num_steps > 1:
                 self.learner.plan(self.config.planned)
@@ -153,35 +153,35 @@ class EnvelopeDdpg:
 
     def _memory(self, episode: Episode, sent: Outstanding) -> Memory:
         """Return what there is to learn from a scored episode."""
-        table = np.asarray(sent.table if episode.actions is None else episode.actions, np.float32)
+        sequence = np.asarray(sent.sequence if episode.actions is None else episode.actions, np.float32)
         own = next(i for i, budget in enumerate(self.budgets) if budget.name == episode.budget)
         reward, goals = np.asarray(episode.reward, float), [own]
         if self.config.relabel_budgets:
             held = [i for i, goal in enumerate(self.goals) if i != own and self._holds(goal, reward)]
-            goals += [i for i in held if executes_alike(self.space, table, self.goals[i])]
+            goals += [i for i in held if executes_alike(self.space, sequence, self.goals[i])]
         observations = episode.observations
         if observations is None:
-            observations = self.space.simulate(lambda *at: table[None, at[2]], [self.budgets[own]]).observations[0]
-        return Memory(table.astype(float), observations, reward, np.array(goals), sent.preference, episode.feasible)
+            observations = self.space.simulate(lambda *at: sequence[None, at[2]], [self.budgets[own]]).observations[0]
+        return Memory(sequence.astype(float), observations, reward, np.array(goals), sent.preference, episode.feasible)
 
     # -------------------------------------------------------------------------------------------------------- choosing
 
-    def _next(self) -> TableActor:
+    def _next(self) -> SequenceActor:
         if self._rules:
-            index, table = self._rules.pop(0)
+            index, sequence = self._rules.pop(0)
             preference = self.preference
         elif self.asked < self.config.warmup or len(self.learner.memories) < ENOUGH:
-            index, preference, table = self._random()
+            index, preference, sequence = self._random()
         else:
-            index, preference, table = self._choose()
-        actor = TableActor(self.budgets[index], table, self.asked)
-        self._known.add(self.space.decode(table))
-        self._out[self.asked] = Outstanding(index, preference, table)
+            index, preference, sequence = self._choose()
+        actor = SequenceActor(self.budgets[index], sequence, self.asked)
+        self._known.add(self.space.decode(sequence))
+        self._out[self.asked] = Outstanding(index, preference, sequence)
         self.asked += 1
         return actor
 
     def _rule_based(self) -> list[tuple[int, np.ndarray]]:
-        """Return (budget, table) of the first greedy, uniform and CLR-RNF policies of every budget, each policy once."""
+        """Return (budget, sequence) of the first greedy, uniform and CLR-RNF policies of every budget, each policy once."""
         found: dict[CompressionPolicy, tuple[int, np.ndarray]] = {}
         for index, budget in enumerate(self.budgets):
             rules = [Uniform(UniformConfig(), *self._problem(budget)), ClrRnf(ClrRnfConfig(), *self._problem(budget))]
@@ -189,7 +189,7 @@ class EnvelopeDdpg:
                 rules.insert(0, Greedy(GreedyConfig(), *self._problem(budget)))
             for rule in rules:
                 for actor in rule.ask(self.config.rules):
-                    found.setdefault(self.space.decode(actor.table), (index, actor.table))
+                    found.setdefault(self.space.decode(actor.sequence), (index, actor.sequence))
         return list(found.values())[: self.config.warmup]
 
     def _problem(self, budget: Budget):
@@ -204,17 +204,17 @@ class EnvelopeDdpg:
         return named, named, False
 
     def _random(self) -> tuple[int, np.ndarray, np.ndarray]:
-        """A random feasible table, bent to the edge of a budget."""
+        """A random feasible sequence, bent to the edge of a budget."""
         named, goal, _ = self._turn()
         for _ in range(20):
-            table = self.space.fit(random_table(self.space, self.rng), self.goals[goal])
-            if self.space.decode(table) not in self._known:
+            sequence = self.space.scale_to_budget(random_table(self.space, self.rng), self.goals[goal])
+            if self.space.decode(sequence) not in self._known:
                 break
-        return named, self.preference, self._under(table, named)
+        return named, self.preference, self._under(sequence, named)
 
-    def _under(self, table: np.ndarray, named: int) -> np.ndarray:
-        """The table as the named budget executes it; costs that are monotone leave it as it is."""
-        return self.space.execute(table, self.budgets[named])
+    def _under(self, sequence: np.ndarray, named: int) -> np.ndarray:
+        """The sequence as the named budget executes it; costs that are monotone leave it as it is."""
+        return self.space.execute(sequence, self.budgets[named])
 
     def _choose(self) -> tuple[int, np.ndarray, np.ndarray]:
         """Roll out, move what is known, screen, move the best of it on, and take the best that is new."""
@@ -227,47 +227,47 @@ class EnvelopeDdpg:
             preferences[drawn] = sample_preferences(self.rng, int(drawn.sum()), objectives)
         # The neighborhood of what is good already would win against anything unknown: each has its turns.
         near = self.config.local > 0 and self.rng.random() < self.config.local
-        tables = self._candidates(preferences, self._budgets(goals), self._noise(), moved=count if near else 0)
+        sequences = self._candidates(preferences, self._budgets(goals), self._noise(), moved=count if near else 0)
         luck = self.rng.random()
-        tables, values, origin = self._refine(
-            tables, preferences, self._budgets(goals), lambda tables: self._values(tables, elsewhere, luck)
+        sequences, values, origin = self._refine(
+            sequences, preferences, self._budgets(goals), lambda sequences: self._values(sequences, elsewhere, luck)
         )
         for i in np.argsort(-values, kind="stable"):
-            if self.space.decode(tables[i]) not in self._known:
+            if self.space.decode(sequences[i]) not in self._known:
                 named = self.parents[goals[origin[i]]]
-                return named, preferences[origin[i]], self._under(tables[i], named)
+                return named, preferences[origin[i]], self._under(sequences[i], named)
         return self._random()
 
     def _refine(
         self,
-        tables: np.ndarray,
+        sequences: np.ndarray,
         preferences: np.ndarray,
         budgets: Sequence[Budget],
         value: Callable[[np.ndarray], np.ndarray],
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Move the best candidates on for a few rounds; return all tables, their values, and from which candidate each comes."""
-        values, origin, count = value(tables), np.arange(len(tables)), max(1, len(tables) // 2)
-        for _ in range(self.config.rounds if len(tables) > 1 else 0):
+        """Move the best candidates on for a few rounds; return all sequences, their values, and the candidate each comes from."""
+        values, origin, count = value(sequences), np.arange(len(sequences)), max(1, len(sequences) // 2)
+        for _ in range(self.config.rounds if len(sequences) > 1 else 0):
             best = np.argsort(-values, kind="stable")[:ELITE]
             starts = best[(len(best) * self.rng.random(count) ** 2).astype(int)]
-            moved = self._moved(tables[starts], tables[self.rng.choice(best, count)], tables[best[:1]])
+            moved = self._moved(sequences[starts], sequences[self.rng.choice(best, count)], sequences[best[:1]])
             moved = self._repair(moved, preferences[origin[starts]], [budgets[i] for i in origin[starts]])
-            tables, values = np.concatenate([tables, moved]), np.append(values, value(moved))
+            sequences, values = np.concatenate([sequences, moved]), np.append(values, value(moved))
             origin = np.append(origin, origin[starts])
-        return tables, values, origin
+        return sequences, values, origin
 
     def _budgets(self, indices: np.ndarray) -> list[Budget]:
         return [self.goals[index] for index in indices]
 
-    def _values(self, tables: np.ndarray, elsewhere: bool, luck: float) -> np.ndarray:
-        """Return what the critics think of executed tables, (n,): utilities, or what they would add to the front."""
-        rewards = self._expected(tables, self.config.screening, luck)
+    def _values(self, sequences: np.ndarray, elsewhere: bool, luck: float) -> np.ndarray:
+        """Return what the critics think of executed sequences, (n,): utilities, or what they would add to the front."""
+        rewards = self._expected(sequences, self.config.screening, luck)
         return self._gains(rewards) if elsewhere else rewards @ self.preference
 
     def propose(
         self, budget: Budget, preference: np.ndarray | None = None, count: int = 3, rollouts: int = 256
     ) -> list[np.ndarray]:
-        """Return the best executed tables that the agent knows of for any budget and preference, without any evaluation.
+        """Return the best executed sequences that the agent knows of for any budget and preference, without any evaluation.
 
         Args:
             budget: satisfiable; its limits need not be any that the agent has seen.
@@ -278,60 +278,62 @@ class EnvelopeDdpg:
         wanted = self.preference if preference is None else np.asarray(preference, float)
         preferences, budgets = np.tile(wanted, (rollouts, 1)), [budget] * rollouts
         moved = round(self.config.local * rollouts) if self.learner.memories else 0
-        tables = self._candidates(preferences, budgets, 0.1, moved)
-        known = [memory.table for memory in self.learner.memories if self._holds(budget, memory.reward)]
-        known = [self.space.execute(table, budget) for table in known]
+        sequences = self._candidates(preferences, budgets, 0.1, moved)
+        known = [memory.sequence for memory in self.learner.memories if self._holds(budget, memory.reward)]
+        known = [self.space.execute(sequence, budget) for sequence in known]
         if self.learner.sensitivities is not None:
             known.append(allocate(self.space, self.learner.sensitivities, budget, GreedyConfig.powers[0]))
         if known:
-            tables = np.concatenate([tables, np.stack(known)])
-        rows = np.tile(wanted, (len(tables), 1)), [budget] * len(tables)
-        tables, values, _ = self._refine(tables, *rows, lambda tables: self._expected(tables, "mean", 0.0) @ wanted)
+            sequences = np.concatenate([sequences, np.stack(known)])
+        rows = np.tile(wanted, (len(sequences), 1)), [budget] * len(sequences)
+        sequences, values, _ = self._refine(sequences, *rows, lambda sequences: self._expected(sequences, "mean", 0.0) @ wanted)
         chosen: dict[CompressionPolicy, np.ndarray] = {}
         for i in np.argsort(-values, kind="stable"):
             if len(chosen) == count:
                 break
-            chosen.setdefault(self.space.decode(tables[i]), tables[i])
+            chosen.setdefault(self.space.decode(sequences[i]), sequences[i])
         return list(chosen.values())
 
     def _candidates(self, preferences: np.ndarray, budgets: Sequence[Budget], noise: float, moved: int) -> np.ndarray:
-        """Return one executed table per preference and budget, (n, num_steps, action_dim): moves, blind ones, rollouts."""
+        """Return one executed sequence per preference and budget, (n, num_steps, action_dim): moves, blind ones, rollouts."""
         count = len(budgets)
         rolled = count - moved - round(self.config.blind * (count - moved))
-        tables = np.concatenate([
-            self._moves(preferences[:moved], budgets[:moved]),
-            self._blind(count - moved - rolled),
-            self._roll_out(preferences[count - rolled :], budgets[count - rolled :], noise),
-        ])
-        return self._repair(tables, preferences, budgets)
+        sequences = np.concatenate(
+            [
+                self._moves(preferences[:moved], budgets[:moved]),
+                self._blind(count - moved - rolled),
+                self._roll_out(preferences[count - rolled :], budgets[count - rolled :], noise),
+            ]
+        )
+        return self._repair(sequences, preferences, budgets)
 
     def _blind(self, count: int) -> np.ndarray:
-        """Return tables that nobody has learned, (count, num_steps, action_dim): at most half uniform ones, the others random."""
-        tables = np.empty((count, *self.space.used.shape))
+        """Return sequences that nobody has learned, (count, num_steps, action_dim): at most half uniform, the rest random."""
+        sequences = np.empty((count, *self.space.used.shape))
         if count:
             alike = self._family[self.rng.permutation(len(self._family))[: count // 2]]
-            tables[: len(alike)] = alike
-            for row in tables[len(alike) :]:
+            sequences[: len(alike)] = alike
+            for row in sequences[len(alike) :]:
                 row[:] = random_table(self.space, self.rng)
-        return tables
+        return sequences
 
     def _noise(self) -> float:
         config = self.config
         return max(config.least_noise, config.noise * config.noise_decay ** max(self.asked - config.warmup, 0))
 
     def _roll_out(self, preferences: np.ndarray, budgets: Sequence[Budget], noise: float) -> np.ndarray:
-        """Return the actor's executed tables with truncated normal noise, (n, num_steps, action_dim)."""
+        """Return the actor's executed sequences with truncated normal noise, (n, num_steps, action_dim)."""
 
-        def act(observations: np.ndarray, tables: np.ndarray, step: int, rows: np.ndarray) -> np.ndarray:
-            wanted = self.learner.actions(observations, tables, step, preferences[rows])
+        def act(observations: np.ndarray, sequences: np.ndarray, step: int, rows: np.ndarray) -> np.ndarray:
+            wanted = self.learner.actions(observations, sequences, step, preferences[rows])
             return truncated_normal(wanted, noise, self.rng)
 
-        return self.space.simulate(act, budgets).tables if len(budgets) else np.empty((0, *self.space.used.shape))
+        return self.space.simulate(act, budgets).sequences if len(budgets) else np.empty((0, *self.space.used.shape))
 
     def _moves(self, preferences: np.ndarray, budgets: Sequence[Budget]) -> np.ndarray:
-        """Return moves of the best known tables of each budget, (n, num_steps, action_dim): the bee colony's and normal ones."""
+        """Return moves of the best known sequences of each budget, (n, num_steps, action_dim): bee colony's and normal."""
         starts, partners, bests = np.empty((3, len(budgets), *self.space.used.shape))
-        tables, rewards = self._experience()
+        sequences, rewards = self._experience()
         held: dict[int, np.ndarray] = {}
         for i, budget in enumerate(budgets):
             if id(budget) not in held:
@@ -339,12 +341,12 @@ class EnvelopeDdpg:
                 held[id(budget)] = fitting if len(fitting) else np.arange(len(rewards))
             known = held[id(budget)]
             order = known[np.argsort(-(rewards[known] @ preferences[i]), kind="stable")][:ELITE]
-            starts[i] = tables[order[int(len(order) * self.rng.random() ** 2)]]
-            partners[i], bests[i] = tables[order[self.rng.integers(len(order))]], tables[order[0]]
+            starts[i] = sequences[order[int(len(order) * self.rng.random() ** 2)]]
+            partners[i], bests[i] = sequences[order[self.rng.integers(len(order))]], sequences[order[0]]
         return self._moved(starts, partners, bests)
 
     def _moved(self, starts: np.ndarray, partners: np.ndarray, bests: np.ndarray) -> np.ndarray:
-        """Return tables (n, num_steps, action_dim) moved with respect to partners and the best ones."""
+        """Return sequences (n, num_steps, action_dim) moved with respect to partners and the best ones."""
         rng, (count, _, kinds) = self.rng, starts.shape
         size = self.space.used.sum()
         here = rng.random(starts.shape) < rng.integers(1, size + 1, size=(count, 1, 1)) / size
@@ -363,41 +365,41 @@ class EnvelopeDdpg:
 
     def _experience(self) -> tuple[np.ndarray, np.ndarray]:
         memories = self.learner.memories
-        return np.stack([m.table for m in memories]), np.stack([m.reward for m in memories])
+        return np.stack([m.sequence for m in memories]), np.stack([m.reward for m in memories])
 
     def _holds(self, budget: Budget, reward: np.ndarray) -> bool:
         """Whether a policy with this reward meets the budget, as far as the budget limits objectives."""
         shares = dict(zip(self.space.objectives[1:], -reward[1:], strict=True))
         return all(shares.get(n, 0.0) * self.space.dense_costs[n] <= limit for n, limit in budget.limits.items())
 
-    def _repair(self, tables: np.ndarray, preferences: np.ndarray, budgets: Sequence[Budget]) -> np.ndarray:
+    def _repair(self, sequences: np.ndarray, preferences: np.ndarray, budgets: Sequence[Budget]) -> np.ndarray:
         """Bend to the edge where lower costs are worth nothing; otherwise the wall alone."""
         bend = self.config.edge & ~(preferences[:, 1:] > 0).any(axis=1)
-        repaired = np.zeros(tables.shape, np.float32)
-        for rows, repair in ((np.flatnonzero(bend), self.space.fit_all), (np.flatnonzero(~bend), self._walled)):
+        repaired = np.zeros(sequences.shape, np.float32)
+        for rows, repair in ((np.flatnonzero(bend), self.space.scale_all_to_budgets), (np.flatnonzero(~bend), self._walled)):
             if len(rows):
-                repaired[rows] = repair(tables[rows], [budgets[i] for i in rows])
+                repaired[rows] = repair(sequences[rows], [budgets[i] for i in rows])
         return repaired
 
-    def _walled(self, tables: np.ndarray, budgets: Sequence[Budget]) -> np.ndarray:
+    def _walled(self, sequences: np.ndarray, budgets: Sequence[Budget]) -> np.ndarray:
         """Return what the environment would execute, (n, num_steps, action_dim)."""
-        return self.space.simulate(lambda observations, so_far, step, rows: tables[rows, step], budgets).tables
+        return self.space.simulate(lambda observations, so_far, step, rows: sequences[rows, step], budgets).sequences
 
-    def _expected(self, tables: np.ndarray, screening: str, luck: float) -> np.ndarray:
-        """Return the rewards of executed tables, (n, num_objectives): exact costs, and one top-1 of all opinions."""
-        opinions = self.learner.opinions(tables)
+    def _expected(self, sequences: np.ndarray, screening: str, luck: float) -> np.ndarray:
+        """Return the rewards of executed sequences, (n, num_objectives): exact costs, and one top-1 of all predictions."""
+        predictions = self.learner.predictions(sequences)
         match screening:
             case "optimistic":
-                top1 = opinions.mean(axis=0) + opinions.std(axis=0)
+                top1 = predictions.mean(axis=0) + predictions.std(axis=0)
             case "pessimistic":
-                top1 = opinions.mean(axis=0) - opinions.std(axis=0)
+                top1 = predictions.mean(axis=0) - predictions.std(axis=0)
             case "bound":
-                top1 = opinions.mean(axis=0) + 2 * luck * opinions.std(axis=0)
+                top1 = predictions.mean(axis=0) + 2 * luck * predictions.std(axis=0)
             case "thompson":
-                top1 = opinions[int(luck * len(opinions))]
+                top1 = predictions[int(luck * len(predictions))]
             case _:
-                top1 = opinions.mean(axis=0)
-        return np.column_stack([top1, -self.space.cost_shares(tables)])
+                top1 = predictions.mean(axis=0)
+        return np.column_stack([top1, -self.space.cost_shares(sequences)])
 
     def _gains(self, rewards: np.ndarray) -> np.ndarray:
         """Return how much hypervolume each reward vector would add to the front, (n,)."""

@@ -19,7 +19,7 @@ class EnvelopeDdpgConfig:
         rounds: how often the best candidates are moved on and screened, half as many moves each time as there were candidates.
         local: share of the choices that are made among moves of the best known policies; the others: rollouts and blind ones.
         blind: share of uniform and random policies beside the rollouts.
-        screening: how the critics' opinions become one: "mean", "optimistic", "pessimistic" (one standard deviation up, down),
+        screening: how the critics' predictions become one: "mean", "optimistic", "pessimistic" (one standard deviation up, down),
             "bound" (0 to 2 of them up, drawn for each choice; randomised upper confidence bounds, Berk et al. 2020), or
             "thompson" (one of the critics, drawn). Questions to a run's agent are answered by the mean.
         edge: whether candidates are bent to the edge of their budget when the preference is top-1 alone.
@@ -48,8 +48,8 @@ class EnvelopeDdpgConfig:
         log_odds: learn the log-odds of top-1; off: top-1 itself.
         hidden: width of both hidden layers of all networks.
         critics: how many.
-        additive: blend the critics' opinions on complete tables with an additive Gaussian process (additive.py), by how well both
-            foretold the latest episodes.
+        additive: blend the critics' predictions on complete sequences with an additive Gaussian process (additive.py), by how
+            well both predicted the latest episodes.
         sensitivity: measure how far each choice by itself moves the model's outputs (envs/sensitivity.py), and build the additive
             model and the first policies on that. Off cost 0.4 and 2.6 points there, 0.012 and 0.019 of hypervolume
             (with the envelope and relabelling).

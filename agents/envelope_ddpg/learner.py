@@ -1,6 +1,6 @@
 """From finished episodes to planned targets to gradient steps.
 
-The critics look at *afterstates*: the table with the action at hand filled in. At the last step the table is complete, and
+The critics look at *afterstates*: the sequence with the action at hand filled in. At the last step the sequence is complete, and
 nothing else decides the accuracy, so everything else is zeroed there: those values are a model of the accuracy of policies.
 
 What they say is a *score*: with `log_odds`, the log-odds of top-1. Compression moves log-odds by nearly the same everywhere, but
@@ -60,7 +60,7 @@ class Learner:
     ):
         self.config, self.space, self.goals, self.preference, self.rng = config, space, list(goals), preference, rng
         self.sensitivities = space.sensitivities if config.sensitivity else None
-        self.step_of, self.kind_of = np.nonzero(space.used)  # of every entry of a table that has an effect
+        self.step_of, self.kind_of = np.nonzero(space.used)  # of every entry of a sequence that has an effect
         entries, objectives = len(self.step_of), len(space.objectives)
         inputs = 3 * entries + space.observation_dim + objectives
         self.critic = Mlp(config.critics, inputs, 1, config.hidden, rng, config.dropout)
@@ -82,18 +82,18 @@ class Learner:
 
     # ---------------------------------------------------------------------------------------------------------- inputs
 
-    def features(self, tables: np.ndarray, steps: np.ndarray, observations: np.ndarray, preferences: np.ndarray, after: bool):
+    def features(self, sequences: np.ndarray, steps: np.ndarray, observations: np.ndarray, preferences: np.ndarray, after: bool):
         """Return what a network sees, (n, inputs) float32.
 
         Args:
-            tables: (n, num_steps, action_dim); what is ahead is ignored.
+            sequences: (n, num_steps, action_dim); what is ahead is ignored.
             steps: (n,) the step at hand.
             observations: before that step, (n, observation_dim).
             preferences: (n, num_objectives).
             after: whether the action at hand counts as taken (critics) or not (actor).
         """
         taken = self.step_of <= steps[:, None] if after else self.step_of < steps[:, None]
-        entries = np.where(taken, 2 * tables[:, self.step_of, self.kind_of] - 1, 0.0)
+        entries = np.where(taken, 2 * sequences[:, self.step_of, self.kind_of] - 1, 0.0)
         rest = np.hstack([2 * observations - 1, preferences])
         if after:
             rest = np.where((steps == self.space.num_steps - 1)[:, None], 0.0, rest)
@@ -111,50 +111,50 @@ class Learner:
 
     # ------------------------------------------------------------------------------------------------------- answers
 
-    def actions(self, observations, tables, step, preferences, target: bool = False) -> np.ndarray:
+    def actions(self, observations, sequences, step, preferences, target: bool = False) -> np.ndarray:
         """Return the actor's actions, (n, action_dim), at one step of n episodes."""
-        steps = np.full(len(tables), step)
+        steps = np.full(len(sequences), step)
         actor = self.target_actor if target else self.actor
         with torch.inference_mode():
-            raw = actor(self.features(tables, steps, observations, preferences, after=False))
+            raw = actor(self.features(sequences, steps, observations, preferences, after=False))
             return torch.sigmoid(raw)[0].numpy()
 
-    def opinions(self, tables: np.ndarray, target: bool = False) -> np.ndarray:
-        """Return the top-1 of complete tables as each critic expects it, (critics, n).
+    def predictions(self, sequences: np.ndarray, target: bool = False) -> np.ndarray:
+        """Return the top-1 of complete sequences as each critic expects it, (critics, n).
 
         With `additive`, they are blended with the additive model: more of whichever has told the latest episodes better, before
         they were learned from. What that model is unsure of, each critic sees in its own way, from pessimistic to optimistic.
         """
-        opinions = self._networks(tables, target)
+        predictions = self._networks(sequences, target)
         if self.surprises:
             networks, additive = np.square(self.surprises[-RECENT:]).mean(axis=0) + 1e-12
             share = networks / (networks + additive)
-            mean, deviation = self._additive(tables)
-            opinions = (1 - share) * opinions + share * (mean + _views(len(opinions))[:, None] * deviation)
-        return self._top1(opinions)
+            mean, deviation = self._additive(sequences)
+            predictions = (1 - share) * predictions + share * (mean + _views(len(predictions))[:, None] * deviation)
+        return self._top1(predictions)
 
-    def _networks(self, tables: np.ndarray, target: bool = False) -> np.ndarray:
-        """Return the scores of complete tables as each critic expects them, (critics, n)."""
-        opinions = self._evaluate(self._complete(tables), target)
+    def _networks(self, sequences: np.ndarray, target: bool = False) -> np.ndarray:
+        """Return the scores of complete sequences as each critic expects them, (critics, n)."""
+        predictions = self._evaluate(self._complete(sequences), target)
         if self.memories:
-            # Blurred actions cost accuracy on average; what the critics miss on known tables is given back.
-            opinions += (self._scores.numpy() - self._evaluate(self._ends, target)).mean(axis=1, keepdims=True)
-        return opinions
+            # Blurred actions cost accuracy on average; what the critics miss on known sequences is given back.
+            predictions += (self._scores.numpy() - self._evaluate(self._ends, target)).mean(axis=1, keepdims=True)
+        return predictions
 
-    def _additive(self, tables: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the scores of complete tables as the additive model foretells them, and how unsure it is of each, (n,)."""
+    def _additive(self, sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the scores of complete sequences as the additive model foretells them, and how unsure it is of each, (n,)."""
         used = self.space.used
         if self._model is None:
-            known = np.stack([memory.table[used] for memory in self.memories])
+            known = np.stack([memory.sequence[used] for memory in self.memories])
             scores = self._scores.numpy().astype(float)
             self._model = AdditiveModel(known, scores, self.kind_of, self.config.ridge, self.sensitivities)
-        return self._model.foretell(np.asarray(tables[:, used], float))
+        return self._model.predict(np.asarray(sequences[:, used], float))
 
-    def _complete(self, tables: np.ndarray) -> Tensor:
-        """Return what the critics see at the end of an episode, (n, inputs): the table and nothing else."""
-        count = len(tables)
+    def _complete(self, sequences: np.ndarray) -> Tensor:
+        """Return what the critics see at the end of an episode, (n, inputs): the sequence and nothing else."""
+        count = len(sequences)
         nothing = np.zeros((count, self.space.observation_dim)), np.zeros((count, len(self.space.objectives)))
-        return self.features(tables, np.full(count, self.space.num_steps - 1), *nothing, after=True)
+        return self.features(sequences, np.full(count, self.space.num_steps - 1), *nothing, after=True)
 
     def _evaluate(self, inputs: Tensor, target: bool) -> np.ndarray:
         """Return the scores of what the critics see, (critics, n)."""
@@ -180,13 +180,13 @@ class Learner:
     # ---------------------------------------------------------------------------------------------------- planning
 
     def add(self, memory: Memory) -> None:
-        """Remember an episode, and how well it was foretold."""
+        """Remember an episode, and how well it was predicted."""
         if self.config.additive and len(self.memories) >= ENOUGH:
-            foretold = self._networks(memory.table[None]).mean(), self._additive(memory.table[None])[0][0]
-            self.surprises.append(np.array(foretold) - self._score(memory.reward[0]))
+            predicted = self._networks(memory.sequence[None]).mean(), self._additive(memory.sequence[None])[0][0]
+            self.surprises.append(np.array(predicted) - self._score(memory.reward[0]))
         self.memories.append(memory)
         self._model = None
-        self._ends = torch.cat([self._ends, self._complete(memory.table[None])])
+        self._ends = torch.cat([self._ends, self._complete(memory.sequence[None])])
         self._scores = torch.cat([self._scores, _float(self._score(memory.reward[:1]))])
         self.center, self.scale = float(self._scores.mean()), max(float(self._scores.std(correction=0)), 1e-3)
         self.spread = max(float(np.std([memory.reward[0] for memory in self.memories])), 1e-3)
@@ -201,7 +201,7 @@ class Learner:
         preferences = self._goals_preferences(memories)
         goals = [m.goals[rng.integers(len(m.goals)) if config.relabel_budgets else 0] for m in memories]
         budgets = [self.goals[goal] for goal in goals]
-        tables = np.stack([m.table for m in memories])
+        sequences = np.stack([m.sequence for m in memories])
         observations = space.with_limits(np.stack([m.observations[s] for m, s in zip(memories, steps, strict=True)]), budgets)
 
         # Rows: K completions of every (s, a), under w'_0 = w, w'_1 ...; then two of every s with shifted actions.
@@ -224,10 +224,10 @@ class Learner:
             first = (starts[rows] == step)[:, None]
             return np.clip(wanted + np.where(first, noise[rows] + shift[rows], 0), 0, 1)
 
-        ahead = space.simulate(act, [budgets[i] for i in owner], tables[owner], starts)
-        completed, costs = ahead.tables[: count * k], ahead.costs[: count * k]
+        ahead = space.simulate(act, [budgets[i] for i in owner], sequences[owner], starts)
+        completed, costs = ahead.sequences[: count * k], ahead.costs[: count * k]
         if config.ahead == "end":
-            top1 = self.opinions(completed, target=True)
+            top1 = self.predictions(completed, target=True)
         else:
             seen = ahead.observations[np.arange(count * k), starts[: count * k]]
             inputs = self.features(completed, starts[: count * k], seen, row_preferences[: count * k], after=True)
@@ -239,7 +239,7 @@ class Learner:
         low, high = ahead.costs[count * k + len(shifted) :], ahead.costs[count * k : count * k + len(shifted)]
         slopes = np.zeros((count, space.action_dim))  # d(w_costs @ costs) / d action
         slopes[shifted] = signs * ((high - low) * preferences[shifted, 1:]).sum(axis=1, keepdims=True) / (2 * SHIFT)
-        seen = tables, steps, observations, preferences
+        seen = sequences, steps, observations, preferences
         self.pool.add(
             before=self.features(*seen, after=False),
             after=self.features(*seen, after=True),
@@ -311,7 +311,7 @@ EDGE = 0.01
 """What keeps the log-odds of 0 and 100 % finite."""
 
 RECENT = 40
-"""Episodes whose scores the networks and the additive model were to foretell."""
+"""Episodes whose scores the networks and the additive model were to predict."""
 
 SHIFT = 0.1
 """By how much an action is moved, both ways, to see how the costs of the completion follow."""

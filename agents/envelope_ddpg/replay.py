@@ -17,7 +17,7 @@ class Memory:
     """A finished episode.
 
     Attributes:
-        table: executed actions, (num_steps, action_dim).
+        sequence: executed actions, (num_steps, action_dim).
         observations: (num_steps + 1, observation_dim), under its own budget.
         reward: (num_objectives,), raw.
         goals: indices of the budgets under which the environment would have executed the same; its own is the first.
@@ -25,7 +25,7 @@ class Memory:
         feasible: whether it broke no constraint of its own budget.
     """
 
-    table: np.ndarray
+    sequence: np.ndarray
     observations: np.ndarray
     reward: np.ndarray
     goals: np.ndarray
@@ -40,12 +40,12 @@ class Outstanding:
     Attributes:
         budget: index of the named budget of its episode.
         preference: that it was chosen for, (num_objectives,) on the simplex.
-        table: (num_steps, action_dim) in [0, 1].
+        sequence: (num_steps, action_dim) in [0, 1].
     """
 
     budget: int
     preference: np.ndarray
-    table: np.ndarray
+    sequence: np.ndarray
 
 
 def sample_preferences(rng: np.random.Generator, count: int, objectives: int) -> np.ndarray:
@@ -78,9 +78,9 @@ def tighter_budgets(space: ActionSpace, budgets: Sequence[Budget], count: int, r
     return found
 
 
-def executes_alike(space: ActionSpace, table: np.ndarray, budget: Budget) -> bool:
-    """Return whether the environment would execute this very table under the budget: then it is an episode of that budget too."""
-    return np.array_equal(np.asarray(space.execute(table, budget), np.float32), np.asarray(table, np.float32))
+def executes_alike(space: ActionSpace, sequence: np.ndarray, budget: Budget) -> bool:
+    """Return whether the environment would execute this sequence under the budget: it is an episode of that budget too."""
+    return np.array_equal(np.asarray(space.execute(sequence, budget), np.float32), np.asarray(sequence, np.float32))
 
 
 class Pool:

@@ -1,8 +1,8 @@
 """Writes an agent to a folder and reads it back: JSON, safetensors and plain arrays, no pickles.
 
-    agent.json             options, goals, where it stands, what is out
-    networks.safetensors   actor, critics, their targets, the moments of the optimizers, planned transitions
-    replay.npz             finished episodes, those not yet learned from last; sensitivities
+agent.json             options, goals, where it stands, what is out
+networks.safetensors   actor, critics, their targets, the moments of the optimizers, planned transitions
+replay.npz             finished episodes, those not yet learned from last; sensitivities
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def write_agent(folder: Path, agent: EnvelopeDdpg) -> None:
     shape = (0, *agent.space.used.shape)
     np.savez_compressed(
         folder / REPLAY,
-        tables=np.stack([m.table for m in memories]) if memories else np.empty(shape),
+        sequences=np.stack([m.sequence for m in memories]) if memories else np.empty(shape),
         rewards=np.array([m.reward for m in memories]),
         observations=np.array([m.observations for m in memories]),
         preferences=np.array([m.preference for m in memories]),
@@ -71,8 +71,8 @@ def write_agent(folder: Path, agent: EnvelopeDdpg) -> None:
         "asked": agent.asked,
         "learned": agent.learned,
         "told": {ticket: agent._told[ticket] is not None for ticket in told},  # whether there is something to learn
-        "out": {ticket: [h.budget, h.preference.tolist(), h.table.tolist()] for ticket, h in agent._out.items()},
-        "rules": [[index, table.tolist()] for index, table in agent._rules],
+        "out": {ticket: [h.budget, h.preference.tolist(), h.sequence.tolist()] for ticket, h in agent._out.items()},
+        "rules": [[index, sequence.tolist()] for index, sequence in agent._rules],
         "known": [asdict(policy) for policy in agent._known],
         "front": [asdict(policy) for policy in agent.archive.policies],
         "rng": agent.rng.bit_generator.state,
@@ -137,10 +137,10 @@ def _restored(state: dict[str, Any], tensors, replay, space: ActionSpace, make: 
     agent.archive.policies = [_policy(values) for values in state["front"]]
     agent.archive.objectives = replay["front"]
     agent._known = {_policy(values) for values in state["known"]}
-    agent._rules = [(index, np.array(table)) for index, table in state["rules"]]
+    agent._rules = [(index, np.array(sequence)) for index, sequence in state["rules"]]
     agent._out = {
-        int(ticket): Outstanding(index, np.array(preference), np.array(table))
-        for ticket, (index, preference, table) in state["out"].items()
+        int(ticket): Outstanding(index, np.array(preference), np.array(sequence))
+        for ticket, (index, preference, sequence) in state["out"].items()
     }
     agent._to_repeat = sorted(agent._out.keys() - agent._told.keys())
     agent.asked, agent.learned = state["asked"], state["learned"]
@@ -150,11 +150,11 @@ def _restored(state: dict[str, Any], tensors, replay, space: ActionSpace, make: 
 
 def _memories(replay: Mapping[str, np.ndarray]) -> list[Memory]:
     memories = []
-    for i, table in enumerate(replay["tables"]):
+    for i, sequence in enumerate(replay["sequences"]):
         others = np.setdiff1d(np.flatnonzero(replay["goals"][i]), replay["own"][i])
         goals = np.concatenate([replay["own"][i : i + 1], others])
         facts = (replay[name][i] for name in ("preferences", "feasible"))
-        memories.append(Memory(table, replay["observations"][i], replay["rewards"][i], goals, *facts))
+        memories.append(Memory(sequence, replay["observations"][i], replay["rewards"][i], goals, *facts))
     return memories
 
 

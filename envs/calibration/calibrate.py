@@ -71,9 +71,7 @@ def _planned(shape: LayerShape, layer: nn.Module, config: CalibrationConfig) -> 
 
 
 @torch.inference_mode()
-def calibrate(
-    model: nn.Module, graph: ModelGraph, images: Tensor, config: CalibrationConfig
-) -> Calibration:
+def calibrate(model: nn.Module, graph: ModelGraph, images: Tensor, config: CalibrationConfig) -> Calibration:
     """Return the statistics of every convolution and linear layer that runs as a module.
 
     Args:
@@ -116,9 +114,7 @@ class _Observer:
         samples: input values to keep of every call.
     """
 
-    def __init__(
-        self, kind: str, layer: nn.Module, config: CalibrationConfig, rng: np.random.Generator, samples: int
-    ) -> None:
+    def __init__(self, kind: str, layer: nn.Module, config: CalibrationConfig, rng: np.random.Generator, samples: int) -> None:
         self.kind, self.config, self.rng, self.samples_per_call = kind, config, rng, samples
         self.area = layer.weight[0, 0].numel() if kind != NONE else 1
         self.images = 1

@@ -32,7 +32,7 @@ def cached_calibration(
     images: Tensor,
     config: CalibrationConfig,
     folder: Path,
-    say: Callable[[str], None] = logger.info,
+    status: Callable[[str], None] = logger.info,
 ) -> Calibration:
     """Return `calibrate` of these arguments, read from `folder` if it was computed before, and kept there otherwise.
 
@@ -41,7 +41,7 @@ def cached_calibration(
 
     Args:
         folder: made if it does not exist.
-        say: told what happens.
+        status: told what happens.
     """
     key = _key(model, graph, images, config)
     path = folder / f"{key}.safetensors"
@@ -52,9 +52,9 @@ def cached_calibration(
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("The calibration in %s is damaged and is computed anew: %s", path, error)
         else:
-            say(f"calibration read from {path}")
+            status(f"calibration read from {path}")
             return calibration
-    say("calibrating")
+    status("calibrating")
     calibration = calibrate(model, graph, images, config)
     try:
         save_calibration(calibration, path, key)

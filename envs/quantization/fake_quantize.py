@@ -33,9 +33,7 @@ class ActivationQuantizer:
         if torch.is_inference_mode_enabled():
             return self._round_fast(x)
         # In float32, because a code of bfloat16 arithmetic may be off by one.
-        rounded = torch.fake_quantize_per_tensor_affine(
-            x.float(), self.grid.scale, self.grid.zero_point, 0, self.grid.max_code
-        )
+        rounded = torch.fake_quantize_per_tensor_affine(x.float(), self.grid.scale, self.grid.zero_point, 0, self.grid.max_code)
         return rounded.to(x.dtype)
 
     def _round_fast(self, x: Tensor) -> Tensor:
@@ -88,13 +86,11 @@ def quantized_weight(module: nn.Module) -> QuantizedWeight | None:
     """Return the integers behind a layer's weight, or None if it is in float.
 
     Raises:
-        ValueError: if the weight has been changed since it was quantized (by folding or training, say).
+        ValueError: if the weight has been changed since it was quantized (by folding or training, status).
     """
     quantized = getattr(module, "weight_codes", None)
     if quantized is not None and not torch.equal(quantized.dequantize(), module.weight.detach()):
-        raise ValueError(
-            "A weight has left its grid since it was quantized. Take the codes before batch norms are folded."
-        )
+        raise ValueError("A weight has left its grid since it was quantized. Take the codes before batch norms are folded.")
     return quantized
 
 

@@ -41,9 +41,7 @@ class BatchNormConfig:
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_images"):
             if getattr(self, name) < 2:
-                raise InputError(
-                    f"`{name}` of the recovery `batch_norm` must be at least 2, but got {getattr(self, name)}."
-                )
+                raise InputError(f"`{name}` of the recovery `batch_norm` must be at least 2, but got {getattr(self, name)}.")
 
 
 @dataclass(frozen=True)

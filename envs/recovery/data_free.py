@@ -88,8 +88,7 @@ class DataFreeConfig:
     def __post_init__(self) -> None:
         if self.fit not in (CLOSED_FORM, NONNEGATIVE, MOMENTS):
             raise InputError(
-                '`fit` of the recovery `data_free` must be "moments", "nonnegative" or "closed_form", '
-                f'but got "{self.fit}".'
+                f'`fit` of the recovery `data_free` must be "moments", "nonnegative" or "closed_form", but got "{self.fit}".'
             )
         for name in ("alpha1", "alpha2"):
             if not 0 <= getattr(self, name) < math.inf:

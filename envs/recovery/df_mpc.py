@@ -53,8 +53,7 @@ class DFMPCConfig:
     def __post_init__(self) -> None:
         if self.statistics not in (KEPT, NORMS, MOMENTS):
             raise InputError(
-                '`statistics` of the recovery `df_mpc` must be "moments", "norms" or "kept", '
-                f'but got "{self.statistics}".'
+                f'`statistics` of the recovery `df_mpc` must be "moments", "norms" or "kept", but got "{self.statistics}".'
             )
         for name in ("lambda1", "lambda2"):
             if not 0 <= getattr(self, name) < math.inf:

@@ -75,9 +75,7 @@ class LeastSquares:
             if candidate.has_intercept(name):
                 candidate.shift(name, shift)
 
-    def _refitted(
-        self, candidate: Candidate, name: str, statistics: LayerStatistics, axes: KeptAxes
-    ) -> tuple[Tensor, Tensor]:
+    def _refitted(self, candidate: Candidate, name: str, statistics: LayerStatistics, axes: KeptAxes) -> tuple[Tensor, Tensor]:
         """Return weight and shift of the kept outputs; all outputs are solved at once and remembered by kept inputs."""
         intercept = candidate.has_intercept(name)
         key = ("least_squares", name, self.config.damping, intercept, axes.inputs.tobytes())

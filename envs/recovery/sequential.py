@@ -26,7 +26,7 @@ Where we differ and why:
    four fifths of the samples, has the least error on the last fifth; a weight that none improves there stays. So fewer
    samples than unknowns (a classifier reads one position per image) do no harm.
 3. No penalty between target and auxiliary variable as in Zhang et al.: clipped entries that agree are let go at once.
-4. The last operand of a sum to be computed absorbs (a convolution on a shortcut that runs after the branch, say).
+4. The last operand of a sum to be computed absorbs (a convolution on a shortcut that runs after the branch, status).
 5. One batch, because every layer needs the refitted inputs of all images. Its memory is bounded by `max_bytes`: networks
    with large activations get fewer images, but more positions of each, so that a layer has the same number of samples.
 

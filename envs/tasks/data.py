@@ -499,9 +499,7 @@ def _read_torchvision(kind: str, folder: Path, layout: str, mean, std) -> Datase
         train, test = (getattr(datasets, kind)(folder, train=part, download=False) for part in (True, False))
     except Exception as error:  # torchvision raises what the damaged file happens to cause
         raise InputError(f"`data.root: {folder}` has no complete {kind}: it must hold {layout}.") from error
-    pools = [
-        array_pool(_channels_first(np.asarray(part.data)), np.asarray(part.targets, np.int64)) for part in (train, test)
-    ]
+    pools = [array_pool(_channels_first(np.asarray(part.data)), np.asarray(part.targets, np.int64)) for part in (train, test)]
     return Dataset(*pools, tuple(train.classes), mean, std)
 
 

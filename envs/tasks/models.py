@@ -212,13 +212,10 @@ def _check_names(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) ->
     if other:
         name = other[0]
         parts.append(
-            f"{len(other)} have another shape, first `{name}`: file {_shape(tensors[name])}, "
-            f"model {_shape(expected[name])}"
+            f"{len(other)} have another shape, first `{name}`: file {_shape(tensors[name])}, model {_shape(expected[name])}"
         )
     if parts:
-        raise InputError(
-            f"`model.weights: {path}` belongs to another architecture than `model.factory`: {'; '.join(parts)}."
-        )
+        raise InputError(f"`model.weights: {path}` belongs to another architecture than `model.factory`: {'; '.join(parts)}.")
 
 
 def _shape(tensor: Tensor) -> str:

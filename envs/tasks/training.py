@@ -122,9 +122,7 @@ def train(model: nn.Module, data: TaskData, recipe: Recipe, progress: Progress |
     generator = torch.Generator().manual_seed(recipe.seed)
     model = _fresh(model, recipe.seed).train()
     steps = -(-len(labels) // recipe.batch_size) * recipe.epochs
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=recipe.learning_rate, momentum=0.9, weight_decay=recipe.weight_decay
-    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=recipe.learning_rate, momentum=0.9, weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, total_steps=steps)
 
     def batch_at(indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,9 +131,7 @@ def train(model: nn.Module, data: TaskData, recipe: Recipe, progress: Progress |
     return _descend(model, batch_at, len(labels), recipe, optimizer, schedule, generator, torch.float32, progress)
 
 
-def fine_tune(
-    network: nn.Module, data: TaskData, config: FineTuning, progress: Progress | None = None
-) -> nn.Module:
+def fine_tune(network: nn.Module, data: TaskData, config: FineTuning, progress: Progress | None = None) -> nn.Module:
     """Return a copy of the network, trained on with all of `data.train`, in eval mode.
 
     Quantized weights would leave their grids: fine-tune the float network and quantize it afterwards.
@@ -191,7 +187,7 @@ def _descend(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)  # for dropout
         for epoch in range(1, recipe.epochs + 1):
-            loss_sum, right = 0.0, 0
+            loss_sum, correct = 0.0, 0
             # Parts of equal size: a last batch of one image has no variance for a batch norm.
             for batch in torch.randperm(count, generator=generator).tensor_split(batches):
                 images, labels = batch_at(batch)
@@ -203,9 +199,9 @@ def _descend(
                 optimizer.step()
                 schedule.step()
                 loss_sum += loss.item() * len(batch)
-                right += int((logits.argmax(1) == labels).sum())
+                correct += int((logits.argmax(1) == labels).sum())
             if progress is not None:
-                progress(TrainingProgress(epoch, recipe.epochs, loss_sum / count, right / count))
+                progress(TrainingProgress(epoch, recipe.epochs, loss_sum / count, correct / count))
     return model.eval()
 
 

@@ -34,7 +34,7 @@ def _measure_rows(output: Path, name: str, measure: Callable[..., object], repor
             print(line, flush=True)
             _write_report(output, report(records.rows))
 
-        measure(records, progress.say, on_row)
+        measure(records, progress.status, on_row)
     table = report(records.rows)
     _write_report(output, table)  # also where every row was there already
     print(table)
@@ -70,8 +70,8 @@ def benchmark_search(
     contestants = [measure.contestant(text, settings) for text in agent or AGENTS]
     records = Records(output / "results.jsonl", {"benchmark": "search", "config": config_record(settings)})
     with SearchProgress(Console(stderr=True)) as progress:
-        problem = build_problem(settings, progress.say)
-        progress.say("starting the workers")
+        problem = build_problem(settings, progress.status)
+        progress.status("starting the workers")
         runner = open_runner(problem)
         progress.stop()
         dense = dense_test_score(problem).top1
@@ -115,12 +115,12 @@ def benchmark_ask(
         agent_folder(run, own)  # before anything is written
     shared = measure.shared_config(runs, settings)
     with SearchProgress(Console(stderr=True)) as progress:
-        problem = build_problem(settings[0], progress.say)
+        problem = build_problem(settings[0], progress.status)
         agents = [load_agent(run, own, problem.space) for run, own in zip(runs, settings, strict=True)]
         drawn = measure.draw_questions(problem.space, problem.budgets, questions, seed=0)
         counts = {"learned": measure.shared_experience(runs, agents), "evaluations": evaluations, "fresh": fresh}
         records = Records(output / "results.jsonl", {"benchmark": "ask", "config": shared, **counts})
-        progress.say("starting the workers")
+        progress.status("starting the workers")
         runner = open_runner(problem)
         progress.stop()
 
@@ -153,8 +153,8 @@ def benchmark_agent(config: ConfigPath, overrides: Overrides = None) -> None:
 
     options = settings.search.options if settings.search.agent == "envelope_ddpg" else {}
     with SearchProgress(Console(stderr=True)) as progress:
-        problem = build_problem(settings, progress.say)
-        progress.say("measuring")
+        problem = build_problem(settings, progress.status)
+        progress.status("measuring")
         speed = benchmark_learner(problem, build_options(EnvelopeDdpgConfig, options), make_env(problem))
     print("\n".join(speed_lines(speed)))
 
@@ -250,7 +250,7 @@ def benchmark_importances(
     for override in (*(f"importance={name}" for name in names), *(f"search.agent={name}" for name in agents)):
         load_config(config, [*(overrides or ()), "search.options={}", override])  # unknown names end here
     with SearchProgress(Console(stderr=True)) as progress:
-        problem = calibrated_problem(settings, progress.say)
+        problem = calibrated_problem(settings, progress.status)
         chosen = measure.choose_budget(problem, budget)
         header = {"benchmark": "importances", "config": config_record(settings)}
         records = Records(output / "results.jsonl", {**header, "budget": chosen.name, "evaluations": evaluations})
@@ -286,9 +286,9 @@ def benchmark_sensitivities(
 
     header = {"benchmark": "sensitivities", "config": config_record(settings)}
     with SearchProgress(Console(stderr=True)) as progress:
-        problem = build_problem(settings, progress.say)
+        problem = build_problem(settings, progress.status)
         records = Records(output / "results.jsonl", header)
-        measure_once(problem, progress.say)
+        measure_once(problem, progress.status)
         progress.stop()
 
         def on_row(line: str) -> None:
@@ -326,7 +326,7 @@ def benchmark_prediction(
     measure.check_start(start)
     with SearchProgress(Console(stderr=True)) as progress:
         train = measure.training_images(settings)
-        problem = calibrated_problem(settings, progress.say)
+        problem = calibrated_problem(settings, progress.status)
         chosen = choose_budget(problem, budget)
         experiment = measure.Experiment(problem, train, start, measure.default_tuning(epochs, settings.search.seed))
         records = measure.open_records(output / "policies.jsonl", experiment, chosen)
@@ -365,16 +365,16 @@ def benchmark_evaluator(
         torch_pruning = None
     torch.set_num_threads(available_cores())
     with SearchProgress(Console(stderr=True)) as progress:
-        problem = build_problem(settings, progress.say)
+        problem = build_problem(settings, progress.status)
         progress.note(f"evaluations in {problem.precision.dtype}: {problem.precision.reason}")
         drawn = measure.random_tables(problem, policies)
         chosen = [problem.space.decode(table) for table in drawn]
 
         def on_policy(done: int) -> None:
-            progress.say(f"policy {done} of {policies}")
+            progress.status(f"policy {done} of {policies}")
 
         times = measure.measure_evaluations(problem, chosen, torch_pruning, on_policy)
-        progress.say("starting the workers")
+        progress.status("starting the workers")
         runner = open_runner(problem)
         try:
             tables = measure.random_tables(problem, policies + runner.slots)
@@ -427,7 +427,7 @@ def benchmark_speed(
             name, size = _factory_and_size(factory)
             model, graph = measure.random_model(name, size)
             for chosen in runtimes:
-                progress.say(f"{name}, {chosen.name}")
+                progress.status(f"{name}, {chosen.name}")
                 found = measure.measure_speed(
                     model, graph, (3, size, size), macs, multiple, chosen.name, threads=threads, seconds=seconds
                 )

@@ -26,8 +26,8 @@ def benchmark_costs(space, population: int = 4096, repeats: int = 9, seed: int =
         population: policies per call.
     """
     rng = np.random.default_rng(seed)
-    levels = rng.integers(space.space.num_levels, size=(population, len(space.space.num_levels)))
-    columns = space.space.columns(levels)
+    levels = rng.integers(space.policy_space.num_levels, size=(population, len(space.policy_space.num_levels)))
+    columns = space.policy_space.columns(levels)
 
     def rate(call: Callable[[], object]) -> float:
         seconds = []
@@ -40,8 +40,8 @@ def benchmark_costs(space, population: int = 4096, repeats: int = 9, seed: int =
     return [
         CostSpeed(
             name,
-            rate(lambda model=model: model.total(space.space.geometry.shapes(*columns))),
-            rate(lambda model=model: model.total(space.space.shapes(levels))),
+            rate(lambda model=model: model.total(space.policy_space.geometry.shapes(*columns))),
+            rate(lambda model=model: model.total(space.policy_space.shapes(levels))),
         )
         for name, model in space.cost_models.items()
     ]

@@ -17,7 +17,7 @@ from secateur.envs.quantization.quantizers import QUANTIZERS
 from secateur.envs.recovery import RECOVERIES
 from secateur.search.benchmarks.records import Records, config_record
 from secateur.search.benchmarks.recoveries import Variant, inner_groups, network_name, uniform_policy
-from secateur.search.build import Say, build_assemblers, build_model_and_graph, build_plugin, build_space
+from secateur.search.build import StatusCallback, build_assemblers, build_model_and_graph, build_plugin, build_space
 from secateur.search.config import PluginEntry, SearchConfig
 
 PRUNED_METHODS: Mapping[str, tuple[PluginEntry, ...]] = {
@@ -90,21 +90,19 @@ def case_policy(graph: ModelGraph, case: Case) -> CompressionPolicy:
         read = {name for other in graph.groups if group.producers[0] in other.consumers for name in other.producers}
         if inner and not read & low:
             low.add(group.producers[0])
-    bits = tuple(
-        case.bits[layer.name not in low] if layer.quantizable else FLOAT_BITS for layer in graph.geometry.layers
-    )
+    bits = tuple(case.bits[layer.name not in low] if layer.quantizable else FLOAT_BITS for layer in graph.geometry.layers)
     return replace(policy, weight_bits=bits)
 
 
 def compare_data_free(
-    config: SearchConfig, records: Records, say: Say, on_row: Callable[[str], None], cases: Sequence[Case] = CASES
+    config: SearchConfig, records: Records, status: StatusCallback, on_row: Callable[[str], None], cases: Sequence[Case] = CASES
 ) -> None:
     """Add to `records` the float32 test score of every case and method, except those that are there already.
 
     Args:
         config: network, data, importance and quantizer; its recoveries, budgets and search are not used.
         records: the rows.
-        say: told what happens in between.
+        status: told what happens in between.
         on_row: told each row in one line.
         cases: rows of the table.
     """
@@ -112,13 +110,13 @@ def compare_data_free(
     recovery = PluginEntry(name="least_squares" if with_images else "data_free")
     finalize = config.finalize.model_copy(update={"recovery": None})
     config = config.model_copy(update={"recovery": (recovery,), "finalize": finalize})
-    data, model, graph = build_model_and_graph(config, say)
+    data, model, graph = build_model_and_graph(config, status)
     space, _ = build_space(config, graph, dense_top1=float("nan"))
-    say("calibrating")
+    status("calibrating")
     assembler, _ = build_assemblers(config, data, model, graph)
     images, labels = data.tensors(data.test)
     key = {"network": network_name(config), "config": config_record(config)}
-    say("scoring")
+    status("scoring")
     if records.find(**key, case="dense") is None:
         records.add(**key, case="dense", test_top1=top1(model, images, labels), images=len(labels), data=data.source)
     for case in cases:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from secateur.agents.core import TableActor
+from secateur.agents.core import SequenceActor
 from secateur.envs.assembler import Assembler
 from secateur.envs.candidate import Candidate
 from secateur.envs.core import Actor, CompressionPolicy, InputError
@@ -71,7 +71,7 @@ class EvaluationTimes:
 def random_tables(problem: Problem, count: int) -> list[np.ndarray]:
     """Return random actions bent to the edge of the first budget, from the configuration's seed."""
     rng, space = np.random.default_rng(problem.config.search.seed), problem.space
-    return [space.fit(rng.uniform(size=space.used.shape), problem.budgets[0]) for _ in range(count)]
+    return [space.scale_to_budget(rng.uniform(size=space.used.shape), problem.budgets[0]) for _ in range(count)]
 
 
 def measure_evaluations(
@@ -131,8 +131,8 @@ def _timed_parts(evaluator: Evaluator, policy: CompressionPolicy) -> tuple[dict[
         parts[name] = parts.get(name, 0.0) + _timed(lambda step=step: step(candidate))[0]
     graph, dtype = assembler.graph, evaluator.dtype
     parts[PREPARE], network = _timed(lambda: prepare_network(candidate.network.eval(), graph, dtype))
-    parts[FORWARD], (right, _) = _timed(lambda: evaluator.score(network, evaluator.costs(policy)))
-    return parts, network, float(right.mean())
+    parts[FORWARD], (correct, _) = _timed(lambda: evaluator.score(network, evaluator.costs(policy)))
+    return parts, network, float(correct.mean())
 
 
 @torch.inference_mode()
@@ -183,9 +183,7 @@ def pruned_network(assembler: Assembler, policy: CompressionPolicy, image: torch
     return network
 
 
-def removed_positions(
-    model: nn.Module, graph: ModelGraph, kept: Sequence[np.ndarray]
-) -> dict[str, dict[int, np.ndarray]]:
+def removed_positions(model: nn.Module, graph: ModelGraph, kept: Sequence[np.ndarray]) -> dict[str, dict[int, np.ndarray]]:
     """Return {module: {axis: removed positions}} by the modules' weights.
 
     Raises:
@@ -203,9 +201,9 @@ def removed_positions(
     return removed
 
 
-def evaluations_per_second(runner: Runner, problem: Problem, tables: Sequence[np.ndarray]) -> float:
+def evaluations_per_second(runner: Runner, problem: Problem, sequences: Sequence[np.ndarray]) -> float:
     """Return the rate at which a runner evaluates; before, every slot evaluates one policy to warm up."""
-    actors = [TableActor(problem.budgets[0], table, ticket) for ticket, table in enumerate(tables)]
+    actors = [SequenceActor(problem.budgets[0], sequence, ticket) for ticket, sequence in enumerate(sequences)]
     warm, timed = actors[: runner.slots], actors[runner.slots :]
     _run_all(runner, warm)
     seconds, _ = _timed(lambda: _run_all(runner, timed))

@@ -108,9 +108,7 @@ def _allocate(
     return (best[0].policy, best[0].evaluation, done) if best else (None, None, done)
 
 
-def _row(
-    task: Problem, policy: CompressionPolicy | None, validation: Evaluation | None, evaluations: int
-) -> dict[str, Any]:
+def _row(task: Problem, policy: CompressionPolicy | None, validation: Evaluation | None, evaluations: int) -> dict[str, Any]:
     if policy is None:
         return {"evaluations": evaluations, "validation_top1": None, "test_top1": {}, "macs": None, "widths": None}
     images, labels = task.data.tensors(task.data.test)

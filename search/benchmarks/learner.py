@@ -27,7 +27,7 @@ class LearnerSpeed:
         ask: one choice, the learning of one episode included.
         tell: handing one episode over.
         evaluation: one evaluation of a random policy, cached pieces included; NaN if none was made.
-        steps, entries: of a table.
+        steps, entries: of a sequence.
     """
 
     simulate: float
@@ -82,7 +82,7 @@ def benchmark_learner(
         actions = rng.random((space.num_steps, len(rows), space.action_dim))
         learner = agent.learner
         parts: dict[str, Callable[[], object]] = {
-            "simulate": lambda: space.simulate(lambda o, tables, step, which: actions[step, which], rows),
+            "simulate": lambda: space.simulate(lambda o, sequences, step, which: actions[step, which], rows),
             "plan": lambda: learner.plan(agent.config.planned),
             "critic_update": lambda: learner.update_critics(0.5),
             "actor_update": learner.update_actor,
@@ -109,12 +109,12 @@ def benchmark_learner(
 def _made_up(problem: Problem, actor: Actor, rng: np.random.Generator) -> Episode:
     """Return an episode that costs what it costs and scores anything."""
     space = problem.space
-    table = space.execute(actor.table, actor.budget)
-    policy = space.decode(table)
+    sequence = space.execute(actor.sequence, actor.budget)
+    policy = space.decode(sequence)
     evaluation = Evaluation(float(rng.random()), space.policy_costs(policy))
     slacks = constraints(evaluation, actor.budget, space.dense_top1)
     reward = reward_vector(evaluation, space.objectives, space.dense_costs)
-    return Episode(actor.budget.name, policy, evaluation, slacks, actions=table, reward=reward)
+    return Episode(actor.budget.name, policy, evaluation, slacks, actions=sequence, reward=reward)
 
 
 def _milliseconds(call: Callable[[], object], repeats: int, warm: int = 2) -> float:

@@ -98,7 +98,7 @@ def training_images(config: SearchConfig) -> Split:
 def random_policies(problem: Problem, budget: Budget, count: int) -> list[CompressionPolicy]:
     """Return random policies at the edge of the budget; the first ones do not depend on `count`."""
     agent = build_agent(replace(problem, budgets=(budget,)), "random", {}, problem.config.search.seed)
-    return [problem.space.decode(actor.table) for actor in agent.ask(count)]
+    return [problem.space.decode(actor.sequence) for actor in agent.ask(count)]
 
 
 def open_records(file: Path, experiment: Experiment, budget: Budget) -> Records:

@@ -11,7 +11,7 @@ from typing import Any
 from secateur.cost_models.core import FLOAT_BITS
 from secateur.search.benchmarks.records import Records
 from secateur.search.benchmarks.recoveries import Variant, compare_recoveries
-from secateur.search.build import Say
+from secateur.search.build import StatusCallback
 from secateur.search.config import SearchConfig
 
 BITS = (4, 3, 2)
@@ -47,9 +47,9 @@ def _name(quantizer: str, recoveries: Sequence[str], bits: int) -> str:
     return f"{' + '.join((quantizer, *recoveries))}, {bits} bits"
 
 
-def compare_quantizers(config: SearchConfig, records: Records, say: Say, on_row: Callable[[str], None]) -> None:
+def compare_quantizers(config: SearchConfig, records: Records, status: StatusCallback, on_row: Callable[[str], None]) -> None:
     """Add to `records` the float32 test score of every method at every bit-width; see `compare_recoveries`."""
-    compare_recoveries([config], 0.0, records, say, on_row, variants())
+    compare_recoveries([config], 0.0, records, status, on_row, variants())
 
 
 def quantizer_report(rows: Sequence[Mapping[str, Any]]) -> str:

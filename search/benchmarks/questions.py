@@ -160,9 +160,7 @@ def answer_questions(
         on_row(question_line(row))
 
 
-def _fresh_search(
-    problem: Problem, runner: Runner, question: Question, evaluations: int, seed: int
-) -> tuple[Episode, float]:
+def _fresh_search(problem: Problem, runner: Runner, question: Question, evaluations: int, seed: int) -> tuple[Episode, float]:
     """Return the best feasible episode of a search for this question alone, and its seconds."""
     options = {"preference": tuple(question.preference)}
     rival = build_agent(replace(problem, budgets=(question.budget,)), RIVAL, options, seed)
@@ -179,9 +177,7 @@ def _fresh_search(
     return max(episodes, key=lambda episode: float(question.preference @ episode.reward)), time.perf_counter() - start
 
 
-def _scores(
-    problem: Problem, question: Question, policy: CompressionPolicy, validation: float, seconds: float
-) -> dict[str, Any]:
+def _scores(problem: Problem, question: Question, policy: CompressionPolicy, validation: float, seconds: float) -> dict[str, Any]:
     """Return test top-1 and test utility of a policy, after the finalists' recovery, beside what its choice rests on."""
     _, final = finalist_scores(problem, policy)
     shares = {name: final.costs[name] / problem.space.dense_costs[name] for name in problem.space.objectives[1:]}

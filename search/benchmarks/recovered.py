@@ -9,13 +9,13 @@ from typing import Any
 from secateur.envs.assembler import Assembler
 from secateur.envs.piece_cache import PieceCache
 from secateur.envs.recovery import RECOVERIES
-from secateur.search.build import Problem, Say, build_plugin, build_problem
+from secateur.search.build import Problem, StatusCallback, build_plugin, build_problem
 from secateur.search.config import PluginEntry, SearchConfig
 
 
-def calibrated_problem(config: SearchConfig, say: Say) -> Problem:
+def calibrated_problem(config: SearchConfig, status: StatusCallback) -> Problem:
     """Return the problem with the recovery `least_squares`, whatever the configuration says: calibration runs for it."""
-    return build_problem(config.model_copy(update={"recovery": (PluginEntry(name="least_squares"),)}), say)
+    return build_problem(config.model_copy(update={"recovery": (PluginEntry(name="least_squares"),)}), status)
 
 
 def with_recoveries(assembler: Assembler, names: Sequence[str], **changes: Any) -> Assembler:

@@ -17,7 +17,7 @@ from secateur.envs.model_graph import ModelGraph
 from secateur.envs.quantization.quantizers import QUANTIZERS
 from secateur.search.benchmarks.records import Records, config_record
 from secateur.search.benchmarks.recovered import calibrated_problem, with_recoveries
-from secateur.search.build import Problem, Say, build_plugin
+from secateur.search.build import Problem, StatusCallback, build_plugin
 from secateur.search.config import PluginEntry, SearchConfig
 
 
@@ -94,7 +94,7 @@ def compare_recoveries(
     configs: Sequence[SearchConfig],
     ratio: float,
     records: Records,
-    say: Say,
+    status: StatusCallback,
     on_row: Callable[[str], None],
     variants: Sequence[Variant] = VARIANTS,
 ) -> None:
@@ -104,7 +104,7 @@ def compare_recoveries(
         configs: one network each; their `space.exclude` counts, but not the rest of `space`, nor `recovery` and `quantizer`.
         ratio: share of units that each inner group loses, in [0, 1).
         records: the rows.
-        say: told what happens in between.
+        status: told what happens in between.
         on_row: told each row in one line.
         variants: columns.
     """
@@ -113,9 +113,9 @@ def compare_recoveries(
         key = {"network": network, "ratio": ratio, "config": record}
         missing = [variant for variant in variants if records.find(**key, variant=variant.name) is None]
         if not missing:
-            say(f"{network}: measured already")
+            status(f"{network}: measured already")
             continue
-        problem = calibrated_problem(config, say)
+        problem = calibrated_problem(config, status)
         for variant in missing:
             row = records.add(**key, variant=variant.name, **_measure(problem, variant, ratio))
             on_row(f"{network}, {variant.name}: {100 * row['test_top1']:.2f} % of {row['images']} test images")

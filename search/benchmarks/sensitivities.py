@@ -31,7 +31,7 @@ def compare_sensitivities(problem: Problem, policies: int, records: Records, on_
         for index, policy in enumerate(random_policies(problem, budget, policies)):
             if records.find(budget=budget.name, policy=index) is not None:
                 continue
-            alone = space.sensitivities(space.space.strengths(policy))
+            alone = space.sensitivities(space.policy_space.strengths(policy))
             sums = {str(power): float((alone**power).sum()) for power in POWERS}
             row = records.add(budget=budget.name, policy=index, top1=evaluator.evaluate(policy).top1, sums=sums)
             on_row(f"{budget.name}, policy {index}: {100 * row['top1']:.1f} % top-1, sensitivities {sums['0.75']:.3f}")
@@ -55,6 +55,6 @@ def sensitivity_report(problem: Problem, rows: Sequence[Mapping[str, Any]]) -> s
     return (
         f"{markdown_table(heads, lines)}\n\n"
         f"Spearman's rank correlation of top-1 on {problem.dense.images} validation images with minus the sum of "
-        f"divergence ** power over {len(problem.space.strengths)} choices, whose measurement took "
+        f"divergence ** power over {len(problem.space.level_actions)} choices, whose measurement took "
         f"{problem.space.sensitivities.seconds:.0f} s. {problem.data.source}\n"
     )

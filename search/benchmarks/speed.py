@@ -140,7 +140,10 @@ def peak_memory(content: bytes, image: np.ndarray, runtime: str, precision: str,
         np.save(images, image)
         arguments = [str(model), str(images), runtime, precision, str(threads)]
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "secateur.search.benchmarks.speed", *arguments], capture_output=True, text=True, check=True
+            [sys.executable, "-P", "-m", "secateur.search.benchmarks.speed", *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
         )
     return int(done.stdout)
 
@@ -184,8 +187,10 @@ def speed_rows(network: str, versions: Sequence[Version]) -> list[str]:
     dense = versions[0]
     rows = []
     for version in versions:
-        memory = "-" if version.memory_bytes is None or not dense.memory_bytes else (
-            f"{version.memory_bytes / 1e6:,.1f} | {dense.memory_bytes / max(version.memory_bytes, 1):.2f}"
+        memory = (
+            "-"
+            if version.memory_bytes is None or not dense.memory_bytes
+            else (f"{version.memory_bytes / 1e6:,.1f} | {dense.memory_bytes / max(version.memory_bytes, 1):.2f}")
         )
         rows.append(
             f"| {network} | {version.name} | {100 * version.macs:.1f} "

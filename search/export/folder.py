@@ -275,9 +275,7 @@ def _layers(network: nn.Module) -> list[dict[str, Any]]:
 
 def _readme(document: Mapping[str, Any], name: str) -> str:
     scores = [(split, score) for split, score in document["scores"].items() if score is not None]
-    lines = "\n".join(
-        f"- {split} top-1: {100 * score['top1']:.2f} % of {score['images']} images" for split, score in scores
-    )
+    lines = "\n".join(f"- {split} top-1: {100 * score['top1']:.2f} % of {score['images']} images" for split, score in scores)
     costs = "\n".join(
         f"- {cost}: {_number(value)} ({100 * value / document['dense_costs'][cost]:.1f} % of dense)"
         for cost, value in document["costs"].items()
@@ -471,9 +469,7 @@ def _restore(model: nn.Module, packed: Mapping[str, Tensor], layers: list[dict[s
             tensors[f"{name}.weight"] = quantized[name].dequantize()
     expected = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     if missing := sorted(expected - set(tensors)):
-        raise InputError(
-            f"The export has no tensor `{missing[0]}`, which the factory makes: the model's code has changed."
-        )
+        raise InputError(f"The export has no tensor `{missing[0]}`, which the factory makes: the model's code has changed.")
     resize_model(model, tensors)
     for layer in layers:
         module = model.get_submodule(layer["name"])

@@ -163,9 +163,7 @@ def _batch_norm_gains(network: nn.Module, graph: ModelGraph) -> dict[str, np.nda
 # ---------------------------------------------------------------------------------------------------------------- layers
 
 
-def _integer_layer(
-    weight: QuantizedWeight, gain: np.ndarray | None, folded: nn.Module, grid: ActivationGrid
-) -> _IntegerLayer:
+def _integer_layer(weight: QuantizedWeight, gain: np.ndarray | None, folded: nn.Module, grid: ActivationGrid) -> _IntegerLayer:
     """Return what stands in the file for a layer; `folded` is its module after batch norm was folded."""
     scale = weight.scale.numpy().astype(np.float64) * (1.0 if gain is None else gain)
     codes, step = _integer_levels(weight)

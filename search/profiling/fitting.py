@@ -35,9 +35,7 @@ def fit_correction(
     measured = np.array(milliseconds)
     geometry = shapes.geometry
     layers = TableLatency(replace(table, corrections=()), integer_bits).per_layer(shapes)
-    families = [
-        layer_family(layer.kind, layer.kernel, 0 if layer.depthwise else layer.conv_groups) for layer in geometry.layers
-    ]
+    families = [layer_family(layer.kind, layer.kernel, 0 if layer.depthwise else layer.conv_groups) for layer in geometry.layers]
     names = sorted(set(families))
     traffic = Traffic(table.float_precision, integer_bits)
     width = weight_bytes(int(traffic.executed(shapes).flat[0]), table.float_precision)

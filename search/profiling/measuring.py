@@ -127,6 +127,4 @@ def chunks(points: Sequence[LayerPoint], batch: int = 1, weights: float = CHUNK_
 
 def merged(visits: Sequence[Sequence[PointTime]]) -> list[PointTime]:
     """Return the least disturbed visit of each point, with the repeats of all."""
-    return [
-        (min(v[0] for v in point), min(v[1] for v in point), sum(v[2] for v in point)) for point in zip(*visits, strict=True)
-    ]
+    return [(min(v[0] for v in point), min(v[1] for v in point), sum(v[2] for v in point)) for point in zip(*visits, strict=True)]

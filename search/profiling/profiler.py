@@ -113,9 +113,7 @@ class Subject:
     image_shape: tuple[int, ...]
 
 
-def profile(
-    subject: Subject, runtime: Runtime, config: ProfileConfig, journal: Journal, note: Note, advance: Advance
-) -> Device:
+def profile(subject: Subject, runtime: Runtime, config: ProfileConfig, journal: Journal, note: Note, advance: Advance) -> Device:
     """Return the device that this process runs on, measured with this network.
 
     Args:
@@ -127,9 +125,7 @@ def profile(
 
 
 class _Profiler:
-    def __init__(
-        self, subject: Subject, runtime: Runtime, config: ProfileConfig, journal: Journal, note: Note, advance: Advance
-    ):
+    def __init__(self, subject: Subject, runtime: Runtime, config: ProfileConfig, journal: Journal, note: Note, advance: Advance):
         self._subject, self._runtime, self._config = subject, runtime, config
         self._journal, self._note, self._advance = journal, note, advance
         self._timer = LayerTimer(runtime, config.threads, config.batch, config.seconds)
@@ -186,9 +182,7 @@ class _Profiler:
                 milliseconds = [time for time, _, _ in merged(visits)]
                 multiples, step, _ = find_staircase(list(points), milliseconds)
                 words = f"{layer.name} ({_in_words(layer_key(layer))})"
-                found.append(
-                    Staircase(family, axis, precision, words, multiples, step, tuple(points), _rounded(milliseconds))
-                )
+                found.append(Staircase(family, axis, precision, words, multiples, step, tuple(points), _rounded(milliseconds)))
         return tuple(found)
 
     def _grids(self, staircases: Sequence[Staircase]) -> tuple[LayerGrid, ...]:
@@ -201,9 +195,7 @@ class _Profiler:
                 self._note(f"layers, visit {visit + 1} of {ROUNDS}: {_in_words(key)}, {precision}, {len(points)} sizes")
                 visits[key, precision].append(self._visit(f"grid/{precision}/{key}/{visit}", points, precision))
                 self._advance((visit * len(axes) + number + 1) / (ROUNDS * len(axes)) * 0.5)
-        return tuple(
-            _grid(key, precision, *axes[key, precision], merged(times)) for (key, precision), times in visits.items()
-        )
+        return tuple(_grid(key, precision, *axes[key, precision], merged(times)) for (key, precision), times in visits.items())
 
     def _corrected(self, table: LatencyTable) -> LatencyTable:
         """Return the table with corrections fitted to whole networks, and their check."""

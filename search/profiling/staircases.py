@@ -18,9 +18,7 @@ MARGIN, NEGLIGIBLE = 1.1, 0.015
 """A simpler staircase is taken if its error is at most the best one's times the first, or at most the second: noise."""
 
 
-def measured_counts(
-    largest: int, multiples: tuple[int, ...] = (), step: int = 1, coarse: bool = False
-) -> tuple[int, ...]:
+def measured_counts(largest: int, multiples: tuple[int, ...] = (), step: int = 1, coarse: bool = False) -> tuple[int, ...]:
     """Return the channel counts to measure on an axis that goes up to `largest`.
 
     Args:

@@ -149,9 +149,7 @@ def make_distinct(model: nn.Module) -> None:
 def export_to_onnx(network: nn.Module, images: torch.Tensor) -> onnx.ModelProto:
     """Return the network as an ONNX model with a fixed batch; the initializers keep the names of its tensors."""
     with quiet():
-        program = torch.onnx.export(
-            network, (images,), dynamo=True, input_names=[INPUT], output_names=[OUTPUT], verbose=False
-        )
+        program = torch.onnx.export(network, (images,), dynamo=True, input_names=[INPUT], output_names=[OUTPUT], verbose=False)
     return program.model_proto
 
 

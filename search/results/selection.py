@@ -33,7 +33,7 @@ class Chosen:
 def check_selection(budget: str | None, trial: int | None, front: bool) -> None:
     """Raise InputError unless exactly one of the three is given."""
     if (budget is not None) + (trial is not None) + front != 1:
-        raise InputError("Say what to export with exactly one of --budget NAME, --trial NUMBER and --front.")
+        raise InputError("StatusCallback what to export with exactly one of --budget NAME, --trial NUMBER and --front.")
 
 
 def chosen_winner(run: Path, document: Mapping[str, Any], budget: str, output: Path | None = None) -> Chosen:
@@ -91,9 +91,7 @@ def chosen_trial(run: Path, trial: Any, space: PolicySpace, output: Path | None 
     point = {
         "evaluation": trial.user_attrs["evaluation"],
         "policy": asdict(policy_of_trial(trial, space)),
-        "costs": {
-            name.removeprefix("cost/"): value for name, value in trial.user_attrs.items() if name.startswith("cost/")
-        },
+        "costs": {name.removeprefix("cost/"): value for name, value in trial.user_attrs.items() if name.startswith("cost/")},
     }
     return Chosen(output or trial_folder(run, trial.number), trial.user_attrs["budget"], point)
 

@@ -68,7 +68,7 @@ def verify_winners(
     front: Front,
     finalists: Sequence[Finalist],
     run: Path,
-    say: Callable[[str], None] = log.info,
+    status: Callable[[str], None] = log.info,
     verify: Callable[..., Verification] = verify_in_fresh_process,
 ) -> list[Outcome]:
     """Export the winner of every budget to `run`/exports/<budget>, and check it; see the module.
@@ -78,11 +78,11 @@ def verify_winners(
         front: everything that it found.
         finalists: of all budgets, the winners first.
         run: its folder.
-        say: told each stage.
+        status: told each stage.
         verify: checks a folder; it is told the runtime and the number of threads.
     """
     return [
-        _Trials(problem, front, budget, run, say, verify).run([f for f in finalists if f.budget == budget.name])
+        _Trials(problem, front, budget, run, status, verify).run([f for f in finalists if f.budget == budget.name])
         for budget in problem.budgets
     ]
 
@@ -95,7 +95,7 @@ class _Trials:
     front: Front
     budget: Budget
     folder: Path
-    say: Callable[[str], None]
+    status: Callable[[str], None]
     verify: Callable[..., Verification]
     factor: float = 1.0
 
@@ -130,7 +130,7 @@ class _Trials:
 
     def _check(self, finalist: Finalist, outcome: Outcome) -> None:
         folder = winner_folder(self.folder, self.budget)
-        self.say(f"exporting and checking the winner of {self.budget.name}")
+        self.status(f"exporting and checking the winner of {self.budget.name}")
         try:
             write_export(folder, self.problem, finalist.policy, self.budget, finalist.validation, finalist.final)
             outcome.folder = folder
@@ -151,7 +151,7 @@ class _Trials:
         """Return the best policy of the search that keeps the limit by the corrected table, repaired and scored."""
         for candidate in self.front.best(self.budget.name, self.front.evaluations):
             if candidate.policy not in tried and self._keeps(candidate.evaluation.costs):
-                self.say(f"repairing another policy for {self.budget.name}")
+                self.status(f"repairing another policy for {self.budget.name}")
                 finalist = score_finalist(self.problem, self.budget, candidate)
                 if finalist is not None:
                     return [finalist]

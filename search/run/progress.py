@@ -43,7 +43,7 @@ class SearchProgress:
     def __exit__(self, *exception) -> None:
         self.stop()
 
-    def say(self, text: str) -> None:
+    def status(self, text: str) -> None:
         """Show what happens before and after the evaluations: training, calibration, final scores."""
         if self._status is None:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -49,9 +49,9 @@ class _Worker:
     def ready(self) -> None:
         """Return once the environment is built."""
 
-    def run(self, actor: Actor, known: Sequence[tuple[CompressionPolicy, Evaluation]]) -> Episode:
-        """Return the actor's episode; `known` is what all workers have evaluated since this one last heard."""
-        self._env.evaluator.known.update(known)
+    def run(self, actor: Actor, evaluated: Sequence[tuple[CompressionPolicy, Evaluation]]) -> Episode:
+        """Return the actor's episode; `evaluated` is what all workers have evaluated since this one last heard."""
+        self._env.evaluator.cache.update(evaluated)
         return rollout(self._env, actor)
 
 
@@ -80,9 +80,7 @@ class RayRunner:
         InputError: if there is no cluster at `address`, or it has too few cores.
     """
 
-    def __init__(
-        self, make_env: Callable[[], CompressionEnv], workers: int | str, address: str = LOCAL, threads: int = 1
-    ):
+    def __init__(self, make_env: Callable[[], CompressionEnv], workers: int | str, address: str = LOCAL, threads: int = 1):
         self._threads = threads
         self._folder: str | None = None
         self._workers: list[Any] = []

@@ -47,7 +47,7 @@ class Recorded:
         self._left = Counter(map(_key, self.episodes))
 
     @property
-    def known(self) -> list[tuple[CompressionPolicy, Evaluation]]:
+    def evaluated(self) -> list[tuple[CompressionPolicy, Evaluation]]:
         """What need not be evaluated again; failures are tried anew, and are new evaluations if they succeed."""
         return [(episode.policy, episode.evaluation) for episode in self.episodes if episode.evaluation is not None]
 
@@ -66,7 +66,7 @@ def _key(episode: Episode) -> tuple[str, CompressionPolicy | None, bool]:
 def _episode(trial: Any, problem: Problem) -> Episode:
     facts = trial.user_attrs
     budgets = {budget.name: budget for budget in problem.budgets}
-    policy = policy_of_trial(trial, problem.space.space) if trial.params else None
+    policy = policy_of_trial(trial, problem.space.policy_space) if trial.params else None
     if "failure" in facts or policy is None:
         return Episode(facts["budget"], policy, None, failure=facts.get("failure", "unknown"))
     costs = {name.removeprefix("cost/"): value for name, value in facts.items() if name.startswith("cost/")}

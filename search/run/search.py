@@ -37,7 +37,7 @@ def search(config: SearchConfig, progress: SearchProgress | None = None) -> Path
     """
     check_run_folder(config.output)
     progress = progress or SearchProgress(Console(quiet=True))
-    problem = build_problem(config, progress.say)
+    problem = build_problem(config, progress.status)
     return _run(problem, None, None, progress)
 
 
@@ -58,7 +58,7 @@ def resume(run: str | Path, overrides: Sequence[str] = (), progress: SearchProgr
     with held(run):
         trials = load_study(run).trials
         check_evaluations(run, len(trials), config)
-        problem = build_problem(config, progress.say)
+        problem = build_problem(config, progress.status)
         check_same_score(run, manifest, problem)
         return _run(problem, run, Recorded(trials, problem), progress)
 
@@ -68,11 +68,13 @@ def _run(problem: Problem, run: Path | None, recorded: Recorded | None, progress
     config = problem.config
     progress.note(f"evaluations in {problem.precision.dtype}: {problem.precision.reason}")
     if run is not None:
-        problem.space.sensitivities = read_sensitivities(run, problem.space.space)  # sums may differ from machine to machine
-    agent = build_agent(problem, config.search.agent, config.search.options, config.search.seed, progress.say)
-    progress.say("starting the workers")
+        problem.space.sensitivities = read_sensitivities(
+            run, problem.space.policy_space
+        )  # sums may differ from machine to machine
+    agent = build_agent(problem, config.search.agent, config.search.options, config.search.seed, progress.status)
+    progress.status("starting the workers")
     with ExitStack() as stack:
-        runner = stack.enter_context(closing(open_runner(problem, recorded.known if recorded else ())))
+        runner = stack.enter_context(closing(open_runner(problem, recorded.evaluated if recorded else ())))
         # Nothing is written before everything that can be refused has been built.
         if run is None:
             run = create_run_folder(config.output)
@@ -89,7 +91,7 @@ def _evaluate(
     problem: Problem, agent: Agent, runner: Runner, run: Path, recorded: Recorded | None, progress: SearchProgress
 ) -> Front:
     """Search; a run that goes on keeps its front and its agent until there is something new."""
-    config, describe = problem.config, problem.space.space.describe
+    config, describe = problem.config, problem.space.policy_space.describe
     write_manifest(run, config, _facts(problem))
     front, recorder = build_front(problem), _recorder(problem, run)
     for episode in recorded.episodes if recorded else ():
@@ -144,14 +146,14 @@ def _save(agent: Agent, folder: Path) -> None:
 
 def _finish(problem: Problem, front: Front, run: Path, progress: SearchProgress) -> None:
     """Score the best policies on the test images, and check the winners."""
-    config, describe = problem.config, problem.space.space.describe
-    progress.say("scoring the best policies on the test images")
+    config, describe = problem.config, problem.space.policy_space.describe
+    progress.status("scoring the best policies on the test images")
     finalists, dense_final = finalize(problem, front, config.finalize.top), dense_test_score(problem)
     write_front(run, front.document(describe, finalists, dense_final))
     if config.finalize.verify:
         for budget in problem.budgets:  # winners of this run before it went on
             shutil.rmtree(winner_folder(run, budget), ignore_errors=True)
-        outcomes = verify_winners(problem, front, finalists, run, progress.say)
+        outcomes = verify_winners(problem, front, finalists, run, progress.status)
         finalists = [finalist for outcome in outcomes for finalist in outcome.finalists]
         write_front(run, front.document(describe, finalists, dense_final, outcomes))
 
@@ -168,7 +170,7 @@ def _facts(problem: Problem) -> dict:
 
 def _recorder(problem: Problem, run: Path) -> StudyRecorder:
     attributes = {"agent": problem.config.search.agent, "seed": problem.config.search.seed, "data": problem.data.source}
-    return StudyRecorder(run, problem.space.space, problem.space.objectives, problem.budgets, attributes)
+    return StudyRecorder(run, problem.space.policy_space, problem.space.objectives, problem.budgets, attributes)
 
 
 def _clock(limit: float | None) -> Callable[[], bool]:

@@ -20,7 +20,7 @@ def write_sensitivities(run: Path, space: FeasibleSpace) -> None:
     """Write {choice: divergence in nats at even strengths from 0 to 1}; nothing if they were not measured, or are there."""
     path = run / SENSITIVITIES
     if space.sensitivities is not None and not path.exists():
-        names = [decision.name for decision in space.space.decisions]
+        names = [decision.name for decision in space.policy_space.decisions]
         curves = dict(zip(names, space.sensitivities.curves.tolist(), strict=True))
         document = {"schema": 1, "seconds": space.sensitivities.seconds, "curves": curves}
         draft = path.with_suffix(".draft")

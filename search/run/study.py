@@ -106,11 +106,7 @@ class StudyRecorder:
 
 def limited_quantities(budgets: Sequence[Budget]) -> tuple[str, ...]:
     """Return the names of everything that any budget limits, in order of appearance."""
-    names = [
-        name
-        for budget in budgets
-        for name in (*budget.limits, *(["top1_drop"] if budget.top1_drop is not None else []))
-    ]
+    names = [name for budget in budgets for name in (*budget.limits, *(["top1_drop"] if budget.top1_drop is not None else []))]
     return tuple(dict.fromkeys(names))
 
 

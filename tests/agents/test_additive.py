@@ -17,7 +17,7 @@ def score(entries):
 
 
 def correlation(model, entries):
-    return np.corrcoef(model.foretell(entries)[0], score(entries))[0, 1]
+    return np.corrcoef(model.predict(entries)[0], score(entries))[0, 1]
 
 
 def test_foretells_from_fewer_policies_than_entries():
@@ -33,16 +33,16 @@ def test_what_a_kind_does_is_known_before_what_entries_do():
 
 def test_known_scores_come_back_without_a_penalty_and_their_mean_with_a_huge_one():
     known = RNG.random((15, 40))
-    np.testing.assert_allclose(AdditiveModel(known, score(known), KINDS, 1e-9, None).foretell(known)[0], score(known), atol=1e-5)
-    far = AdditiveModel(known, score(known), KINDS, 1e9, None).foretell(known)[0]
+    np.testing.assert_allclose(AdditiveModel(known, score(known), KINDS, 1e-9, None).predict(known)[0], score(known), atol=1e-5)
+    far = AdditiveModel(known, score(known), KINDS, 1e9, None).predict(known)[0]
     np.testing.assert_allclose(far, np.full(15, score(known).mean()), atol=1e-5)
 
 
 def test_it_is_surest_of_what_it_knows_and_about_as_wrong_as_it_says():
     known, new = RNG.random((2, 60, 40))
     model = AdditiveModel(known, score(known), KINDS, 0.1, None)
-    expected, deviation = model.foretell(new)
-    assert model.foretell(known)[1].max() < deviation.min()
+    expected, deviation = model.predict(new)
+    assert model.predict(known)[1].max() < deviation.min()
     assert 0.3 < np.sqrt(np.mean(((expected - score(new)) / deviation) ** 2)) < 2
 
 
@@ -52,10 +52,10 @@ def test_sensitivities_tell_entries_apart_that_few_policies_cannot():
     known, new = RNG.random((8, 40)), RNG.random((200, 40))
     scores = [-(true * entries**2).sum(axis=1) for entries in (known, new)]
 
-    def foretold(sensitivities):
-        return np.corrcoef(AdditiveModel(known, scores[0], KINDS, 0.1, sensitivities).foretell(new)[0], scores[1])[0, 1]
+    def predicted(sensitivities):
+        return np.corrcoef(AdditiveModel(known, scores[0], KINDS, 0.1, sensitivities).predict(new)[0], scores[1])[0, 1]
 
-    assert foretold(curves) > 0.9 > 0.6 > foretold(None)
+    assert predicted(curves) > 0.9 > 0.6 > predicted(None)
 
 
 def test_what_sums_cannot_tell_stays_where_it_was_seen():
@@ -64,7 +64,7 @@ def test_what_sums_cannot_tell_stays_where_it_was_seen():
     scores = score(known)
     scores[0] -= 1.0  # much worse than its parts
     model = AdditiveModel(known, scores, KINDS, 0.1, None)
-    near, far = model.foretell(np.stack([odd, known[1]]))[0] - score(np.stack([odd, known[1]]))
+    near, far = model.predict(np.stack([odd, known[1]]))[0] - score(np.stack([odd, known[1]]))
     assert near < -0.4 and abs(far) < 0.2
 
 
@@ -72,4 +72,4 @@ def test_what_sums_cannot_tell_stays_where_it_was_seen():
 def test_alike_policies_do_not_break_it(count):
     known = np.full((count, 4), 0.5)
     model = AdditiveModel(known, np.full(count, 0.7), np.zeros(4, int), 0.3, None)
-    np.testing.assert_allclose(model.foretell(RNG.random((3, 4)))[0], np.full(3, 0.7))
+    np.testing.assert_allclose(model.predict(RNG.random((3, 4)))[0], np.full(3, 0.7))

@@ -30,9 +30,9 @@ def test_random_search_covers_every_level_and_repeats_no_policy(toy):
 
 def test_random_tables_vary_the_ratio_between_the_kinds(toy):
     rng = np.random.default_rng(0)
-    tables = np.array([random_table(toy, rng) for _ in range(2000)])
-    assert tables.min() >= 0 and tables.max() <= 1 and not tables[:, ~toy.used].any()
-    by_kind = tables[:, :5].mean(axis=1)
+    sequences = np.array([random_table(toy, rng) for _ in range(2000)])
+    assert sequences.min() >= 0 and sequences.max() <= 1 and not sequences[:, ~toy.used].any()
+    by_kind = sequences[:, :5].mean(axis=1)
     assert np.abs(by_kind - 0.5).max() > 0.45  # independent strengths would have to agree in five entries
     assert np.std(by_kind[:, 0] - by_kind[:, 1]) > 1.2 * np.sqrt(2 / 12 / 5)
 
@@ -62,9 +62,9 @@ def test_uniform_starts_even_then_varies_the_ratio_between_the_kinds(toy):
     family = uniform_family(toy, exponents=7)
     assert len(family) == 7**2 - 6**2
     assert len(np.unique(family[0][toy.used])) == 1
-    assert all(len(np.unique(table[toy.used[:, k], k])) == 1 for table in family for k in range(2))
-    assert {table[0, 0] > table[0, 1] for table in family[1:]} == {True, False}
-    assert len({tuple(table[0]) for table in family}) == len(family)
+    assert all(len(np.unique(sequence[toy.used[:, k], k])) == 1 for sequence in family for k in range(2))
+    assert {sequence[0, 0] > sequence[0, 1] for sequence in family[1:]} == {True, False}
+    assert len({tuple(sequence[0]) for sequence in family}) == len(family)
 
 
 def test_uniform_repeats_no_policy(toy):

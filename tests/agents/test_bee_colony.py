@@ -18,20 +18,20 @@ class FreeSpace:
     dense_top1 = 1.0
     used = np.ones((8, 1), bool)
 
-    def execute(self, table, budget):
-        return table
+    def execute(self, sequence, budget):
+        return sequence
 
     fit = execute
 
-    def decode(self, table):
-        return table.tobytes()
+    def decode(self, sequence):
+        return sequence.tobytes()
 
 
 def colony_of(space, seed=0, **options):
-    """A colony whose sources are random tables with made-up utilities, the first the best."""
+    """A colony whose sources are random sequences with made-up utilities, the first the best."""
     colony = Colony(BeeColonyConfig(**options), space, Budget("b", {}), TOP1, np.random.default_rng(seed))
-    tables = 0.3 + 0.4 * np.random.default_rng(seed + 1).random((colony.config.sources, *space.used.shape))
-    colony.sources = [Source(table, 0.0, -float(i)) for i, table in enumerate(tables)]
+    sequences = 0.3 + 0.4 * np.random.default_rng(seed + 1).random((colony.config.sources, *space.used.shape))
+    colony.sources = [Source(sequence, 0.0, -float(i)) for i, sequence in enumerate(sequences)]
     colony.best = colony.sources[0]
     colony.trials[:] = 0
     return colony
@@ -119,14 +119,14 @@ def test_onlookers_prefer_better_sources(toy):
 
 def test_every_gene_moves_the_last_included():
     colony = colony_of(FreeSpace(), genes=1 / 8, candidates=1)
-    moved = np.array([(colony._neighbor(3) != colony.sources[3].table).ravel() for _ in range(400)])
+    moved = np.array([(colony._neighbor(3) != colony.sources[3].sequence).ravel() for _ in range(400)])
     assert moved.sum(axis=1).max() == 1
     assert np.all(moved.sum(axis=0) > 400 / 8 / 2)
 
 
 def test_a_move_changes_distinct_genes_from_one_to_all():
     colony = colony_of(FreeSpace(), candidates=1)
-    counts = [(colony._neighbor(3) != colony.sources[3].table).sum() for _ in range(800)]
+    counts = [(colony._neighbor(3) != colony.sources[3].sequence).sum() for _ in range(800)]
     assert set(counts) == set(range(1, 9))
     assert np.bincount(counts)[1:].min() > 800 / 8 / 2
 
@@ -135,7 +135,7 @@ def test_moves_are_unbiased_without_guidance():
     colony = colony_of(FreeSpace(), guidance=0.0, candidates=1)
     far = Source(np.full((8, 1), 0.5), 0.0, 0.0)  # the others lie on one side, none so far that a move is clipped
     colony.sources = [far if slot == 3 else Source(np.full((8, 1), 0.3), 0.0, 0.0) for slot in range(10)]
-    steps = np.array([(colony._neighbor(3) - colony.sources[3].table).mean() for _ in range(4000)])
+    steps = np.array([(colony._neighbor(3) - colony.sources[3].sequence).mean() for _ in range(4000)])
     assert abs(steps.mean()) < 4 * steps.std() / np.sqrt(len(steps))
     assert steps.std() > 0.01
 
@@ -145,7 +145,7 @@ def test_kinds_of_choices_are_traded_against_each_other(toy):
         """Largest step that all genes of a kind make together, over many moves."""
         toy.used[:, kinds:] = False
         colony = colony_of(toy, genes=1 / 100, candidates=1)
-        moves = np.array([colony._neighbor(3) - colony.sources[3].table for _ in range(50)])
+        moves = np.array([colony._neighbor(3) - colony.sources[3].sequence for _ in range(50)])
         return np.median(np.abs(moves[:, :5, :kinds]), axis=1).max()
 
     assert 0.2 < common_step(kinds=2) <= 0.3
@@ -156,7 +156,7 @@ def test_guidance_pulls_towards_the_best_source():
     def distance(guidance):
         colony = colony_of(FreeSpace(), guidance=guidance, candidates=1)
         moves = np.array([colony._neighbor(3) for _ in range(2000)])
-        return np.abs(moves.mean(axis=0) - colony.best.table).mean()
+        return np.abs(moves.mean(axis=0) - colony.best.sequence).mean()
 
     assert distance(1.5) < 0.8 * distance(0.0)
 
@@ -191,11 +191,11 @@ def test_the_regression_recovers_a_quadratic():
 def test_bees_try_the_most_promising_of_their_moves():
     space = FreeSpace()
     colony = colony_of(space, candidates=8)
-    tables = np.random.default_rng(5).random((100, 8, 1))
-    colony.evaluated = [Source(table, 0.0, -float(table[2, 0])) for table in tables]  # the third gene decides
-    screened = np.mean([colony._move(3).table[2] for _ in range(50)])
+    sequences = np.random.default_rng(5).random((100, 8, 1))
+    colony.evaluated = [Source(sequence, 0.0, -float(sequence[2, 0])) for sequence in sequences]  # the third gene decides
+    screened = np.mean([colony._move(3).sequence[2] for _ in range(50)])
     colony.evaluated = []
-    assert screened < np.mean([colony._move(3).table[2] for _ in range(50)]) - 0.05
+    assert screened < np.mean([colony._move(3).sequence[2] for _ in range(50)]) - 0.05
 
 
 def test_scores_are_remembered_by_what_was_executed(toy):
@@ -204,7 +204,7 @@ def test_scores_are_remembered_by_what_was_executed(toy):
     executed = toy.execute(np.ones((6, 2)), actor.budget)
     agent.tell([(actor, replace(toy.episode(actor), actions=executed))])
     flight, source = agent.searchers["half"]._back[actor.ticket]
-    np.testing.assert_array_equal(source.table, executed)
+    np.testing.assert_array_equal(source.sequence, executed)
 
 
 def test_an_accuracy_limit_is_a_constraint(toy):
@@ -221,7 +221,7 @@ def test_a_preference_for_low_costs_leaves_the_edge(toy):
         toy.run(agent, 200)
         return agent.searchers["half"].best
 
-    assert toy.cost(cheapest(preference=(0.1, 0.9)).table) < 0.5 * toy.cost(cheapest().table)
+    assert toy.cost(cheapest(preference=(0.1, 0.9)).sequence) < 0.5 * toy.cost(cheapest().sequence)
 
 
 def test_archive_holds_the_front_of_all_feasible_episodes(toy):
@@ -234,14 +234,14 @@ def test_archive_holds_the_front_of_all_feasible_episodes(toy):
 
 def test_a_colony_does_not_depend_on_how_far_the_others_are(toy):
     def tables_of_half(tell_quarter):
-        agent, tables = BeeColony(BeeColonyConfig(), toy, toy.budgets, np.random.default_rng(0)), []
+        agent, sequences = BeeColony(BeeColonyConfig(), toy, toy.budgets, np.random.default_rng(0)), []
         for _ in range(5):
             for actor in agent.ask(20):
                 if actor.budget.name == "half":
-                    tables.append(actor.table.tolist())
+                    sequences.append(actor.sequence.tolist())
                 if actor.budget.name == "half" or tell_quarter:
                     agent.tell([(actor, toy.episode(actor))])
-        return tables
+        return sequences
 
     alone, together = tables_of_half(tell_quarter=False), tables_of_half(tell_quarter=True)
     common = min(len(alone), len(together))

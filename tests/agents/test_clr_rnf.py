@@ -47,42 +47,40 @@ def test_one_threshold_for_all_groups_just_meets_the_budget(make_space):
     agent = make(space, [budget], exponent=0.0)
     (actor,) = agent.ask(5)
     assert agent.ask(1) == []
-    bits = (32,) * len(space.space.geometry.layers)
+    bits = (32,) * len(space.policy_space.geometry.layers)
     for threshold in np.sort(np.concatenate(space.unit_magnitudes)):
         least = [1, 1, 2]  # at most 90 % of the units go
         widths = [max(int((m >= threshold).sum()), w) for m, w in zip(space.unit_magnitudes, least, strict=True)]
         policy = CompressionPolicy(tuple(widths), bits, bits)
         if space.policy_costs(policy)["macs"] <= budget.limits["macs"]:
             break
-    assert space.decode(actor.table) == policy
+    assert space.decode(actor.sequence) == policy
 
 
 def test_large_exponents_prune_the_costly_layer_first(make_space):
     space = make_space(prune_ratio=(0.0, 0.9))
     budget = Budget("most", {"macs": 0.8 * space.dense_costs["macs"]})
     (actor,) = make(space, [budget], exponent=200.0).ask(1)
-    widths = space.decode(actor.table).widths
+    widths = space.decode(actor.sequence).widths
     assert widths[0] == 8 and widths[1] < 8 and widths[2] == 16
 
 
 def test_producer_macs_are_those_of_the_dense_layers(make_space):
-    np.testing.assert_array_equal(
-        make_space().producer_macs, [(3 + 8) / 2 * 8 * 9 * 64, 8 * 8 * 9 * 64, 8 * 16 * 9 * 16]
-    )
+    np.testing.assert_array_equal(make_space().producer_macs, [(3 + 8) / 2 * 8 * 9 * 64, 8 * 8 * 9 * 64, 8 * 16 * 9 * 16])
 
 
 def test_bits_are_those_of_uniform_and_only_then_there_is_a_family(make_space):
     space = make_space(prune_ratio=(0.0, 0.9), weight_bits=(2, 4, 8))
     budget = Budget("small", {"weight_bytes": 0.12 * space.dense_costs["weight_bytes"]})
     rng = np.random.default_rng(0)
-    even = Uniform(UniformConfig(), space, [budget], rng).ask(1)[0].table
+    even = Uniform(UniformConfig(), space, [budget], rng).ask(1)[0].sequence
     actors = make(space, [budget]).ask(100)
     assert len(actors) > 1
-    first = space.decode(actors[0].table)
+    first = space.decode(actors[0].sequence)
     assert first.weight_bits == space.decode(even).weight_bits
     for actor in actors:
-        assert space.policy_costs(space.decode(actor.table))["weight_bytes"] <= budget.limits["weight_bytes"]
-    assert len({space.decode(actor.table) for actor in actors}) == len(actors)
+        assert space.policy_costs(space.decode(actor.sequence))["weight_bytes"] <= budget.limits["weight_bytes"]
+    assert len({space.decode(actor.sequence) for actor in actors}) == len(actors)
 
 
 def test_prune_ratios_go_to_the_nearest_level_and_leave_bits_alone(make_space):

@@ -38,8 +38,8 @@ def agent_of(toy, seed=0, config=SMALL, budgets=None):
     return EnvelopeDdpg(config, toy, budgets or toy.budgets, np.random.default_rng(seed))
 
 
-def tables(actors):
-    return [(actor.budget.name, actor.table.tolist()) for actor in actors]
+def sequences(actors):
+    return [(actor.budget.name, actor.sequence.tolist()) for actor in actors]
 
 
 # ------------------------------------------------------------------------------------------------------------ the operator
@@ -133,10 +133,10 @@ def test_episodes_are_practiced_only_under_budgets_that_execute_them_alike(toy):
     assert max(practiced) > 3 and min(practiced) < 13
     for memory in agent.learner.memories:
         for i, goal in enumerate(agent.goals):
-            alike = np.array_equal(toy.execute(memory.table, goal), memory.table)
+            alike = np.array_equal(toy.execute(memory.sequence, goal), memory.sequence)
             assert (i in memory.goals) == (alike and -memory.reward[1] <= goal.limits["cost"])
-        table = memory.table[None]
-        shown = toy.simulate(lambda *at, table=table: table[:, at[2]], [toy.budgets[0]])
+        sequence = memory.sequence[None]
+        shown = toy.simulate(lambda *at, sequence=sequence: sequence[:, at[2]], [toy.budgets[0]])
         np.testing.assert_array_equal(memory.observations, shown.observations[0])
 
 
@@ -176,7 +176,7 @@ def test_every_switch_runs_and_matters(toy, switch):
         agent = agent_of(toy, 1, config)
         policies = [episode.policy for episode in toy.run(agent, 40, slots=2)]
         shown = np.stack([toy.best, 1 - toy.best])
-        return policies, agent.learner.opinions(shown).tolist()
+        return policies, agent.learner.predictions(shown).tolist()
 
     changed = run(replace(SMALL, **switch))
     assert len(changed[0]) == 40
@@ -188,10 +188,10 @@ def test_uniform_policies_are_among_the_candidates(toy):
     agent = agent_of(toy)
     toy.run(agent, 24)
     budget = toy.budgets[0]
-    wanted = {toy.decode(toy.fit(table, budget)) for table in uniform_family(toy, 7)}
+    wanted = {toy.decode(toy.fit(sequence, budget)) for sequence in uniform_family(toy, 7)}
     # Nothing is drawn around them: an actor without noise and no moves leave them to themselves.
     found = agent._candidates(np.tile(agent.preference, (64, 1)), [budget] * 64, 0.0, moved=0)
-    assert wanted <= {toy.decode(table) for table in found}
+    assert wanted <= {toy.decode(sequence) for sequence in found}
 
 
 @pytest.mark.parametrize("log_odds", [True, False])
@@ -200,7 +200,7 @@ def test_opinions_are_in_top1_whatever_is_learned(toy, log_odds):
     toy.run(agent, 60)
     memories = agent.learner.memories
     seen = np.array([memory.reward[0] for memory in memories])
-    told = agent.learner.opinions(np.stack([memory.table for memory in memories])).mean(axis=0)
+    told = agent.learner.predictions(np.stack([memory.sequence for memory in memories])).mean(axis=0)
     assert np.abs(told - seen).mean() < 0.3 * np.abs(seen - seen.mean()).mean()
 
 
@@ -221,7 +221,7 @@ def test_executed_actions_are_stored_even_when_others_were_asked_for(toy):
     agent.ask(4)
     assert agent.learner.memories
     for memory in agent.learner.memories:
-        np.testing.assert_array_equal(memory.table, np.where(toy.used, 1.0, 0.0))
+        np.testing.assert_array_equal(memory.sequence, np.where(toy.used, 1.0, 0.0))
 
 
 def test_an_episode_that_breaks_top1_drop_is_learned_from_and_wins_nothing(toy):
@@ -263,7 +263,7 @@ def test_choices_do_not_depend_on_how_many_workers_there_are_and_how_fast(toy, e
             out += more
             actor = out.pop(int(rng.integers(len(out))))
             agent.tell([(actor, toy.episode(actor))])
-        return tables(asked[:30])
+        return sequences(asked[:30])
 
     assert run(1) == run(3) == run(4) == run(9), "never more than `lookahead` are out"
 
@@ -305,23 +305,23 @@ def test_proposals_keep_any_budget(toy, trained):
     budget = Budget("new", {"cost": 0.43})
     for preference in (None, np.array([0.4, 0.6])):
         found = trained.propose(budget, preference, 3, 32)
-        assert len(found) == 3 and len({toy.decode(table) for table in found}) == 3
-        for table in found:
-            assert toy.cost(table) <= 0.43
-            np.testing.assert_array_equal(toy.execute(table, budget), table)
+        assert len(found) == 3 and len({toy.decode(sequence) for sequence in found}) == 3
+        for sequence in found:
+            assert toy.cost(sequence) <= 0.43
+            np.testing.assert_array_equal(toy.execute(sequence, budget), sequence)
 
 
 def test_rounds_find_what_the_critics_like_better(toy, trained):
     preferences, budgets = np.tile(trained.preference, (16, 1)), [toy.budgets[0]] * 16
     first = trained._candidates(preferences, budgets, 0.5, 0)
 
-    def value(tables):
-        return trained._expected(tables, "mean", 0.0)[:, 0]
+    def value(sequences):
+        return trained._expected(sequences, "mean", 0.0)[:, 0]
 
-    tables, values, origin = trained._refine(first, preferences, budgets, value)
-    assert len(tables) == len(values) == len(origin) == 16 + trained.config.rounds * 8
+    sequences, values, origin = trained._refine(first, preferences, budgets, value)
+    assert len(sequences) == len(values) == len(origin) == 16 + trained.config.rounds * 8
     assert values.max() > values[:16].max() and origin.max() < 16
-    assert max(toy.cost(table) for table in tables) <= toy.budgets[0].limits["cost"]
+    assert max(toy.cost(sequence) for sequence in sequences) <= toy.budgets[0].limits["cost"]
 
 
 def test_a_saved_agent_answers_alike(toy, trained, tmp_path, monkeypatch):
@@ -347,7 +347,7 @@ def test_a_saved_agent_goes_on_alike_with_what_was_out(toy, tmp_path, told):
             actor = out.pop(int(rng.integers(len(out))))
             failure = Episode(actor.budget.name, None, None, failure="RuntimeError: no")
             agent.tell([(actor, toy.episode(actor) if actor.ticket % 7 else failure)])
-            seen.append((actor.ticket, actor.budget.name, actor.table.tolist()))
+            seen.append((actor.ticket, actor.budget.name, actor.sequence.tolist()))
         return seen
 
     straight, out = agent_of(toy), []
@@ -359,7 +359,7 @@ def test_a_saved_agent_goes_on_alike_with_what_was_out(toy, tmp_path, told):
     again = [next(a for a in again if a.ticket == actor.ticket) for actor in out]
     assert run(straight, out, 25) == run(restored, again, 25)
     shown = np.stack([toy.best, 1 - toy.best])
-    np.testing.assert_array_equal(straight.learner.opinions(shown), restored.learner.opinions(shown))
+    np.testing.assert_array_equal(straight.learner.predictions(shown), restored.learner.predictions(shown))
 
 
 def test_a_finished_agent_has_learned_from_everything_that_was_told(toy):
@@ -377,7 +377,7 @@ def test_the_preference_can_change_while_it_runs(toy):
         agent = agent_of(toy, budgets=toy.budgets[:1])
         toy.run(agent, 20)
         agent.prefer(preference)
-        return np.mean([toy.cost(agent_actor.table) for agent_actor in _actors(toy, agent, 20)])
+        return np.mean([toy.cost(agent_actor.sequence) for agent_actor in _actors(toy, agent, 20)])
 
     assert costs_after((0.1, 0.9)) < costs_after((1, 0)) - 0.1
     with pytest.raises(InputError, match="one weight for each of"):

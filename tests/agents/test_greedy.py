@@ -22,7 +22,7 @@ def space():
     costs = {name: model() for name, model in COST_MODELS.items()}
     decisions = PolicySpace(graph, SpaceConfig(prune_ratio=(0.0, 0.9), weight_bits=(4, 8)))
     space = FeasibleSpace(decisions, costs, ("top1", "macs", "weight_bytes"), 0.9, 10)
-    weights = np.random.default_rng(0).uniform(0.05, 0.5, (len(space.strengths), 1))
+    weights = np.random.default_rng(0).uniform(0.05, 0.5, (len(space.level_actions), 1))
     space.sensitivities = Sensitivities(weights * np.linspace(0, 1, 65) ** 2)
     return space
 
@@ -32,27 +32,27 @@ def budgets(space, **shares):
 
 
 def harm(space, levels, power=1.0):
-    strengths = np.array([strengths[level] for strengths, level in zip(space.strengths, levels, strict=True)])
-    return float((space.sensitivities(strengths) ** power).sum())
+    actions = np.array([actions[level] for actions, level in zip(space.level_actions, levels, strict=True)])
+    return float((space.sensitivities(actions) ** power).sum())
 
 
 @pytest.mark.parametrize("shares", [{"macs": 0.5}, {"macs": 0.2}, {"macs": 0.4, "weight_bytes": 0.1}])
 def test_nearly_the_best_of_all_policies(space, shares):
     (budget,) = budgets(space, **shares)
-    everything = np.array(list(product(*(range(len(strengths)) for strengths in space.strengths))))
+    everything = np.array(list(product(*(range(len(actions)) for actions in space.level_actions))))
     fitting = everything[space.slack(everything, budget) <= 0]
     best = min(harm(space, levels) for levels in fitting)
     worst = max(harm(space, levels) for levels in fitting)
-    table = allocate(space, space.sensitivities, budget, 1.0)
-    levels = space.space.snap(table)
+    sequence = allocate(space, space.sensitivities, budget, 1.0)
+    levels = space.policy_space.snap(sequence)
     assert space.slack(levels[None], budget)[0] <= 0
     assert harm(space, levels) - best < 0.05 * (worst - best)
 
 
 def test_nothing_can_be_given_back(space):
     (budget,) = budgets(space, macs=0.4)
-    table = allocate(space, space.sensitivities, budget, 0.75)
-    levels = space.space.snap(table)
+    sequence = allocate(space, space.sensitivities, budget, 0.75)
+    levels = space.policy_space.snap(sequence)
     for index in np.flatnonzero(levels):
         weaker = levels.copy()
         weaker[index] -= 1
@@ -64,27 +64,29 @@ def test_curves_need_not_rise(space):
     for _ in range(5):
         space.sensitivities = Sensitivities(np.hstack([np.zeros((8, 1)), rng.choice([0.01, 0.1, 10.0], (8, 64))]))
         (budget,) = budgets(space, macs=0.5, weight_bytes=0.2)
-        levels = space.space.snap(allocate(space, space.sensitivities, budget, 0.75))
+        levels = space.policy_space.snap(allocate(space, space.sensitivities, budget, 0.75))
         assert levels.min() >= 0 and space.slack(levels[None], budget)[0] <= 0
 
 
 def test_what_no_step_alone_saves_is_left_to_the_wall(toy, monkeypatch):
     # A cost that only falls when everything is compressed.
-    monkeypatch.setattr(toy, "cost_shares", lambda tables: np.where((tables[:, toy.used] == 1).all(axis=1), 0.0, 1.0)[:, None])
-    table = allocate(toy, toy.sensitivities, Budget("all", {"cost": 0.1}), 0.75)
-    assert (toy.execute(table, Budget("all", {"cost": 0.1})) == table).all() and toy.cost(table) <= 0.1
+    monkeypatch.setattr(
+        toy, "cost_shares", lambda sequences: np.where((sequences[:, toy.used] == 1).all(axis=1), 0.0, 1.0)[:, None]
+    )
+    sequence = allocate(toy, toy.sensitivities, Budget("all", {"cost": 0.1}), 0.75)
+    assert (toy.execute(sequence, Budget("all", {"cost": 0.1})) == sequence).all() and toy.cost(sequence) <= 0.1
 
 
 def test_what_is_free_goes_first(space):
-    free = [decision.name for decision in space.space.decisions].index("prune_ratio/conv2")
+    free = [decision.name for decision in space.policy_space.decisions].index("prune_ratio/conv2")
     space.sensitivities.curves[free] = 0
-    table = allocate(space, space.sensitivities, *budgets(space, macs=0.8), 0.75)
-    assert space.decode(table).widths[1] < 8 and space.decode(table).widths[::2] == (8, 16)
+    sequence = allocate(space, space.sensitivities, *budgets(space, macs=0.8), 0.75)
+    assert space.decode(sequence).widths[1] < 8 and space.decode(sequence).widths[::2] == (8, 16)
 
 
 def test_only_what_saves_is_compressed(space):
-    table = allocate(space, space.sensitivities, *budgets(space, macs=0.5), 0.75)
-    assert set(space.decode(table).weight_bits) == {8}  # bits save no multiply-accumulates
+    sequence = allocate(space, space.sensitivities, *budgets(space, macs=0.5), 0.75)
+    assert set(space.decode(sequence).weight_bits) == {8}  # bits save no multiply-accumulates
     assert not allocate(space, space.sensitivities, *budgets(space, macs=1.0), 0.75).any()
 
 
@@ -93,7 +95,7 @@ def test_powers_are_walked_and_equal_policies_handed_out_once(toy):
     actors = agent.ask(100)
     assert agent.ask(1) == [] and len(toy.budgets) < len(actors) <= 2 * len(toy.budgets)
     assert [actor.ticket for actor in actors] == list(range(len(actors)))
-    assert len({(actor.budget.name, toy.decode(actor.table)) for actor in actors}) == len(actors)
+    assert len({(actor.budget.name, toy.decode(actor.sequence)) for actor in actors}) == len(actors)
 
 
 def test_needs_sensitivities(toy, monkeypatch):

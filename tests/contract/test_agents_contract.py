@@ -7,12 +7,19 @@ import numpy as np
 import pytest
 
 from secateur.agents import AGENTS
-from secateur.agents.core import TableActor
+from secateur.agents.core import SequenceActor
 from secateur.envs.core import Episode
 
 SMALL = {
     "envelope_ddpg": {
-        "warmup": 12, "candidates": 12, "goals": 3, "updates": 3, "batch": 16, "planned": 6, "hidden": 16, "critics": 2,
+        "warmup": 12,
+        "candidates": 12,
+        "goals": 3,
+        "updates": 3,
+        "batch": 16,
+        "planned": 6,
+        "hidden": 16,
+        "critics": 2,
     }  # fmt: skip
 }
 """Options of agents that otherwise think for too long; what they promise is the same."""
@@ -25,8 +32,8 @@ def make(request, toy):
     return lambda seed=0: agent(config, toy, toy.budgets, np.random.default_rng(seed))
 
 
-def tables(actors):
-    return [(actor.budget.name, actor.table.tolist()) for actor in actors]
+def sequences(actors):
+    return [(actor.budget.name, actor.sequence.tolist()) for actor in actors]
 
 
 def ask_all(agent, most=40):
@@ -56,10 +63,10 @@ def test_actors_are_valid_tables_behind_the_wall(make, toy):
         assert episode.actions.shape == toy.used.shape
         assert episode.feasible
     for actor in make().ask(5):
-        assert actor.table.shape == toy.used.shape
-        assert actor.table.min() >= 0 and actor.table.max() <= 1
-        np.testing.assert_array_equal(toy.execute(actor.table, actor.budget), actor.table)
-        np.testing.assert_array_equal(actor.act(np.zeros(1), 2), actor.table[2])
+        assert actor.sequence.shape == toy.used.shape
+        assert actor.sequence.min() >= 0 and actor.sequence.max() <= 1
+        np.testing.assert_array_equal(toy.execute(actor.sequence, actor.budget), actor.sequence)
+        np.testing.assert_array_equal(actor.act(np.zeros(1), 2), actor.sequence[2])
 
 
 def test_asks_at_most_what_is_wanted_and_serves_every_budget(make, toy):
@@ -85,11 +92,11 @@ def test_order_of_the_episodes_changes_nothing(make, toy):
     first, second = make(), make()
     for _ in range(6):
         actors, same = ask_all(first), ask_all(second)
-        assert tables(actors) == tables(same)
+        assert sequences(actors) == sequences(same)
         first.tell([(actor, toy.episode(actor)) for actor in actors])
         for i in rng.permutation(len(same)):
             second.tell([(same[i], toy.episode(same[i]))])
-    assert tables(ask_all(first)) == tables(ask_all(second))
+    assert sequences(ask_all(first)) == sequences(ask_all(second))
 
 
 def test_pickles_with_episodes_out_and_goes_on_alike(make, toy):
@@ -97,12 +104,12 @@ def test_pickles_with_episodes_out_and_goes_on_alike(make, toy):
     toy.run(agent, 25)
     actors = agent.ask(3)
     restored, restored_actors = pickle.loads(pickle.dumps((agent, actors)))
-    assert all(isinstance(actor, TableActor) for actor in restored_actors)
+    assert all(isinstance(actor, SequenceActor) for actor in restored_actors)
     agent.tell([(actor, toy.episode(actor)) for actor in actors])
     restored.tell([(actor, toy.episode(actor)) for actor in restored_actors])
     for _ in range(10):
         actors, same = agent.ask(4), restored.ask(4)
-        assert tables(actors) == tables(same)
+        assert sequences(actors) == sequences(same)
         agent.tell([(actor, toy.episode(actor)) for actor in actors])
         restored.tell([(actor, toy.episode(actor)) for actor in same])
 
@@ -121,8 +128,8 @@ def test_survives_failed_and_nan_episodes(make, toy, kind, share):
     while asked < 120 and (actors := agent.ask(4)):
         asked += len(actors)
         agent.tell([(a, broken(kind, a, toy) if rng.random() < share else toy.episode(a)) for a in actors])
-    finite = [actor.table for actor in ask_all(agent)]
-    assert all(np.isfinite(table).all() for table in finite)
+    finite = [actor.sequence for actor in ask_all(agent)]
+    assert all(np.isfinite(sequence).all() for sequence in finite)
     if hasattr(agent, "archive"):
         assert np.isfinite(agent.archive.objectives).all()
         assert bool(len(agent.archive)) == (share < 1)

@@ -1,4 +1,4 @@
-"""Device files: what the shipped ones say, and what a mistake in one says."""
+"""Device files: what the shipped ones status, and what a mistake in one says."""
 
 from __future__ import annotations
 

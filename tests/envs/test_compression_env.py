@@ -74,8 +74,8 @@ def test_rewards_are_vectors_in_the_reward_space(env):
 
 def test_the_recorded_action_is_the_executed_one(env):
     episode = rollout(env, Fixed(0.0, BUDGETS[0], env))
-    levels = env.space.space.snap(episode.actions)
-    assert env.space.space.policy(levels) == episode.policy
+    levels = env.space.policy_space.snap(episode.actions)
+    assert env.space.policy_space.policy(levels) == episode.policy
     assert episode.actions.max() > 0, "the wall must have compressed what the actor left alone"
     assert episode.evaluation.costs["macs"] <= 2000
     assert episode.feasible

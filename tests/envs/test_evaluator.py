@@ -75,14 +75,12 @@ def test_only_full_evaluations_of_what_costs_no_more_are_references():
     raced.evaluate(policy(90, macs=8))
     assert not raced.evaluate(policy(80, macs=5)).stopped, "the better one costs more"
     assert raced.evaluate(policy(60, macs=5)).stopped
-    raced.known = {key: value for key, value in raced.known.items() if value.stopped}
+    raced.cache = {key: value for key, value in raced.cache.items() if value.stopped}
     assert not raced.evaluate(policy(40, macs=5)).stopped, "a stopped policy is nobody's reference"
 
 
 def test_one_batch_is_never_cut():
-    small = Scripted(
-        NoAssembler(), lambda p: {"macs": 1.0}, PIXELS[:200], LABELS[:200], Precision("float32", "test"), RACE
-    )
+    small = Scripted(NoAssembler(), lambda p: {"macs": 1.0}, PIXELS[:200], LABELS[:200], Precision("float32", "test"), RACE)
     assert len(small.batches) == len(batches(PIXELS[:200])) == 1
     assert not any(small.evaluate(policy(percent)).stopped for percent in (99, 5))
 

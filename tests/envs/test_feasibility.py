@@ -1,4 +1,4 @@
-"""Decisions, the wall, and tables bent to a budget, on a geometry small enough to check by enumeration."""
+"""Decisions, the wall, and sequences bent to a budget, on a geometry small enough to check by enumeration."""
 
 import itertools
 
@@ -12,7 +12,7 @@ from secateur.envs.policy_space import PolicySpace, SpaceConfig
 
 
 def all_levels(space):
-    return np.array(list(itertools.product(*(range(n) for n in space.space.num_levels))))
+    return np.array(list(itertools.product(*(range(n) for n in space.policy_space.num_levels))))
 
 
 def test_decisions_follow_the_layers_and_only_where_there_is_a_choice(chain_graph):
@@ -38,7 +38,7 @@ def test_every_level_survives_the_way_through_a_table(feasible_space):
     rng = np.random.default_rng(0)
     for _ in range(50):
         levels = rng.integers(space.num_levels)
-        assert (space.snap(space.table(levels)) == levels).all()
+        assert (space.snap(space.sequence(levels)) == levels).all()
         policy = space.policy(levels)
         assert space.values(policy) == tuple(d.values[k] for d, k in zip(space.decisions, levels, strict=True))
 
@@ -61,12 +61,12 @@ def test_every_walk_ends_feasible_and_is_the_least_compression(budget, feasible_
     space.check(budget)
     rng = np.random.default_rng(1)
     for _ in range(100):
-        wanted = rng.integers(space.space.num_levels)
+        wanted = rng.integers(space.policy_space.num_levels)
         executed = space.walk(wanted, budget)
         assert space.slack(executed[None], budget)[0] <= 0
         assert (executed >= wanted).all()
         for decision in np.flatnonzero(executed > wanted):
-            weaker = np.concatenate([executed[:decision], [executed[decision] - 1], space.space.strongest[decision + 1 :]])
+            weaker = np.concatenate([executed[:decision], [executed[decision] - 1], space.policy_space.strongest[decision + 1 :]])
             assert space.slack(weaker[None], budget)[0] > 0, "the wall compressed more than it had to"
 
 
@@ -83,7 +83,7 @@ def test_a_walk_is_one_admission_after_the_other(feasible_space, budget):
     space = feasible_space(prune_ratio=(0.0, 0.8), weight_bits=(8, 4), activation_bits=(8, 4))
     rng = np.random.default_rng(4)
     for _ in range(50):
-        wanted = rng.integers(space.space.num_levels)
+        wanted = rng.integers(space.policy_space.num_levels)
         step_by_step = wanted.copy()
         for decision in range(len(wanted)):
             step_by_step[decision] = space.admit(step_by_step, decision, int(wanted[decision]), budget)
@@ -111,7 +111,7 @@ def test_the_wall_holds_for_a_cost_that_is_not_monotone(chain_graph):
 
 
 class RandomTable:
-    """A cost by a table of any numbers: one for each width of each group, times one for each bit-width of each layer."""
+    """A cost by a sequence of any numbers: one for each width of each group, times one for each bit-width of each layer."""
 
     name = "random"
 
@@ -150,8 +150,8 @@ def test_every_walk_under_a_random_table_is_feasible_or_the_budget_is_refused(ch
             for decision in range(len(wanted)):
                 step_by_step[decision] = feasible.admit(step_by_step, decision, int(wanted[decision]), budget)
             assert (executed == step_by_step).all()
-            table = feasible.fit(rng.uniform(size=(space.num_steps, space.action_dim)), budget)
-            assert feasible.slack(space.snap(table)[None], budget)[0] <= 1e-12
+            sequence = feasible.fit(rng.uniform(size=(space.num_steps, space.action_dim)), budget)
+            assert feasible.slack(space.snap(sequence)[None], budget)[0] <= 1e-12
     assert 0 < refused < 12
 
 
@@ -178,7 +178,7 @@ def test_a_budget_that_only_weaker_compression_meets_is_not_refused(chain_graph)
 @pytest.mark.parametrize("cost", COST_MODELS)
 def test_the_completion_of_monotone_costs_is_the_strongest_compression(feasible_space, cost):
     space = feasible_space(prune_ratio=(0.0, 0.8), weight_bits=(8, 4), activation_bits=(8, 4))
-    assert (space.completion(Budget("b", {cost: 1.0})) == space.space.strongest).all()
+    assert (space.completion(Budget("b", {cost: 1.0})) == space.policy_space.strongest).all()
 
 
 def test_impossible_budget_says_what_is_needed(feasible_space):
@@ -197,14 +197,14 @@ def test_fit_reaches_the_edge_of_the_budget(chain_graph):
     budget = Budget("half", {"macs": 0.5 * space.dense_costs["macs"]})
     rng = np.random.default_rng(3)
     for _ in range(20):
-        table = space.fit(rng.uniform(size=(space.num_steps, space.action_dim)), budget)
-        cost = space.costs(space.space.snap(table)[None])["macs"][0] / space.dense_costs["macs"]
+        sequence = space.scale_to_budget(rng.uniform(size=(space.num_steps, space.action_dim)), budget)
+        cost = space.costs(space.policy_space.snap(sequence)[None])["macs"][0] / space.dense_costs["macs"]
         assert 0.48 < cost <= 0.5
-        assert np.array_equal(space.execute(table, budget), table)
+        assert np.array_equal(space.execute(sequence, budget), sequence)
 
 
 def test_fit_returns_the_dense_network_when_it_fits(feasible_space):
     space = feasible_space(prune_ratio=(0.0, 0.5))
     budget = Budget("all", {"macs": space.dense_costs["macs"]})
-    table = space.fit(np.full((space.num_steps, space.action_dim), 0.5), budget)
-    assert (space.space.snap(table) == 0).all()
+    sequence = space.scale_to_budget(np.full((space.num_steps, space.action_dim), 0.5), budget)
+    assert (space.policy_space.snap(sequence) == 0).all()

@@ -35,13 +35,13 @@ class Bumpy:
 
 
 class Replay:
-    """Asks for the rows of a table, whatever is executed."""
+    """Asks for the rows of a sequence, whatever is executed."""
 
-    def __init__(self, table, budget):
-        self.table, self.budget = table, budget
+    def __init__(self, sequence, budget):
+        self.sequence, self.budget = sequence, budget
 
     def act(self, observation, step):
-        return self.table[step]
+        return self.sequence[step]
 
 
 @pytest.fixture
@@ -54,24 +54,24 @@ def space(feasible_space):
 
 def rows_of(space, budgets, count=15, seed=0):
     rng = np.random.default_rng(seed)
-    tables = rng.random((count * len(budgets), *space.used.shape))
-    return tables, [budgets[i % len(budgets)] for i in range(len(tables))]
+    sequences = rng.random((count * len(budgets), *space.used.shape))
+    return sequences, [budgets[i % len(budgets)] for i in range(len(sequences))]
 
 
 @pytest.mark.parametrize("budgets", [BUDGETS, (Budget("bumpy", {"latency_ms": 9.0, "macs": 4000.0}),)], ids=["usual", "bumpy"])
 def test_simulation_equals_the_environment_step_by_step(space, budgets):
-    tables, rows = rows_of(space, budgets)
-    shown = space.simulate(lambda observations, so_far, step, which: tables[which, step], rows)
+    sequences, rows = rows_of(space, budgets)
+    shown = space.simulate(lambda observations, so_far, step, which: sequences[which, step], rows)
     env = CompressionEnv(space, Costs(space), budgets)
     for i, budget in enumerate(rows):
-        episode = rollout(env, Replay(tables[i], budget))
-        np.testing.assert_array_equal(episode.actions, shown.tables[i])
+        episode = rollout(env, Replay(sequences[i], budget))
+        np.testing.assert_array_equal(episode.actions, shown.sequences[i])
         np.testing.assert_allclose(episode.observations, shown.observations[i], atol=1e-6)
         np.testing.assert_allclose(-episode.reward[1:], shown.costs[i], rtol=1e-6)
 
 
 def test_actors_see_what_the_environment_shows(space):
-    tables, rows = rows_of(space, BUDGETS)
+    sequences, rows = rows_of(space, BUDGETS)
     seen = []
 
     def act(observations, so_far, step, which):
@@ -88,42 +88,42 @@ def test_actors_see_what_the_environment_shows(space):
         def act(self, observation, step):
             return observation[-space.action_dim :]
 
-    np.testing.assert_array_equal(rollout(env, Follow()).actions, shown.tables[1])
+    np.testing.assert_array_equal(rollout(env, Follow()).actions, shown.sequences[1])
     np.testing.assert_array_equal(np.stack(seen, axis=1), shown.observations[:, :-1])
 
 
 def test_rows_start_where_they_are_told_to(space):
-    tables, rows = rows_of(space, BUDGETS)
-    whole = space.simulate(lambda observations, so_far, step, which: tables[which, step], rows)
+    sequences, rows = rows_of(space, BUDGETS)
+    whole = space.simulate(lambda observations, so_far, step, which: sequences[which, step], rows)
     starts = np.arange(len(rows)) % (space.num_steps + 1)
     asked = np.zeros((len(rows), space.num_steps), bool)
 
     def act(observations, so_far, step, which):
         asked[which, step] = True
-        return tables[which, step]
+        return sequences[which, step]
 
-    again = space.simulate(act, rows, whole.tables, starts)
-    np.testing.assert_array_equal(again.tables, whole.tables)
+    again = space.simulate(act, rows, whole.sequences, starts)
+    np.testing.assert_array_equal(again.sequences, whole.sequences)
     seen = np.arange(space.num_steps + 1) >= starts[:, None]
     np.testing.assert_array_equal(again.observations, np.where(seen[..., None], whole.observations, 0))
     np.testing.assert_array_equal(asked, np.arange(space.num_steps) >= starts[:, None])
 
 
 def test_observations_under_other_limits(space):
-    tables, rows = rows_of(space, BUDGETS[:1])
-    shown = space.simulate(lambda observations, so_far, step, which: tables[which, step], rows)
+    sequences, rows = rows_of(space, BUDGETS[:1])
+    shown = space.simulate(lambda observations, so_far, step, which: sequences[which, step], rows)
     other = Budget("other", {"macs": 2500.0, "weight_bytes": 1000.0})
-    wanted = space.simulate(lambda observations, so_far, step, which: shown.tables[which, step], [other] * len(rows))
-    np.testing.assert_array_equal(wanted.tables, shown.tables)  # the other budget is looser
+    wanted = space.simulate(lambda observations, so_far, step, which: shown.sequences[which, step], [other] * len(rows))
+    np.testing.assert_array_equal(wanted.sequences, shown.sequences)  # the other budget is looser
     for step in range(space.num_steps + 1):
         changed = space.with_limits(shown.observations[:, step], [other] * len(rows))
         np.testing.assert_array_equal(changed, wanted.observations[:, step])
 
 
 def test_many_tables_fit_like_each_one(space):
-    tables, rows = rows_of(space, BUDGETS)
-    together = space.fit_all(tables, rows)
-    alone = np.stack([space.fit(table, budget) for table, budget in zip(tables, rows, strict=True)])
+    sequences, rows = rows_of(space, BUDGETS)
+    together = space.scale_all_to_budgets(sequences, rows)
+    alone = np.stack([space.scale_to_budget(sequence, budget) for sequence, budget in zip(sequences, rows, strict=True)])
     assert np.abs(together - alone).mean() < 0.02
-    for table, budget in zip(together, rows, strict=True):
-        np.testing.assert_array_equal(space.execute(table, budget), table)
+    for sequence, budget in zip(together, rows, strict=True):
+        np.testing.assert_array_equal(space.execute(sequence, budget), sequence)

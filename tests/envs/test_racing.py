@@ -11,17 +11,17 @@ from secateur.envs.racing import ERROR_RATE, LOOKS, Race, binomial_tail, is_clea
 IMAGES = 800
 
 
-def evaluation(top1=0.8, right=b"\xff", **costs):
-    return Evaluation(top1, {"macs": 100.0, "weight_bytes": 10.0, **costs}, images=8, right=right)
+def evaluation(top1=0.8, correct=b"\xff", **costs):
+    return Evaluation(top1, {"macs": 100.0, "weight_bytes": 10.0, **costs}, images=8, correct=correct)
 
 
-def stops(right, reference):
+def stops(correct, reference):
     """Return whether a race over all looks stops a candidate, images in the order given."""
-    return any(is_clearly_worse(right[: int(share * len(right))], reference) for share in LOOKS)
+    return any(is_clearly_worse(correct[: int(share * len(correct))], reference) for share in LOOKS)
 
 
 def pair(both, only_reference, only_candidate):
-    """Return (candidate, reference): which of IMAGES each has right."""
+    """Return (candidate, reference): which of IMAGES each has correct."""
     counts = (both, only_reference, only_candidate, IMAGES - both - only_reference - only_candidate)
     return np.repeat([True, False, True, False], counts), np.repeat([True, True, False, False], counts)
 
@@ -84,7 +84,7 @@ COSTS = {"macs": 100.0, "weight_bytes": 10.0}
         (evaluation(macs=100.9), False),  # within the tolerance, but over the limit that the candidate meets
         (evaluation(weight_bytes=10.09), True),
         (evaluation(weight_bytes=10.2), False),
-        (evaluation(right=None), False),
+        (evaluation(correct=None), False),
     ],
 )
 def test_a_reference_costs_no_more_and_meets_the_same_limits(other, comparable):
@@ -98,5 +98,5 @@ def test_the_best_reference_is_taken():
 
 
 def test_bits_come_back():
-    right = np.random.default_rng(0).random(101) < 0.5
-    assert unpack(pack(right), 101).tolist() == right.tolist() and len(pack(right)) == 13
+    correct = np.random.default_rng(0).random(101) < 0.5
+    assert unpack(pack(correct), 101).tolist() == correct.tolist() and len(pack(correct)) == 13

@@ -1,4 +1,4 @@
-"""Sensitivities are the divergences that they say, and lines between what was measured."""
+"""Sensitivities are the divergences that they status, and lines between what was measured."""
 
 import numpy as np
 import pytest
@@ -33,8 +33,8 @@ def network(space, asked=None):
     def make(policy):
         if asked is not None:
             asked.append(policy)
-        strengths = space.strengths(policy)
-        shifts = [2.0 * strengths[0], strengths[1], strengths[2] if strengths[4] == 0 else float("nan")]
+        actions = space.actions_of(policy)
+        shifts = [2.0 * actions[0], actions[1], actions[2] if actions[4] == 0 else float("nan")]
         return Shifted(shifts)
 
     return make

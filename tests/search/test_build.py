@@ -37,7 +37,7 @@ def problem():
 def policies(problem):
     """Ten policies of the first budget."""
     rng, space = np.random.default_rng(0), problem.space
-    return [space.decode(space.fit(rng.uniform(size=space.used.shape), problem.budgets[0])) for _ in range(10)]
+    return [space.decode(space.scale_to_budget(rng.uniform(size=space.used.shape), problem.budgets[0])) for _ in range(10)]
 
 
 def test_limits_are_absolute_and_drops_are_fractions(problem):
@@ -109,7 +109,7 @@ def test_simulated_pruning_is_real_pruning(problem, policies):
 
 def test_bits_and_widths_of_the_network_are_those_of_the_policy(problem, policies):
     network = problem.assembler.assemble(policies[0])
-    shapes = problem.space.space.geometry.shapes(*(np.array([row]) for row in vars(policies[0]).values()))
+    shapes = problem.space.policy_space.geometry.shapes(*(np.array([row]) for row in vars(policies[0]).values()))
     for layer, weights in zip(shapes.geometry.layers, shapes.weights[0], strict=True):
         assert network.get_submodule(layer.name).weight.numel() == weights
     for name, (bits, _) in problem.assembler.layer_bits(policies[0]).items():
@@ -177,12 +177,12 @@ def test_sensitivities_are_measured_once_and_only_for_agents_that_want_them():
     assert told[-1].startswith("measuring the sensitivity of choice") and measured.seconds > 0
     build_agent(problem, "envelope_ddpg", {}, 0)
     assert problem.space.sensitivities is measured
-    strongest = measured(np.ones(len(problem.space.strengths)))
+    strongest = measured(np.ones(len(problem.space.level_actions)))
     assert (strongest >= 0).all() and strongest.max() > 0.01
 
 
 def test_greedy_beats_uniform_by_what_was_measured():
-    """On a network, with nothing made up: its sensitivities foretell its scores."""
+    """On a network, with nothing made up: its sensitivities predict its scores."""
     problem = build(recovery=["least_squares"], budgets={"small": {"macs": "<= 25%", "weight_bytes": "<= 5%"}})
     env = make_env(problem)
 
@@ -195,8 +195,8 @@ def test_greedy_beats_uniform_by_what_was_measured():
 
 def test_one_prune_ratio_is_applied_everywhere_without_a_decision():
     problem = build(space={"prune_ratio": [0.5, 0.5], "weight_bits": [4, 8]}, budgets={"any": {"macs": "<= 100%"}})
-    assert {decision.kind for decision in problem.space.space.decisions} == {"weight_bits"}
-    policy = problem.space.space.policy(problem.space.space.weakest)
+    assert {decision.kind for decision in problem.space.policy_space.decisions} == {"weight_bits"}
+    policy = problem.space.policy_space.policy(problem.space.policy_space.weakest)
     assert policy.widths == tuple(group.units // 2 for group in problem.graph.groups)
 
 

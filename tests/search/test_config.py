@@ -114,9 +114,7 @@ def test_limits(text, value, relative):
     assert limit.value == pytest.approx(value) and limit.relative is relative
 
 
-@pytest.mark.parametrize(
-    "text", [">= 40%", "< 40%", "<= -3", "forty", "", "<= 40 percent", "nan", "<= inf", True, None, [1]]
-)
+@pytest.mark.parametrize("text", [">= 40%", "< 40%", "<= -3", "forty", "", "<= 40 percent", "nan", "<= inf", True, None, [1]])
 def test_what_is_no_limit(text):
     with pytest.raises(InputError):
         parse_limit(text)

@@ -46,9 +46,7 @@ class BnScale:
 
 
 def _group_scores(model: nn.Module, group: ChannelGroup, scales: dict[str, Tensor]) -> np.ndarray:
-    per_norm = [
-        unit_rows(scales[place.tensor], place).abs().mean(1) for place in group.slices if place.tensor in scales
-    ]
+    per_norm = [unit_rows(scales[place.tensor], place).abs().mean(1) for place in group.slices if place.tensor in scales]
     if not per_norm:
         return mean_over_producers(model, group, lambda rows: rows.abs().sum(1))
     return torch.stack(per_norm).mean(0).numpy()

@@ -71,9 +71,7 @@ class HRank:
                 hook.remove()
         images = min(self.config.max_images, len(dense.images))
         return tuple(
-            mean_over_producers(dense.model, group, lambda rows: rows.abs().sum(1))
-            if total is None
-            else total.numpy() / images
+            mean_over_producers(dense.model, group, lambda rows: rows.abs().sum(1)) if total is None else total.numpy() / images
             for group, total in zip(dense.graph.groups, totals, strict=True)
         )
 

@@ -42,9 +42,7 @@ class TaylorConfig:
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_images"):
             if getattr(self, name) < 1:
-                raise InputError(
-                    f"`{name}` of the importance `taylor` must be at least 1, but got {getattr(self, name)}."
-                )
+                raise InputError(f"`{name}` of the importance `taylor` must be at least 1, but got {getattr(self, name)}.")
 
 
 @dataclass(frozen=True)

@@ -224,9 +224,7 @@ def test_hooks_are_removed_even_when_the_model_fails():
 
 def test_the_seed_alone_decides_what_is_sampled():
     x, model = images(), nn.Sequential(nn.Conv2d(4, 2, 3))
-    first, again, other = (
-        calibrated(model, x, CalibrationConfig(positions=5, seed=seed)).layers["0"] for seed in (0, 0, 1)
-    )
+    first, again, other = (calibrated(model, x, CalibrationConfig(positions=5, seed=seed)).layers["0"] for seed in (0, 0, 1))
     assert np.array_equal(first.moments, again.moments) and np.array_equal(first.samples, again.samples)
     assert not np.array_equal(first.moments, other.moments) and not np.array_equal(first.samples, other.samples)
     assert first.count == 7 * 5

@@ -34,6 +34,7 @@ def total_parameters(graph):
 @pytest.mark.filterwarnings("ignore")
 def test_torch_pruning_finds_the_same_groups(name):
     import torch_pruning  # slow to import
+
     model = torchvision.models.get_model(name).eval()
     graph = analyze(model, image_of(64), verify=False)
     dependencies = torch_pruning.DependencyGraph().build_dependency(model, image_of(64)[0])

@@ -1,4 +1,4 @@
-"""Importances rank by what they say, on every kind of group, and leave the model alone."""
+"""Importances rank by what they status, on every kind of group, and leave the model alone."""
 
 import copy
 import pickle
@@ -110,9 +110,7 @@ def test_norms_are_the_mean_over_the_producers(name, order):
     by_name = {group.name: values for group, values in zip(graph.groups, scores, strict=True)}
     filters = [layer.weight.detach().flatten(1).norm(order, dim=1) for layer in (model.conv1, model.conv3)]
     assert by_name["conv1"] == pytest.approx(((filters[0] + filters[1]) / 2).numpy(), rel=1e-5)
-    assert by_name["conv2"] == pytest.approx(
-        model.conv2.weight.detach().flatten(1).norm(order, dim=1).numpy(), rel=1e-5
-    )
+    assert by_name["conv2"] == pytest.approx(model.conv2.weight.detach().flatten(1).norm(order, dim=1).numpy(), rel=1e-5)
 
 
 def test_norms_read_the_output_axis_of_unusual_layers():

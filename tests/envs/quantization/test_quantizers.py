@@ -297,9 +297,7 @@ def test_least_error_is_close_to_a_fine_search(bits, shape):
     maximal = choose_activation_grid(statistics, bits, ActivationGridConfig(activations="max"))
     ends = [np.linspace(0.1, 1, 40) * end for end in (samples.min(), samples.max())]
     best = min(
-        rounding_error(
-            choose_activation_grid(spread(low, high, samples), bits, ActivationGridConfig(activations="max")), samples
-        )
+        rounding_error(choose_activation_grid(spread(low, high, samples), bits, ActivationGridConfig(activations="max")), samples)
         for low in np.unique(ends[0])
         for high in np.unique(ends[1])
     )

@@ -57,8 +57,7 @@ def inputs(model, images):
     """Return {layer: its input}."""
     seen = {}
     hooks = [
-        model.get_submodule(name).register_forward_pre_hook(lambda _, x, name=name: seen.update({name: x[0]}))
-        for name in NAMES
+        model.get_submodule(name).register_forward_pre_hook(lambda _, x, name=name: seen.update({name: x[0]})) for name in NAMES
     ]
     model(images)
     for hook in hooks:

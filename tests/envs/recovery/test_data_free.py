@@ -83,9 +83,7 @@ def assembler(model, fit="moments", scores=None, size=8, **options):
 
 
 def policy(graph, share=0.5, bits=32, groups=None):
-    widths = tuple(
-        max(1, round(share * g.units)) if groups is None or g.name in groups else g.units for g in graph.groups
-    )
+    widths = tuple(max(1, round(share * g.units)) if groups is None or g.name in groups else g.units for g in graph.groups)
     layers = len(graph.geometry.layers)
     return CompressionPolicy(widths, (bits,) * layers, (32,) * layers)
 
@@ -217,9 +215,7 @@ def test_flattened_and_concatenated_channels_are_taken_over_at_every_position():
         network = built.assemble(CompressionPolicy((8, 4), (32,) * 3, (32,) * 3))
         change = (network[7].weight - model[7].weight[:, : 4 * 16]).view(4, 4, 16)
         removed = model[7].weight[:, 4 * 16 :].view(4, 2, 16)
-        coefficients = torch.linalg.lstsq(
-            removed.transpose(1, 2).flatten(0, 1), change.transpose(1, 2).flatten(0, 1)
-        ).solution
+        coefficients = torch.linalg.lstsq(removed.transpose(1, 2).flatten(0, 1), change.transpose(1, 2).flatten(0, 1)).solution
         assert coefficients.abs().max() > 1e-3
         assert torch.allclose(torch.einsum("orp,rk->okp", removed, coefficients), change, atol=1e-6)
 

@@ -96,9 +96,7 @@ def test_scale_is_the_minimum_by_brute_force(built):
 def test_readers_of_fewer_bits_are_the_pairs(bits, expected, built):
     candidate = built.candidate(policy(built.graph, bits))
     built.recoveries[0].apply(candidate)
-    found = {
-        name for group in built.graph.groups for name in group.consumers if _ran_before(group, name, candidate)
-    }
+    found = {name for group in built.graph.groups for name in group.consumers if _ran_before(group, name, candidate)}
     assert found == expected
 
 

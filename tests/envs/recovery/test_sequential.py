@@ -299,9 +299,7 @@ def test_what_relu_hides_is_no_error():
     model, images = nn.Sequential(*layers, nn.Linear(32, 4)).eval(), pictures(200)
     model[2].bias.data -= 0.3
     errors = [
-        error(
-            recovered(model, images, Sequential(SequentialConfig(clip_rounds=rounds)), names=("0",))[:4], model[:4], images
-        )
+        error(recovered(model, images, Sequential(SequentialConfig(clip_rounds=rounds)), names=("0",))[:4], model[:4], images)
         for rounds in (0, 1, 4)
     ]
     assert errors[2] < 0.95 * errors[1] < 0.95 * errors[0]
@@ -470,9 +468,7 @@ def test_quantizer_sees_the_moments_of_the_real_inputs(residual):
             seen[tuple(weight.shape)] = statistics
             return super().quantize_weight(weight, bits, statistics)
 
-    network = recovered(
-        model, images, Sequential(SequentialConfig(samples=10**6)), names=("a1",), bits=(4, 32), quantizer=Spy()
-    )
+    network = recovered(model, images, Sequential(SequentialConfig(samples=10**6)), names=("a1",), bits=(4, 32), quantizer=Spy())
     statistics = seen[tuple(network.a2.weight.shape)]
     inputs = []
     network.a2.register_forward_pre_hook(lambda module, args: inputs.append(args[0].clone()))

@@ -47,9 +47,7 @@ def test_published_weights_reach_their_accuracy(name, least, root, converted):
     model = load_model(f"secateur.envs.tasks.cifar_resnet:{name}", root / "weights" / "cifar10" / f"{name}.pth")
     images, labels = data.tensors(data.validation)
     with torch.inference_mode():
-        right = [
-            int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(250), labels.split(250), strict=True)
-        ]
+        right = [int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(250), labels.split(250), strict=True)]
     assert sum(right) / 1000 >= least
 
 

@@ -29,7 +29,13 @@ def test_parts_are_those_of_an_evaluation(problem, policies):
     assert done == [1, 2, 3]
     for policy, measured in zip(policies, times, strict=True):
         assert list(measured.parts) == [
-            "slice", "inputs on grids", "least_squares", "weights on grids", "batch_norm", "fold and convert", "forward"
+            "slice",
+            "inputs on grids",
+            "least_squares",
+            "weights on grids",
+            "batch_norm",
+            "fold and convert",
+            "forward",
         ]
         assert measured.seconds == pytest.approx(sum(measured.parts.values())) and not measured.straightforward
         assert measured.top1 == evaluator.evaluate(policy).top1
@@ -74,4 +80,4 @@ def test_a_runner_evaluates_every_policy_once(problem):
     runner = open_runner(problem)
     tables = measure.random_tables(problem, 4)
     assert measure.evaluations_per_second(runner, problem, tables) > 0
-    assert set(runner._env.evaluator.known) == {problem.space.decode(table) for table in tables}
+    assert set(runner._env.evaluator.cache) == {problem.space.decode(table) for table in tables}

@@ -73,9 +73,7 @@ def test_finished_rows_are_not_measured_again(settings, tmp_path, lines, monkeyp
     compare_recoveries([settings()], 0.5, Records(file, {}), lines.append, lines.append, VARIANTS[:2])
     measured = []
     original = recoveries._measure
-    monkeypatch.setattr(
-        recoveries, "_measure", lambda *arguments: measured.append(arguments[1].name) or original(*arguments)
-    )
+    monkeypatch.setattr(recoveries, "_measure", lambda *arguments: measured.append(arguments[1].name) or original(*arguments))
     compare_recoveries([settings()], 0.5, Records(file, {}), lines.append, lines.append, VARIANTS[:3])
     assert measured == ["refitted"]
     monkeypatch.setattr(recoveries, "calibrated_problem", None)  # nothing is built when all is there

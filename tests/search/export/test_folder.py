@@ -124,9 +124,7 @@ def test_the_files_are_as_small_as_the_bits_promise(tmp_path, problem):
         policy = CompressionPolicy(widths, (bits,) * len(graph.geometry.layers), (32,) * len(graph.geometry.layers))
         write_export(tmp_path / str(bits), problem, policy, BUDGET, VALIDATION)
         sizes[bits] = (tmp_path / str(bits) / WEIGHTS).stat().st_size
-    weights = sum(
-        np.prod(problem.assembler.model.get_submodule(layer.name).weight.shape) for layer in graph.geometry.layers
-    )
+    weights = sum(np.prod(problem.assembler.model.get_submodule(layer.name).weight.shape) for layer in graph.geometry.layers)
     assert sizes[8] - sizes[4] == pytest.approx(weights / 2, abs=200)  # the header may differ by a few bytes
     assert sizes[32] - sizes[8] > 2.5 * weights
 

@@ -99,9 +99,7 @@ def quantized(dense, bits, quantizer="uniform"):
     calibration = calibrate(model, graph, images, CalibrationConfig())
     config, make = QUANTIZERS[quantizer]
     kept = [np.arange(group.units) for group in graph.groups]
-    candidate = Candidate(
-        copy.deepcopy(model), model, graph, kept, bits, make(config()), calibration, images, PieceCache()
-    )
+    candidate = Candidate(copy.deepcopy(model), model, graph, kept, bits, make(config()), calibration, images, PieceCache())
     candidate.quantize_inputs()
     candidate.quantize_weights()
     return candidate.network

@@ -33,9 +33,7 @@ OBJECTIVES = ("top1", "macs", "weight_bytes")
 WIDTHS, BITS = tuple(range(100, 0, -1)), (8, 4)
 SPACE = SimpleNamespace(
     decisions=(
-        Decision(
-            "prune_ratio/conv", "prune_ratio", 0, WIDTHS, tuple(1 - w / 100 for w in WIDTHS), np.linspace(0, 1, 100)
-        ),
+        Decision("prune_ratio/conv", "prune_ratio", 0, WIDTHS, tuple(1 - w / 100 for w in WIDTHS), np.linspace(0, 1, 100)),
         Decision("weight_bits/conv", "weight_bits", 0, BITS, BITS, np.array([0.0, 1.0])),
     ),
     describe=lambda policy: {
@@ -102,6 +100,7 @@ def test_failed_and_unscored_episodes_are_failed_trials(recorder, tmp_path):
 
 def test_the_dashboard_shows_the_constraints(recorder, tmp_path):
     from optuna_dashboard import _serializer as serializer
+
     recorder.record(0, "random", episode(70, 0.75, 60.0, 300.0, WATCH))
     study = load_study(tmp_path)
     shown = serializer.serialize_frozen_trial(study._study_id, study.trials[0], {})

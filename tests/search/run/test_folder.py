@@ -50,9 +50,7 @@ def test_the_manifest_brings_the_configuration_back(tmp_path, config):
     assert manifest["data"] == "synthetic: 3 images" and manifest["versions"]["torch"]
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"schema": 1}', '{"schema": 9, "config": {}}', '{"schema": 1, "config": {}}']
-)
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 1}', '{"schema": 9, "config": {}}', '{"schema": 1, "config": {}}'])
 def test_a_damaged_manifest_is_named(tmp_path, text):
     (tmp_path / MANIFEST).write_text(text)
     with pytest.raises(InputError, match="manifest.json"):

@@ -25,9 +25,7 @@ class Clock:
 
 def episode(number, macs):
     evaluation = Evaluation(0.8, {"macs": macs}, images=100)
-    return Episode(
-        "phone", CompressionPolicy((number,), (), ()), evaluation, {"macs": macs / 50 - 1}, reward=np.zeros(2)
-    )
+    return Episode("phone", CompressionPolicy((number,), (), ()), evaluation, {"macs": macs / 50 - 1}, reward=np.zeros(2))
 
 
 @pytest.fixture
@@ -38,7 +36,7 @@ def front():
 def follow(console, front, count, seconds_each, time_limit=None):
     clock = Clock()
     with SearchProgress(console, clock) as progress:
-        progress.say("calibrating [256 images]")
+        progress.status("calibrating [256 images]")
         progress.on_start(Path("runs/a-1"), front, 20, time_limit)
         for number in range(count):
             clock.now += seconds_each
@@ -53,9 +51,7 @@ def test_a_log_gets_a_line_every_few_seconds_and_one_at_the_end(front):
     lines = output.getvalue().splitlines()
     assert lines[0] == "calibrating [256 images]"
     assert len(lines) == 1 + 5
-    assert lines[1].startswith(
-        "evaluations 4 of 20, speed 0.40 evaluations/s, feasible 100 %, best for phone 80.00 % top-1"
-    )
+    assert lines[1].startswith("evaluations 4 of 20, speed 0.40 evaluations/s, feasible 100 %, best for phone 80.00 % top-1")
     assert "best for watch nothing fits yet" in lines[1] and "hypervolume 0.4200" in lines[1]
     assert lines[1].endswith("time left 40 s") and lines[-1].endswith("time left 0 s")
     assert progress.run == Path("runs/a-1")

@@ -27,7 +27,7 @@ class ToyEnv:
     space = SimpleNamespace(num_steps=STEPS)
 
     def __init__(self, evaluator_delay: float = 0.0):
-        self.evaluator = SimpleNamespace(known={})
+        self.evaluator = SimpleNamespace(cache={})
         self.evaluated = 0
         self._delay = evaluator_delay
 
@@ -53,15 +53,15 @@ class ToyEnv:
             os._exit(1)
         if self.chosen == [10, 10, 0]:
             raise RuntimeError("the forward failed")
-        if self.policy not in self.evaluator.known:
+        if self.policy not in self.evaluator.cache:
             self.evaluated += 1
             time.sleep(self._delay)
             score = sum(self.chosen) / 30
             # `images` counts what this worker has evaluated itself, `seconds` names it.
-            self.evaluator.known[self.policy] = Evaluation(
+            self.evaluator.cache[self.policy] = Evaluation(
                 score, {"macs": 1 - score}, images=self.evaluated, seconds=float(os.getpid())
             )
-        return self.evaluator.known[self.policy]
+        return self.evaluator.cache[self.policy]
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,7 @@ def test_local_and_ray_runners_return_the_same_episodes(runner):
         assert (other.budget, other.policy, other.constraints) == (episode.budget, episode.policy, episode.constraints)
         assert other.failure == episode.failure
         if episode.failure is None:
-            assert (
-                other.evaluation.top1 == episode.evaluation.top1 and other.evaluation.costs == episode.evaluation.costs
-            )
+            assert other.evaluation.top1 == episode.evaluation.top1 and other.evaluation.costs == episode.evaluation.costs
             np.testing.assert_array_equal(other.actions, episode.actions)
             np.testing.assert_array_equal(other.observations, episode.observations)
             np.testing.assert_array_equal(other.reward, episode.reward)

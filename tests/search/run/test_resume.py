@@ -78,7 +78,7 @@ def test_an_interrupted_run_ends_as_if_it_had_never_stopped(tmp_path, agent):
     if agent == "envelope_ddpg":
         states = [json.loads((folder / "agent" / "agent.json").read_text()) for folder in (broken, straight)]
         assert states[0]["rng"] == states[1]["rng"]
-        replays = [np.load(folder / "agent" / "replay.npz")["tables"] for folder in (broken, straight)]
+        replays = [np.load(folder / "agent" / "replay.npz")["sequences"] for folder in (broken, straight)]
         np.testing.assert_array_equal(*replays)
 
 

@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from secateur.agents.core import TableActor
+from secateur.agents.core import SequenceActor
 from secateur.envs.evaluator import Precision
 from secateur.search.build import build_problem, make_env
 from secateur.search.config import parse_config
@@ -53,8 +53,8 @@ def test_workers_share_the_calibration(tmp_path):
 def test_local_and_ray_runners_score_networks_alike():
     problem = replace(build_problem(parse_config(VALUES, "test.yaml")), precision=Precision("float32", "test"))
     rng, space = np.random.default_rng(0), problem.space
-    tables = [space.fit(rng.uniform(size=space.used.shape), problem.budgets[0]) for _ in range(6)]
-    actors = [TableActor(problem.budgets[0], table, ticket) for ticket, table in enumerate(tables)]
+    sequences = [space.scale_to_budget(rng.uniform(size=space.used.shape), problem.budgets[0]) for _ in range(6)]
+    actors = [SequenceActor(problem.budgets[0], sequence, ticket) for ticket, sequence in enumerate(sequences)]
     local = run(LocalRunner(partial(make_env, problem)), actors)
     runner = RayRunner(partial(make_env, problem), 2)
     try:
