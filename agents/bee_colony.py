@@ -19,7 +19,7 @@ better.
 
 Where we differ from Karaboga's or Lin's colony, and why:
 
-1. Every candidate is bent to the edge of its budget (`ActionSpace.fit`): ABCPruner has no constraint on the total,
+1. Every candidate is bent to the edge of its budget (`ActionSpace.scale_to_budget`): ABCPruner has no constraint on the total,
    its costs fall where they fall. If the preference rewards lower costs, the wall alone (`ActionSpace.execute`)
    repairs instead.
 2. All genes can move. ABCPruner's `randint(0, D - 1)` never touches the last layer.
@@ -66,7 +66,7 @@ import numpy as np
 from secateur.agents.core import SequenceActor, scored
 from secateur.agents.pareto import violation
 from secateur.agents.per_budget import PerBudget
-from secateur.agents.random_search import random_table
+from secateur.agents.random_search import random_sequence
 from secateur.envs.core import ActionSpace, Budget, CompressionPolicy, Episode, InputError
 
 
@@ -179,7 +179,7 @@ class Colony:
     ):
         self.config, self.space, self.budget, self.preference, self.rng = config, space, budget, preference, rng
         # More compression than the edge of the budget asks for only pays if a cost is part of the preference.
-        self._repair = space.execute if preference[1:].any() else space.fit
+        self._repair = space.execute if preference[1:].any() else space.scale_to_budget
         nothing = Source(np.zeros(space.used.shape), np.inf, -np.inf)
         self.sources = [nothing] * config.sources
         self.trials = np.full(config.sources, config.limit)  # all exhausted: the first phase is all scouts
@@ -298,7 +298,7 @@ class Colony:
         """Return one random sequence: new if possible, then below the edge of the budget if need be."""
 
         def draw() -> np.ndarray:
-            return random_table(self.space, self.rng)
+            return random_sequence(self.space, self.rng)
 
         return (
             self._new_tables(draw, self._repair, 1)

@@ -5,7 +5,7 @@ non-dominated sorting, crowding distance, binary tournaments; Deb & Agrawal 1995
 Deb & Goyal 1996, polynomial mutation.
 
 Where we differ and why:
-1. Every child is bent to the edge of its budget (`ActionSpace.fit`), like the other agents' candidates, in a share of the
+1. Every child is bent to the edge of its budget (`ActionSpace.scale_to_budget`), like other agents' candidates, in a share of the
    cases; the others are repaired by the wall alone, so that the population also spreads below the limit.
 2. Generations are handed out at once and judged when all of them are back, in the order in which they were handed out:
    results depend on the seed and not on which worker is faster. At the end of a generation workers wait for the slowest one; with
@@ -25,7 +25,7 @@ import numpy as np
 from secateur.agents.core import SequenceActor, fully_scored
 from secateur.agents.pareto import crowding_distance, non_dominated, violation
 from secateur.agents.per_budget import PerBudget
-from secateur.agents.random_search import random_table
+from secateur.agents.random_search import random_sequence
 from secateur.envs.core import ActionSpace, Budget, CompressionPolicy, Episode, InputError
 
 
@@ -147,10 +147,10 @@ class Population:
             self._turn += 1
             bend = self.rng.random() < self.config.edge
             for attempt in range(self.config.redraws + 1):
-                wanted = self._child() if self.members else random_table(self.space, self.rng)
+                wanted = self._child() if self.members else random_sequence(self.space, self.rng)
                 if attempt > self.config.redraws // 2:  # the neighborhood is known
-                    wanted = random_table(self.space, self.rng)
-                sequence = (self.space.fit if bend else self.space.execute)(wanted, budget)
+                    wanted = random_sequence(self.space, self.rng)
+                sequence = (self.space.scale_to_budget if bend else self.space.execute)(wanted, budget)
                 if self.space.decode(sequence) not in self._known:
                     break
             self._known.add(self.space.decode(sequence))

@@ -2,11 +2,11 @@
 
 It is made as strong as blind search can be:
 
-1. Every sequence is bent to the edge of its budget by `ActionSpace.fit`. Uniform draws alone would mostly miss the budget;
+1. Every sequence is bent to the edge of its budget by `ActionSpace.scale_to_budget`. Uniform draws would mostly miss the budget;
    drawn behind the wall alone, they would leave the repair to the last layers. The edge is where accuracy is highest:
    no evaluation is spent on more compression than was asked for.
 2. Half of the draws are independent in every entry, the other half lean towards a common strength per kind of choice
-   (`random_table`). With many entries independent draws are all alike on average, so they never try more pruning and
+   (`random_sequence`). With many entries independent draws are all alike on average, so they never try more pruning and
    milder bits or the reverse: on a made-up task with 139 entries of three kinds, 200 evaluations found 70 % top-1 with
    independent draws alone, 81 % with both; with one kind of choice it makes no difference.
 3. A policy that was handed out before is drawn again.
@@ -63,9 +63,9 @@ class RandomSearch:
     def _draw(self) -> SequenceActor:
         budget = self.budgets[self._asked % len(self.budgets)]
         for attempt in range(self.config.redraws + 1):
-            wanted = random_table(self.space, self.rng)
+            wanted = random_sequence(self.space, self.rng)
             # Where the whole edge is known (a loose budget has a single policy there) look below it.
-            repair = self.space.fit if 2 * attempt <= self.config.redraws else self.space.execute
+            repair = self.space.scale_to_budget if 2 * attempt <= self.config.redraws else self.space.execute
             sequence = repair(wanted, budget)
             key = budget.name, self.space.decode(sequence)
             if key not in self._known:
@@ -75,7 +75,7 @@ class RandomSearch:
         return SequenceActor(budget, sequence, self._asked - 1)
 
 
-def random_table(space: ActionSpace, rng: np.random.Generator) -> np.ndarray:
+def random_sequence(space: ActionSpace, rng: np.random.Generator) -> np.ndarray:
     """Return a sequence of random actions, (num_steps, action_dim) in [0, 1]; 0 in entries that are not used.
 
     Half of the sequences are independent, U(0, 1) in every entry. The others are a blend, in a random proportion, of such a

@@ -58,7 +58,7 @@ def simulate(
 def scale_all_to_budgets(
     space: FeasibleSpace, sequences: np.ndarray, budgets: Sequence[Budget], bends: int = 12, rounds: int = 3
 ) -> np.ndarray:
-    """Return `FeasibleSpace.fit` of many sequences, (n, num_steps, action_dim), each under a budget of its own.
+    """Return `FeasibleSpace.scale_to_budget` of many sequences, (n, num_steps, action_dim), each under a budget of its own.
 
     `bends` exponents are tried in each of the `rounds`: together they narrow the edge to 14 * bends ** -rounds.
     """

@@ -52,7 +52,7 @@ from secateur.agents.envelope_ddpg.replay import Memory, Outstanding, executes_a
 from secateur.agents.envelope_ddpg.storage import read_agent, write_agent
 from secateur.agents.greedy import Greedy, GreedyConfig, allocate
 from secateur.agents.pareto import Archive, hypervolume
-from secateur.agents.random_search import random_table
+from secateur.agents.random_search import random_sequence
 from secateur.agents.uniform import Uniform, UniformConfig, uniform_family
 from secateur.envs.core import ActionSpace, Actor, Budget, CompressionPolicy, Episode, InputError
 
@@ -207,7 +207,7 @@ class EnvelopeDdpg:
         """A random feasible sequence, bent to the edge of a budget."""
         named, goal, _ = self._turn()
         for _ in range(20):
-            sequence = self.space.scale_to_budget(random_table(self.space, self.rng), self.goals[goal])
+            sequence = self.space.scale_to_budget(random_sequence(self.space, self.rng), self.goals[goal])
             if self.space.decode(sequence) not in self._known:
                 break
         return named, self.preference, self._under(sequence, named)
@@ -314,7 +314,7 @@ class EnvelopeDdpg:
             alike = self._family[self.rng.permutation(len(self._family))[: count // 2]]
             sequences[: len(alike)] = alike
             for row in sequences[len(alike) :]:
-                row[:] = random_table(self.space, self.rng)
+                row[:] = random_sequence(self.space, self.rng)
         return sequences
 
     def _noise(self) -> float:

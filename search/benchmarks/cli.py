@@ -367,7 +367,7 @@ def benchmark_evaluator(
     with SearchProgress(Console(stderr=True)) as progress:
         problem = build_problem(settings, progress.status)
         progress.note(f"evaluations in {problem.precision.dtype}: {problem.precision.reason}")
-        drawn = measure.random_tables(problem, policies)
+        drawn = measure.random_sequences(problem, policies)
         chosen = [problem.space.decode(table) for table in drawn]
 
         def on_policy(done: int) -> None:
@@ -377,7 +377,7 @@ def benchmark_evaluator(
         progress.status("starting the workers")
         runner = open_runner(problem)
         try:
-            tables = measure.random_tables(problem, policies + runner.slots)
+            tables = measure.random_sequences(problem, policies + runner.slots)
             rate = measure.evaluations_per_second(runner, problem, tables)
         finally:
             runner.close()

@@ -68,7 +68,7 @@ class EvaluationTimes:
         return sum(self.parts.values())
 
 
-def random_tables(problem: Problem, count: int) -> list[np.ndarray]:
+def random_sequences(problem: Problem, count: int) -> list[np.ndarray]:
     """Return random actions bent to the edge of the first budget, from the configuration's seed."""
     rng, space = np.random.default_rng(problem.config.search.seed), problem.space
     return [space.scale_to_budget(rng.uniform(size=space.used.shape), problem.budgets[0]) for _ in range(count)]

@@ -31,7 +31,7 @@ def compare_sensitivities(problem: Problem, policies: int, records: Records, on_
         for index, policy in enumerate(random_policies(problem, budget, policies)):
             if records.find(budget=budget.name, policy=index) is not None:
                 continue
-            alone = space.sensitivities(space.policy_space.strengths(policy))
+            alone = space.sensitivities(space.policy_space.actions_of(policy))
             sums = {str(power): float((alone**power).sum()) for power in POWERS}
             row = records.add(budget=budget.name, policy=index, top1=evaluator.evaluate(policy).top1, sums=sums)
             on_row(f"{budget.name}, policy {index}: {100 * row['top1']:.1f} % top-1, sensitivities {sums['0.75']:.3f}")

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from secateur.agents import AGENTS
-from secateur.agents.random_search import random_table
+from secateur.agents.random_search import random_sequence
 from secateur.agents.uniform import uniform_family
 from secateur.envs.core import Budget, InputError
 
@@ -30,7 +30,7 @@ def test_random_search_covers_every_level_and_repeats_no_policy(toy):
 
 def test_random_tables_vary_the_ratio_between_the_kinds(toy):
     rng = np.random.default_rng(0)
-    sequences = np.array([random_table(toy, rng) for _ in range(2000)])
+    sequences = np.array([random_sequence(toy, rng) for _ in range(2000)])
     assert sequences.min() >= 0 and sequences.max() <= 1 and not sequences[:, ~toy.used].any()
     by_kind = sequences[:, :5].mean(axis=1)
     assert np.abs(by_kind - 0.5).max() > 0.45  # independent strengths would have to agree in five entries

@@ -188,7 +188,7 @@ def test_uniform_policies_are_among_the_candidates(toy):
     agent = agent_of(toy)
     toy.run(agent, 24)
     budget = toy.budgets[0]
-    wanted = {toy.decode(toy.fit(sequence, budget)) for sequence in uniform_family(toy, 7)}
+    wanted = {toy.decode(toy.scale_to_budget(sequence, budget)) for sequence in uniform_family(toy, 7)}
     # Nothing is drawn around them: an actor without noise and no moves leave them to themselves.
     found = agent._candidates(np.tile(agent.preference, (64, 1)), [budget] * 64, 0.0, moved=0)
     assert wanted <= {toy.decode(sequence) for sequence in found}

@@ -61,7 +61,7 @@ def random_population(geometry: NetworkGeometry, rng: np.random.Generator):
     return widths, rng.choice([2, 3, 4, 8, 16, 32], full), rng.choice([2, 4, 8, 32], full)
 
 
-def random_table(geometry: NetworkGeometry, rng: np.random.Generator) -> LatencyTable:
+def random_sequence(geometry: NetworkGeometry, rng: np.random.Generator) -> LatencyTable:
     """Times for every layer of a network in float32 and int8, up and down at random."""
     dense = geometry.shapes()
     largest = int(max(dense.in_channels.max(), dense.out_channels.max()))
@@ -90,7 +90,7 @@ MONOTONE = {name: _always(model()) for name, model in COST_MODELS.items()} | {
 }
 MODELS = {
     **MONOTONE,
-    "latency_ms of a table": lambda geometry: TableLatency(random_table(geometry, np.random.default_rng(0)), (8,)),
+    "latency_ms of a table": lambda geometry: TableLatency(random_sequence(geometry, np.random.default_rng(0)), (8,)),
 }
 """{name: function (geometry) -> cost model}."""
 

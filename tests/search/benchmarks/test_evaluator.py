@@ -19,7 +19,7 @@ def assembler_with(problem, *names):
 
 @pytest.fixture
 def policies(problem):
-    return [problem.space.decode(table) for table in measure.random_tables(problem, 3)]
+    return [problem.space.decode(table) for table in measure.random_sequences(problem, 3)]
 
 
 def test_parts_are_those_of_an_evaluation(problem, policies):
@@ -78,6 +78,6 @@ def test_arithmetic_is_rated_in_the_number_format():
 
 def test_a_runner_evaluates_every_policy_once(problem):
     runner = open_runner(problem)
-    tables = measure.random_tables(problem, 4)
+    tables = measure.random_sequences(problem, 4)
     assert measure.evaluations_per_second(runner, problem, tables) > 0
     assert set(runner._env.evaluator.cache) == {problem.space.decode(table) for table in tables}
