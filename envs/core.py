@@ -1,4 +1,4 @@
-"""The vocabulary of the search: what we choose, what it scored, what happened, and who acts.
+"""The vocabulary of the search: policies, evaluations, budgets, episodes, actors, and what agents may know.
 
 Dataclasses and protocols only. Everything is frozen: no step of the search changes what an earlier one returned.
 """
@@ -18,8 +18,8 @@ __all__ = [
 ]  # fmt: skip
 
 Act = Callable[[np.ndarray, np.ndarray, int, np.ndarray], np.ndarray]
-"""Actions of many episodes at once, (n, action_dim) in [0, 1], from observations, (n, observation_dim), the sequences that they
-have executed so far, (n, num_steps, action_dim), zero ahead, the step, and which rows they are, (n,)."""
+"""Actions of n episodes at the same step, (n, action_dim) in [0, 1]. Arguments: their observations, (n, observation_dim);
+their executed sequences, (n, num_steps, action_dim), zero from this step on; the step; their row numbers, (n,)."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,18 @@ class Budget:
 
     Attributes:
         name: e.g. "phone".
-        limits: absolute upper limit of each named cost; the environment keeps every episode below them.
-        top1_drop: largest allowed loss of top-1 against the dense model, as a fraction; None = no limit. Known only
-            after the evaluation, so it is a constraint on the result and not part of the wall.
+        limits: absolute upper limit of each named cost; the environment keeps every episode within them.
+        top1_drop: largest allowed loss of top-1 against the dense model, as a fraction; None = no limit. It is known only
+            after the evaluation, so it is a constraint on the result and not part of the feasibility projection.
     """
 
     name: str
     limits: Mapping[str, float]
     top1_drop: float | None = None
+
+    def __hash__(self) -> int:
+        """Hash of everything that `==` compares, so that budgets key dicts."""
+        return hash((self.name, frozenset(self.limits.items()), self.top1_drop))
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class Episode:
         evaluation: its scores; None when `failure` says why there are none.
         constraints: {name: value / limit - 1} of the episode's budget; feasible when all are <= 0.
         observations: (steps + 1, observation_dim) float32.
-        actions: (steps, action_dim) float32 in [0, 1]: what was *executed*, after the wall and the rounding.
+        actions: (steps, action_dim) float32 in [0, 1]: what was *executed*, after rounding and projection.
         reward: (num_objectives,) the vector reward of the last step; zero before it.
         failure: one sentence, or None.
     """
@@ -108,9 +112,12 @@ class Episode:
 
 
 class Actor(Protocol):
-    """Acts for one episode. Pure and picklable: it travels to a worker, and only its episode comes back."""
+    """Chooses the actions of one episode. Pure and picklable: it travels to a worker, and only its episode comes back."""
 
-    budget: Budget
+    @property
+    def budget(self) -> Budget:
+        """The budget of the episode."""
+        ...
 
     def act(self, observation: np.ndarray, step: int) -> np.ndarray:
         """Return the action, (action_dim,) in [0, 1]: 0 = least compression, 1 = strongest."""
@@ -119,10 +126,10 @@ class Actor(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Simulation:
-    """What n episodes would execute and spend; nothing of it was evaluated.
+    """What n episodes would execute and spend; nothing was evaluated.
 
     Attributes:
-        observations: (n, num_steps + 1, observation_dim) float32; zeros at steps that were given.
+        observations: (n, num_steps + 1, observation_dim) float32; zeros at steps whose actions were given.
         sequences: executed actions, (n, num_steps, action_dim) float32.
         costs: (n, num_objectives - 1): every cost among the objectives as a share of the dense one.
     """
@@ -134,11 +141,11 @@ class Simulation:
 
 @dataclass(frozen=True, eq=False)
 class Sensitivities:
-    """How far each choice by itself moves the outputs of the model (envs/sensitivity.py).
+    """Effect of each choice alone on the outputs of the model (envs/sensitivity.py).
 
     Attributes:
-        curves: (entries, points) divergence in nats at even actions from 0 to 1; entries in the order of `np.nonzero(used)`.
-        seconds: how long the measurement took.
+        curves: (entries, points) divergence in nats at evenly spaced actions from 0 to 1; entries as in `np.nonzero(used)`.
+        seconds: duration of the measurement.
     """
 
     curves: np.ndarray
@@ -154,37 +161,89 @@ class Sensitivities:
 
 
 class ActionSpace(Protocol):
-    """What an agent may know about the environment besides its episodes.
+    """What an agent may know about the environment besides its episodes; everything is read-only.
 
-    A *sequence* is a whole episode's actions, (num_steps, action_dim) in [0, 1]; entries where `used` is False have no effect.
+    An *action sequence* holds the actions of one episode, (num_steps, action_dim) in [0, 1]; entries where `used` is False have
+    no effect. Methods that take `sequences` take one sequence or a batch of them, and return the same shape; `budgets` is one
+    budget for all of them or one per sequence.
     """
 
-    num_steps: int
-    action_dim: int
-    observation_dim: int
-    used: np.ndarray  # (num_steps, action_dim) bool
-    level_actions: tuple[np.ndarray, ...]  # of each entry of `np.nonzero(used)`: the actions that mean its levels, increasing
-    objectives: tuple[str, ...]  # names of the reward's components; the first is "top1"
-    dense_top1: float
-    dense_costs: Mapping[str, float]
-    unit_magnitudes: tuple[np.ndarray, ...]  # per group (units,): mean |w| of what produces each unit
-    producer_macs: np.ndarray  # (groups,) multiply-accumulates of the dense layer that produces a group; of several, the mean
-    sensitivities: Sensitivities | None  # what every choice by itself does to the outputs; None: not measured
-
-    def execute(self, sequence: np.ndarray, budget: Budget) -> np.ndarray:
-        """Return the sequence that the environment would execute: behind the wall of the budget, rounded to real levels."""
+    @property
+    def num_steps(self) -> int:
+        """Steps per episode."""
         ...
 
-    def scale_to_budget(self, sequence: np.ndarray, budget: Budget) -> np.ndarray:
-        """Return the sequence scaled to the edge of the budget, then executed: as little compression as fits."""
+    @property
+    def action_dim(self) -> int:
+        """Entries of one action."""
+        ...
+
+    @property
+    def observation_dim(self) -> int:
+        """Entries of one observation."""
+        ...
+
+    @property
+    def used(self) -> np.ndarray:
+        """(num_steps, action_dim) bool: which entries of a sequence choose something."""
+        ...
+
+    @property
+    def level_actions(self) -> Sequence[np.ndarray]:
+        """Of each entry of `np.nonzero(used)`: the actions that mean its levels, increasing in [0, 1]."""
+        ...
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """Names of the reward's components; the first is "top1"."""
+        ...
+
+    @property
+    def dense_top1(self) -> float:
+        """Top-1 of the untouched model on the validation split."""
+        ...
+
+    @property
+    def dense_costs(self) -> Mapping[str, float]:
+        """{cost: value} of the untouched model."""
+        ...
+
+    @property
+    def unit_magnitudes(self) -> Sequence[np.ndarray]:
+        """Per group (units,): mean |w| of the weights that produce each unit."""
+        ...
+
+    @property
+    def producer_macs(self) -> np.ndarray:
+        """(groups,) multiply-accumulates of the dense layer that produces a group; the mean, if there are several."""
+        ...
+
+    @property
+    def sensitivities(self) -> Sensitivities | None:
+        """Effect of each choice alone on the model's outputs; None: not measured."""
+        ...
+
+    def check(self, budget: Budget) -> None:
+        """Raise InputError if no policy is found that keeps the budget."""
+        ...
+
+    def execute(self, sequences: np.ndarray, budgets: Budget | Sequence[Budget]) -> np.ndarray:
+        """Return what the environment would execute: rounded to real levels, and projected onto the budget."""
+        ...
+
+    def scale_to_budget(self, sequences: np.ndarray, budgets: Budget | Sequence[Budget]) -> np.ndarray:
+        """Return the sequences scaled to the edge of the budget and executed: the least compression of their kind that fits.
+
+        Scaling keeps the order of a sequence's entries.
+        """
         ...
 
     def with_prune_ratios(self, sequence: np.ndarray, ratios: np.ndarray) -> np.ndarray:
-        """Return the sequence with the levels nearest to these prune ratios, (groups,), wherever a prune ratio is chosen."""
+        """Return one sequence with the levels nearest to these prune ratios, (groups,), wherever a prune ratio is chosen."""
         ...
 
     def decode(self, sequence: np.ndarray) -> CompressionPolicy:
-        """Return the policy of an executed sequence."""
+        """Return the policy of one executed sequence."""
         ...
 
     def simulate(
@@ -197,19 +256,15 @@ class ActionSpace(Protocol):
         """Return what the environment would execute, observe and spend in one episode per budget, without any evaluation.
 
         Args:
-            act: chooses; it is not asked for the steps that are given.
+            act: chooses the actions; it is not called for steps that are given.
             budgets: one per row; satisfiable.
             sequences: (n, num_steps, action_dim) executed actions of the steps before `starts`, which are taken as they are.
             starts: (n,) first step that `act` chooses; default: 0.
         """
         ...
 
-    def scale_all_to_budgets(self, sequences: np.ndarray, budgets: Sequence[Budget]) -> np.ndarray:
-        """Return `scale_to_budget` of many sequences, (n, num_steps, action_dim), one budget each."""
-        ...
-
     def cost_shares(self, sequences: np.ndarray) -> np.ndarray:
-        """Return every cost among the objectives by the dense one, (n, num_objectives - 1), of executed sequences."""
+        """Return every cost among the objectives by the dense one, (n, num_objectives - 1), of executed sequences, a batch."""
         ...
 
     def with_limits(self, observations: np.ndarray, budgets: Sequence[Budget]) -> np.ndarray:

@@ -1,20 +1,38 @@
-"""The policies that can be chosen: which decisions there are, in which order, and what each action means."""
+"""The policies that can be chosen: the decisions, their order, what each action means, and every encoding of a policy.
+
+A policy has five encodings; all conversions between them are here, each with its inverse:
+
+| encoding | form | used by |
+|---|---|---|
+| action sequence | (num_steps, action_dim) in [0, 1] | agents, the environment |
+| levels | (decisions,) integers, 0 = least compression | feasibility projection, costs |
+| `CompressionPolicy` | kept units per group, bits per layer | evaluator, results |
+| choices | {decision name: prune ratio or bits} | the Optuna study, tables |
+| document | JSON lists of widths and bits | front.json, policy.json |
+
+    sequence <-> levels     sequence_to_levels    levels_to_sequence      (both also for batches)
+    levels   <-> policy     levels_to_policy      policy_to_levels
+    policy   <-> choices    policy_to_choices     choices_to_policy
+    policy   <-> document   policy_to_document    document_to_policy
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
-from secateur.cost_models.core import FLOAT_BITS, InputError
+from secateur.cost_models.core import FLOAT_BITS, InputError, LayerShapes
 from secateur.envs.core import CompressionPolicy
 from secateur.envs.model_graph.plan import ChannelGroup, ModelGraph
 
 KINDS = ("prune_ratio", "weight_bits", "activation_bits")
 MAX_LEVELS = 64
-"""A group of thousands of units gets this many evenly spaced widths: finer steps cannot be told apart by accuracy."""
+"""Most widths of a group, evenly spaced: finer steps of a group of thousands of units do not differ in accuracy."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +41,10 @@ class SpaceConfig:
 
     Attributes:
         prune_ratio: (least, largest) share of a group's units removed, 0 <= least <= largest < 1; None: no pruning. A group
-            with one possible width has it without a decision.
+            with one possible width gets it without a decision.
         channel_multiple: widths in channels of a group's first producer are multiples of this, or dense.
-        weight_bits, activation_bits: allowed widths, 2..8 or 32; one entry is applied everywhere without a decision; None: 32.
+        weight_bits, activation_bits: allowed bit-widths, 2..8 or 32; a single one is applied everywhere without a decision;
+            None: 32.
         exclude: patterns of layer names that are neither pruned nor quantized.
     """
 
@@ -35,7 +54,7 @@ class SpaceConfig:
     activation_bits: tuple[int, ...] | None = None
     exclude: tuple[str, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.prune_ratio is not None and not 0 <= self.prune_ratio[0] <= self.prune_ratio[1] < 1:
             raise InputError(
                 f"`space.prune_ratio` must be [least, largest] with 0 <= least <= largest < 1, but got "
@@ -59,7 +78,7 @@ class Decision:
         target: index of the group (prune_ratio) or of the layer (bits).
         levels: what the policy stores: widths or bit-widths, least compression first.
         values: what a reader sees: prune ratios or bit-widths.
-        actions: (levels,) increasing in [0, 1]: the action that means each level.
+        actions: (levels,) the action that means each level, increasing in [0, 1].
     """
 
     name: str
@@ -71,12 +90,17 @@ class Decision:
 
 
 class PolicySpace:
-    """Turns sequences of actions into policies and back.
+    """The decisions of a search, and the encodings of their policies (see the module).
 
-    A sequence holds the actions of an episode, (num_steps, action_dim) in [0, 1]. Each step belongs to a layer; its columns are
-    the kinds of choices that exist anywhere in the space, 0 = least compression, 1 = strongest. `used` says which entries
-    choose something. Internally a policy is a vector of *levels*, one integer per decision, so that whole populations are
-    decoded at once.
+    An action sequence holds the actions of an episode, (num_steps, action_dim) in [0, 1]. Each step belongs to a layer; its
+    columns are the kinds of choices that exist anywhere in the space, 0 = least compression, 1 = strongest. `used` tells which
+    entries choose something. `decisions` are in the order of `np.nonzero(used)`.
+
+    Args:
+        graph: of the dense model.
+        config: what may be chosen.
+    Raises:
+        InputError: if there is nothing to choose.
     """
 
     def __init__(self, graph: ModelGraph, config: SpaceConfig):
@@ -128,7 +152,9 @@ class PolicySpace:
         prunes = []
         if self.config.prune_ratio is not None:
             for target, group in enumerate(graph.groups):
-                if group.producers[0] == layer.name and (decision := self._prune_decision(target, group)) is not None:
+                if group.producers[0] != layer.name:
+                    continue
+                if (decision := self._prune_decision(target, group, self.config.prune_ratio)) is not None:
                     prunes.append({"prune_ratio": decision})
         bits = {}
         for kind in KINDS[1:]:
@@ -139,8 +165,8 @@ class PolicySpace:
         first = {**(prunes[0] if prunes else {}), **bits}
         return [(index, step) for step in [first, *prunes[1:]] if step]
 
-    def _prune_decision(self, target: int, group: ChannelGroup) -> Decision | None:
-        low, high = self.config.prune_ratio
+    def _prune_decision(self, target: int, group: ChannelGroup, ratios: tuple[float, float]) -> Decision | None:
+        low, high = ratios
         multiplicity = self._channels_per_unit(target, group.producers[0])
         # Rounding guards against 0.1 * 30 = 3.0000000000000004 costing a channel.
         least, most = int(np.ceil(round((1 - high) * group.units, 9))), int(np.floor(round((1 - low) * group.units, 9)))
@@ -154,16 +180,20 @@ class PolicySpace:
             return None
         if len(widths) > MAX_LEVELS:
             widths = [widths[i] for i in np.unique(np.linspace(0, len(widths) - 1, MAX_LEVELS).round().astype(int))]
-        ratios = 1 - np.array(widths) / group.units
-        actions = (ratios - ratios[0]) / (ratios[-1] - ratios[0])
-        return Decision(
-            f"prune_ratio/{group.name}", "prune_ratio", target, tuple(widths), tuple(ratios.round(6).tolist()), actions
-        )
+        removed = 1 - np.array(widths) / group.units
+        actions = (removed - removed[0]) / (removed[-1] - removed[0])
+        values = tuple(removed.round(6).tolist())
+        return Decision(f"prune_ratio/{group.name}", "prune_ratio", target, tuple(widths), values, actions)
 
     def _channels_per_unit(self, group: int, layer: str) -> float:
         """How many output channels of `layer` go with one unit of the group."""
         index = [shape.name for shape in self.geometry.layers].index(layer)
         return self.geometry.out_per_unit[group, index]
+
+    @cached_property
+    def level_actions(self) -> tuple[np.ndarray, ...]:
+        """Of each decision: the actions that mean its levels, increasing in [0, 1]."""
+        return tuple(decision.actions for decision in self.decisions)
 
     @cached_property
     def weakest(self) -> np.ndarray:
@@ -175,16 +205,38 @@ class PolicySpace:
         """(decisions,) levels of the strongest compression."""
         return self.num_levels - 1
 
-    def columns(self, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    # ------------------------------------------------------------------------------------------------ sequence <-> levels
+
+    def sequence_to_levels(self, sequences: np.ndarray) -> np.ndarray:
+        """Return the nearest levels, (..., num_steps, action_dim) to (..., decisions)."""
+        wanted = np.asarray(sequences)[..., self.used]
+        nearest = [np.abs(wanted[..., i, None] - actions).argmin(axis=-1) for i, actions in enumerate(self.level_actions)]
+        return np.stack(nearest, axis=-1)
+
+    def levels_to_sequence(self, levels: np.ndarray) -> np.ndarray:
+        """Return the action sequences that mean these levels, (..., decisions) to (..., num_steps, action_dim) float32.
+
+        Unused entries are 0.
+        """
+        levels = np.asarray(levels)
+        sequences = np.zeros((*levels.shape[:-1], self.num_steps, self.action_dim), np.float32)
+        sequences[..., self.used] = np.stack([a[levels[..., i]] for i, a in enumerate(self.level_actions)], axis=-1)
+        return sequences
+
+    # -------------------------------------------------------------------------------------------------- levels <-> policy
+
+    def levels_to_columns(self, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return widths (population, G), weight bits and activation bits (population, L) of levels (population, decisions)."""
         columns = []
         for kind, base in zip(KINDS, (self._base_widths, *self._base_bits), strict=True):
-            columns.append(np.empty((len(levels), len(base)), base.dtype))
-            columns[-1][:] = base
+            column = np.empty((len(levels), len(base)), base.dtype)
+            column[:] = base
             if kind in self._targets:
                 which, targets = self._targets[kind]
-                columns[-1][:, targets] = self._levels[which, levels[:, which]]
-        return tuple(columns)
+                column[:, targets] = self._levels[which, levels[:, which]]
+            columns.append(column)
+        widths, weight_bits, activation_bits = columns
+        return widths, weight_bits, activation_bits
 
     @cached_property
     def _targets(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -193,35 +245,49 @@ class PolicySpace:
         targets = np.array([decision.target for decision in self.decisions])
         return {kind: (np.flatnonzero(kinds == kind), targets[kinds == kind]) for kind in self.kinds}
 
-    def shapes(self, levels: np.ndarray):
-        """Return the `LayerShapes` of levels (population, decisions)."""
-        return self.geometry.shapes(*self.columns(levels))
+    def shapes(self, levels: np.ndarray) -> LayerShapes:
+        """Return the shapes of levels (population, decisions)."""
+        return self.geometry.shapes(*self.levels_to_columns(levels))
 
-    def policy(self, levels: np.ndarray) -> CompressionPolicy:
+    def levels_to_policy(self, levels: np.ndarray) -> CompressionPolicy:
         """Return the policy of one level vector, (decisions,)."""
-        return CompressionPolicy(*(tuple(column[0].tolist()) for column in self.columns(levels[None])))
+        return CompressionPolicy(*(tuple(column[0].tolist()) for column in self.levels_to_columns(levels[None])))
 
-    def snap(self, sequence: np.ndarray) -> np.ndarray:
-        """Return the nearest levels of sequences, (..., num_steps, action_dim) to (..., decisions)."""
-        wanted = np.asarray(sequence)[..., self.used]
-        return np.stack([np.abs(wanted[..., i, None] - d.actions).argmin(axis=-1) for i, d in enumerate(self.decisions)], axis=-1)
+    def policy_to_levels(self, policy: CompressionPolicy) -> np.ndarray:
+        """Return the levels of a policy, (decisions,).
 
-    def sequence(self, levels: np.ndarray) -> np.ndarray:
-        """Return the sequence that means these levels, (decisions,) to (num_steps, action_dim); unused entries are 0."""
-        sequence = np.zeros((self.num_steps, self.action_dim), np.float32)
-        sequence[self.used] = [decision.actions[level] for decision, level in zip(self.decisions, levels, strict=True)]
-        return sequence
-
-    def values(self, policy: CompressionPolicy) -> tuple[float, ...]:
-        """Return what the policy chose, one value per decision, as in `Decision.values`."""
+        Raises:
+            ValueError: if the policy is not of this space.
+        """
         columns = dict(zip(KINDS, (policy.widths, policy.weight_bits, policy.activation_bits), strict=True))
-        return tuple(d.values[d.levels.index(columns[d.kind][d.target])] for d in self.decisions)
+        return np.array([decision.levels.index(columns[decision.kind][decision.target]) for decision in self.decisions])
 
-    def actions_of(self, policy: CompressionPolicy) -> np.ndarray:
-        """Return how strongly each decision of a policy compresses, (decisions,) in [0, 1]."""
-        values = self.values(policy)
-        return np.array([d.actions[d.values.index(value)] for d, value in zip(self.decisions, values, strict=True)])
+    # ------------------------------------------------------------------------------------------------- policy <-> choices
 
-    def describe(self, policy: CompressionPolicy) -> dict[str, float]:
-        """Return {decision name: chosen value}."""
-        return dict(zip((decision.name for decision in self.decisions), self.values(policy), strict=True))
+    def policy_to_choices(self, policy: CompressionPolicy) -> dict[str, float]:
+        """Return {decision name: prune ratio or bits}."""
+        levels = self.policy_to_levels(policy)
+        return {decision.name: decision.values[level] for decision, level in zip(self.decisions, levels, strict=True)}
+
+    def choices_to_policy(self, choices: Mapping[str, float]) -> CompressionPolicy:
+        """Return the policy of {decision name: prune ratio or bits}.
+
+        Raises:
+            ValueError: if the choices are not of this space.
+        """
+        if missing := [decision.name for decision in self.decisions if decision.name not in choices]:
+            raise ValueError(f"no value is given for the decision '{missing[0]}'")
+        return self.levels_to_policy(np.array([d.values.index(choices[d.name]) for d in self.decisions]))
+
+
+# ---------------------------------------------------------------------------------------------------- policy <-> document
+
+
+def policy_to_document(policy: CompressionPolicy) -> dict[str, list[int]]:
+    """Return the policy as JSON values: kept units of each group, bits of each layer."""
+    return {name: list(values) for name, values in asdict(policy).items()}
+
+
+def document_to_policy(document: Mapping[str, Any]) -> CompressionPolicy:
+    """Return the policy of a document."""
+    return CompressionPolicy(**{name: tuple(values) for name, values in document.items()})

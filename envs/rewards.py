@@ -1,4 +1,4 @@
-"""Vector rewards and constraints: the one place where a minimised cost becomes a maximised reward."""
+"""Vector rewards and constraints: the one place where a minimized cost becomes a maximized reward."""
 
 from __future__ import annotations
 

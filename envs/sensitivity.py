@@ -1,14 +1,14 @@
-"""How far each choice by itself moves the outputs of the model: one layer compressed, all others as they are.
+"""Sensitivity: the effect of each choice alone on the outputs of the model. One layer is compressed, all others are untouched.
 
-    divergence_i(s) = mean over images of KL(least compression || strength s at choice i alone), in nats                   (1)
+    divergence_i(s) = mean over images of KL(least compression || choice i alone at action s), in nats                   (1)
 
 on class probabilities.
 
 Source: ZeroQ (Cai et al. 2020, arXiv:2001.00281, eq. 6) for bit-widths; here for prune ratios too, after the search's recovery.
-Sums of powers of (1) over all choices predict which of two policies scores better, before any policy was evaluated.
+Sums of powers of (1) over all choices predict which of two policies scores better, before any policy is evaluated.
 
-Images are needed, labels are not. A quarter of the levels are enough, between them lines are drawn: 64 images and four levels
-rank random policies of ResNet-56 like 256 images and eight levels do.
+Images are needed, labels are not. Four levels per choice are measured, with linear interpolation between them: 64 images and four
+levels rank random policies of ResNet-56 as well as 256 images and eight levels.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ log = logging.getLogger(__name__)
 
 IMAGES = 64
 LEVELS = 4
-"""Images and levels per choice that are measured."""
+"""Number of images, and of levels per choice, that are measured."""
 POINTS = 65
-"""Points that a curve is stored at: actions 0, 1/64 ... 1."""
+"""Number of points of a stored curve: actions 0, 1/64 ... 1."""
 WORST = 10.0
-"""Nats of a network that fails, or whose outputs are not finite."""
+"""Divergence in nats of a network that fails, or whose outputs are not finite."""
 
 
 def measure_sensitivities(
@@ -45,11 +45,11 @@ def measure_sensitivities(
     Args:
         space: the decisions.
         network: returns the network of a policy, ready for `images`.
-        images: batches (N, C, H, W), normalised, in the number format of the networks.
-        status: told how far it is.
+        images: batches (N, C, H, W), normalized, in the number format of the networks.
+        status: progress callback.
     """
     least = space.weakest
-    dense = _log_probabilities(network(space.policy(least)), images)
+    dense = _log_probabilities(network(space.levels_to_policy(least)), images)
     curves = np.zeros((len(space.decisions), POINTS), np.float32)
     for index, decision in enumerate(space.decisions):
         status(f"measuring the sensitivity of choice {index + 1} of {len(space.decisions)}")
@@ -59,7 +59,7 @@ def measure_sensitivities(
         for level in levels[levels > least[index]]:
             alone = least.copy()
             alone[index] = level
-            divergence = _divergence(dense, lambda alone=alone: network(space.policy(alone)), images)
+            divergence = _divergence(dense, lambda alone=alone: network(space.levels_to_policy(alone)), images)
             measured[float(decision.actions[level])] = max(divergence, 0.0) if np.isfinite(divergence) else WORST
         curves[index] = np.interp(np.linspace(0, 1, POINTS), list(measured), list(measured.values()))
     return curves

@@ -16,8 +16,9 @@ from secateur.envs.core import Budget, CompressionPolicy, Evaluation, InputError
 from secateur.envs.feasibility import FeasibleSpace
 from secateur.envs.rollout import rollout
 from secateur.envs.tasks.imports import did_you_mean
-from secateur.search.build import Problem, StatusCallback, absolute_budget, build_problem, make_env
+from secateur.search.build import absolute_budget, build_problem, make_env
 from secateur.search.config import BudgetConfig, SearchConfig
+from secateur.search.problem import Problem, StatusCallback
 from secateur.search.run.folder import AGENT, load_manifest
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def ask(
     agent_folder(run, settings)  # before anything is loaded that takes long
     limits = _budget_config(budget)
     problem = build_problem(settings, status)
-    wanted = absolute_budget("asked", limits, problem.space)
+    wanted = absolute_budget("asked", limits, problem.space.dense_costs)
     problem.space.check(wanted)
     status("asking the agent")
     agent = load_agent(run, settings, problem.space)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,16 +19,16 @@ from secateur.agents import AGENTS
 from secateur.agents.core import Agent
 from secateur.cost_models import COST_MODELS
 from secateur.cost_models.core import CostModel
-from secateur.cost_models.device import Device
 from secateur.envs.assembler import Assembler
 from secateur.envs.calibration import CalibrationConfig, LayerPlan, cached_calibration, plan_calibration
 from secateur.envs.compression_env import CompressionEnv
-from secateur.envs.core import Budget, CompressionPolicy, Evaluation, InputError, Sensitivities
+from secateur.envs.core import Budget, Evaluation, InputError, Sensitivities
+from secateur.envs.costs import PolicyCosts
 from secateur.envs.evaluator import Evaluator, Precision, choose_precision, top1
 from secateur.envs.feasibility import FeasibleSpace
 from secateur.envs.model_graph import ModelGraph, analyze
-from secateur.envs.observation import observation_names
 from secateur.envs.policy_space import PolicySpace, SpaceConfig
+from secateur.envs.projection import FeasibilityProjection
 from secateur.envs.pruning.importance import IMPORTANCES
 from secateur.envs.pruning.importance.core import DenseModel, Importance
 from secateur.envs.pruning.importance.unit_slices import mean_over_producers
@@ -41,49 +42,12 @@ from secateur.envs.tasks.models import load_model
 from secateur.envs.tasks.training import Progress, cache_directory
 from secateur.search.config import BudgetConfig, PluginEntry, SearchConfig
 from secateur.search.loop import Runner
+from secateur.search.problem import Evaluated, Problem, StatusCallback
 from secateur.search.results.front import Front
 from secateur.search.run.local_runner import LocalRunner
 from secateur.search.run.ray_runner import LOCAL, RayRunner
 
 log = logging.getLogger(__name__)
-
-StatusCallback = Callable[[str], None]
-Evaluated = Sequence[tuple[CompressionPolicy, Evaluation]]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A search, ready to run: everything that is computed once. Picklable; workers share its numpy arrays without copies.
-
-    Attributes:
-        config: the resolved configuration.
-        data: calibration, validation and test splits.
-        assembler: turns policies into networks; holds the dense model and its graph.
-        finalist_assembler: the same with the recoveries of the finalists.
-        space: the decisions behind the wall.
-        budgets: satisfiable budgets with absolute limits.
-        dense: float32 score and costs of the dense model on the validation split.
-        precision: number format of the search's forward passes.
-    """
-
-    config: SearchConfig
-    data: TaskData
-    assembler: Assembler
-    finalist_assembler: Assembler
-    space: FeasibleSpace
-    budgets: tuple[Budget, ...]
-    dense: Evaluation
-    precision: Precision
-
-    @property
-    def graph(self) -> ModelGraph:
-        """The dense model's plan."""
-        return self.assembler.graph
-
-    @property
-    def device(self) -> Device | None:
-        """What the latencies and energies are those of, if the configuration names a device."""
-        return self.config.device
 
 
 def build_model_and_graph(config: SearchConfig, status: StatusCallback = log.info) -> tuple[TaskData, nn.Module, ModelGraph]:
@@ -118,20 +82,16 @@ def _epochs_to(status: StatusCallback) -> Progress:
     )
 
 
-def build_space(config: SearchConfig, graph: ModelGraph, dense_top1: float) -> tuple[FeasibleSpace, tuple[Budget, ...]]:
-    """Return the decisions behind their wall, and the budgets with absolute limits (not yet checked).
+def build_costs(config: SearchConfig, graph: ModelGraph) -> PolicyCosts:
+    """Return the costs of the policies that the configuration allows.
 
     Raises:
-        InputError: if the space is empty, or the device's table has no latencies of such layers.
+        InputError: if there is nothing to choose, or the device's table has no latencies of such layers.
     """
     space = PolicySpace(graph, SpaceConfig(**config.space.model_dump()))
-    cost_models = build_cost_models(config)
-    limited = [name for name in cost_models if any(name in budget.limits for budget in config.budgets.values())]
-    dimension = len(observation_names(space.kinds, tuple(cost_models)))
-    feasible = FeasibleSpace(space, cost_models, ("top1", *(limited or ["macs"])), dense_top1, dimension)
-    feasible.costs(_every_precision(space))  # a table may know the dense layers and not those in integers
-    budgets = tuple(absolute_budget(name, budget, feasible) for name, budget in config.budgets.items())
-    return feasible, budgets
+    costs = PolicyCosts(space, build_cost_models(config))
+    costs.of_levels(_every_precision(space))  # a table may have the dense layers and lack those in integers
+    return costs
 
 
 def _every_precision(space: PolicySpace) -> np.ndarray:
@@ -148,12 +108,21 @@ def build_cost_models(config: SearchConfig) -> dict[str, CostModel]:
     return {**{name: model() for name, model in COST_MODELS.items()}, **own}
 
 
-def absolute_budget(name: str, config: BudgetConfig, space: FeasibleSpace) -> Budget:
+def build_budgets(config: SearchConfig, costs: PolicyCosts) -> tuple[Budget, ...]:
+    """Return the configuration's budgets with absolute limits (not yet checked)."""
+    return tuple(absolute_budget(name, budget, costs.dense) for name, budget in config.budgets.items())
+
+
+def absolute_budget(name: str, config: BudgetConfig, dense_costs: Mapping[str, float]) -> Budget:
     """Return the budget with every limit in the cost's own unit (not yet checked)."""
-    limits = {
-        cost: limit.value * space.dense_costs[cost] if limit.relative else limit.value for cost, limit in config.limits.items()
-    }
+    limits = {cost: limit.value * dense_costs[cost] if limit.relative else limit.value for cost, limit in config.limits.items()}
     return Budget(name, limits, config.top1_drop)
+
+
+def build_objectives(config: SearchConfig, costs: PolicyCosts) -> tuple[str, ...]:
+    """Return the names of the reward's components: top1, then every cost that some budget limits, or else macs."""
+    limited = [name for name in costs.models if any(name in budget.limits for budget in config.budgets.values())]
+    return ("top1", *(limited or ["macs"]))
 
 
 def build_problem(config: SearchConfig, status: StatusCallback = log.info) -> Problem:
@@ -163,10 +132,10 @@ def build_problem(config: SearchConfig, status: StatusCallback = log.info) -> Pr
         InputError: for anything in the configuration that cannot be used, before anything is written.
     """
     data, model, graph = build_model_and_graph(config, status)
-    space, budgets = build_space(config, graph, dense_top1=float("nan"))
-    space.unit_magnitudes = tuple(mean_over_producers(model, group, lambda rows: rows.abs().mean(1)) for group in graph.groups)
+    costs = build_costs(config, graph)
+    budgets, projection = build_budgets(config, costs), FeasibilityProjection(costs)
     for budget in budgets:
-        space.check(budget)
+        projection.check(budget)
     assembler, finalist_assembler = build_assemblers(config, data, model, graph, status)
     status("scoring the dense model")
     images, labels = data.tensors(data.validation)
@@ -175,8 +144,9 @@ def build_problem(config: SearchConfig, status: StatusCallback = log.info) -> Pr
         precision = choose_precision(lambda: slice_model(model, graph, everything), graph, images, labels)
     else:
         precision = Precision(config.search.precision, "chosen in the configuration")
-    dense = Evaluation(top1(model, images, labels), space.dense_costs, "proxy", len(labels))
-    space.dense_top1 = dense.top1
+    dense = Evaluation(top1(model, images, labels), costs.dense, "proxy", len(labels))
+    magnitudes = [mean_over_producers(model, group, lambda rows: rows.abs().mean(1)) for group in graph.groups]
+    space = FeasibleSpace(costs, build_objectives(config, costs), dense.top1, magnitudes)
     return Problem(config, replace(data, train=None), assembler, finalist_assembler, space, budgets, dense, precision)
 
 
@@ -252,13 +222,13 @@ def _makes_statistics(recoveries: Sequence[Recovery]) -> bool:
     return any(getattr(recovery, "makes_statistics", False) for recovery in recoveries)
 
 
-def build_plugin(registry: dict[str, tuple[type, type]], entry: PluginEntry):
+def build_plugin(registry: Mapping[str, tuple[type, type]], entry: PluginEntry) -> Any:
     """Return the plug-in that an entry of the configuration names."""
     config_class, plugin = registry[entry.name]
     return plugin(build_options(config_class, entry.options))
 
 
-def build_options(config_class: type, options: dict):
+def build_options(config_class: type, options: Mapping[str, Any]) -> Any:
     """Return the plug-in's configuration object; the options have passed the same check when the file was read."""
     return TypeAdapter(config_class).validate_python(options)
 
@@ -269,27 +239,32 @@ def build_front(problem: Problem) -> Front:
     return Front(problem.space.objectives, problem.budgets, problem.dense, problem.data.num_classes, device)
 
 
-def build_agent(problem: Problem, name: str, options: dict, seed: int, status: StatusCallback = log.info) -> Agent:
-    """Return the agent `name` for this problem; if it wants the choices' sensitivities, they are measured once."""
+def build_agent(problem: Problem, name: str, options: Mapping[str, Any], seed: int) -> Agent:
+    """Return the agent `name` for this problem, which must be prepared for it (`prepare`)."""
     config_class, agent = AGENTS[name]
-    config = build_options(config_class, options)
-    if getattr(config, "needs_sensitivities", False):
-        measure_once(problem, status)
-    return agent(config, problem.space, problem.budgets, np.random.default_rng(seed))
+    return agent(build_options(config_class, options), problem.space, problem.budgets, np.random.default_rng(seed))
 
 
-def measure_once(problem: Problem, status: StatusCallback = log.info) -> None:
-    """Give the problem's space the sensitivities of its choices, unless it has them."""
-    if problem.space.sensitivities is None:
-        evaluator, start = make_env(problem).evaluator, time.perf_counter()
-        images, left = [], IMAGES
-        for batch in evaluator.batches:
-            images.append(batch[:left])
-            left -= len(images[-1])
-            if not left:
-                break
-        curves = measure_sensitivities(problem.space.policy_space, evaluator.network, images, status)
-        problem.space.sensitivities = Sensitivities(curves, time.perf_counter() - start)
+def prepare(problem: Problem, name: str, options: Mapping[str, Any], status: StatusCallback = log.info) -> Problem:
+    """Return the problem with what the agent `name` needs: sensitivities are measured, unless it has them."""
+    needed = getattr(build_options(AGENTS[name][0], options), "needs_sensitivities", False)
+    return with_sensitivities(problem, status) if needed else problem
+
+
+def with_sensitivities(problem: Problem, status: StatusCallback = log.info) -> Problem:
+    """Return the problem with the sensitivities of its choices, measured unless it has them."""
+    if problem.space.sensitivities is not None:
+        return problem
+    evaluator, start = make_env(problem).evaluator, time.perf_counter()
+    images, left = [], IMAGES
+    for batch in evaluator.batches:
+        images.append(batch[:left])
+        left -= len(images[-1])
+        if not left:
+            break
+    curves = measure_sensitivities(problem.space.policy_space, evaluator.network, images, status)
+    measured = Sensitivities(curves, time.perf_counter() - start)
+    return replace(problem, space=problem.space.with_sensitivities(measured))
 
 
 def make_env(problem: Problem, evaluated: Evaluated = ()) -> CompressionEnv:
@@ -298,7 +273,7 @@ def make_env(problem: Problem, evaluated: Evaluated = ()) -> CompressionEnv:
     race = Race(problem.space.objectives[1:], [budget.limits for budget in problem.budgets])
     evaluator = Evaluator(
         problem.assembler,
-        problem.space.policy_costs,
+        problem.space.costs.of_policy,
         images,
         labels,
         problem.precision,
@@ -332,10 +307,10 @@ class Feasibility:
         return self.least <= self.limit
 
 
-def feasibility_table(space: FeasibleSpace, budgets: Sequence[Budget]) -> list[Feasibility]:
-    """Return one row for every limit of every budget, each limit by itself: `FeasibleSpace.check` takes them together."""
+def feasibility_table(projection: FeasibilityProjection, budgets: Sequence[Budget]) -> list[Feasibility]:
+    """Return one row for every limit of every budget, each limit by itself: `FeasibilityProjection.check` takes them together."""
     return [
-        Feasibility(budget.name, cost, space.least(cost, limit), limit, space.dense_costs[cost])
+        Feasibility(budget.name, cost, projection.least(cost, limit), limit, projection.costs.dense[cost])
         for budget in budgets
         for cost, limit in budget.limits.items()
     ]

@@ -92,25 +92,27 @@ def inspect(config: ConfigPath, overrides: Overrides = None) -> None:
     from secateur.search.config import load_config
 
     settings = load_config(config, overrides or ())
-    from secateur.search.build import build_model_and_graph, build_space, feasibility_table, planned_calibration
+    from secateur.envs.projection import FeasibilityProjection
+    from secateur.search.build import build_budgets, build_costs, build_model_and_graph, feasibility_table, planned_calibration
     from secateur.search.results import tables
     from secateur.search.run.progress import SearchProgress
 
     with SearchProgress(Console(stderr=True)) as progress:
         data, model, graph = build_model_and_graph(settings, progress.status)
-        space, budgets = build_space(settings, graph, dense_top1=float("nan"))
+        costs = build_costs(settings, graph)
+        budgets, projection = build_budgets(settings, costs), FeasibilityProjection(costs)
         plans = planned_calibration(settings, model, graph)
     console = Console()
-    console.print(tables.layer_table(graph, space.policy_space))
+    console.print(tables.layer_table(graph, costs.policy_space))
     console.print(tables.group_table(graph))
     if graph.frozen:
         console.print(tables.frozen_table(graph))
     limited = tables.calibration_table(plans or {}, settings.calibration["max_matrix_bytes"])
     if limited.row_count:
         console.print(limited)
-    rows = feasibility_table(space, budgets)
+    rows = feasibility_table(projection, budgets)
     console.print(tables.feasibility_report(rows))
-    dense = ", ".join(f"{cost} {tables.amount(cost, value)}" for cost, value in space.dense_costs.items())
+    dense = ", ".join(f"{cost} {tables.amount(cost, value)}" for cost, value in costs.dense.items())
     console.print(f"dense: {dense}", highlight=False)
     if settings.device is not None:
         console.print(tables.device_line(settings.device), highlight=False, markup=False)
@@ -120,7 +122,7 @@ def inspect(config: ConfigPath, overrides: Overrides = None) -> None:
     if not all(row.satisfiable for row in rows):
         raise InputError("A budget cannot be met. Raise its limit, or allow stronger compression in `space`.")
     for budget in budgets:  # all limits of one together
-        space.check(budget)
+        projection.check(budget)
 
 
 @app.command()

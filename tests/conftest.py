@@ -8,107 +8,71 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-from secateur.envs.core import Budget, CompressionPolicy, Episode, Evaluation, Sensitivities, Simulation
+from secateur.cost_models.core import LayerShape, NetworkGeometry  # noqa: E402
+from secateur.envs.core import Budget, Episode, Evaluation, Sensitivities  # noqa: E402
+from secateur.envs.costs import PolicyCosts  # noqa: E402
+from secateur.envs.feasibility import FeasibleSpace  # noqa: E402
+from secateur.envs.model_graph.plan import ChannelGroup, ModelGraph  # noqa: E402
+from secateur.envs.policy_space import PolicySpace, SpaceConfig  # noqa: E402
 
-LEVELS = np.linspace(0, 1, 5)
+BITS = (8, 7, 6, 5, 4)
 
 
-class ToySpace:
+class KeptShare:
+    """The mean of what is kept over all choices: 1 = nothing is compressed, 0 = everything is at its strongest."""
+
+    name = "cost"
+
+    def per_layer(self, shapes):
+        widths = (shapes.widths - 1) / 4  # 5, 4, 3, 2, 1 units
+        bits = np.where(shapes.weight_bits == 32, 1.0, (shapes.weight_bits - 4) / 4)
+        return (widths + np.pad(bits[:, :-1], ((0, 0), (0, 1)))) / 11
+
+    def total(self, shapes):
+        return self.per_layer(shapes).sum(axis=1)
+
+
+def toy_graph():
+    """Six layers in a row, each with a group of five units; the last one cannot be quantized."""
+    layers = tuple(LayerShape(f"layer{i}", "conv", 5, 5, quantizable=i < 5) for i in range(6))
+    geometry = NetworkGeometry(
+        layers=layers,
+        group_names=tuple(layer.name for layer in layers),
+        group_units=np.full(6, 5),
+        in_fixed=np.full(6, 5.0),
+        in_per_unit=np.zeros((6, 6)),
+        out_fixed=np.zeros(6),
+        out_per_unit=np.eye(6),
+        other_fixed=0.0,
+        other_per_unit=np.zeros(6),
+        fixed_macs=0.0,
+        buffer_fixed=np.zeros(1),
+        buffer_per_unit=np.zeros((6, 1)),
+        buffer_readers=((),),
+        live=np.ones((1, 1), bool),
+        step_layer=np.array([0]),
+    )
+    groups = tuple(ChannelGroup(layer.name, 5, (), (layer.name,), ()) for layer in layers)
+    return ModelGraph(geometry, groups, (), (), 0.0)
+
+
+class ToySpace(FeasibleSpace):
     """Six steps with two choices of five levels each; the last step lacks the second choice.
 
-    The cost is the mean strength that is left (1 = nothing compressed). Top-1 falls with the squared distance to
+    The space, its costs and its projection are real; only the score is a formula: top-1 falls with the squared distance to
     `best`, which lies on the edge of the budget "half".
     """
 
-    num_steps, action_dim, observation_dim = 6, 2, 4
-    objectives = ("top1", "cost")
-    dense_top1 = 1.0
-    dense_costs = {"cost": 1.0}
-    unit_magnitudes = tuple(np.random.default_rng(0).random((6, 8)))  # one group per step; the first choice is its prune ratio
-    producer_macs = np.arange(1.0, 7.0)
-    level_actions = (LEVELS,) * 11
-    sensitivities = Sensitivities(np.random.default_rng(1).uniform(0.5, 1, (11, 1)) * np.linspace(0, 1, 65) ** 2)
     best = np.array([[1, 0], [0.25, 0.75], [0.5, 1], [0, 0.25], [0.75, 0.25], [1, 0]])
 
     def __init__(self):
-        self.used = np.ones((6, 2), bool)
-        self.used[5, 1] = False
+        costs = PolicyCosts(PolicySpace(toy_graph(), SpaceConfig((0.0, 0.8), weight_bits=BITS)), {"cost": KeptShare()})
+        sensitivities = Sensitivities(np.random.default_rng(1).uniform(0.5, 1, (11, 1)) * np.linspace(0, 1, 65) ** 2)
+        super().__init__(costs, ("top1", "cost"), 1.0, np.random.default_rng(0).random((6, 5)), sensitivities)
 
     def cost(self, sequence):
-        """Mean strength left over the used entries."""
+        """The mean of what is left over the used entries."""
         return float(np.mean(1 - sequence[self.used]))
-
-    def execute(self, sequence, budget):
-        """Round; then the wall: no choice may leave more to the later ones than their strongest levels can do."""
-        rounded = np.where(self.used, _round(np.asarray(sequence, float)), 0.0)
-        if self.cost(rounded) <= budget.limits["cost"]:
-            return rounded
-        actions = rounded[self.used]
-        missing = len(actions) * (1 - budget.limits["cost"])
-        for i in range(len(actions)):
-            later = len(actions) - i - 1
-            least = missing - later - actions[:i].sum()
-            actions[i] = max(actions[i], LEVELS[np.searchsorted(LEVELS, least - 1e-9)] if least > 0 else 0.0)
-        executed = np.zeros(self.used.shape)
-        executed[self.used] = actions
-        return executed
-
-    def scale_to_budget(self, sequence, budget):
-        """Shift all actions alike, as far towards no compression as the budget lets them."""
-        shifts = np.linspace(-1, 1, 401)
-        left = 1 - _round(np.asarray(sequence)[self.used] + shifts[:, None]).mean(axis=1)
-        return self.execute(sequence + shifts[np.argmax(left <= budget.limits["cost"])], budget)
-
-    def with_prune_ratios(self, sequence, ratios):
-        """Round the ratios to levels; column 0 holds them."""
-        sequence = np.array(sequence, float)
-        sequence[:, 0] = _round(ratios)
-        return sequence
-
-    def decode(self, sequence):
-        """The level numbers stand in for widths and bits."""
-        numbers = np.rint(4 * np.where(self.used, sequence, 0)).astype(int)
-        return CompressionPolicy(tuple(numbers[:, 0].tolist()), tuple(numbers[:, 1].tolist()), ())
-
-    def observe(self, step, sequences, limits):
-        """How far, what is left if nothing more is compressed, the last first choice, and the limit."""
-        left = np.mean(1 - sequences[:, self.used], axis=1)
-        last = sequences[:, step - 1, 0] if step else np.zeros(len(sequences))
-        return np.column_stack([np.full(len(sequences), step / self.num_steps), left, last, limits])
-
-    def simulate(self, act, budgets, sequences=None, starts=None):
-        """The wall of `execute`, one entry after the other, for all rows at once."""
-        rows, size = len(budgets), self.used.sum()
-        limits = np.array([budget.limits["cost"] for budget in budgets])
-        starts = np.zeros(rows, int) if starts is None else starts
-        executed, observations = np.zeros((rows, *self.used.shape)), []
-        for step in range(self.num_steps):
-            observations.append(self.observe(step, executed, limits))
-            free = np.flatnonzero(starts <= step)
-            wanted = np.zeros((rows, self.action_dim)) if sequences is None else np.array(sequences[:, step], float)
-            if len(free):
-                wanted[free] = _round(act(observations[-1][free], executed[free], step, free))
-            for column in np.flatnonzero(self.used[step]):
-                later = size - 1 - np.flatnonzero(self.used.ravel()).tolist().index(step * self.action_dim + column)
-                least = size * (1 - limits) - later - executed[:, self.used].sum(axis=1)
-                walled = np.maximum(wanted[:, column], LEVELS[np.searchsorted(LEVELS, np.clip(least - 1e-9, 0, 1))])
-                executed[:, step, column] = np.where(starts <= step, walled, wanted[:, column])
-        observations = np.stack([*observations, self.observe(self.num_steps, executed, limits)], axis=1).astype(np.float32)
-        return Simulation(observations, executed.astype(np.float32), self.cost_shares(executed))
-
-    def cost_shares(self, sequences):
-        """The cost of each sequence."""
-        return np.mean(1 - sequences[:, self.used], axis=1, keepdims=True)
-
-    def scale_all_to_budgets(self, sequences, budgets):
-        """`fit` of one after the other."""
-        return np.stack([self.scale_to_budget(sequence, budget) for sequence, budget in zip(sequences, budgets, strict=True)])
-
-    def with_limits(self, observations, budgets):
-        """Only the last entry knows the budget."""
-        changed = np.array(observations)
-        changed[:, -1] = [budget.limits["cost"] for budget in budgets]
-        return changed
 
     def score(self, sequence):
         """Top-1 of an executed sequence."""
@@ -117,7 +81,7 @@ class ToySpace:
     def episode(self, actor, top1=None):
         """The episode of an actor; `top1` overrides the toy's own score."""
         wanted = np.array([actor.act(np.zeros(self.observation_dim), step) for step in range(self.num_steps)])
-        executed = self.execute(wanted, actor.budget)
+        executed = self.execute(wanted, actor.budget).astype(float)
         cost = self.cost(executed)
         score = self.score(executed) if top1 is None else top1
         constraints = {"cost": cost / actor.budget.limits["cost"] - 1}
@@ -142,10 +106,6 @@ class ToySpace:
         return episodes
 
 
-def _round(sequence):
-    return np.rint(4 * np.clip(sequence, 0, 1)) / 4
-
-
 class KnownFront(ToySpace):
     """Separable losses, so that dynamic programming knows the best top-1 of every cost; `bend` shapes the front."""
 
@@ -156,7 +116,7 @@ class KnownFront(ToySpace):
         return float(self.bend(1 - np.mean(self.losses * sequence[self.used] ** 2) / np.mean(self.losses)))
 
     def front(self):
-        """(costs, top-1) of every total strength."""
+        """(costs, top-1) of every total compression."""
         best = np.full(4 * len(self.losses) + 1, np.inf)
         best[0] = 0.0
         for weight in self.losses:
@@ -185,6 +145,6 @@ def known_fronts():
 @pytest.fixture
 def toy():
     space = ToySpace()
-    half = space.cost(space.best)
+    half = space.cost(space.best) + 1e-9  # the sum of the costs may round differently
     space.budgets = (Budget("half", {"cost": half}), Budget("quarter", {"cost": half / 2}))
     return space

@@ -376,7 +376,7 @@ class EnvelopeDdpg:
         """Bend to the edge where lower costs are worth nothing; otherwise the wall alone."""
         bend = self.config.edge & ~(preferences[:, 1:] > 0).any(axis=1)
         repaired = np.zeros(sequences.shape, np.float32)
-        for rows, repair in ((np.flatnonzero(bend), self.space.scale_all_to_budgets), (np.flatnonzero(~bend), self._walled)):
+        for rows, repair in ((np.flatnonzero(bend), self.space.scale_to_budget), (np.flatnonzero(~bend), self._walled)):
             if len(rows):
                 repaired[rows] = repair(sequences[rows], [budgets[i] for i in rows])
         return repaired

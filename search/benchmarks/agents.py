@@ -15,9 +15,10 @@ from secateur.agents.core import Agent
 from secateur.envs.core import Actor, CompressionPolicy, Episode, InputError
 from secateur.envs.evaluator import Evaluator
 from secateur.search.benchmarks.records import Records
-from secateur.search.build import Problem, build_agent, build_front, build_options
+from secateur.search.build import build_agent, build_front, build_options, prepare
 from secateur.search.config import SearchConfig, apply_override, parse_config
 from secateur.search.loop import Runner, run_loop
+from secateur.search.problem import Problem
 from secateur.search.results.finalize import Finalist, finalize
 from secateur.search.results.front import Candidate, Front
 
@@ -108,6 +109,7 @@ def run_contestants(
     for one in contestants:
         if all(records.find(agent=one.label, seed=seed) is not None for seed in seeds):
             continue
+        problem = prepare(problem, one.name, one.options)
         build_agent(problem, one.name, one.options, seeds[0])  # what does not fit the problem is refused before hours of work
     for seed in seeds:
         for one in contestants:
@@ -181,7 +183,7 @@ def _winner(problem: Problem, finalist: Finalist, plain: Candidate) -> dict[str,
 def plain_test_top1(problem: Problem, policy: CompressionPolicy) -> float:
     """Return the test top-1 of a policy as the search would have scored it: its recoveries, its number format."""
     images, labels = problem.data.tensors(problem.data.test)
-    return Evaluator(problem.assembler, problem.space.policy_costs, images, labels, problem.precision).evaluate(policy).top1
+    return Evaluator(problem.assembler, problem.space.costs.of_policy, images, labels, problem.precision).evaluate(policy).top1
 
 
 # ---------------------------------------------------------------------------------------------------------------- tables

@@ -172,14 +172,14 @@ def benchmark_costs(
     import torch
 
     from secateur.search.benchmarks.costs import benchmark_costs as measure
-    from secateur.search.build import build_model_and_graph, build_space
+    from secateur.search.build import build_costs, build_model_and_graph
 
     torch.set_num_threads(1)
     _, _, graph = build_model_and_graph(settings)
-    space, _ = build_space(settings, graph, dense_top1=float("nan"))
+    costs = build_costs(settings, graph)
     print("| cost | policies/s | with decoding of the policies |")
     print("|---|---|---|")
-    for speed in measure(space):
+    for speed in measure(costs):
         print(f"| {speed.cost} | {speed.policies_per_second:,.0f} | {speed.with_decoding:,.0f} |")
 
 
@@ -281,14 +281,14 @@ def benchmark_sensitivities(
     settings = load_config(config, [*(overrides or ()), "search.racing=false"])
     from secateur.search.benchmarks import sensitivities as measure
     from secateur.search.benchmarks.records import Records, config_record
-    from secateur.search.build import build_problem, measure_once
+    from secateur.search.build import build_problem, with_sensitivities
     from secateur.search.run.progress import SearchProgress
 
     header = {"benchmark": "sensitivities", "config": config_record(settings)}
     with SearchProgress(Console(stderr=True)) as progress:
         problem = build_problem(settings, progress.status)
         records = Records(output / "results.jsonl", header)
-        measure_once(problem, progress.status)
+        problem = with_sensitivities(problem, progress.status)
         progress.stop()
 
         def on_row(line: str) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from secateur.envs.costs import PolicyCosts
+
 
 @dataclass(frozen=True)
 class CostSpeed:
@@ -18,16 +20,17 @@ class CostSpeed:
     with_decoding: float
 
 
-def benchmark_costs(space, population: int = 4096, repeats: int = 9, seed: int = 0) -> list[CostSpeed]:
+def benchmark_costs(costs: PolicyCosts, population: int = 4096, repeats: int = 9, seed: int = 0) -> list[CostSpeed]:
     """Return the speed of every cost model, the device's too, over random policies; medians over `repeats`.
 
     Args:
-        space: a `FeasibleSpace`.
+        costs: of the policies of a space.
         population: policies per call.
     """
     rng = np.random.default_rng(seed)
-    levels = rng.integers(space.policy_space.num_levels, size=(population, len(space.policy_space.num_levels)))
-    columns = space.policy_space.columns(levels)
+    space = costs.policy_space
+    levels = rng.integers(space.num_levels, size=(population, len(space.num_levels)))
+    columns = space.levels_to_columns(levels)
 
     def rate(call: Callable[[], object]) -> float:
         seconds = []
@@ -40,8 +43,8 @@ def benchmark_costs(space, population: int = 4096, repeats: int = 9, seed: int =
     return [
         CostSpeed(
             name,
-            rate(lambda model=model: model.total(space.policy_space.geometry.shapes(*columns))),
-            rate(lambda model=model: model.total(space.policy_space.shapes(levels))),
+            rate(lambda model=model: model.total(space.geometry.shapes(*columns))),
+            rate(lambda model=model: model.total(space.shapes(levels))),
         )
-        for name, model in space.cost_models.items()
+        for name, model in costs.models.items()
     ]

@@ -17,8 +17,9 @@ from secateur.envs.quantization.quantizers import QUANTIZERS
 from secateur.envs.recovery import RECOVERIES
 from secateur.search.benchmarks.records import Records, config_record
 from secateur.search.benchmarks.recoveries import Variant, inner_groups, network_name, uniform_policy
-from secateur.search.build import StatusCallback, build_assemblers, build_model_and_graph, build_plugin, build_space
+from secateur.search.build import build_assemblers, build_costs, build_model_and_graph, build_plugin
 from secateur.search.config import PluginEntry, SearchConfig
+from secateur.search.problem import StatusCallback
 
 PRUNED_METHODS: Mapping[str, tuple[PluginEntry, ...]] = {
     "none": (),
@@ -111,7 +112,7 @@ def compare_data_free(
     finalize = config.finalize.model_copy(update={"recovery": None})
     config = config.model_copy(update={"recovery": (recovery,), "finalize": finalize})
     data, model, graph = build_model_and_graph(config, status)
-    space, _ = build_space(config, graph, dense_top1=float("nan"))
+    costs = build_costs(config, graph)
     status("calibrating")
     assembler, _ = build_assemblers(config, data, model, graph)
     images, labels = data.tensors(data.test)
@@ -121,7 +122,7 @@ def compare_data_free(
         records.add(**key, case="dense", test_top1=top1(model, images, labels), images=len(labels), data=data.source)
     for case in cases:
         policy = case_policy(graph, case)
-        macs = space.policy_costs(policy)["macs"] / space.dense_costs["macs"]
+        macs = costs.of_policy(policy)["macs"] / costs.dense["macs"]
         for method, entries in case.methods.items():
             row = {**key, "case": case.name, "method": method}
             if records.find(**row) is not None or (not with_images and "images" in method):

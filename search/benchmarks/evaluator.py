@@ -31,8 +31,9 @@ from secateur.envs.model_graph import ModelGraph
 from secateur.envs.piece_cache import PieceCache
 from secateur.envs.pruning.slicing import kept_positions
 from secateur.envs.recovery import RECOVERIES
-from secateur.search.build import Problem, make_env
+from secateur.search.build import make_env
 from secateur.search.loop import Runner
+from secateur.search.problem import Problem
 
 STRAIGHTFORWARD_BATCH = 128
 """Images per forward pass of the straightforward way; it is measured with the whole split in one pass as well."""
@@ -95,7 +96,7 @@ def measure_evaluations(
     for policy in policies:
         parts, network, top1 = _timed_parts(evaluator, policy)
         bare, _ = _timed(lambda network=network: _bare_forward(network, evaluator.batches))
-        macs = images * problem.space.policy_costs(policy)["macs"]
+        macs = images * problem.space.costs.of_policy(policy)["macs"]
         times = EvaluationTimes(parts, top1, bare, macs * seconds_per_mac(evaluator.dtype))
         if pruning is not None:
             for batch in (STRAIGHTFORWARD_BATCH, images):

@@ -15,9 +15,10 @@ from secateur.envs.pruning.importance import IMPORTANCES
 from secateur.envs.pruning.importance.core import DenseModel
 from secateur.search.benchmarks.records import Records
 from secateur.search.benchmarks.recovered import with_recoveries
-from secateur.search.build import Problem, build_agent, build_front, build_plugin, open_runner
+from secateur.search.build import build_agent, build_front, build_plugin, open_runner, prepare
 from secateur.search.config import PluginEntry
 from secateur.search.loop import Runner, run_loop
+from secateur.search.problem import Problem
 
 GRADES: Mapping[str, tuple[str, ...]] = {
     "none": (),
@@ -102,6 +103,7 @@ def _allocate(
 ) -> tuple[CompressionPolicy | None, Evaluation | None, int]:
     """Return the agent's best policy, its validation score, and how many episodes were run."""
     front = build_front(task)
+    task = prepare(task, agent, {})
     chosen = build_agent(task, agent, {}, task.config.search.seed)
     done = run_loop(chosen, runner, evaluations, lambda actor, episode: front.add(episode))
     best = front.best(task.budgets[0].name, 1)

@@ -13,7 +13,7 @@ from secateur.envs.compression_env import CompressionEnv
 from secateur.envs.core import Actor, Episode, Evaluation
 from secateur.envs.rewards import constraints, reward_vector
 from secateur.envs.rollout import rollout
-from secateur.search.build import Problem
+from secateur.search.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _made_up(problem: Problem, actor: Actor, rng: np.random.Generator) -> Episod
     space = problem.space
     sequence = space.execute(actor.sequence, actor.budget)
     policy = space.decode(sequence)
-    evaluation = Evaluation(float(rng.random()), space.policy_costs(policy))
+    evaluation = Evaluation(float(rng.random()), space.costs.of_policy(policy))
     slacks = constraints(evaluation, actor.budget, space.dense_top1)
     reward = reward_vector(evaluation, space.objectives, space.dense_costs)
     return Episode(actor.budget.name, policy, evaluation, slacks, actions=sequence, reward=reward)

@@ -34,8 +34,9 @@ from secateur.envs.tasks.data import REST, Split, load_data
 from secateur.envs.tasks.training import FineTuning, fine_tune
 from secateur.search.benchmarks.records import Records, config_record
 from secateur.search.benchmarks.recovered import with_recoveries
-from secateur.search.build import Problem, build_agent
+from secateur.search.build import build_agent
 from secateur.search.config import SearchConfig
+from secateur.search.problem import Problem
 from secateur.search.run.ray_runner import available_cores
 
 GRADES: Mapping[str, tuple[str, ...]] = {
@@ -178,13 +179,13 @@ def outcome(experiment: Experiment, policy: CompressionPolicy) -> dict[str, Any]
     scored = {}
     for grade, names in GRADES.items():
         assembler = with_recoveries(problem.assembler, names)
-        scored[grade] = Evaluator(assembler, problem.space.policy_costs, images, labels, problem.precision).evaluate(policy)
+        scored[grade] = Evaluator(assembler, problem.space.costs.of_policy, images, labels, problem.precision).evaluate(policy)
     start = time.perf_counter()
     network = with_recoveries(problem.assembler, GRADES[experiment.start]).assemble(policy)
     network = fine_tune(network, replace(problem.data, train=experiment.train), experiment.tuning)
     seconds = time.perf_counter() - start
     return {
-        "macs": problem.space.policy_costs(policy)["macs"] / problem.space.dense_costs["macs"],
+        "macs": problem.space.costs.of_policy(policy)["macs"] / problem.space.dense_costs["macs"],
         "validation_top1": {grade: evaluation.top1 for grade, evaluation in scored.items()},
         "seconds": {grade: evaluation.seconds for grade, evaluation in scored.items()},
         "tuned_top1": top1(network, *problem.data.tensors(problem.data.test)),

@@ -11,8 +11,8 @@ from typing import Any
 from secateur.cost_models.core import FLOAT_BITS
 from secateur.search.benchmarks.records import Records
 from secateur.search.benchmarks.recoveries import Variant, compare_recoveries
-from secateur.search.build import StatusCallback
 from secateur.search.config import SearchConfig
+from secateur.search.problem import StatusCallback
 
 BITS = (4, 3, 2)
 

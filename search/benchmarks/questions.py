@@ -15,9 +15,10 @@ from secateur.envs.core import ActionSpace, Actor, Budget, CompressionPolicy, Ep
 from secateur.search.ask import answer
 from secateur.search.benchmarks.agents import markdown_table
 from secateur.search.benchmarks.records import Records, config_record, difference
-from secateur.search.build import Problem, build_agent, make_env
+from secateur.search.build import build_agent, make_env
 from secateur.search.config import SearchConfig
 from secateur.search.loop import Runner, run_loop
+from secateur.search.problem import Problem
 from secateur.search.results.finalize import finalist_scores
 
 if TYPE_CHECKING:

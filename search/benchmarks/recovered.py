@@ -9,8 +9,9 @@ from typing import Any
 from secateur.envs.assembler import Assembler
 from secateur.envs.piece_cache import PieceCache
 from secateur.envs.recovery import RECOVERIES
-from secateur.search.build import Problem, StatusCallback, build_plugin, build_problem
+from secateur.search.build import build_plugin, build_problem
 from secateur.search.config import PluginEntry, SearchConfig
+from secateur.search.problem import Problem, StatusCallback
 
 
 def calibrated_problem(config: SearchConfig, status: StatusCallback) -> Problem:

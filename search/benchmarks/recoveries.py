@@ -17,8 +17,9 @@ from secateur.envs.model_graph import ModelGraph
 from secateur.envs.quantization.quantizers import QUANTIZERS
 from secateur.search.benchmarks.records import Records, config_record
 from secateur.search.benchmarks.recovered import calibrated_problem, with_recoveries
-from secateur.search.build import Problem, StatusCallback, build_plugin
+from secateur.search.build import build_plugin
 from secateur.search.config import PluginEntry, SearchConfig
+from secateur.search.problem import Problem, StatusCallback
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def _measure(problem: Problem, variant: Variant, ratio: float) -> dict[str, Any]
     network = assembler.assemble(policy)
     seconds = time.perf_counter() - start
     images, labels = problem.data.tensors(problem.data.test)
-    costs, dense = problem.space.policy_costs(policy), problem.space.dense_costs
+    costs, dense = problem.space.costs.of_policy(policy), problem.space.dense_costs
     return {
         "test_top1": top1(network, images, labels),
         "images": len(labels),

@@ -12,7 +12,8 @@ from typing import Any
 from secateur.search.benchmarks.agents import markdown_table
 from secateur.search.benchmarks.prediction import interval, random_policies, spearman
 from secateur.search.benchmarks.records import Records
-from secateur.search.build import Problem, make_env
+from secateur.search.build import make_env
+from secateur.search.problem import Problem
 
 POWERS = (0.5, 0.75, 1.0)
 
@@ -27,11 +28,12 @@ def compare_sensitivities(problem: Problem, policies: int, records: Records, on_
         on_row: told each row in one line.
     """
     space, evaluator = problem.space, make_env(problem).evaluator
+    choices = space.policy_space
     for budget in problem.budgets:
         for index, policy in enumerate(random_policies(problem, budget, policies)):
             if records.find(budget=budget.name, policy=index) is not None:
                 continue
-            alone = space.sensitivities(space.policy_space.actions_of(policy))
+            alone = space.sensitivities(choices.levels_to_sequence(choices.policy_to_levels(policy))[choices.used])
             sums = {str(power): float((alone**power).sum()) for power in POWERS}
             row = records.add(budget=budget.name, policy=index, top1=evaluator.evaluate(policy).top1, sums=sums)
             on_row(f"{budget.name}, policy {index}: {100 * row['top1']:.1f} % top-1, sensitivities {sums['0.75']:.3f}")

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from secateur.cost_models.core import FLOAT_BITS
 from secateur.envs.core import Budget, CompressionPolicy, Evaluation, InputError
+from secateur.envs.policy_space import document_to_policy, policy_to_document
 from secateur.envs.pruning.slicing import resize_model
 from secateur.envs.quantization.fake_quantize import (
     activation_grid,
@@ -41,11 +42,11 @@ from secateur.envs.quantization.quantizers import ActivationGrid, QuantizedWeigh
 from secateur.envs.tasks.models import build_model, call_factory, find_factory, is_model_factory
 from secateur.search.export.onnx_export import LayerExecution, export_onnx
 from secateur.search.results.finalize import finalist_scores
-from secateur.search.results.front import policy_of, winner
+from secateur.search.results.front import winner
 from secateur.search.run.folder import read_json
 
 if TYPE_CHECKING:
-    from secateur.search.build import Problem
+    from secateur.search.problem import Problem
 
 POLICY, WEIGHTS, ONNX, PT2, README = "policy.json", "model.safetensors", "model.onnx", "model.pt2", "README.md"
 CODES, SCALE, LEVELS = ".weight.codes", ".weight.scale", ".weight.levels"
@@ -135,8 +136,8 @@ def export_point(
             run was made with.
     """
     point = winner(document, budget) if point is None else point
-    policy = policy_of(point)
-    costs = problem.space.policy_costs(policy)
+    policy = document_to_policy(point["policy"])
+    costs = problem.space.costs.of_policy(policy)
     if not _same_costs(costs, point["costs"]):
         raise InputError(
             f"The run was made with another model: its policy cost {point['costs']}, now it costs {costs}. "
@@ -227,7 +228,7 @@ def _document(
             "std": [float(value) for value in data.std],
         },
         "classes": list(data.classes),
-        "policy": asdict(policy),
+        "policy": policy_to_document(policy),
         "budget": {"name": budget.name, "limits": dict(budget.limits), "top1_drop": budget.top1_drop},
         "costs": dict(validation.costs),
         "dense_costs": dict(problem.dense.costs),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from secateur.envs.core import Budget, CompressionPolicy, Evaluation
 from secateur.envs.evaluator import top1
-from secateur.search.build import Problem
+from secateur.search.problem import Problem
 from secateur.search.results.front import Candidate, Front
 
 
@@ -31,7 +31,7 @@ class Finalist:
 
 def finalist_scores(problem: Problem, policy: CompressionPolicy) -> tuple[Evaluation, Evaluation]:
     """Return the float32 scores after the finalists' recovery, on the validation and on the test split."""
-    network, costs = problem.finalist_assembler.assemble(policy), problem.space.policy_costs(policy)
+    network, costs = problem.finalist_assembler.assemble(policy), problem.space.costs.of_policy(policy)
     splits = {"validation": problem.data.validation, "final": problem.data.test}
     scored = {name: (top1(network, *problem.data.tensors(split)), len(split)) for name, split in splits.items()}
     validation, final = (Evaluation(score, costs, name, images) for name, (score, images) in scored.items())

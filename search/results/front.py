@@ -10,7 +10,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from secateur.agents.pareto import Archive, hypervolume
 from secateur.envs.core import Budget, CompressionPolicy, Episode, Evaluation, InputError
+from secateur.envs.policy_space import policy_to_document
 from secateur.envs.rewards import constraints, reward_vector
 from secateur.search.run.folder import read_json
 
@@ -172,7 +173,7 @@ class Front:
                     "evaluation": candidate.number,
                     "fits": list(candidate.fits),
                     **_scores(candidate.evaluation),
-                    "policy": asdict(candidate.policy),
+                    "policy": policy_to_document(candidate.policy),
                     "choices": dict(describe(candidate.policy)),
                 }
                 for _, candidate in sorted(shown.items())
@@ -309,8 +310,3 @@ def winner(document: Mapping[str, Any], budget: str) -> dict[str, Any]:
             f"Nothing in {document['evaluations']} evaluations fits budget `{budget}`. Search longer, or allow more."
         )
     return next(point for point in document["points"] if point["evaluation"] == best[0])
-
-
-def policy_of(point: Mapping[str, Any]) -> CompressionPolicy:
-    """Return the policy of a point in the document."""
-    return CompressionPolicy(**{name: tuple(values) for name, values in point["policy"].items()})

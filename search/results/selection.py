@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from secateur.envs.core import CompressionPolicy, InputError
-from secateur.envs.policy_space import PolicySpace
+from secateur.envs.policy_space import PolicySpace, policy_to_document
 from secateur.search.results.front import winner
 from secateur.search.run.study import load_study
 
@@ -90,7 +88,7 @@ def chosen_trial(run: Path, trial: Any, space: PolicySpace, output: Path | None 
     """
     point = {
         "evaluation": trial.user_attrs["evaluation"],
-        "policy": asdict(policy_of_trial(trial, space)),
+        "policy": policy_to_document(policy_of_trial(trial, space)),
         "costs": {name.removeprefix("cost/"): value for name, value in trial.user_attrs.items() if name.startswith("cost/")},
     }
     return Chosen(output or trial_folder(run, trial.number), trial.user_attrs["budget"], point)
@@ -103,13 +101,12 @@ def policy_of_trial(trial: Any, space: PolicySpace) -> CompressionPolicy:
         InputError: if the run was made with another space.
     """
     try:
-        levels = [decision.values.index(trial.params[decision.name]) for decision in space.decisions]
-    except (KeyError, ValueError):
+        return space.choices_to_policy(trial.params)
+    except ValueError:
         raise InputError(
             f"Trial {trial.number} was made with another model or space than the run's manifest names. "
             "Restore the model's code, or search again."
         ) from None
-    return space.policy(np.array(levels))
 
 
 def trial_folder(run: Path, number: int) -> Path:

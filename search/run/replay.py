@@ -19,8 +19,8 @@ import numpy as np
 
 from secateur.envs.core import CompressionPolicy, Episode, Evaluation, InputError
 from secateur.envs.rewards import constraints
-from secateur.search.build import Problem
 from secateur.search.config import SearchConfig
+from secateur.search.problem import Problem
 from secateur.search.results.selection import policy_of_trial
 
 MAY_CHANGE = {

@@ -6,16 +6,17 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
 
 from secateur.agents.core import Agent
 from secateur.envs.core import Actor, Episode
-from secateur.search.build import Problem, build_agent, build_front, build_problem, open_runner
+from secateur.search.build import build_agent, build_front, build_problem, open_runner, prepare
 from secateur.search.config import SearchConfig
 from secateur.search.loop import Runner, run_loop
+from secateur.search.problem import Problem
 from secateur.search.results.finalize import dense_test_score, finalize
 from secateur.search.results.front import Front, write_front
 from secateur.search.results.winners import verify_winners, winner_folder
@@ -68,10 +69,9 @@ def _run(problem: Problem, run: Path | None, recorded: Recorded | None, progress
     config = problem.config
     progress.note(f"evaluations in {problem.precision.dtype}: {problem.precision.reason}")
     if run is not None:
-        problem.space.sensitivities = read_sensitivities(
-            run, problem.space.policy_space
-        )  # sums may differ from machine to machine
-    agent = build_agent(problem, config.search.agent, config.search.options, config.search.seed, progress.status)
+        problem = _with_measured(problem, run)
+    problem = prepare(problem, config.search.agent, config.search.options, progress.status)
+    agent = build_agent(problem, config.search.agent, config.search.options, config.search.seed)
     progress.status("starting the workers")
     with ExitStack() as stack:
         runner = stack.enter_context(closing(open_runner(problem, recorded.evaluated if recorded else ())))
@@ -87,11 +87,17 @@ def _run(problem: Problem, run: Path | None, recorded: Recorded | None, progress
     return run
 
 
+def _with_measured(problem: Problem, run: Path) -> Problem:
+    """Return the problem with the sensitivities that the run has measured: another machine may round them differently."""
+    measured = read_sensitivities(run, problem.space.policy_space)
+    return problem if measured is None else replace(problem, space=problem.space.with_sensitivities(measured))
+
+
 def _evaluate(
     problem: Problem, agent: Agent, runner: Runner, run: Path, recorded: Recorded | None, progress: SearchProgress
 ) -> Front:
     """Search; a run that goes on keeps its front and its agent until there is something new."""
-    config, describe = problem.config, problem.space.policy_space.describe
+    config, describe = problem.config, problem.space.policy_space.policy_to_choices
     write_manifest(run, config, _facts(problem))
     front, recorder = build_front(problem), _recorder(problem, run)
     for episode in recorded.episodes if recorded else ():
@@ -146,7 +152,7 @@ def _save(agent: Agent, folder: Path) -> None:
 
 def _finish(problem: Problem, front: Front, run: Path, progress: SearchProgress) -> None:
     """Score the best policies on the test images, and check the winners."""
-    config, describe = problem.config, problem.space.policy_space.describe
+    config, describe = problem.config, problem.space.policy_space.policy_to_choices
     progress.status("scoring the best policies on the test images")
     finalists, dense_final = finalize(problem, front, config.finalize.top), dense_test_score(problem)
     write_front(run, front.document(describe, finalists, dense_final))

@@ -1,4 +1,4 @@
-"""The sensitivities of a run's choices in its folder: for its readers, and so that a run goes on with the very same numbers."""
+"""Stores the sensitivities of a run's choices in its folder, so that a resumed run has the same numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SENSITIVITIES = "sensitivities.json"
 
 
 def write_sensitivities(run: Path, space: FeasibleSpace) -> None:
-    """Write {choice: divergence in nats at even strengths from 0 to 1}; nothing if they were not measured, or are there."""
+    """Write {choice: divergence in nats at evenly spaced actions from 0 to 1}, unless not measured or already there."""
     path = run / SENSITIVITIES
     if space.sensitivities is not None and not path.exists():
         names = [decision.name for decision in space.policy_space.decisions]

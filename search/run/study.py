@@ -85,7 +85,7 @@ class StudyRecorder:
             attributes["failure"] = failure
         trial = create_trial(
             state=_state(episode, failure),
-            params=self._space.describe(episode.policy) if episode.policy is not None else {},
+            params=self._space.policy_to_choices(episode.policy) if episode.policy is not None else {},
             distributions=self._distributions if episode.policy is not None else {},
             values=values if failure is None else None,
             user_attrs=attributes,

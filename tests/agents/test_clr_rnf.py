@@ -6,6 +6,7 @@ from secateur.agents.clr_rnf import ClrRnf, ClrRnfConfig, unit_scores
 from secateur.agents.uniform import Uniform, UniformConfig
 from secateur.cost_models import COST_MODELS
 from secateur.envs.core import Budget, CompressionPolicy, InputError
+from secateur.envs.costs import PolicyCosts
 from secateur.envs.feasibility import FeasibleSpace
 from secateur.envs.model_graph import analyze
 from secateur.envs.policy_space import PolicySpace, SpaceConfig
@@ -22,10 +23,9 @@ def graph():
 def make_space(graph):
     def make(**config):
         costs = {name: model() for name, model in COST_MODELS.items()}
-        space = FeasibleSpace(PolicySpace(graph, SpaceConfig(**config)), costs, ("top1", "macs"), 0.9, 10)
         rng = np.random.default_rng(0)
-        space.unit_magnitudes = tuple(rng.random(group.units) for group in graph.groups)
-        return space
+        magnitudes = [rng.random(group.units) for group in graph.groups]
+        return FeasibleSpace(PolicyCosts(PolicySpace(graph, SpaceConfig(**config)), costs), ("top1", "macs"), 0.9, magnitudes)
 
     return make
 
@@ -52,7 +52,7 @@ def test_one_threshold_for_all_groups_just_meets_the_budget(make_space):
         least = [1, 1, 2]  # at most 90 % of the units go
         widths = [max(int((m >= threshold).sum()), w) for m, w in zip(space.unit_magnitudes, least, strict=True)]
         policy = CompressionPolicy(tuple(widths), bits, bits)
-        if space.policy_costs(policy)["macs"] <= budget.limits["macs"]:
+        if space.costs.of_policy(policy)["macs"] <= budget.limits["macs"]:
             break
     assert space.decode(actor.sequence) == policy
 
@@ -79,7 +79,7 @@ def test_bits_are_those_of_uniform_and_only_then_there_is_a_family(make_space):
     first = space.decode(actors[0].sequence)
     assert first.weight_bits == space.decode(even).weight_bits
     for actor in actors:
-        assert space.policy_costs(space.decode(actor.sequence))["weight_bytes"] <= budget.limits["weight_bytes"]
+        assert space.costs.of_policy(space.decode(actor.sequence))["weight_bytes"] <= budget.limits["weight_bytes"]
     assert len({space.decode(actor.sequence) for actor in actors}) == len(actors)
 
 

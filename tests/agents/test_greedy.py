@@ -9,6 +9,7 @@ import torch
 from secateur.agents.greedy import Greedy, GreedyConfig, allocate
 from secateur.cost_models import COST_MODELS
 from secateur.envs.core import Budget, InputError, Sensitivities
+from secateur.envs.costs import PolicyCosts
 from secateur.envs.feasibility import FeasibleSpace
 from secateur.envs.model_graph import analyze
 from secateur.envs.policy_space import PolicySpace, SpaceConfig
@@ -21,10 +22,10 @@ def space():
     graph = analyze(synthetic_net().eval(), (torch.zeros(1, 3, 8, 8),))
     costs = {name: model() for name, model in COST_MODELS.items()}
     decisions = PolicySpace(graph, SpaceConfig(prune_ratio=(0.0, 0.9), weight_bits=(4, 8)))
-    space = FeasibleSpace(decisions, costs, ("top1", "macs", "weight_bytes"), 0.9, 10)
-    weights = np.random.default_rng(0).uniform(0.05, 0.5, (len(space.level_actions), 1))
-    space.sensitivities = Sensitivities(weights * np.linspace(0, 1, 65) ** 2)
-    return space
+    weights = np.random.default_rng(0).uniform(0.05, 0.5, (len(decisions.level_actions), 1))
+    sensitivities = Sensitivities(weights * np.linspace(0, 1, 65) ** 2)
+    objectives = ("top1", "macs", "weight_bytes")
+    return FeasibleSpace(PolicyCosts(decisions, costs), objectives, 0.9, sensitivities=sensitivities)
 
 
 def budgets(space, **shares):
@@ -40,23 +41,23 @@ def harm(space, levels, power=1.0):
 def test_nearly_the_best_of_all_policies(space, shares):
     (budget,) = budgets(space, **shares)
     everything = np.array(list(product(*(range(len(actions)) for actions in space.level_actions))))
-    fitting = everything[space.slack(everything, budget) <= 0]
+    fitting = everything[space.projection.slack(everything, budget) <= 0]
     best = min(harm(space, levels) for levels in fitting)
     worst = max(harm(space, levels) for levels in fitting)
     sequence = allocate(space, space.sensitivities, budget, 1.0)
-    levels = space.policy_space.snap(sequence)
-    assert space.slack(levels[None], budget)[0] <= 0
+    levels = space.policy_space.sequence_to_levels(sequence)
+    assert space.projection.slack(levels[None], budget)[0] <= 0
     assert harm(space, levels) - best < 0.05 * (worst - best)
 
 
 def test_nothing_can_be_given_back(space):
     (budget,) = budgets(space, macs=0.4)
     sequence = allocate(space, space.sensitivities, budget, 0.75)
-    levels = space.policy_space.snap(sequence)
+    levels = space.policy_space.sequence_to_levels(sequence)
     for index in np.flatnonzero(levels):
         weaker = levels.copy()
         weaker[index] -= 1
-        assert space.slack(weaker[None], budget)[0] > 0
+        assert space.projection.slack(weaker[None], budget)[0] > 0
 
 
 def test_curves_need_not_rise(space):
@@ -64,8 +65,8 @@ def test_curves_need_not_rise(space):
     for _ in range(5):
         space.sensitivities = Sensitivities(np.hstack([np.zeros((8, 1)), rng.choice([0.01, 0.1, 10.0], (8, 64))]))
         (budget,) = budgets(space, macs=0.5, weight_bytes=0.2)
-        levels = space.policy_space.snap(allocate(space, space.sensitivities, budget, 0.75))
-        assert levels.min() >= 0 and space.slack(levels[None], budget)[0] <= 0
+        levels = space.policy_space.sequence_to_levels(allocate(space, space.sensitivities, budget, 0.75))
+        assert levels.min() >= 0 and space.projection.slack(levels[None], budget)[0] <= 0
 
 
 def test_what_no_step_alone_saves_is_left_to_the_wall(toy, monkeypatch):

@@ -5,6 +5,7 @@ import pytest
 
 from secateur.cost_models import COST_MODELS
 from secateur.cost_models.core import LayerShape, NetworkGeometry
+from secateur.envs.costs import PolicyCosts
 from secateur.envs.feasibility import FeasibleSpace
 from secateur.envs.model_graph.plan import ChannelGroup, ModelGraph, TensorSlice
 from secateur.envs.policy_space import PolicySpace, SpaceConfig
@@ -49,7 +50,7 @@ def _chain_graph(units=(8, 6), size=4):
 
 def _feasible_space(**config):
     space = PolicySpace(_chain_graph(), SpaceConfig(**config))
-    return FeasibleSpace(space, {name: model() for name, model in COST_MODELS.items()}, ("top1", "macs"), 0.9, 10)
+    return FeasibleSpace(PolicyCosts(space, {name: model() for name, model in COST_MODELS.items()}), ("top1", "macs"), 0.9)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ class CountingEvaluator:
         self.calls += 1
         if self.broken:
             raise RuntimeError("out of luck")
-        return Evaluation(sum(policy.widths) / 14, self.space.policy_costs(policy))
+        return Evaluation(sum(policy.widths) / 14, self.space.costs.of_policy(policy))
 
 
 BUDGETS = (Budget("half", {"macs": 2000.0}), Budget("strict", {"macs": 3000.0}, top1_drop=0.0))
@@ -33,10 +33,10 @@ def env(feasible_space):
 
 
 class Fixed:
-    """An actor that asks for the same strength everywhere."""
+    """An actor with the same action everywhere."""
 
-    def __init__(self, strength, budget, env):
-        self.action, self.budget = np.full(env.action_space.shape, strength, np.float32), budget
+    def __init__(self, action, budget, env):
+        self.action, self.budget = np.full(env.action_space.shape, action, np.float32), budget
 
     def act(self, observation, step):
         return self.action
@@ -74,9 +74,9 @@ def test_rewards_are_vectors_in_the_reward_space(env):
 
 def test_the_recorded_action_is_the_executed_one(env):
     episode = rollout(env, Fixed(0.0, BUDGETS[0], env))
-    levels = env.space.policy_space.snap(episode.actions)
-    assert env.space.policy_space.policy(levels) == episode.policy
-    assert episode.actions.max() > 0, "the wall must have compressed what the actor left alone"
+    levels = env.space.policy_space.sequence_to_levels(episode.actions)
+    assert env.space.policy_space.levels_to_policy(levels) == episode.policy
+    assert episode.actions.max() > 0, "the projection must have compressed"
     assert episode.evaluation.costs["macs"] <= 2000
     assert episode.feasible
 

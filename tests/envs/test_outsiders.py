@@ -20,7 +20,7 @@ class KeptShare:
 
     def evaluate(self, policy):
         self.calls += 1
-        return Evaluation(sum(policy.widths) / 14, self.space.policy_costs(policy))
+        return Evaluation(sum(policy.widths) / 14, self.space.costs.of_policy(policy))
 
 
 class Scalarized(gym.Wrapper):

@@ -24,7 +24,7 @@ class Shifted(nn.Module):
 
 @pytest.fixture
 def space(feasible_space):
-    return feasible_space(prune_ratio=(0.0, 0.9), weight_bits=(2, 4, 8)).space
+    return feasible_space(prune_ratio=(0.0, 0.9), weight_bits=(2, 4, 8)).policy_space
 
 
 def network(space, asked=None):
@@ -33,7 +33,7 @@ def network(space, asked=None):
     def make(policy):
         if asked is not None:
             asked.append(policy)
-        actions = space.actions_of(policy)
+        actions = space.levels_to_sequence(space.policy_to_levels(policy))[space.used]
         shifts = [2.0 * actions[0], actions[1], actions[2] if actions[4] == 0 else float("nan")]
         return Shifted(shifts)
 
@@ -57,9 +57,9 @@ def test_few_networks_are_made_and_each_differs_in_one_choice(space):
     asked, told = [], []
     measure_sensitivities(space, network(space, asked), [IMAGES], told.append)
     assert len(asked) == len(set(asked)) <= 1 + LEVELS * len(space.decisions)
-    dense = space.values(asked[0])
-    assert dense == space.values(space.policy(space.weakest))
-    assert all(sum(a != b for a, b in zip(space.values(policy), dense, strict=True)) == 1 for policy in asked[1:])
+    levels = [space.policy_to_levels(policy) for policy in asked]
+    assert (levels[0] == space.weakest).all()
+    assert all((other != levels[0]).sum() == 1 for other in levels[1:])
     assert told[-1].endswith(f"{len(space.decisions)} of {len(space.decisions)}")
 
 

@@ -73,7 +73,7 @@ def test_a_model_with_other_classes_than_the_data_is_refused():
 
 def test_evaluator_scores_what_the_assembled_network_scores(problem, policies):
     images, labels = problem.data.tensors(problem.data.validation)
-    evaluator = Evaluator(problem.assembler, problem.space.policy_costs, images, labels, Precision("float32", "test"))
+    evaluator = Evaluator(problem.assembler, problem.space.costs.of_policy, images, labels, Precision("float32", "test"))
     for policy in policies[:4]:
         evaluation = evaluator.evaluate(policy)
         # Folding batch norms may flip an image whose two best classes are equal to rounding.
@@ -196,7 +196,7 @@ def test_greedy_beats_uniform_by_what_was_measured():
 def test_one_prune_ratio_is_applied_everywhere_without_a_decision():
     problem = build(space={"prune_ratio": [0.5, 0.5], "weight_bits": [4, 8]}, budgets={"any": {"macs": "<= 100%"}})
     assert {decision.kind for decision in problem.space.policy_space.decisions} == {"weight_bits"}
-    policy = problem.space.policy_space.policy(problem.space.policy_space.weakest)
+    policy = problem.space.policy_space.levels_to_policy(problem.space.policy_space.weakest)
     assert policy.widths == tuple(group.units // 2 for group in problem.graph.groups)
 
 

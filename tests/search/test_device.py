@@ -15,7 +15,7 @@ from secateur.cost_models.device import Device, write_device
 from secateur.cost_models.latency_table import Axis, LatencyTable, LayerGrid, layer_key
 from secateur.envs.tasks.synthetic import synthetic_net
 from secateur.search.benchmarks.costs import benchmark_costs
-from secateur.search.build import build_model_and_graph, build_space
+from secateur.search.build import build_costs, build_model_and_graph
 from secateur.search.cli import app
 from secateur.search.config import INSTALLED_CONFIGS, parse_config
 from secateur.search.results.front import read_front
@@ -131,8 +131,8 @@ def test_limits_that_are_met_one_by_one_but_not_together_are_refused():
 def test_the_speed_of_a_devices_costs_is_measured_too():
     config = parse_config({**CONFIG, "device": measured()}, "test.yaml")
     _, _, graph = build_model_and_graph(config)
-    space, _ = build_space(config, graph, dense_top1=0.9)
-    speeds = {speed.cost: speed for speed in benchmark_costs(space, population=64, repeats=3)}
+    costs = build_costs(config, graph)
+    speeds = {speed.cost: speed for speed in benchmark_costs(costs, population=64, repeats=3)}
     assert speeds["latency_ms"].with_decoding > 0
     done = secateur("benchmark", "costs", write(budgets={"all": {"macs": "<= 90%"}}), "--device", "device.json")
     assert done.exit_code == 0 and "| latency_ms | " in done.stdout

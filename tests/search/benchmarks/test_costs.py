@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from secateur.search.benchmarks.costs import benchmark_costs
-from secateur.search.build import build_model_and_graph, build_space
+from secateur.search.build import build_costs, build_model_and_graph
 from secateur.search.config import parse_config
 
 VALUES = {
@@ -16,7 +16,7 @@ VALUES = {
 def test_cost_speeds_are_measured_for_every_model():
     config = parse_config(VALUES, "test.yaml")
     _, _, graph = build_model_and_graph(config)
-    space, _ = build_space(config, graph, dense_top1=0.9)
-    speeds = benchmark_costs(space, population=64, repeats=3)
-    assert [speed.cost for speed in speeds] == list(space.cost_models)
+    costs = build_costs(config, graph)
+    speeds = benchmark_costs(costs, population=64, repeats=3)
+    assert [speed.cost for speed in speeds] == list(costs.models)
     assert all(speed.policies_per_second > 0 and speed.with_decoding > 0 for speed in speeds)

@@ -53,7 +53,7 @@ def test_the_interval_holds_the_true_correlation_in_95_of_100_samples():
 def test_policies_are_feasible_distinct_and_do_not_depend_on_their_number(problem, budget):
     policies = measure.random_policies(problem, budget, 6)
     assert measure.random_policies(problem, budget, 3) == policies[:3] and len(set(policies)) == 6
-    assert all(problem.space.policy_costs(policy)["macs"] <= budget.limits["macs"] for policy in policies)
+    assert all(problem.space.costs.of_policy(policy)["macs"] <= budget.limits["macs"] for policy in policies)
 
 
 def test_an_experiment_goes_on_where_it_was_stopped(experiment, budget, few_grades, tmp_path, lines, monkeypatch):

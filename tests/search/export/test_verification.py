@@ -80,7 +80,7 @@ def test_an_export_keeps_what_it_promises(folder, problem):
     assert found.passed and found.failures == ()
     assert {limit.name: limit.kept for limit in found.limits} == {"macs": True, "weight_bytes": True, "top1_drop": True}
     assert all(cost.found == pytest.approx(cost.promised, rel=1e-9) for cost in found.costs)
-    assert [cost.name for cost in found.costs] == list(problem.space.cost_models)
+    assert [cost.name for cost in found.costs] == list(problem.space.costs.models)
     document, outputs = read_export(folder), found.outputs
     assert outputs.images == len(problem.data.test) and not outputs.exact
     assert outputs.pytorch_top1 == pytest.approx(document["scores"]["test"]["top1"])

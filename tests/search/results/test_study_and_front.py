@@ -11,7 +11,7 @@ import optuna
 import pytest
 
 from secateur.envs.core import Budget, CompressionPolicy, Episode, Evaluation, InputError
-from secateur.envs.policy_space import Decision
+from secateur.envs.policy_space import Decision, document_to_policy
 from secateur.envs.rewards import constraints
 from secateur.search.results.front import (
     FRONT_CSV,
@@ -19,7 +19,6 @@ from secateur.search.results.front import (
     Front,
     front_csv,
     only_budget,
-    policy_of,
     read_front,
     winner,
     write_front,
@@ -187,7 +186,7 @@ def test_files_hold_the_front_with_test_scores_apart(tmp_path):
     document = read_front(tmp_path)
     assert document["front"] == [1, 0, 2] and document["budgets"]["watch"]["front"] == [1, 0]
     point = next(point for point in document["points"] if point["evaluation"] == 1)
-    assert point["top1"] == 0.88 and policy_of(point) == policy
+    assert point["top1"] == 0.88 and document_to_policy(point["policy"]) == policy
     assert document["final"]["points"] == [
         {
             "budget": "watch",

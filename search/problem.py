@@ -1,0 +1,56 @@
+"""The problem of a search: everything that is computed once, complete and never changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from secateur.cost_models.device import Device
+from secateur.envs.assembler import Assembler
+from secateur.envs.core import Budget, CompressionPolicy, Evaluation
+from secateur.envs.evaluator import Precision
+from secateur.envs.feasibility import FeasibleSpace
+from secateur.envs.model_graph import ModelGraph
+from secateur.envs.tasks.data import TaskData
+from secateur.search.config import SearchConfig
+
+StatusCallback = Callable[[str], None]
+"""Called with each stage of a long operation, in a few words."""
+
+Evaluated = Sequence[tuple[CompressionPolicy, Evaluation]]
+"""Policies whose evaluations are reused."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A search, ready to run. Picklable; workers share its numpy arrays without copies.
+
+    Attributes:
+        config: the resolved configuration.
+        data: calibration, validation and test splits.
+        assembler: turns policies into networks; holds the dense model and its graph.
+        finalist_assembler: the same with the recoveries of the finalists.
+        space: the decisions, with budgets that hold by construction.
+        budgets: satisfiable budgets with absolute limits.
+        dense: float32 score and costs of the dense model on the validation split.
+        precision: number format of the search's forward passes.
+    """
+
+    config: SearchConfig
+    data: TaskData
+    assembler: Assembler
+    finalist_assembler: Assembler
+    space: FeasibleSpace
+    budgets: tuple[Budget, ...]
+    dense: Evaluation
+    precision: Precision
+
+    @property
+    def graph(self) -> ModelGraph:
+        """The dense model's plan."""
+        return self.assembler.graph
+
+    @property
+    def device(self) -> Device | None:
+        """The device of the latencies and energies, if the configuration names one."""
+        return self.config.device
