@@ -23,16 +23,21 @@ class KeptShare:
 
     name = "cost"
 
+    def __init__(self, choices):
+        self.choices = choices
+
     def per_layer(self, shapes):
-        widths = (shapes.widths - 1) / 4  # 5, 4, 3, 2, 1 units
-        bits = np.where(shapes.weight_bits == 32, 1.0, (shapes.weight_bits - 4) / 4)
-        return (widths + np.pad(bits[:, :-1], ((0, 0), (0, 1)))) / 11
+        kept = (shapes.widths - 1) / 4  # 5, 4, 3, 2, 1 units
+        kept[:, self.choices :] = 0
+        if self.choices > 6:
+            kept[:, :-1] += np.where(shapes.weight_bits == 32, 1.0, (shapes.weight_bits - 4) / 4)[:, :-1]
+        return kept / self.choices
 
     def total(self, shapes):
         return self.per_layer(shapes).sum(axis=1)
 
 
-def toy_graph():
+def toy_graph(prunable):
     """Six layers in a row, each with a group of five units; the last one cannot be quantized."""
     layers = tuple(LayerShape(f"layer{i}", "conv", 5, 5, quantizable=i < 5) for i in range(6))
     geometry = NetworkGeometry(
@@ -52,7 +57,9 @@ def toy_graph():
         live=np.ones((1, 1), bool),
         step_layer=np.array([0]),
     )
-    groups = tuple(ChannelGroup(layer.name, 5, (), (layer.name,), ()) for layer in layers)
+    # A group without a producer in the network is never chosen.
+    producers = [layer.name if i < prunable else "none" for i, layer in enumerate(layers)]
+    groups = tuple(ChannelGroup(n.name, 5, (), (producer,), ()) for n, producer in zip(layers, producers, strict=True))
     return ModelGraph(geometry, groups, (), (), 0.0)
 
 
@@ -65,9 +72,12 @@ class ToySpace(FeasibleSpace):
 
     best = np.array([[1, 0], [0.25, 0.75], [0.5, 1], [0, 0.25], [0.75, 0.25], [1, 0]])
 
-    def __init__(self):
-        costs = PolicyCosts(PolicySpace(toy_graph(), SpaceConfig((0.0, 0.8), weight_bits=BITS)), {"cost": KeptShare()})
-        sensitivities = Sensitivities(np.random.default_rng(1).uniform(0.5, 1, (11, 1)) * np.linspace(0, 1, 65) ** 2)
+    def __init__(self, weight_bits=BITS, groups=6):
+        policy_space = PolicySpace(toy_graph(groups), SpaceConfig((0.0, 0.8), weight_bits=weight_bits))
+        costs = PolicyCosts(policy_space, {"cost": KeptShare(len(policy_space.decisions))})
+        curves = np.random.default_rng(1).uniform(0.5, 1, (11, 1)) * np.linspace(0, 1, 65) ** 2
+        sensitivities = Sensitivities(curves[: len(policy_space.decisions)])
+        self.best = self.best[: policy_space.num_steps, : policy_space.action_dim]
         super().__init__(costs, ("top1", "cost"), 1.0, np.random.default_rng(0).random((6, 5)), sensitivities)
 
     def cost(self, sequence):
@@ -144,7 +154,22 @@ def known_fronts():
 
 @pytest.fixture
 def toy():
-    space = ToySpace()
+    return with_budgets(ToySpace())
+
+
+@pytest.fixture
+def pruning_toy():
+    """The same with one kind of choice."""
+    return with_budgets(ToySpace(weight_bits=None))
+
+
+@pytest.fixture
+def one_choice():
+    """A toy whose first group alone can be pruned."""
+    return with_budgets(ToySpace(weight_bits=None, groups=1))
+
+
+def with_budgets(space):
     half = space.cost(space.best) + 1e-9  # the sum of the costs may round differently
     space.budgets = (Budget("half", {"cost": half}), Budget("quarter", {"cost": half / 2}))
     return space

@@ -49,10 +49,9 @@ def test_budgets_share_the_evaluations_evenly(name, toy):
     assert sum(episode.budget == "half" for episode in episodes) == 30
 
 
-def test_uniform_is_one_policy_per_budget_when_there_is_one_kind_of_choice(toy):
-    toy.used[:, 1] = False
-    agent = make("uniform", toy)
-    episodes = toy.run(agent, 100)
+def test_uniform_is_one_policy_per_budget_when_there_is_one_kind_of_choice(pruning_toy):
+    agent = make("uniform", pruning_toy)
+    episodes = pruning_toy.run(agent, 100)
     assert [episode.budget for episode in episodes] == ["half", "quarter"]
     assert all(len(np.unique(episode.actions[:, 0])) == 1 for episode in episodes)
     assert agent.ask(5) == []

@@ -140,16 +140,16 @@ def test_moves_are_unbiased_without_guidance():
     assert steps.std() > 0.01
 
 
-def test_kinds_of_choices_are_traded_against_each_other(toy):
-    def common_step(kinds):
+def test_kinds_of_choices_are_traded_against_each_other(toy, pruning_toy):
+    def common_step(toy):
         """Largest step that all genes of a kind make together, over many moves."""
-        toy.used[:, kinds:] = False
+        kinds = toy.action_dim
         colony = colony_of(toy, genes=1 / 100, candidates=1)
         moves = np.array([colony._neighbor(3) - colony.sources[3].sequence for _ in range(50)])
         return np.median(np.abs(moves[:, :5, :kinds]), axis=1).max()
 
-    assert 0.2 < common_step(kinds=2) <= 0.3
-    assert common_step(kinds=1) == 0
+    assert 0.2 < common_step(toy) <= 0.3
+    assert common_step(pruning_toy) == 0
 
 
 def test_guidance_pulls_towards_the_best_source():
@@ -167,11 +167,10 @@ def test_no_policy_is_asked_for_twice(toy):
     assert len({episode.policy for episode in episodes}) == 300
 
 
-def test_a_used_up_space_repeats_itself_rather_than_to_hang(toy):
-    toy.used[:] = False
-    toy.used[0, 0] = True
+def test_a_used_up_space_repeats_itself_and_does_not_hang(one_choice):
+    toy = one_choice
     agent = BeeColony(BeeColonyConfig(), toy, [Budget("loose", {"cost": 1.0})], np.random.default_rng(0))
-    assert {episode.policy.widths[0] for episode in toy.run(agent, 60)} == {0, 1, 2, 3, 4}
+    assert {episode.policy.widths[0] for episode in toy.run(agent, 60)} == {1, 2, 3, 4, 5}
 
 
 def test_the_regression_recovers_a_quadratic():
