@@ -14,14 +14,14 @@ Where we differ and why:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from secateur.cost_models.core import Range, check_fields
 from secateur.envs.candidate import Candidate
-from secateur.envs.core import InputError
 from secateur.envs.number_format import convert_network, prepare_images
 from secateur.envs.pruning.slicing import share_tensors
 
@@ -35,13 +35,11 @@ class BatchNormConfig:
         max_images: at most this many of the calibration images are used.
     """
 
-    batch_size: int = 128
-    max_images: int = 1024
+    batch_size: Annotated[int, Range(least=2)] = 128
+    max_images: Annotated[int, Range(least=2)] = 1024
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_images"):
-            if getattr(self, name) < 2:
-                raise InputError(f"`{name}` of the recovery `batch_norm` must be at least 2, but got {getattr(self, name)}.")
+        check_fields(self, "the recovery `batch_norm`")
 
 
 @dataclass(frozen=True)

@@ -31,16 +31,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
+from secateur.cost_models.core import NonNegative, Positive, Range, check_fields
 from secateur.envs.calibration.patches import is_plain
 from secateur.envs.candidate import Candidate
-from secateur.envs.core import InputError
 from secateur.envs.model_graph.plan import ChannelGroup
 from secateur.envs.pruning.importance.unit_slices import unit_rows
 from secateur.envs.recovery.channel_scales import (
@@ -61,8 +61,6 @@ from secateur.envs.recovery.moments import (
     restate_statistics,
 )
 
-CLOSED_FORM, NONNEGATIVE, MOMENTS = "closed_form", "nonnegative", "moments"
-
 
 @dataclass(frozen=True)
 class DataFreeConfig:
@@ -78,30 +76,15 @@ class DataFreeConfig:
         spatial_correlation: of neighbouring pixels, in [0, 1).
     """
 
-    fit: str = MOMENTS
+    fit: Literal["moments", "nonnegative", "closed_form"] = "moments"
     statistics: bool = True
-    alpha1: float = 0.01
-    alpha2: float = 0.008
-    damping: float = 0.01
-    spatial_correlation: float = 0.5
+    alpha1: NonNegative = 0.01
+    alpha2: NonNegative = 0.008
+    damping: Positive = 0.01
+    spatial_correlation: Annotated[float, Range(least=0, below=1)] = 0.5
 
     def __post_init__(self) -> None:
-        if self.fit not in (CLOSED_FORM, NONNEGATIVE, MOMENTS):
-            raise InputError(
-                f'`fit` of the recovery `data_free` must be "moments", "nonnegative" or "closed_form", but got "{self.fit}".'
-            )
-        for name in ("alpha1", "alpha2"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"`{name}` of the recovery `data_free` must be at least 0, but got {getattr(self, name)}.")
-        if not 0 < self.damping < math.inf:
-            raise InputError(f"`damping` of the recovery `data_free` must be above 0, but got {self.damping}.")
-        check_spatial_correlation("data_free", self.spatial_correlation)
-
-
-def check_spatial_correlation(recovery: str, value: float) -> None:
-    """Raise InputError unless `value` is in [0, 1)."""
-    if not 0 <= value < 1:
-        raise InputError(f"`spatial_correlation` of the recovery `{recovery}` must be in [0, 1), but got {value}.")
+        check_fields(self, "the recovery `data_free`")
 
 
 @dataclass(frozen=True)
@@ -161,7 +144,7 @@ class _Compensation:
             candidate.set_weight(name, taken_over(candidate, name, predictions))
             self._restate(name, before, moments)
         before = current_state(candidate, name, moments)
-        if self.config.fit != MOMENTS:
+        if self.config.fit != "moments":
             self._scale(name)
         norm = candidate.norm(name) if is_plain(candidate.layers[name]) else None
         rounded_from = filters(candidate.layers[name], norm) if norm is not None else None
@@ -189,7 +172,7 @@ class _Compensation:
         pruned = [(index, place) for index, place in self.readings.get(name, ()) if self._removed(index).size]
         if not pruned:
             return
-        if self.config.fit == MOMENTS and moments is not None:
+        if self.config.fit == "moments" and moments is not None:
             yield self._from_moments(name, moments)
             return
         for index, place in pruned:
@@ -214,7 +197,7 @@ class _Compensation:
     def _from_filters(self, index: int) -> Tensor | None:
         """Return eq. (1) or (2) for a group, None if none of its layers has a batch norm."""
         candidate, group, kept = self.candidate, self.candidate.graph.groups[index], self.candidate.kept[index]
-        nonnegative = self.config.fit != CLOSED_FORM
+        nonnegative = self.config.fit != "closed_form"
         key = ("data_free", group.name, self.config.alpha1)
         gram = candidate.cache.get(key, lambda: filter_gram(candidate, group, self.config.alpha1))
         if not len(gram):

@@ -17,20 +17,16 @@ Where we differ and why:
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
-from secateur.cost_models.core import FLOAT_BITS
+from secateur.cost_models.core import FLOAT_BITS, NonNegative, Range, check_fields
 from secateur.envs.calibration.patches import is_plain
 from secateur.envs.candidate import Candidate
-from secateur.envs.core import InputError
 from secateur.envs.model_graph.plan import ChannelGroup
 from secateur.envs.recovery.channel_scales import ScaleBook, filters, reading_places, scale_inputs
-from secateur.envs.recovery.data_free import cached_moments, check_spatial_correlation
+from secateur.envs.recovery.data_free import cached_moments
 from secateur.envs.recovery.moments import current_state, quantize_in_place, restate_statistics
-
-KEPT, NORMS, MOMENTS = "kept", "norms", "moments"
 
 
 @dataclass(frozen=True)
@@ -45,20 +41,13 @@ class DFMPCConfig:
         spatial_correlation: of neighbouring pixels, in [0, 1).
     """
 
-    statistics: str = MOMENTS
-    lambda1: float = 0.5
-    lambda2: float = 0.0
-    spatial_correlation: float = 0.5
+    statistics: Literal["moments", "norms", "kept"] = "moments"
+    lambda1: NonNegative = 0.5
+    lambda2: NonNegative = 0.0
+    spatial_correlation: Annotated[float, Range(least=0, below=1)] = 0.5
 
     def __post_init__(self) -> None:
-        if self.statistics not in (KEPT, NORMS, MOMENTS):
-            raise InputError(
-                f'`statistics` of the recovery `df_mpc` must be "moments", "norms" or "kept", but got "{self.statistics}".'
-            )
-        for name in ("lambda1", "lambda2"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"`{name}` of the recovery `df_mpc` must be at least 0, but got {getattr(self, name)}.")
-        check_spatial_correlation("df_mpc", self.spatial_correlation)
+        check_fields(self, "the recovery `df_mpc`")
 
 
 @dataclass(frozen=True)
@@ -73,7 +62,7 @@ class DFMPC:
     def apply(self, candidate: Candidate) -> None:
         """See `Recovery.apply`."""
         book = ScaleBook(self.config.lambda1, self.config.lambda2)
-        known = cached_moments(candidate, self.config.spatial_correlation) if self.config.statistics == MOMENTS else {}
+        known = cached_moments(candidate, self.config.spatial_correlation) if self.config.statistics == "moments" else {}
         readings: dict[str, list] = {}
         for group, kept in zip(candidate.graph.groups, candidate.kept, strict=True):
             for name, place in reading_places(candidate, group):
@@ -87,7 +76,7 @@ class DFMPC:
             rounded_from = filters(layer, norm) if norm is not None and is_plain(layer) else None
             quantize_in_place(candidate, name, known.get(name), self.config.spatial_correlation)
             if rounded_from is not None and name in candidate.float_weights:
-                if self.config.statistics != KEPT:
+                if self.config.statistics != "kept":
                     restate_statistics(candidate, name, before, known.get(name), self.config.spatial_correlation)
                 book.before[name], book.after[name] = rounded_from, filters(layer, norm)
 

@@ -32,9 +32,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from secateur.cost_models.core import Positive, check_fields
 from secateur.envs.calibration.core import CHANNEL, DIAGONAL, NONE, LayerStatistics
 from secateur.envs.candidate import Candidate, KeptAxes
-from secateur.envs.core import InputError
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,10 @@ class LeastSquaresConfig:
         damping: lambda over the mean of A's diagonal.
     """
 
-    damping: float = 1e-3
+    damping: Positive = 1e-3
 
     def __post_init__(self) -> None:
-        if not self.damping > 0:
-            raise InputError(f"`damping` of the recovery `least_squares` must be above 0, but got {self.damping}.")
+        check_fields(self, "the recovery `least_squares`")
 
 
 @dataclass(frozen=True)

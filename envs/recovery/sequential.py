@@ -42,18 +42,17 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secateur.cost_models.core import FLOAT_BITS
+from secateur.cost_models.core import FLOAT_BITS, Count, Positive, Range, check_fields
 from secateur.envs.calibration.core import FULL, NONE, LayerStatistics
 from secateur.envs.calibration.patches import outputs_at, patches, sample_positions
 from secateur.envs.candidate import Candidate
-from secateur.envs.core import InputError
 from secateur.envs.recovery.forward_values import ForwardPlan, Target, ValueTap, counting, plan_forward
 
 log = logging.getLogger(__name__)
@@ -99,24 +98,17 @@ class SequentialConfig:
         seed: of the sampled positions.
     """
 
-    damping: float = 1e-3
-    max_images: int = 500
-    samples: int = 16_000
-    clip_rounds: int = 2
-    max_inputs: int = 4608
-    max_bytes: int = 1_000_000_000
-    max_target_bytes: int = 200_000_000
+    damping: Positive = 1e-3
+    max_images: Count = 500
+    samples: Count = 16_000
+    clip_rounds: Annotated[int, Range(least=0)] = 2
+    max_inputs: Count = 4608
+    max_bytes: Count = 1_000_000_000
+    max_target_bytes: Count = 200_000_000
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.damping > 0:
-            raise InputError(f"`damping` of the recovery `sequential` must be above 0, but got {self.damping}.")
-        least = dict.fromkeys(("max_images", "samples", "max_inputs", "max_bytes", "max_target_bytes"), 1)
-        for name, value in {**least, "clip_rounds": 0}.items():
-            if getattr(self, name) < value:
-                raise InputError(
-                    f"`{name}` of the recovery `sequential` must be at least {value}, but got {getattr(self, name)}."
-                )
+        check_fields(self, "the recovery `sequential`")
 
 
 @dataclass(frozen=True)

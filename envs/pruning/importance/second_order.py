@@ -41,7 +41,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from secateur.envs.core import InputError
+from secateur.cost_models.core import Positive, check_fields
 from secateur.envs.model_graph.plan import ChannelGroup
 from secateur.envs.pruning.importance.core import DenseModel
 from secateur.envs.pruning.importance.output_energy import unit_energy
@@ -59,11 +59,10 @@ class SecondOrderConfig:
         damping: lambda over the mean of C's diagonal.
     """
 
-    damping: float = 1e-3
+    damping: Positive = 1e-3
 
     def __post_init__(self) -> None:
-        if not self.damping > 0:
-            raise InputError(f"`damping` of the importance `second_order` must be above 0, but got {self.damping}.")
+        check_fields(self, "the importance `second_order`")
 
 
 @dataclass(frozen=True)

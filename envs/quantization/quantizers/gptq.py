@@ -31,8 +31,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from secateur.cost_models.core import Positive, check_fields
 from secateur.envs.calibration.core import CHANNEL, FULL, LayerStatistics
-from secateur.envs.core import InputError
 from secateur.envs.quantization.quantizers.activation_grids import ActivationGridConfig, choose_activation_grid
 from secateur.envs.quantization.quantizers.core import ActivationGrid, QuantizedWeight, check_bits
 from secateur.envs.quantization.quantizers.uniform import Uniform
@@ -58,12 +58,10 @@ class GPTQConfig(ActivationGridConfig):
         activations, percentile: see `ActivationGridConfig`.
     """
 
-    damping: float = 0.01
+    damping: Positive = 0.01
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.damping > 0:
-            raise InputError(f"`damping` of the quantizer `gptq` must be above 0, but got {self.damping}.")
+        check_fields(self, "the quantizer `gptq`")
 
 
 @dataclass(frozen=True)
