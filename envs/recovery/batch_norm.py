@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from secateur.cost_models.core import Range, check_fields
-from secateur.envs.candidate import Candidate
+from secateur.envs.candidate import CandidateNetwork
 from secateur.envs.number_format import convert_network, prepare_images
 from secateur.envs.pruning.slicing import share_tensors
 
@@ -50,7 +50,7 @@ class BatchNorm:
     after_quantization: ClassVar[bool] = True
     needs_images: ClassVar[bool] = True
 
-    def apply(self, candidate: Candidate) -> None:
+    def apply(self, candidate: CandidateNetwork) -> None:
         """See `Recovery.apply`."""
         names = [name for name, module in candidate.layers.items() if _is_estimated(module)]
         if not names:
@@ -60,7 +60,7 @@ class BatchNorm:
             norm = candidate.layers[name]
             norm.running_mean, norm.running_var, norm.num_batches_tracked = found[name]
 
-    def _statistics(self, candidate: Candidate, names: list[str]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    def _statistics(self, candidate: CandidateNetwork, names: list[str]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         """Return the new buffers of the batch norms; a copy of the network is run, so that nothing else changes."""
         network = share_tensors(candidate.network)
         norms = {name: network.get_submodule(name) for name in names}

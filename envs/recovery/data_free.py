@@ -5,11 +5,11 @@ W[:, i] += s_ij W[:, j] at every position of the kernel. How s is found is the `
 
     "closed_form"  s_j = (Q^T Q + alpha_1 P^T P)^-1 (Q^T V_j + alpha_1 P^T K_j)                                         (1)
     "nonnegative"  the minimiser of the same |Q s - V_j|^2 + alpha_1 (P s - K_j)^2, but over s >= 0                     (2)
-    "moments"      s_j = (C_SS + delta I)^-1 C_Sj, C the channels' covariance by envs/recovery/moments.py               (3)
+    "moments"      s_j = (C_SS + delta I)^-1 C_Sj, C the channels' covariance by envs/recovery/common/moments.py               (3)
 
 with the filters gamma W / sigma of the kept channels as the columns of Q, and V_j that of the removed one, and the offsets
 K = beta - gamma mu / sigma, P those of the kept channels. In the first two, a channel that was quantized is also scaled in its
-readers, by eq. (1) of envs/recovery/channel_scales.py with lambda_1 = alpha_2. Layers are taken in the order in which they
+readers, by eq. (1) of envs/recovery/common/channel_scales.py with lambda_1 = alpha_2. Layers are taken in the order in which they
 run, and each is quantized after it has been rewritten.
 
 Source: Bai et al. 2023 (UDFC), arXiv:2308.07209, its closed forms for s and the scale; eq. (2) and (3) are ours.
@@ -40,10 +40,10 @@ from torch import Tensor
 
 from secateur.cost_models.core import NonNegative, Positive, Range, check_fields
 from secateur.envs.calibration.patches import is_plain
-from secateur.envs.candidate import Candidate
+from secateur.envs.candidate import CandidateNetwork
 from secateur.envs.model_graph.plan import ChannelGroup
-from secateur.envs.pruning.importance.unit_slices import unit_rows
-from secateur.envs.recovery.channel_scales import (
+from secateur.envs.pruning.importance.common.unit_slices import unit_rows
+from secateur.envs.recovery.common.channel_scales import (
     ScaleBook,
     filters,
     is_depthwise,
@@ -51,12 +51,12 @@ from secateur.envs.recovery.channel_scales import (
     reading_places,
     scale_inputs,
 )
-from secateur.envs.recovery.moments import (
+from secateur.envs.recovery.common.moments import (
     Before,
     Moments,
+    cached_moments,
     current_state,
     dense_state,
-    input_moments,
     quantize_in_place,
     restate_statistics,
 )
@@ -110,7 +110,7 @@ class DataFree:
     needs_images: ClassVar[bool] = False
     makes_statistics: ClassVar[bool] = True  # for a quantizer that needs some, where there are no images
 
-    def apply(self, candidate: Candidate) -> None:
+    def apply(self, candidate: CandidateNetwork) -> None:
         """See `Recovery.apply`."""
         _Compensation(candidate, self.config).run()
 
@@ -119,7 +119,7 @@ class DataFree:
 class _Compensation:
     """One run over a candidate's layers."""
 
-    candidate: Candidate
+    candidate: CandidateNetwork
     config: DataFreeConfig
     book: ScaleBook = field(init=False)
 
@@ -207,15 +207,7 @@ class _Compensation:
         return candidate.cache.get((*key, nonnegative, kept.tobytes()), lambda: solve(gram, kept, removed))
 
 
-def cached_moments(candidate: Candidate, spatial_correlation: float) -> dict[str, Moments]:
-    """Return `input_moments` of the dense model, computed once per process."""
-    return candidate.cache.get(
-        ("moments", spatial_correlation),
-        lambda: input_moments(candidate.dense_model, candidate.graph, spatial_correlation),
-    )
-
-
-def filter_gram(candidate: Candidate, group: ChannelGroup, alpha1: float) -> Tensor:
+def filter_gram(candidate: CandidateNetwork, group: ChannelGroup, alpha1: float) -> Tensor:
     """Return [Q, V]^T [Q, V] + alpha_1 [P, K]^T [P, K] over the units of a group, (units, units) or (0, 0) without batch norm.
 
     The systems of several producers are stacked, which adds them up. A depthwise convolution's filters multiply those before
@@ -256,7 +248,7 @@ def from_covariance(moments: Moments, kept: np.ndarray, removed: np.ndarray, dam
     return torch.linalg.solve(matrix + delta * torch.eye(len(kept)), cross)
 
 
-def taken_over(candidate: Candidate, name: str, predictions: list[Prediction]) -> Tensor:
+def taken_over(candidate: CandidateNetwork, name: str, predictions: list[Prediction]) -> Tensor:
     """Return a sliced layer's weight that does the work of the removed inputs too."""
     axes, dense = candidate.kept_axes(name), candidate.dense_layers[name].weight.detach()
     weight = dense[torch.from_numpy(axes.outputs)].double()

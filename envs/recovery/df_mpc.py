@@ -1,7 +1,7 @@
 """Mixed-precision compensation without data: the reader of a low-precision layer scales its channels before it is rounded.
 
 A reader of more bits than the layer whose channels it reads scales input channel j by c_j >= 0 of
-envs/recovery/channel_scales.py, eq. (1), from the layer's filters and offsets before and after its quantization.
+envs/recovery/common/channel_scales.py, eq. (1), from the layer's filters and offsets before and after its quantization.
 
 Source: Chen et al. 2023 (DF-MPC), arXiv:2307.00498, eq. (27).
 
@@ -10,7 +10,7 @@ Where we differ and why:
 2. The low-precision grid is the quantizer plug-in's. At 2 bits `uniform` gives -s, 0, s per output channel: the paper's ternary
    weights, but s has the least squared error and threshold s / 2, instead of 0.7 E|W|.
 3. The paper does not say how it estimates the mean and variance behind a low-precision layer again. Ours follow from
-   envs/recovery/moments.py, whatever the bits: on CIFAR ResNet-56 (dense 93.5 % of 8,000 test images), with the first
+   envs/recovery/common/moments.py, whatever the bits: on CIFAR ResNet-56 (dense 93.5 % of 8,000 test images), with the first
    layer of every block at 2 bits and the others at 6, 80.9 %; with the batch norms left as they are 52.3 %, and without
    any compensation 46.7 %.
 """
@@ -22,11 +22,10 @@ from typing import Annotated, ClassVar, Literal
 
 from secateur.cost_models.core import FLOAT_BITS, NonNegative, Range, check_fields
 from secateur.envs.calibration.patches import is_plain
-from secateur.envs.candidate import Candidate
+from secateur.envs.candidate import CandidateNetwork
 from secateur.envs.model_graph.plan import ChannelGroup
-from secateur.envs.recovery.channel_scales import ScaleBook, filters, reading_places, scale_inputs
-from secateur.envs.recovery.data_free import cached_moments
-from secateur.envs.recovery.moments import current_state, quantize_in_place, restate_statistics
+from secateur.envs.recovery.common.channel_scales import ScaleBook, filters, reading_places, scale_inputs
+from secateur.envs.recovery.common.moments import cached_moments, current_state, quantize_in_place, restate_statistics
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,9 @@ class DFMPCConfig:
     """How readers are compensated.
 
     Attributes:
-        statistics: of the batch norm behind a quantized layer: "moments": restated by envs/recovery/moments.py; "norms": the
-            variance follows the squared norms of the filters, the mean stays; "kept": as they are.
+        statistics: how the statistics of the batch norm behind a quantized layer are estimated again. "moments": by
+            envs/recovery/common/moments.py; "norms": the variance follows the squared norms of the filters, the mean is kept;
+            "kept": mean and variance are kept.
         lambda1: weight of the offsets.
         lambda2: damping of the scales.
         spatial_correlation: of neighbouring pixels, in [0, 1).
@@ -59,7 +59,7 @@ class DFMPC:
     needs_images: ClassVar[bool] = False
     makes_statistics: ClassVar[bool] = True  # for a quantizer that needs some, where there are no images
 
-    def apply(self, candidate: Candidate) -> None:
+    def apply(self, candidate: CandidateNetwork) -> None:
         """See `Recovery.apply`."""
         book = ScaleBook(self.config.lambda1, self.config.lambda2)
         known = cached_moments(candidate, self.config.spatial_correlation) if self.config.statistics == "moments" else {}
@@ -81,7 +81,7 @@ class DFMPC:
                 book.before[name], book.after[name] = rounded_from, filters(layer, norm)
 
 
-def low_producers(candidate: Candidate, group: ChannelGroup, reader: str) -> list[str]:
+def low_producers(candidate: CandidateNetwork, group: ChannelGroup, reader: str) -> list[str]:
     """Return the producers with a batch norm that have been quantized, if all of them have fewer bits than the reader."""
     done = [name for name in group.producers if name in candidate.float_weights and candidate.norm(name) is not None]
     bits = candidate.layer_bits.get(reader, (FLOAT_BITS, FLOAT_BITS))[0]

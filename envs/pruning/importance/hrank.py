@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from secateur.cost_models.core import Count, check_fields
+from secateur.envs.pruning.importance.common.readers import input_channels
+from secateur.envs.pruning.importance.common.unit_slices import mean_over_producers
 from secateur.envs.pruning.importance.core import DenseModel
-from secateur.envs.pruning.importance.readers import input_channels
-from secateur.envs.pruning.importance.unit_slices import mean_over_producers
 
 
 @dataclass(frozen=True)

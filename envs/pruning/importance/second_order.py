@@ -43,10 +43,9 @@ from torch import Tensor
 
 from secateur.cost_models.core import Positive, check_fields
 from secateur.envs.model_graph.plan import ChannelGroup
+from secateur.envs.pruning.importance.common.readers import Reader, reader, unit_energy, unit_entries
+from secateur.envs.pruning.importance.common.unit_slices import mean_over_producers
 from secateur.envs.pruning.importance.core import DenseModel
-from secateur.envs.pruning.importance.output_energy import unit_energy
-from secateur.envs.pruning.importance.readers import Reader, reader, unit_entries
-from secateur.envs.pruning.importance.unit_slices import mean_over_producers
 
 _PANEL = 128  # entries eliminated between two updates of the whole matrices
 

@@ -23,8 +23,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from secateur.cost_models.core import Count, check_fields
 from secateur.envs.model_graph.plan import ChannelGroup, TensorSlice
+from secateur.envs.pruning.importance.common.unit_slices import named_parameters, producer_weights, unit_rows
 from secateur.envs.pruning.importance.core import DenseModel
-from secateur.envs.pruning.importance.unit_slices import named_parameters, producer_weights, unit_rows
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,8 @@ from torch import Tensor
 
 from secateur.cost_models.core import Positive, check_fields
 from secateur.envs.calibration.core import CHANNEL, FULL, LayerStatistics
-from secateur.envs.quantization.quantizers.activation_grids import ActivationGridConfig, choose_activation_grid
-from secateur.envs.quantization.quantizers.core import ActivationGrid, QuantizedWeight, check_bits
-from secateur.envs.quantization.quantizers.uniform import Uniform
-from secateur.envs.quantization.quantizers.weight_grids import (
+from secateur.envs.quantization.quantizers.common.activation_grids import ActivationGridConfig, choose_activation_grid
+from secateur.envs.quantization.quantizers.common.weight_grids import (
     RelativeRows,
     WeightGrid,
     choose_scale,
@@ -44,6 +42,8 @@ from secateur.envs.quantization.quantizers.weight_grids import (
     relative_rows,
     symmetric_grid,
 )
+from secateur.envs.quantization.quantizers.core import ActivationGrid, QuantizedWeight, check_bits
+from secateur.envs.quantization.quantizers.uniform import Uniform
 
 BLOCK = 64
 """Columns whose errors reach the later ones in one matrix product."""

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from secateur.cost_models.core import check_fields
 from secateur.envs.calibration.core import LayerStatistics
-from secateur.envs.quantization.quantizers.activation_grids import ActivationGridConfig, choose_activation_grid
+from secateur.envs.quantization.quantizers.common.activation_grids import ActivationGridConfig, choose_activation_grid
+from secateur.envs.quantization.quantizers.common.weight_grids import Clip, choose_scale, relative_rows, symmetric_grid
 from secateur.envs.quantization.quantizers.core import ActivationGrid, QuantizedWeight, check_bits
-from secateur.envs.quantization.quantizers.weight_grids import Clip, choose_scale, relative_rows, symmetric_grid
 
 
 @dataclass(frozen=True)
