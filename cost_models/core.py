@@ -6,9 +6,11 @@ solvers and the agents can ask for the costs of thousands of policies per second
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Annotated, Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -17,7 +19,93 @@ FLOAT_BITS = 32
 
 
 class InputError(ValueError):
-    """What the caller gave cannot be used; the message names the place, the value and the way out."""
+    """The caller's input cannot be used; the message names the place, the value and the way out."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """The allowed range of a number in a configuration; infinite numbers and NaN are never allowed.
+
+    A field declares its range beside its type, `damping: Annotated[float, Range(above=0)] = 0.01`, and `check_fields` in
+    `__post_init__` checks it. The range of a mapping or a sequence holds for each number in it; None is always allowed.
+
+    Attributes:
+        least, above: lower end, included or excluded; None: no lower end. At most one of the two is given.
+        most, below: upper end, included or excluded; None: no upper end. At most one of the two is given.
+    """
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        return (
+            math.isfinite(value)
+            and (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.most is None or value <= self.most)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        low, high = (self.least if self.above is None else self.above), (self.most if self.below is None else self.below)
+        if low is not None and high is not None:
+            return f"in {'[' if self.above is None else '('}{low:g}, {high:g}{']' if self.below is None else ')'}"
+        if low is not None:
+            return f"at least {low:g}" if self.above is None else f"above {low:g}"
+        if high is not None:
+            return f"at most {high:g}" if self.below is None else f"below {high:g}"
+        return "finite"
+
+
+Count = Annotated[int, Range(least=1)]
+"""The type of a field that counts something: 1, 2, 3 and so on."""
+
+Positive = Annotated[float, Range(above=0)]
+"""The type of a field that must be above 0."""
+
+NonNegative = Annotated[float, Range(least=0)]
+"""The type of a field that must be 0 or more."""
+
+Share = Annotated[float, Range(least=0, most=1)]
+"""The type of a field that is a share of a whole."""
+
+
+def check_fields(config: object, owner: str = "") -> None:
+    """Check every field of a dataclass whose type declares a `Range` or is a `Literal`.
+
+    Args:
+        config: the dataclass.
+        owner: what the fields belong to, for the message, e.g. "the quantizer `gptq`".
+    Raises:
+        InputError: if a value is not allowed; the message names the field, the owner, the rule and the value.
+    """
+    for name, hint in get_type_hints(type(config), include_extras=True).items():
+        value = getattr(config, name)
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            choices = " or ".join(f'"{choice}"' for choice in get_args(hint))
+            raise InputError(f'{_place(name, owner)} must be {choices}, but got "{value}".')
+        for allowed in getattr(hint, "__metadata__", ()):
+            if isinstance(allowed, Range):
+                _check_range(name, value, allowed, owner)
+
+
+def _check_range(name: str, value: Any, allowed: Range, owner: str) -> None:
+    if isinstance(value, Mapping):
+        numbers: Iterable[tuple[str, Any]] = [(f"{name}.{key}", number) for key, number in value.items()]
+    elif isinstance(value, list | tuple):
+        numbers = [(name, number) for number in value]
+    else:
+        numbers = [] if value is None else [(name, value)]
+    for field_name, number in numbers:
+        if number not in allowed:
+            finite = "" if math.isfinite(number) else "finite and "
+            raise InputError(f"{_place(field_name, owner)} must be {finite}{allowed}, but got {number}.")
+
+
+def _place(name: str, owner: str) -> str:
+    return f"`{name}` of {owner}" if owner else f"`{name}`"
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from secateur.cost_models.core import FLOAT_BITS, CostModel, InputError
+from secateur.cost_models.core import FLOAT_BITS, CostModel, InputError, Range, check_fields
 from secateur.cost_models.energy import CountedEnergy, Energy
 from secateur.cost_models.latency_table import LatencyTable, TableLatency
 from secateur.cost_models.precision import executed_precision, precision_name
@@ -49,17 +49,16 @@ class Device:
     kind: Literal["measured", "analytic"]
     sources: tuple[str, ...]
     float_precision: Literal["float32", "float16", "bfloat16"]
-    integer_bits: tuple[int, ...] = ()
+    integer_bits: Annotated[tuple[int, ...], Range(least=2, most=FLOAT_BITS - 1)] = ()
     machine: dict[str, str] = field(default_factory=dict)
     table: LatencyTable | None = None
     roofline: Roofline | None = None
     energy: Energy | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        check_fields(self)
         if self.schema != SCHEMA:
             raise InputError(f"it has schema {self.schema}; this version reads schema {SCHEMA}")
-        if not all(2 <= bits < FLOAT_BITS for bits in self.integer_bits):
-            raise InputError(f"`integer_bits` must be in 2..{FLOAT_BITS - 1} (got {list(self.integer_bits)})")
         if self.kind == "measured" and self.table is None:
             raise InputError("a measured device needs a `table`; `secateur profile` writes one")
         if self.kind == "analytic" and self.table is not None:
@@ -165,7 +164,7 @@ def parse_device(values: Any, source: str) -> Device:
     elif error["type"] in ("missing", "missing_argument"):
         reason = "is missing"
     elif error["type"] == "value_error":
-        reason = str(error["ctx"]["error"])
+        reason = str(error["ctx"]["error"]).rstrip(".")
     else:
         reason = f"{error['msg'][0].lower()}{error['msg'][1:]}"
     raise InputError(f"{source}: {place}: {reason}." if place else f"{source}: {reason}.")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 
-from secateur.cost_models.core import InputError, LayerShapes
+from secateur.cost_models.core import LayerShapes, NonNegative, Range, check_fields
 from secateur.cost_models.macs import Macs
 from secateur.cost_models.traffic import Traffic
 
@@ -21,13 +21,11 @@ class Energy:
         byte_pj: picojoules per byte that is read from or written to memory.
     """
 
-    mac_pj: dict[str, float]
-    byte_pj: float
+    mac_pj: Annotated[dict[str, float], Range(least=0)]
+    byte_pj: NonNegative
 
-    def __post_init__(self):
-        for name, value in {**{f"mac_pj.{key}": value for key, value in self.mac_pj.items()}, "byte_pj": self.byte_pj}.items():
-            if not (np.isfinite(value) and value >= 0):
-                raise InputError(f"`{name}` must be a finite number, zero or more (got {value})")
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)

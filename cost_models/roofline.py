@@ -6,11 +6,11 @@ Source: Williams, Waterman and Patterson 2009, "Roofline", doi:10.1145/1498765.1
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 
-from secateur.cost_models.core import InputError, LayerShapes
+from secateur.cost_models.core import LayerShapes, NonNegative, Positive, Range, check_fields
 from secateur.cost_models.macs import Macs
 from secateur.cost_models.traffic import Traffic
 
@@ -26,19 +26,13 @@ class Roofline:
         step_overhead_us: the same for every other step that reads or writes memory (a sum, a pooling).
     """
 
-    macs_per_second: dict[str, float]
-    bytes_per_second: float
-    layer_overhead_us: float = 0.0
-    step_overhead_us: float = 0.0
+    macs_per_second: Annotated[dict[str, float], Range(above=0)]
+    bytes_per_second: Positive
+    layer_overhead_us: NonNegative = 0.0
+    step_overhead_us: NonNegative = 0.0
 
-    def __post_init__(self):
-        positive = {f"macs_per_second.{name}": rate for name, rate in self.macs_per_second.items()}
-        for name, rate in {**positive, "bytes_per_second": self.bytes_per_second}.items():
-            if not (np.isfinite(rate) and rate > 0):
-                raise InputError(f"`{name}` must be a finite number above zero (got {rate})")
-        for name in ("layer_overhead_us", "step_overhead_us"):
-            if not (np.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise InputError(f"`{name}` must be a finite number, zero or more (got {getattr(self, name)})")
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import nn
 
 from secateur.cost_models.core import FLOAT_BITS
 from secateur.envs.calibration.core import Calibration
-from secateur.envs.candidate import Candidate
+from secateur.envs.candidate import CandidateNetwork
 from secateur.envs.core import CompressionPolicy
 from secateur.envs.model_graph.plan import ModelGraph
 from secateur.envs.piece_cache import PieceCache
@@ -34,7 +34,7 @@ class Assembler:
         calibration: statistics of every layer's input; None if nothing needs images.
         images: normalised calibration images, (N, C, H, W) float32; None likewise.
         cache: pieces that candidates have in common; every process fills its own.
-        dtype: number format in which recoveries may run images; see `Candidate`.
+        dtype: number format in which recoveries may run images; see `CandidateNetwork`.
     """
 
     model: nn.Module
@@ -65,11 +65,11 @@ class Assembler:
         layers = zip(self.graph.geometry.layers, policy.weight_bits, policy.activation_bits, strict=True)
         return {layer.name: (weight, act) for layer, weight, act in layers if min(weight, act) < FLOAT_BITS}
 
-    def candidate(self, policy: CompressionPolicy) -> Candidate:
+    def candidate(self, policy: CompressionPolicy) -> CandidateNetwork:
         """Return the policy's sliced network, nothing quantized or repaired."""
         kept = self.kept(policy)
         network, positions = self._slicer.slice(kept)
-        return Candidate(
+        return CandidateNetwork(
             network,
             self.model,
             self.graph,
@@ -94,11 +94,14 @@ class Assembler:
             step(candidate)
         return candidate.network.eval()
 
-    def steps(self) -> list[tuple[str, Callable[[Candidate], None]]]:
+    def steps(self) -> list[tuple[str, Callable[[CandidateNetwork], None]]]:
         """Return what happens to a sliced candidate, by name and in order."""
         before, after = (
             [(type(recovery).__name__, recovery.apply) for recovery in self.recoveries if recovery.after_quantization is late]
             for late in (False, True)
         )
-        inputs, weights = ("inputs on grids", Candidate.quantize_inputs), ("weights on grids", Candidate.quantize_weights)
+        inputs, weights = (
+            ("quantized inputs", CandidateNetwork.quantize_inputs),
+            ("quantized weights", CandidateNetwork.quantize_weights),
+        )
         return [inputs, *before, weights, *after]

@@ -35,7 +35,7 @@ class KeptAxes:
 
 
 @dataclass
-class Candidate:
+class CandidateNetwork:
     """One policy's network, sliced, and everything that its repair may use. Lives for one evaluation.
 
     Attributes:

@@ -30,8 +30,8 @@ from secateur.envs.model_graph import ModelGraph, analyze
 from secateur.envs.policy_space import PolicySpace, SpaceConfig
 from secateur.envs.projection import FeasibilityProjection
 from secateur.envs.pruning.importance import IMPORTANCES
+from secateur.envs.pruning.importance.common.unit_slices import mean_over_producers
 from secateur.envs.pruning.importance.core import DenseModel, Importance
-from secateur.envs.pruning.importance.unit_slices import mean_over_producers
 from secateur.envs.pruning.slicing import slice_model
 from secateur.envs.quantization.quantizers import QUANTIZERS, Quantizer
 from secateur.envs.racing import Race

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 
-from secateur.envs.core import InputError
+from secateur.cost_models.core import Count, Range, check_fields
 
 FULL, CHANNEL, DIAGONAL, NONE = "full", "channel", "diagonal", "none"
 """How much is known about a layer's input; see `LayerStatistics.kind`."""
@@ -27,19 +28,15 @@ class CalibrationConfig:
         seed: of the sampled positions.
     """
 
-    max_images: int = 1024
-    positions: int = 32
-    max_matrix_bytes: int = 32_000_000
-    samples: int = 4096
-    batch_size: int = 64
-    seed: int = 0
+    max_images: Count = 1024
+    positions: Count = 32
+    max_matrix_bytes: Count = 32_000_000
+    samples: Count = 4096
+    batch_size: Count = 64
+    seed: Annotated[int, Range(least=0)] = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_images", "positions", "max_matrix_bytes", "samples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"`calibration.{name}` must be at least 1, but got {getattr(self, name)}.")
-        if self.seed < 0:
-            raise InputError(f"`calibration.seed` must be at least 0, but got {self.seed}.")
+        check_fields(self, "the calibration")
 
 
 @dataclass(frozen=True)

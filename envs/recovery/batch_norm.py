@@ -14,14 +14,14 @@ Where we differ and why:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from secateur.envs.candidate import Candidate
-from secateur.envs.core import InputError
+from secateur.cost_models.core import Range, check_fields
+from secateur.envs.candidate import CandidateNetwork
 from secateur.envs.number_format import convert_network, prepare_images
 from secateur.envs.pruning.slicing import share_tensors
 
@@ -35,13 +35,11 @@ class BatchNormConfig:
         max_images: at most this many of the calibration images are used.
     """
 
-    batch_size: int = 128
-    max_images: int = 1024
+    batch_size: Annotated[int, Range(least=2)] = 128
+    max_images: Annotated[int, Range(least=2)] = 1024
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_images"):
-            if getattr(self, name) < 2:
-                raise InputError(f"`{name}` of the recovery `batch_norm` must be at least 2, but got {getattr(self, name)}.")
+        check_fields(self, "the recovery `batch_norm`")
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class BatchNorm:
     after_quantization: ClassVar[bool] = True
     needs_images: ClassVar[bool] = True
 
-    def apply(self, candidate: Candidate) -> None:
+    def apply(self, candidate: CandidateNetwork) -> None:
         """See `Recovery.apply`."""
         names = [name for name, module in candidate.layers.items() if _is_estimated(module)]
         if not names:
@@ -62,7 +60,7 @@ class BatchNorm:
             norm = candidate.layers[name]
             norm.running_mean, norm.running_var, norm.num_batches_tracked = found[name]
 
-    def _statistics(self, candidate: Candidate, names: list[str]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    def _statistics(self, candidate: CandidateNetwork, names: list[str]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         """Return the new buffers of the batch norms; a copy of the network is run, so that nothing else changes."""
         network = share_tensors(candidate.network)
         norms = {name: network.get_submodule(name) for name in names}

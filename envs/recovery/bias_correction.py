@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 
 from secateur.envs.calibration.core import NONE
-from secateur.envs.candidate import Candidate
+from secateur.envs.candidate import CandidateNetwork
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class BiasCorrection:
     after_quantization: ClassVar[bool] = True
     needs_images: ClassVar[bool] = True
 
-    def apply(self, candidate: Candidate) -> None:
+    def apply(self, candidate: CandidateNetwork) -> None:
         """See `Recovery.apply`."""
         for name, weight in candidate.float_weights.items():
             statistics = candidate.statistics(name)

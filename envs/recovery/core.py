@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Protocol
 
-from secateur.envs.candidate import Candidate
+from secateur.envs.candidate import CandidateNetwork
 
 
 class Recovery(Protocol):
@@ -18,6 +18,6 @@ class Recovery(Protocol):
     needs_images: ClassVar[bool]
     """Whether it uses `candidate.calibration` or `candidate.images`."""
 
-    def apply(self, candidate: Candidate) -> None:
+    def apply(self, candidate: CandidateNetwork) -> None:
         """Repair `candidate.network` in place; never write into a tensor, which the dense model may share: replace it."""
         ...

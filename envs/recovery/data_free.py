@@ -5,11 +5,11 @@ W[:, i] += s_ij W[:, j] at every position of the kernel. How s is found is the `
 
     "closed_form"  s_j = (Q^T Q + alpha_1 P^T P)^-1 (Q^T V_j + alpha_1 P^T K_j)                                         (1)
     "nonnegative"  the minimiser of the same |Q s - V_j|^2 + alpha_1 (P s - K_j)^2, but over s >= 0                     (2)
-    "moments"      s_j = (C_SS + delta I)^-1 C_Sj, C the channels' covariance by envs/recovery/moments.py               (3)
+    "moments"      s_j = (C_SS + delta I)^-1 C_Sj, C the channels' covariance by envs/recovery/common/moments.py               (3)
 
 with the filters gamma W / sigma of the kept channels as the columns of Q, and V_j that of the removed one, and the offsets
 K = beta - gamma mu / sigma, P those of the kept channels. In the first two, a channel that was quantized is also scaled in its
-readers, by eq. (1) of envs/recovery/channel_scales.py with lambda_1 = alpha_2. Layers are taken in the order in which they
+readers, by eq. (1) of envs/recovery/common/channel_scales.py with lambda_1 = alpha_2. Layers are taken in the order in which they
 run, and each is quantized after it has been rewritten.
 
 Source: Bai et al. 2023 (UDFC), arXiv:2308.07209, its closed forms for s and the scale; eq. (2) and (3) are ours.
@@ -31,19 +31,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
+from secateur.cost_models.core import NonNegative, Positive, Range, check_fields
 from secateur.envs.calibration.patches import is_plain
-from secateur.envs.candidate import Candidate
-from secateur.envs.core import InputError
+from secateur.envs.candidate import CandidateNetwork
 from secateur.envs.model_graph.plan import ChannelGroup
-from secateur.envs.pruning.importance.unit_slices import unit_rows
-from secateur.envs.recovery.channel_scales import (
+from secateur.envs.pruning.importance.common.unit_slices import unit_rows
+from secateur.envs.recovery.common.channel_scales import (
     ScaleBook,
     filters,
     is_depthwise,
@@ -51,17 +51,15 @@ from secateur.envs.recovery.channel_scales import (
     reading_places,
     scale_inputs,
 )
-from secateur.envs.recovery.moments import (
+from secateur.envs.recovery.common.moments import (
     Before,
     Moments,
+    cached_moments,
     current_state,
     dense_state,
-    input_moments,
     quantize_in_place,
     restate_statistics,
 )
-
-CLOSED_FORM, NONNEGATIVE, MOMENTS = "closed_form", "nonnegative", "moments"
 
 
 @dataclass(frozen=True)
@@ -78,30 +76,15 @@ class DataFreeConfig:
         spatial_correlation: of neighbouring pixels, in [0, 1).
     """
 
-    fit: str = MOMENTS
+    fit: Literal["moments", "nonnegative", "closed_form"] = "moments"
     statistics: bool = True
-    alpha1: float = 0.01
-    alpha2: float = 0.008
-    damping: float = 0.01
-    spatial_correlation: float = 0.5
+    alpha1: NonNegative = 0.01
+    alpha2: NonNegative = 0.008
+    damping: Positive = 0.01
+    spatial_correlation: Annotated[float, Range(least=0, below=1)] = 0.5
 
     def __post_init__(self) -> None:
-        if self.fit not in (CLOSED_FORM, NONNEGATIVE, MOMENTS):
-            raise InputError(
-                f'`fit` of the recovery `data_free` must be "moments", "nonnegative" or "closed_form", but got "{self.fit}".'
-            )
-        for name in ("alpha1", "alpha2"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"`{name}` of the recovery `data_free` must be at least 0, but got {getattr(self, name)}.")
-        if not 0 < self.damping < math.inf:
-            raise InputError(f"`damping` of the recovery `data_free` must be above 0, but got {self.damping}.")
-        check_spatial_correlation("data_free", self.spatial_correlation)
-
-
-def check_spatial_correlation(recovery: str, value: float) -> None:
-    """Raise InputError unless `value` is in [0, 1)."""
-    if not 0 <= value < 1:
-        raise InputError(f"`spatial_correlation` of the recovery `{recovery}` must be in [0, 1), but got {value}.")
+        check_fields(self, "the recovery `data_free`")
 
 
 @dataclass(frozen=True)
@@ -127,7 +110,7 @@ class DataFree:
     needs_images: ClassVar[bool] = False
     makes_statistics: ClassVar[bool] = True  # for a quantizer that needs some, where there are no images
 
-    def apply(self, candidate: Candidate) -> None:
+    def apply(self, candidate: CandidateNetwork) -> None:
         """See `Recovery.apply`."""
         _Compensation(candidate, self.config).run()
 
@@ -136,7 +119,7 @@ class DataFree:
 class _Compensation:
     """One run over a candidate's layers."""
 
-    candidate: Candidate
+    candidate: CandidateNetwork
     config: DataFreeConfig
     book: ScaleBook = field(init=False)
 
@@ -161,7 +144,7 @@ class _Compensation:
             candidate.set_weight(name, taken_over(candidate, name, predictions))
             self._restate(name, before, moments)
         before = current_state(candidate, name, moments)
-        if self.config.fit != MOMENTS:
+        if self.config.fit != "moments":
             self._scale(name)
         norm = candidate.norm(name) if is_plain(candidate.layers[name]) else None
         rounded_from = filters(candidate.layers[name], norm) if norm is not None else None
@@ -189,7 +172,7 @@ class _Compensation:
         pruned = [(index, place) for index, place in self.readings.get(name, ()) if self._removed(index).size]
         if not pruned:
             return
-        if self.config.fit == MOMENTS and moments is not None:
+        if self.config.fit == "moments" and moments is not None:
             yield self._from_moments(name, moments)
             return
         for index, place in pruned:
@@ -214,7 +197,7 @@ class _Compensation:
     def _from_filters(self, index: int) -> Tensor | None:
         """Return eq. (1) or (2) for a group, None if none of its layers has a batch norm."""
         candidate, group, kept = self.candidate, self.candidate.graph.groups[index], self.candidate.kept[index]
-        nonnegative = self.config.fit != CLOSED_FORM
+        nonnegative = self.config.fit != "closed_form"
         key = ("data_free", group.name, self.config.alpha1)
         gram = candidate.cache.get(key, lambda: filter_gram(candidate, group, self.config.alpha1))
         if not len(gram):
@@ -224,15 +207,7 @@ class _Compensation:
         return candidate.cache.get((*key, nonnegative, kept.tobytes()), lambda: solve(gram, kept, removed))
 
 
-def cached_moments(candidate: Candidate, spatial_correlation: float) -> dict[str, Moments]:
-    """Return `input_moments` of the dense model, computed once per process."""
-    return candidate.cache.get(
-        ("moments", spatial_correlation),
-        lambda: input_moments(candidate.dense_model, candidate.graph, spatial_correlation),
-    )
-
-
-def filter_gram(candidate: Candidate, group: ChannelGroup, alpha1: float) -> Tensor:
+def filter_gram(candidate: CandidateNetwork, group: ChannelGroup, alpha1: float) -> Tensor:
     """Return [Q, V]^T [Q, V] + alpha_1 [P, K]^T [P, K] over the units of a group, (units, units) or (0, 0) without batch norm.
 
     The systems of several producers are stacked, which adds them up. A depthwise convolution's filters multiply those before
@@ -273,7 +248,7 @@ def from_covariance(moments: Moments, kept: np.ndarray, removed: np.ndarray, dam
     return torch.linalg.solve(matrix + delta * torch.eye(len(kept)), cross)
 
 
-def taken_over(candidate: Candidate, name: str, predictions: list[Prediction]) -> Tensor:
+def taken_over(candidate: CandidateNetwork, name: str, predictions: list[Prediction]) -> Tensor:
     """Return a sliced layer's weight that does the work of the removed inputs too."""
     axes, dense = candidate.kept_axes(name), candidate.dense_layers[name].weight.detach()
     weight = dense[torch.from_numpy(axes.outputs)].double()

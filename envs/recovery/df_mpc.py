@@ -1,7 +1,7 @@
 """Mixed-precision compensation without data: the reader of a low-precision layer scales its channels before it is rounded.
 
 A reader of more bits than the layer whose channels it reads scales input channel j by c_j >= 0 of
-envs/recovery/channel_scales.py, eq. (1), from the layer's filters and offsets before and after its quantization.
+envs/recovery/common/channel_scales.py, eq. (1), from the layer's filters and offsets before and after its quantization.
 
 Source: Chen et al. 2023 (DF-MPC), arXiv:2307.00498, eq. (27).
 
@@ -10,27 +10,22 @@ Where we differ and why:
 2. The low-precision grid is the quantizer plug-in's. At 2 bits `uniform` gives -s, 0, s per output channel: the paper's ternary
    weights, but s has the least squared error and threshold s / 2, instead of 0.7 E|W|.
 3. The paper does not say how it estimates the mean and variance behind a low-precision layer again. Ours follow from
-   envs/recovery/moments.py, whatever the bits: on CIFAR ResNet-56 (dense 93.5 % of 8,000 test images), with the first
+   envs/recovery/common/moments.py, whatever the bits: on CIFAR ResNet-56 (dense 93.5 % of 8,000 test images), with the first
    layer of every block at 2 bits and the others at 6, 80.9 %; with the batch norms left as they are 52.3 %, and without
    any compensation 46.7 %.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
-from secateur.cost_models.core import FLOAT_BITS
+from secateur.cost_models.core import FLOAT_BITS, NonNegative, Range, check_fields
 from secateur.envs.calibration.patches import is_plain
-from secateur.envs.candidate import Candidate
-from secateur.envs.core import InputError
+from secateur.envs.candidate import CandidateNetwork
 from secateur.envs.model_graph.plan import ChannelGroup
-from secateur.envs.recovery.channel_scales import ScaleBook, filters, reading_places, scale_inputs
-from secateur.envs.recovery.data_free import cached_moments, check_spatial_correlation
-from secateur.envs.recovery.moments import current_state, quantize_in_place, restate_statistics
-
-KEPT, NORMS, MOMENTS = "kept", "norms", "moments"
+from secateur.envs.recovery.common.channel_scales import ScaleBook, filters, reading_places, scale_inputs
+from secateur.envs.recovery.common.moments import cached_moments, current_state, quantize_in_place, restate_statistics
 
 
 @dataclass(frozen=True)
@@ -38,27 +33,21 @@ class DFMPCConfig:
     """How readers are compensated.
 
     Attributes:
-        statistics: of the batch norm behind a quantized layer: "moments": restated by envs/recovery/moments.py; "norms": the
-            variance follows the squared norms of the filters, the mean stays; "kept": as they are.
+        statistics: how the statistics of the batch norm behind a quantized layer are estimated again. "moments": by
+            envs/recovery/common/moments.py; "norms": the variance follows the squared norms of the filters, the mean is kept;
+            "kept": mean and variance are kept.
         lambda1: weight of the offsets.
         lambda2: damping of the scales.
         spatial_correlation: of neighbouring pixels, in [0, 1).
     """
 
-    statistics: str = MOMENTS
-    lambda1: float = 0.5
-    lambda2: float = 0.0
-    spatial_correlation: float = 0.5
+    statistics: Literal["moments", "norms", "kept"] = "moments"
+    lambda1: NonNegative = 0.5
+    lambda2: NonNegative = 0.0
+    spatial_correlation: Annotated[float, Range(least=0, below=1)] = 0.5
 
     def __post_init__(self) -> None:
-        if self.statistics not in (KEPT, NORMS, MOMENTS):
-            raise InputError(
-                f'`statistics` of the recovery `df_mpc` must be "moments", "norms" or "kept", but got "{self.statistics}".'
-            )
-        for name in ("lambda1", "lambda2"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"`{name}` of the recovery `df_mpc` must be at least 0, but got {getattr(self, name)}.")
-        check_spatial_correlation("df_mpc", self.spatial_correlation)
+        check_fields(self, "the recovery `df_mpc`")
 
 
 @dataclass(frozen=True)
@@ -70,10 +59,10 @@ class DFMPC:
     needs_images: ClassVar[bool] = False
     makes_statistics: ClassVar[bool] = True  # for a quantizer that needs some, where there are no images
 
-    def apply(self, candidate: Candidate) -> None:
+    def apply(self, candidate: CandidateNetwork) -> None:
         """See `Recovery.apply`."""
         book = ScaleBook(self.config.lambda1, self.config.lambda2)
-        known = cached_moments(candidate, self.config.spatial_correlation) if self.config.statistics == MOMENTS else {}
+        known = cached_moments(candidate, self.config.spatial_correlation) if self.config.statistics == "moments" else {}
         readings: dict[str, list] = {}
         for group, kept in zip(candidate.graph.groups, candidate.kept, strict=True):
             for name, place in reading_places(candidate, group):
@@ -87,12 +76,12 @@ class DFMPC:
             rounded_from = filters(layer, norm) if norm is not None and is_plain(layer) else None
             quantize_in_place(candidate, name, known.get(name), self.config.spatial_correlation)
             if rounded_from is not None and name in candidate.float_weights:
-                if self.config.statistics != KEPT:
+                if self.config.statistics != "kept":
                     restate_statistics(candidate, name, before, known.get(name), self.config.spatial_correlation)
                 book.before[name], book.after[name] = rounded_from, filters(layer, norm)
 
 
-def low_producers(candidate: Candidate, group: ChannelGroup, reader: str) -> list[str]:
+def low_producers(candidate: CandidateNetwork, group: ChannelGroup, reader: str) -> list[str]:
     """Return the producers with a batch norm that have been quantized, if all of them have fewer bits than the reader."""
     done = [name for name in group.producers if name in candidate.float_weights and candidate.norm(name) is not None]
     bits = candidate.layer_bits.get(reader, (FLOAT_BITS, FLOAT_BITS))[0]

@@ -32,9 +32,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from secateur.cost_models.core import Positive, check_fields
 from secateur.envs.calibration.core import CHANNEL, DIAGONAL, NONE, LayerStatistics
-from secateur.envs.candidate import Candidate, KeptAxes
-from secateur.envs.core import InputError
+from secateur.envs.candidate import CandidateNetwork, KeptAxes
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,10 @@ class LeastSquaresConfig:
         damping: lambda over the mean of A's diagonal.
     """
 
-    damping: float = 1e-3
+    damping: Positive = 1e-3
 
     def __post_init__(self) -> None:
-        if not self.damping > 0:
-            raise InputError(f"`damping` of the recovery `least_squares` must be above 0, but got {self.damping}.")
+        check_fields(self, "the recovery `least_squares`")
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class LeastSquares:
     after_quantization: ClassVar[bool] = False
     needs_images: ClassVar[bool] = True
 
-    def apply(self, candidate: Candidate) -> None:
+    def apply(self, candidate: CandidateNetwork) -> None:
         """See `Recovery.apply`."""
         readers = dict.fromkeys(name for group in candidate.graph.groups for name in group.consumers)
         for name in readers:
@@ -75,7 +74,9 @@ class LeastSquares:
             if candidate.has_intercept(name):
                 candidate.shift(name, shift)
 
-    def _refitted(self, candidate: Candidate, name: str, statistics: LayerStatistics, axes: KeptAxes) -> tuple[Tensor, Tensor]:
+    def _refitted(
+        self, candidate: CandidateNetwork, name: str, statistics: LayerStatistics, axes: KeptAxes
+    ) -> tuple[Tensor, Tensor]:
         """Return weight and shift of the kept outputs; all outputs are solved at once and remembered by kept inputs."""
         intercept = candidate.has_intercept(name)
         key = ("least_squares", name, self.config.damping, intercept, axes.inputs.tobytes())

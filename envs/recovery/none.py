@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from secateur.envs.candidate import Candidate
+from secateur.envs.candidate import CandidateNetwork
 
 
 @dataclass(frozen=True)
@@ -21,5 +21,5 @@ class NoRecovery:
     after_quantization: ClassVar[bool] = False
     needs_images: ClassVar[bool] = False
 
-    def apply(self, candidate: Candidate) -> None:
+    def apply(self, candidate: CandidateNetwork) -> None:
         """See `Recovery.apply`."""

@@ -42,19 +42,18 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secateur.cost_models.core import FLOAT_BITS
+from secateur.cost_models.core import FLOAT_BITS, Count, Positive, Range, check_fields
 from secateur.envs.calibration.core import FULL, NONE, LayerStatistics
 from secateur.envs.calibration.patches import outputs_at, patches, sample_positions
-from secateur.envs.candidate import Candidate
-from secateur.envs.core import InputError
-from secateur.envs.recovery.forward_values import ForwardPlan, Target, ValueTap, counting, plan_forward
+from secateur.envs.candidate import CandidateNetwork
+from secateur.envs.recovery.common.forward_values import ForwardPlan, Target, ValueTap, counting, plan_forward
 
 log = logging.getLogger(__name__)
 
@@ -99,24 +98,17 @@ class SequentialConfig:
         seed: of the sampled positions.
     """
 
-    damping: float = 1e-3
-    max_images: int = 500
-    samples: int = 16_000
-    clip_rounds: int = 2
-    max_inputs: int = 4608
-    max_bytes: int = 1_000_000_000
-    max_target_bytes: int = 200_000_000
+    damping: Positive = 1e-3
+    max_images: Count = 500
+    samples: Count = 16_000
+    clip_rounds: Annotated[int, Range(least=0)] = 2
+    max_inputs: Count = 4608
+    max_bytes: Count = 1_000_000_000
+    max_target_bytes: Count = 200_000_000
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.damping > 0:
-            raise InputError(f"`damping` of the recovery `sequential` must be above 0, but got {self.damping}.")
-        least = dict.fromkeys(("max_images", "samples", "max_inputs", "max_bytes", "max_target_bytes"), 1)
-        for name, value in {**least, "clip_rounds": 0}.items():
-            if getattr(self, name) < value:
-                raise InputError(
-                    f"`{name}` of the recovery `sequential` must be at least {value}, but got {getattr(self, name)}."
-                )
+        check_fields(self, "the recovery `sequential`")
 
 
 @dataclass(frozen=True)
@@ -127,7 +119,7 @@ class Sequential:
     after_quantization: ClassVar[bool] = False
     needs_images: ClassVar[bool] = True
 
-    def apply(self, candidate: Candidate) -> None:
+    def apply(self, candidate: CandidateNetwork) -> None:
         """See `Recovery.apply`."""
         # New parameters must be ordinary ones, which training can go on with, whoever calls.
         with torch.inference_mode(False), torch.no_grad():
@@ -152,7 +144,7 @@ class DenseTargets:
     images: int
 
 
-def dense_targets(candidate: Candidate, config: SequentialConfig) -> DenseTargets:
+def dense_targets(candidate: CandidateNetwork, config: SequentialConfig) -> DenseTargets:
     """Return the dense network's values, from one pass over the images."""
     model, modules, hidden = candidate.dense_model, candidate.dense_layers, _computing(candidate, candidate.dense_layers)
     plan = plan_forward(model, _refittable(candidate), hidden, candidate.images[:1])
@@ -179,18 +171,18 @@ def dense_targets(candidate: Candidate, config: SequentialConfig) -> DenseTarget
     return DenseTargets(plan, {name: positions[name] for name in complete}, complete, len(images))
 
 
-def _computing(candidate: Candidate, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+def _computing(candidate: CandidateNetwork, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Return the modules of the layers, which may have a pre-hook that rounds their input."""
     return {layer.name: modules[layer.name] for layer in candidate.graph.geometry.layers if layer.name in modules}
 
 
-def _refittable(candidate: Candidate) -> dict[str, str | None]:
+def _refittable(candidate: CandidateNetwork) -> dict[str, str | None]:
     """Return {layer: its batch norm or None} of the layers that can be refitted if they run once."""
     known = [name for name, layer in candidate.calibration.layers.items() if layer.kind != NONE]
     return {name: candidate.batch_norms.get(name) if candidate.norm(name) is not None else None for name in known}
 
 
-def _images_at_once(candidate: Candidate, config: SequentialConfig) -> int:
+def _images_at_once(candidate: CandidateNetwork, config: SequentialConfig) -> int:
     """Return how many images' activations fit; eager layers hold twice what the plan's buffers do, batch norms being apart."""
     geometry = candidate.graph.geometry
     elements = geometry.buffer_fixed + geometry.group_units @ geometry.buffer_per_unit
@@ -242,7 +234,7 @@ def _goes_by_image(value: Tensor, sample: Tensor, images: int, check: bool) -> b
 class _Pass:
     """The forward pass of the compressed network in which every layer is refitted before it runs."""
 
-    def __init__(self, candidate: Candidate, dense: DenseTargets, config: SequentialConfig) -> None:
+    def __init__(self, candidate: CandidateNetwork, dense: DenseTargets, config: SequentialConfig) -> None:
         self.candidate, self.dense, self.config = candidate, dense, config
         self.targets = {name: dense.plan.targets[name] for name in dense.values}
         self.waiting = _by_value({name: target.other for name, target in self.targets.items()})

@@ -10,12 +10,14 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from secateur.cost_models.core import Count, Positive, Range, check_fields
 from secateur.envs.core import InputError
 from secateur.envs.tasks.data import Split, TaskData
 
@@ -64,24 +66,18 @@ class FineTuning:
         seed: of the order of the images, shifts and flips.
     """
 
-    epochs: int = 1
-    batch_size: int = 128
-    learning_rate: float = 0.01
+    epochs: Count = 1
+    batch_size: Annotated[int, Range(least=2)] = 128
+    learning_rate: Positive = 0.01
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    shift: int = 4
+    shift: Annotated[int, Range(least=0)] = 4
     flip: bool = True
-    precision: str = "float32"
+    precision: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 2), ("shift", 0)):
-            if getattr(self, name) < least:
-                raise InputError(f"`{name}` of the fine-tuning must be at least {least}, but got {getattr(self, name)}.")
-        if not self.learning_rate > 0:
-            raise InputError(f"`learning_rate` of the fine-tuning must be above 0, but got {self.learning_rate}.")
-        if self.precision not in ("float32", "bfloat16"):
-            raise InputError(f"`precision` of the fine-tuning must be float32 or bfloat16, but got {self.precision}.")
+        check_fields(self, "the fine-tuning")
 
 
 def cache_directory() -> Path:

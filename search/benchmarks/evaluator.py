@@ -24,7 +24,7 @@ from torch import nn
 
 from secateur.agents.core import SequenceActor
 from secateur.envs.assembler import Assembler
-from secateur.envs.candidate import Candidate
+from secateur.envs.candidate import CandidateNetwork
 from secateur.envs.core import Actor, CompressionPolicy, InputError
 from secateur.envs.evaluator import Evaluator, prepare_network
 from secateur.envs.model_graph import ModelGraph
@@ -151,7 +151,7 @@ def straightforward_top1(problem: Problem, policy: CompressionPolicy, pruning: A
     """
     assembler = problem.assembler
     images, labels = problem.data.tensors(problem.data.validation)
-    candidate = Candidate(
+    candidate = CandidateNetwork(
         pruned_network(assembler, policy, images[:1], pruning),
         assembler.model,
         assembler.graph,

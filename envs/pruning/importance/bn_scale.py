@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from secateur.envs.model_graph.plan import ChannelGroup
+from secateur.envs.pruning.importance.common.unit_slices import mean_over_producers, unit_rows
 from secateur.envs.pruning.importance.core import DenseModel
-from secateur.envs.pruning.importance.unit_slices import mean_over_producers, unit_rows
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from secateur.envs.model_graph.plan import ChannelGroup
+from secateur.envs.pruning.importance.common.unit_slices import named_parameters, producer_weights, unit_rows
 from secateur.envs.pruning.importance.core import DenseModel
-from secateur.envs.pruning.importance.unit_slices import named_parameters, producer_weights, unit_rows
 
 
 @dataclass(frozen=True)

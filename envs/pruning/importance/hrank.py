@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateur.envs.core import InputError
+from secateur.cost_models.core import Count, check_fields
+from secateur.envs.pruning.importance.common.readers import input_channels
+from secateur.envs.pruning.importance.common.unit_slices import mean_over_producers
 from secateur.envs.pruning.importance.core import DenseModel
-from secateur.envs.pruning.importance.readers import input_channels
-from secateur.envs.pruning.importance.unit_slices import mean_over_producers
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,11 @@ class HRankConfig:
         batch_size: images per forward pass.
     """
 
-    max_images: int = 128
-    batch_size: int = 32
+    max_images: Count = 128
+    batch_size: Count = 32
 
     def __post_init__(self) -> None:
-        for name in ("max_images", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"`{name}` of the importance `hrank` must be at least 1, but got {getattr(self, name)}.")
+        check_fields(self, "the importance `hrank`")
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from secateur.envs.pruning.importance.common.unit_slices import mean_over_producers
 from secateur.envs.pruning.importance.core import DenseModel
-from secateur.envs.pruning.importance.unit_slices import mean_over_producers
 
 
 @dataclass(frozen=True)

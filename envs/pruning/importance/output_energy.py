@@ -22,11 +22,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import torch
 
+from secateur.envs.pruning.importance.common.readers import reader, unit_energy, unit_entries
+from secateur.envs.pruning.importance.common.unit_slices import mean_over_producers
 from secateur.envs.pruning.importance.core import DenseModel
-from secateur.envs.pruning.importance.readers import Reader, reader, unit_entries
-from secateur.envs.pruning.importance.unit_slices import mean_over_producers
 
 
 @dataclass(frozen=True)
@@ -62,14 +61,3 @@ def _energies(dense: DenseModel) -> dict[str, np.ndarray]:
             if entries is not None:
                 totals[group.name] = totals.get(group.name, 0.0) + unit_energy(found, entries)
     return totals
-
-
-def unit_energy(found: Reader, entries: np.ndarray) -> np.ndarray:
-    """Return eq. (1) over the energy of all outputs, (units,); entries (units, block)."""
-    rows = found.weight[:, :, torch.tensor(entries)]  # (conv groups, rows, units, block)
-    if found.diagonal:
-        energy = (rows.square().sum(1) * found.moments[:, entries]).sum((0, 2))
-    else:
-        blocks = found.moments[:, entries[:, :, None], entries[:, None]]  # (conv groups, units, block, block)
-        energy = torch.einsum("gruk,gukl,grul->u", rows, blocks, rows)
-    return (energy / found.energy).numpy()

@@ -41,12 +41,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from secateur.envs.core import InputError
+from secateur.cost_models.core import Positive, check_fields
 from secateur.envs.model_graph.plan import ChannelGroup
+from secateur.envs.pruning.importance.common.readers import Reader, reader, unit_energy, unit_entries
+from secateur.envs.pruning.importance.common.unit_slices import mean_over_producers
 from secateur.envs.pruning.importance.core import DenseModel
-from secateur.envs.pruning.importance.output_energy import unit_energy
-from secateur.envs.pruning.importance.readers import Reader, reader, unit_entries
-from secateur.envs.pruning.importance.unit_slices import mean_over_producers
 
 _PANEL = 128  # entries eliminated between two updates of the whole matrices
 
@@ -59,11 +58,10 @@ class SecondOrderConfig:
         damping: lambda over the mean of C's diagonal.
     """
 
-    damping: float = 1e-3
+    damping: Positive = 1e-3
 
     def __post_init__(self) -> None:
-        if not self.damping > 0:
-            raise InputError(f"`damping` of the importance `second_order` must be above 0, but got {self.damping}.")
+        check_fields(self, "the importance `second_order`")
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from secateur.envs.core import InputError
+from secateur.cost_models.core import Count, check_fields
 from secateur.envs.model_graph.plan import ChannelGroup, TensorSlice
+from secateur.envs.pruning.importance.common.unit_slices import named_parameters, producer_weights, unit_rows
 from secateur.envs.pruning.importance.core import DenseModel
-from secateur.envs.pruning.importance.unit_slices import named_parameters, producer_weights, unit_rows
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,11 @@ class TaylorConfig:
         max_images: at most this many of the calibration images are used.
     """
 
-    batch_size: int = 32
-    max_images: int = 512
+    batch_size: Count = 32
+    max_images: Count = 512
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_images"):
-            if getattr(self, name) < 1:
-                raise InputError(f"`{name}` of the importance `taylor` must be at least 1, but got {getattr(self, name)}.")
+        check_fields(self, "the importance `taylor`")
 
 
 @dataclass(frozen=True)

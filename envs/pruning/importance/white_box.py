@@ -31,10 +31,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secateur.envs.core import InputError
+from secateur.cost_models.core import Count, NonNegative, Positive, check_fields
+from secateur.envs.pruning.importance.common.readers import input_channels
+from secateur.envs.pruning.importance.common.unit_slices import mean_over_producers
 from secateur.envs.pruning.importance.core import DenseModel
-from secateur.envs.pruning.importance.readers import input_channels
-from secateur.envs.pruning.importance.unit_slices import mean_over_producers
 
 
 @dataclass(frozen=True)
@@ -51,20 +51,14 @@ class WhiteBoxConfig:
         batch_size: images per step.
     """
 
-    epochs: int = 3
-    learning_rate: float = 0.03
-    sparsity: float = 5.0
-    max_images: int = 512
-    batch_size: int = 32
+    epochs: Count = 3
+    learning_rate: Positive = 0.03
+    sparsity: NonNegative = 5.0
+    max_images: Count = 512
+    batch_size: Count = 32
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "max_images", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"`{name}` of the importance `white_box` must be at least 1, but got {getattr(self, name)}.")
-        if not self.learning_rate > 0:
-            raise InputError(f"`learning_rate` of the importance `white_box` must be above 0, but got {self.learning_rate}.")
-        if not self.sparsity >= 0:
-            raise InputError(f"`sparsity` of the importance `white_box` must be 0 or more, but got {self.sparsity}.")
+        check_fields(self, "the importance `white_box`")
 
 
 @dataclass(frozen=True)

@@ -31,12 +31,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from secateur.cost_models.core import Positive, check_fields
 from secateur.envs.calibration.core import CHANNEL, FULL, LayerStatistics
-from secateur.envs.core import InputError
-from secateur.envs.quantization.quantizers.activation_grids import ActivationGridConfig, choose_activation_grid
-from secateur.envs.quantization.quantizers.core import ActivationGrid, QuantizedWeight, check_bits
-from secateur.envs.quantization.quantizers.uniform import Uniform
-from secateur.envs.quantization.quantizers.weight_grids import (
+from secateur.envs.quantization.quantizers.common.activation_grids import ActivationGridConfig, choose_activation_grid
+from secateur.envs.quantization.quantizers.common.weight_grids import (
     RelativeRows,
     WeightGrid,
     choose_scale,
@@ -44,6 +42,8 @@ from secateur.envs.quantization.quantizers.weight_grids import (
     relative_rows,
     symmetric_grid,
 )
+from secateur.envs.quantization.quantizers.core import ActivationGrid, QuantizedWeight, check_bits
+from secateur.envs.quantization.quantizers.uniform import Uniform
 
 BLOCK = 64
 """Columns whose errors reach the later ones in one matrix product."""
@@ -58,12 +58,10 @@ class GPTQConfig(ActivationGridConfig):
         activations, percentile: see `ActivationGridConfig`.
     """
 
-    damping: float = 0.01
+    damping: Positive = 0.01
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.damping > 0:
-            raise InputError(f"`damping` of the quantizer `gptq` must be above 0, but got {self.damping}.")
+        check_fields(self, "the quantizer `gptq`")
 
 
 @dataclass(frozen=True)

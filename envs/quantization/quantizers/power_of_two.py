@@ -17,10 +17,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from secateur.cost_models.core import check_fields
 from secateur.envs.calibration.core import LayerStatistics
-from secateur.envs.quantization.quantizers.activation_grids import ActivationGridConfig, choose_activation_grid
+from secateur.envs.quantization.quantizers.common.activation_grids import ActivationGridConfig, choose_activation_grid
+from secateur.envs.quantization.quantizers.common.weight_grids import Clip, choose_scale, power_of_two_grid, relative_rows
 from secateur.envs.quantization.quantizers.core import ActivationGrid, QuantizedWeight, check_bits
-from secateur.envs.quantization.quantizers.weight_grids import check_clip, choose_scale, power_of_two_grid, relative_rows
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,10 @@ class PowerOfTwoConfig(ActivationGridConfig):
         activations, percentile: see `ActivationGridConfig`.
     """
 
-    clip: str = "mse"
+    clip: Clip = "mse"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        check_clip(self.clip, "power_of_two")
+        check_fields(self, "the quantizer `power_of_two`")
 
 
 @dataclass(frozen=True)

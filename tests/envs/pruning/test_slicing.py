@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from secateur.cost_models.core import InputError
 from secateur.envs.calibration import CalibrationConfig, calibrate
-from secateur.envs.candidate import Candidate
+from secateur.envs.candidate import CandidateNetwork
 from secateur.envs.model_graph import analyze, fold_batch_norms
 from secateur.envs.piece_cache import PieceCache
 from secateur.envs.policy_space import PolicySpace, SpaceConfig
@@ -410,7 +410,7 @@ def test_least_squares_finds_the_layers_that_have_two_names():
     kept = some_units(graph)
     network = slice_model(model, graph, kept)
     calibration = calibrate(model, graph, inputs, CalibrationConfig())
-    candidate = Candidate(network, model, graph, kept, {}, Uniform(), calibration, inputs, PieceCache())
+    candidate = CandidateNetwork(network, model, graph, kept, {}, Uniform(), calibration, inputs, PieceCache())
     before = network.block[0].weight.clone()
     LeastSquares().apply(candidate)
     assert not torch.equal(network.last[0][0].weight, before)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from secateur.envs.calibration import CalibrationConfig, calibrate
-from secateur.envs.candidate import Candidate
+from secateur.envs.candidate import CandidateNetwork
 from secateur.envs.model_graph import analyze
 from secateur.envs.piece_cache import PieceCache
 from secateur.envs.quantization.fake_quantize import (
@@ -37,7 +37,7 @@ def make_candidate(model, bits, images, quantizer=None, network=None):
     calibration = calibrate(model, graph, images, CalibrationConfig())
     kept = [np.arange(group.units) for group in graph.groups]
     network = copy.deepcopy(model) if network is None else network
-    return Candidate(network, model, graph, kept, bits, quantizer or Uniform(), calibration, images, PieceCache())
+    return CandidateNetwork(network, model, graph, kept, bits, quantizer or Uniform(), calibration, images, PieceCache())
 
 
 def quantize(candidate):

@@ -11,7 +11,7 @@ from secateur.envs.calibration.core import CHANNEL, DIAGONAL, FULL, NONE, LayerS
 from secateur.envs.core import InputError
 from secateur.envs.quantization.packing import pack_bits, unpack_bits
 from secateur.envs.quantization.quantizers import QUANTIZERS, QuantizedWeight
-from secateur.envs.quantization.quantizers.activation_grids import ActivationGridConfig, choose_activation_grid
+from secateur.envs.quantization.quantizers.common.activation_grids import ActivationGridConfig, choose_activation_grid
 from secateur.envs.quantization.quantizers.gptq import GPTQ, GPTQConfig
 from secateur.envs.quantization.quantizers.power_of_two import PowerOfTwo
 from secateur.envs.quantization.quantizers.uniform import Uniform, UniformConfig

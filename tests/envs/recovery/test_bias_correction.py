@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from secateur.envs.calibration import CalibrationConfig, calibrate
-from secateur.envs.candidate import Candidate
+from secateur.envs.candidate import CandidateNetwork
 from secateur.envs.model_graph import analyze
 from secateur.envs.piece_cache import PieceCache
 from secateur.envs.quantization.quantizers.uniform import Uniform
@@ -48,7 +48,7 @@ def make_candidate(names=NAMES, **calibration):
     graph = analyze(model, (images[:1],))
     statistics = calibrate(model, graph, images, CalibrationConfig(positions=10_000, **calibration))
     bits, kept = dict.fromkeys(names, (3, 32)), [np.arange(group.units) for group in graph.groups]
-    candidate = Candidate(copy.deepcopy(model), model, graph, kept, bits, Uniform(), statistics, images, PieceCache())
+    candidate = CandidateNetwork(copy.deepcopy(model), model, graph, kept, bits, Uniform(), statistics, images, PieceCache())
     candidate.quantize_weights()
     return candidate
 

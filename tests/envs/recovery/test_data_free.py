@@ -13,9 +13,9 @@ from secateur.envs.assembler import Assembler
 from secateur.envs.core import CompressionPolicy, InputError
 from secateur.envs.model_graph import analyze
 from secateur.envs.quantization.quantizers.uniform import Uniform
-from secateur.envs.recovery.channel_scales import filters, normed_producers
+from secateur.envs.recovery.common.channel_scales import filters, normed_producers
+from secateur.envs.recovery.common.moments import input_moments, kept_moments, output_moments, synthetic_statistics
 from secateur.envs.recovery.data_free import DataFree, DataFreeConfig, filter_gram, from_gram, from_gram_nonnegative
-from secateur.envs.recovery.moments import input_moments, kept_moments, output_moments, synthetic_statistics
 
 FITS = ("closed_form", "nonnegative", "moments")
 

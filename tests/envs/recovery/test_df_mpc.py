@@ -13,7 +13,7 @@ from secateur.envs.core import CompressionPolicy, InputError
 from secateur.envs.model_graph import analyze
 from secateur.envs.model_graph.plan import TensorSlice
 from secateur.envs.quantization.quantizers.uniform import Uniform
-from secateur.envs.recovery.channel_scales import Filters, ScaleBook, filters
+from secateur.envs.recovery.common.channel_scales import Filters, ScaleBook, filters
 from secateur.envs.recovery.df_mpc import DFMPC, DFMPCConfig, low_producers
 
 

@@ -11,7 +11,7 @@ from secateur.envs.assembler import Assembler
 from secateur.envs.calibration import CalibrationConfig, calibrate
 from secateur.envs.core import CompressionPolicy
 from secateur.envs.model_graph import analyze
-from secateur.envs.pruning.importance.unit_slices import mean_over_producers
+from secateur.envs.pruning.importance.common.unit_slices import mean_over_producers
 from secateur.envs.quantization.quantizers import QUANTIZERS
 from secateur.envs.recovery import RECOVERIES
 

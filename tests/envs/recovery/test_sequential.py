@@ -18,7 +18,7 @@ from secateur.envs.model_graph import analyze
 from secateur.envs.quantization.quantizers import QUANTIZERS
 from secateur.envs.quantization.quantizers.uniform import Uniform
 from secateur.envs.recovery import RECOVERIES
-from secateur.envs.recovery.forward_values import plan_forward
+from secateur.envs.recovery.common.forward_values import plan_forward
 from secateur.envs.recovery.least_squares import LeastSquares
 from secateur.envs.recovery.sequential import Sequential, SequentialConfig
 
@@ -289,7 +289,7 @@ def test_the_sum_absorbs_the_error_of_the_stream(monkeypatch):
     monkeypatch.setattr("secateur.envs.recovery.sequential._DAMPING_STEPS", (1,))
     repaired = recovered(model, images, weak, names=("inner",))
     assert error(repaired, model, images) < 1e-6 < error(recovered(model, images, names=("inner",)), model, images)
-    monkeypatch.setattr("secateur.envs.recovery.forward_values._ADDITIONS", ())
+    monkeypatch.setattr("secateur.envs.recovery.common.forward_values._ADDITIONS", ())
     assert error(recovered(model, images, weak, names=("inner",)), model, images) > 1e-3
 
 

@@ -30,9 +30,9 @@ def test_parts_are_those_of_an_evaluation(problem, policies):
     for policy, measured in zip(policies, times, strict=True):
         assert list(measured.parts) == [
             "slice",
-            "inputs on grids",
+            "quantized inputs",
             "least_squares",
-            "weights on grids",
+            "quantized weights",
             "batch_norm",
             "fold and convert",
             "forward",

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from secateur.envs.calibration import CalibrationConfig, calibrate
-from secateur.envs.candidate import Candidate
+from secateur.envs.candidate import CandidateNetwork
 from secateur.envs.core import InputError
 from secateur.envs.model_graph import analyze
 from secateur.envs.piece_cache import PieceCache
@@ -99,7 +99,9 @@ def quantized(dense, bits, quantizer="uniform"):
     calibration = calibrate(model, graph, images, CalibrationConfig())
     config, make = QUANTIZERS[quantizer]
     kept = [np.arange(group.units) for group in graph.groups]
-    candidate = Candidate(copy.deepcopy(model), model, graph, kept, bits, make(config()), calibration, images, PieceCache())
+    candidate = CandidateNetwork(
+        copy.deepcopy(model), model, graph, kept, bits, make(config()), calibration, images, PieceCache()
+    )
     candidate.quantize_inputs()
     candidate.quantize_weights()
     return candidate.network

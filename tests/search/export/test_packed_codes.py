@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from secateur.envs.calibration import CalibrationConfig, calibrate
-from secateur.envs.candidate import Candidate
+from secateur.envs.candidate import CandidateNetwork
 from secateur.envs.model_graph import analyze
 from secateur.envs.piece_cache import PieceCache
 from secateur.envs.quantization.fake_quantize import quantized_weight
@@ -27,7 +27,9 @@ def test_what_is_read_back_computes_the_same_bit_for_bit(name, tmp_path):
     config, make = QUANTIZERS[name]
     bits = {"conv1": (8, 32), "conv2": (2, 4), "conv3": (3, 8), "conv4": (32, 6), "linear": (5, 32)}
     kept = [np.arange(group.units) for group in graph.groups]
-    candidate = Candidate(copy.deepcopy(model), model, graph, kept, bits, make(config()), calibration, images, PieceCache())
+    candidate = CandidateNetwork(
+        copy.deepcopy(model), model, graph, kept, bits, make(config()), calibration, images, PieceCache()
+    )
     candidate.quantize_inputs()
     candidate.quantize_weights()
     network = candidate.network

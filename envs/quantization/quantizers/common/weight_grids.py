@@ -11,12 +11,14 @@ eq. (1) leaves an error orthogonal to w.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from secateur.envs.core import InputError
 from secateur.envs.quantization.quantizers.core import QuantizedWeight
+
+Clip = Literal["mse", "max"]
 
 CLIPPING_POINTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 """Shares of a channel's largest weight among which the search chooses."""
@@ -102,13 +104,7 @@ def relative_rows(weight: Tensor) -> RelativeRows:
     return RelativeRows(rows / largest.clamp_min(torch.finfo(torch.float32).tiny)[:, None], largest)
 
 
-def check_clip(clip: str, quantizer: str) -> None:
-    """Raise InputError unless `clip` is known."""
-    if clip not in ("mse", "max"):
-        raise InputError(f'`clip` of the quantizer `{quantizer}` must be "mse" or "max", but got "{clip}".')
-
-
-def choose_scale(rows: Tensor, grid: WeightGrid, clip: str) -> Tensor:
+def choose_scale(rows: Tensor, grid: WeightGrid, clip: Clip) -> Tensor:
     """Return the scale of each channel, (channels,).
 
     Args:

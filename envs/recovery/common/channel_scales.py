@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from secateur.envs.calibration.patches import is_plain
-from secateur.envs.candidate import Candidate
+from secateur.envs.candidate import CandidateNetwork
 from secateur.envs.model_graph.plan import ChannelGroup, TensorSlice
-from secateur.envs.pruning.importance.unit_slices import producer_weights, unit_rows
+from secateur.envs.pruning.importance.common.unit_slices import producer_weights, unit_rows
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def is_depthwise(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Conv2d) and layer.groups > 1 and layer.groups == layer.in_channels
 
 
-def normed_producers(candidate: Candidate, group: ChannelGroup) -> Iterator[tuple[str, TensorSlice]]:
+def normed_producers(candidate: CandidateNetwork, group: ChannelGroup) -> Iterator[tuple[str, TensorSlice]]:
     """Yield (layer, place of the group's units) of the producers with a batch norm behind them."""
     for place in producer_weights(candidate.dense_model, group):
         name = place.tensor.removesuffix(".weight")
@@ -58,7 +58,7 @@ def normed_producers(candidate: Candidate, group: ChannelGroup) -> Iterator[tupl
             yield name, place
 
 
-def reading_places(candidate: Candidate, group: ChannelGroup) -> Iterator[tuple[str, TensorSlice]]:
+def reading_places(candidate: CandidateNetwork, group: ChannelGroup) -> Iterator[tuple[str, TensorSlice]]:
     """Yield (layer, place of the group's units) of the ordinary layers that read them."""
     for place in group.slices:
         name = place.tensor.removesuffix(".weight")
@@ -81,7 +81,7 @@ class ScaleBook:
     before: dict[str, Filters] = field(default_factory=dict)
     after: dict[str, Filters] = field(default_factory=dict)
 
-    def scales(self, candidate: Candidate, group: ChannelGroup, kept: np.ndarray, producers: list[str]) -> Tensor:
+    def scales(self, candidate: CandidateNetwork, group: ChannelGroup, kept: np.ndarray, producers: list[str]) -> Tensor:
         """Return c of the kept units, (units,) float64, at least 0.
 
         Args:
@@ -112,7 +112,7 @@ class ScaleBook:
         return torch.where(square > 0, product / square, 1).clamp_min(0)
 
 
-def scale_inputs(candidate: Candidate, name: str, place: TensorSlice, kept: np.ndarray, scales: Tensor) -> None:
+def scale_inputs(candidate: CandidateNetwork, name: str, place: TensorSlice, kept: np.ndarray, scales: Tensor) -> None:
     """Scale what a layer reads of a group's kept units."""
     weight = candidate.layers[name].weight.detach()
     factors = torch.ones(weight.shape[1])

@@ -12,8 +12,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from secateur.envs.calibration.core import CHANNEL, DIAGONAL, NONE, LayerStatistics
 from secateur.envs.model_graph.plan import ChannelGroup, TensorSlice
+from secateur.envs.pruning.importance.common.unit_slices import named_parameters
 from secateur.envs.pruning.importance.core import DenseModel
-from secateur.envs.pruning.importance.unit_slices import named_parameters
 
 _ROUNDING = 1e-6
 
@@ -85,6 +85,22 @@ def unit_entries(dense: DenseModel, group: ChannelGroup, name: str) -> np.ndarra
     if statistics.kind == DIAGONAL:
         return place.positions
     return statistics.entries(place.positions.ravel()).reshape(group.units, -1)
+
+
+def unit_energy(found: Reader, entries: np.ndarray) -> np.ndarray:
+    """Return what each unit contributes to the energy of all outputs, as a share, (units,); see `output_energy`, eq. (1).
+
+    Args:
+        found: how the layer reads its input.
+        entries: those of each unit, (units, block).
+    """
+    rows = found.weight[:, :, torch.tensor(entries)]  # (conv groups, rows, units, block)
+    if found.diagonal:
+        energy = (rows.square().sum(1) * found.moments[:, entries]).sum((0, 2))
+    else:
+        blocks = found.moments[:, entries[:, :, None], entries[:, None]]  # (conv groups, units, block, block)
+        energy = torch.einsum("gruk,gukl,grul->u", rows, blocks, rows)
+    return (energy / found.energy).numpy()
 
 
 def input_place(model: nn.Module, group: ChannelGroup, name: str) -> TensorSlice | None:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from secateur.envs.calibration.core import FULL, LayerStatistics
 from secateur.envs.calibration.patches import is_plain
-from secateur.envs.candidate import Candidate
+from secateur.envs.candidate import CandidateNetwork
 from secateur.envs.model_graph.plan import ModelGraph, Operation
 
 HERMITE_TERMS = 12
@@ -90,6 +90,14 @@ def input_moments(model: nn.Module, graph: ModelGraph, spatial_correlation: floa
     return found
 
 
+def cached_moments(candidate: CandidateNetwork, spatial_correlation: float) -> dict[str, Moments]:
+    """Return `input_moments` of the dense model, computed once per process."""
+    return candidate.cache.get(
+        ("moments", spatial_correlation),
+        lambda: input_moments(candidate.dense_model, candidate.graph, spatial_correlation),
+    )
+
+
 def output_moments(layer: nn.Module, weight: Tensor, moments: Moments, spatial_correlation: float) -> tuple[Tensor, Tensor]:
     """Return mean (without the bias) and variance of a layer's outputs by eq. (2), (outputs,) each.
 
@@ -108,7 +116,7 @@ def output_moments(layer: nn.Module, weight: Tensor, moments: Moments, spatial_c
     return mean.flatten(), variance.flatten()
 
 
-def kept_moments(candidate: Candidate, name: str, moments: Moments) -> Moments:
+def kept_moments(candidate: CandidateNetwork, name: str, moments: Moments) -> Moments:
     """Return the moments of a layer's input after slicing."""
     axes, dense = candidate.kept_axes(name), candidate.dense_layers[name]
     inputs = np.unique(axes.inputs // math.prod(moments.size))
@@ -256,7 +264,7 @@ def synthetic_statistics(layer: nn.Module, moments: Moments, spatial_correlation
     return LayerStatistics(FULL, result, 0.0, 0.0, np.zeros(0, np.float32), area, 0)
 
 
-def quantize_in_place(candidate: Candidate, name: str, moments: Moments | None, spatial_correlation: float) -> None:
+def quantize_in_place(candidate: CandidateNetwork, name: str, moments: Moments | None, spatial_correlation: float) -> None:
     """Quantize a layer; a quantizer that asks for statistics gets those of the moments if there was no calibration."""
     statistics = None
     if candidate.quantizer.needs_images and candidate.calibration is None and moments is not None:
@@ -279,7 +287,7 @@ class Before:
     moments: Moments | None
 
 
-def dense_state(candidate: Candidate, name: str, moments: Moments | None) -> Before:
+def dense_state(candidate: CandidateNetwork, name: str, moments: Moments | None) -> Before:
     """Return a layer's state before its inputs were removed: the dense weight of the outputs that are left."""
     axes, dense = candidate.kept_axes(name), candidate.dense_layers[name]
     if moments is not None:
@@ -288,13 +296,13 @@ def dense_state(candidate: Candidate, name: str, moments: Moments | None) -> Bef
     return Before(dense.weight.detach()[torch.from_numpy(axes.outputs)], moments)
 
 
-def current_state(candidate: Candidate, name: str, moments: Moments | None) -> Before:
+def current_state(candidate: CandidateNetwork, name: str, moments: Moments | None) -> Before:
     """Return a layer's state as it is; `moments` are those of its dense input."""
     return Before(candidate.layers[name].weight.detach(), moments and kept_moments(candidate, name, moments))
 
 
 def restate_statistics(
-    candidate: Candidate, name: str, before: Before, moments: Moments | None, spatial_correlation: float
+    candidate: CandidateNetwork, name: str, before: Before, moments: Moments | None, spatial_correlation: float
 ) -> None:
     """Give the batch norm behind a layer the statistics that its new weight leads to; without one, correct the bias.
 

@@ -10,11 +10,12 @@ Where we differ and why:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import numpy as np
 
+from secateur.cost_models.core import Range, check_fields
 from secateur.envs.calibration.core import LayerStatistics
-from secateur.envs.core import InputError
 from secateur.envs.quantization.quantizers.core import ActivationGrid, check_bits
 
 SHARES = 0.9 ** np.arange(32)
@@ -31,16 +32,11 @@ class ActivationGridConfig:
         percentile: of "percentile"; the share that is left out is the same at both ends.
     """
 
-    activations: str = "mse"
-    percentile: float = 99.99
+    activations: Literal["max", "mse", "percentile"] = "mse"
+    percentile: Annotated[float, Range(above=50, most=100)] = 99.99
 
     def __post_init__(self) -> None:
-        if self.activations not in ("max", "mse", "percentile"):
-            raise InputError(
-                f'`activations` of the quantizer must be "max", "mse" or "percentile", but got "{self.activations}".'
-            )
-        if not 50 < self.percentile <= 100:
-            raise InputError(f"`percentile` of the quantizer must be above 50, up to 100, but got {self.percentile}.")
+        check_fields(self, "the quantizer")
 
 
 def choose_activation_grid(statistics: LayerStatistics, bits: int, config: ActivationGridConfig) -> ActivationGrid:

@@ -1,0 +1,1 @@
+"""What several importances share: the tensors of each unit, and how the consumers of a group read it."""

@@ -1,0 +1,1 @@
+"""What several quantizers share: the grids of weights and of activations."""
