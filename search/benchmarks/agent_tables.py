@@ -9,7 +9,7 @@ import numpy as np
 
 from secateur.search.benchmarks.records import Row
 from secateur.search.benchmarks.scaffold import markdown_table, percent
-from secateur.search.build import Problem
+from secateur.search.problem import Problem
 
 SCORES = {"search_top1": "search", "plain_test_top1": "plain test", "validation_top1": "validation", "test_top1": "test"}
 """{key in the rows: heading}."""

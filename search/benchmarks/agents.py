@@ -19,9 +19,10 @@ from secateur.search.benchmarks.agent_tables import outcome_line, search_report
 from secateur.search.benchmarks.records import Records, config_record
 from secateur.search.benchmarks.scaffold import ROWS, show_progress, workers, write_results
 from secateur.search.benchmarks.timing import timed
-from secateur.search.build import Problem, build_agent, build_front, build_options, build_problem
+from secateur.search.build import build_agent, build_front, build_options, build_problem, prepare
 from secateur.search.config import SearchConfig, apply_override, parse_config
 from secateur.search.loop import Runner, run_loop
+from secateur.search.problem import Problem
 from secateur.search.results.finalize import Finalist, dense_test_score, finalize
 from secateur.search.results.front import Candidate, Front
 
@@ -97,6 +98,7 @@ def run_contestants(
     """
     missing = [(one, seed) for seed in seeds for one in contestants if records.find(agent=one.label, seed=seed) is None]
     for one in {one.label: one for one, _ in missing}.values():
+        problem = prepare(problem, one.name, one.options)
         build_agent(problem, one.name, one.options, seeds[0])  # options that do not fit the problem are refused before any run
     for one, seed in missing:
         yield outcome_line(records.add(**_run(problem, runner, one, seed)))
@@ -200,4 +202,4 @@ def _winner(problem: Problem, finalist: Finalist, candidate: Candidate) -> dict[
 def plain_test_top1(problem: Problem, policy: CompressionPolicy) -> float:
     """Return the test top-1 of a policy with the search's recoveries and number format."""
     images, labels = problem.data.tensors(problem.data.test)
-    return Evaluator(problem.assembler, problem.space.policy_costs, images, labels, problem.precision).evaluate(policy).top1
+    return Evaluator(problem.assembler, problem.space.costs.of_policy, images, labels, problem.precision).evaluate(policy).top1

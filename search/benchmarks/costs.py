@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 from secateur.cost_models.core import CostModel
-from secateur.envs.feasibility import FeasibleSpace
+from secateur.envs.costs import PolicyCosts
 from secateur.envs.policy_space import PolicySpace
 from secateur.search.benchmarks.scaffold import markdown_table
 from secateur.search.benchmarks.timing import median_seconds
-from secateur.search.build import build_model_and_graph, build_space
+from secateur.search.build import build_costs, build_model_and_graph
 from secateur.search.config import SearchConfig
 
 
@@ -35,27 +35,27 @@ def run_costs(config: SearchConfig) -> None:
     """Measure the cost models of a configuration and print the table."""
     torch.set_num_threads(1)
     _, _, graph = build_model_and_graph(config)
-    space, _ = build_space(config, graph, dense_top1=float("nan"))
-    cells = [[speed.cost, f"{speed.policies_per_second:,.0f}", f"{speed.with_decoding:,.0f}"] for speed in benchmark_costs(space)]
+    costs = build_costs(config, graph)
+    cells = [[speed.cost, f"{speed.policies_per_second:,.0f}", f"{speed.with_decoding:,.0f}"] for speed in benchmark_costs(costs)]
     print(markdown_table(["cost", "policies/s", "with decoding of the policies"], cells))
 
 
-def benchmark_costs(space: FeasibleSpace, population: int = 4096, repeats: int = 9, seed: int = 0) -> list[CostSpeed]:
+def benchmark_costs(costs: PolicyCosts, population: int = 4096, repeats: int = 9, seed: int = 0) -> list[CostSpeed]:
     """Return the speed of every cost model, those of the device too, over random policies; medians over `repeats`.
 
     Args:
-        space: decisions and cost models.
+        costs: of the policies of a space.
         population: policies per call.
         repeats: calls of each cost model.
         seed: random seed for the policies.
     """
-    rng, policy_space = np.random.default_rng(seed), space.policy_space
-    levels = rng.integers(policy_space.num_levels, size=(population, len(policy_space.num_levels)))
-    return [_speed(policy_space, name, model, levels, repeats) for name, model in space.cost_models.items()]
+    rng, space = np.random.default_rng(seed), costs.policy_space
+    levels = rng.integers(space.num_levels, size=(population, len(space.num_levels)))
+    return [_speed(space, name, model, levels, repeats) for name, model in costs.models.items()]
 
 
 def _speed(space: PolicySpace, name: str, model: CostModel, levels: np.ndarray, repeats: int) -> CostSpeed:
-    columns = space.columns(levels)
+    columns = space.levels_to_columns(levels)
     without_decoding = median_seconds(lambda: model.total(space.geometry.shapes(*columns)), repeats)
     with_decoding = median_seconds(lambda: model.total(space.shapes(levels)), repeats)
     return CostSpeed(name, len(levels) / without_decoding, len(levels) / with_decoding)

@@ -21,8 +21,9 @@ from secateur.search.benchmarks.policies import inner_groups, uniform_policy
 from secateur.search.benchmarks.records import Records, Row, config_record, network_name
 from secateur.search.benchmarks.scaffold import ROWS, markdown_table, percent, show_progress, write_results
 from secateur.search.benchmarks.timing import timed
-from secateur.search.build import StatusCallback, build_assemblers, build_model_and_graph, build_plugin, build_space
+from secateur.search.build import build_assemblers, build_costs, build_model_and_graph, build_plugin
 from secateur.search.config import PluginEntry, SearchConfig
+from secateur.search.problem import StatusCallback
 
 PRUNED_METHODS: Mapping[str, tuple[PluginEntry, ...]] = {
     "none": (),
@@ -119,7 +120,7 @@ def compare_data_free(
     with_images = config.data.calibration != 0
     own = _with_recovery(config, "least_squares" if with_images else "data_free")
     data, model, graph = build_model_and_graph(own, status)
-    space, _ = build_space(own, graph, dense_top1=float("nan"))
+    costs = build_costs(own, graph)
     status("calibrating")
     assembler, _ = build_assemblers(own, data, model, graph)
     images, labels = data.tensors(data.test)
@@ -129,7 +130,7 @@ def compare_data_free(
         records.add(**key, case="dense", test_top1=top1(model, images, labels), images=len(labels), data=data.source)
     for case in cases:
         policy = case_policy(graph, case)
-        macs = space.policy_costs(policy)["macs"] / space.dense_costs["macs"]
+        macs = costs.of_policy(policy)["macs"] / costs.dense["macs"]
         for method, entries in case.methods.items():
             row = {**key, "case": case.name, "method": method}
             if records.find(**row) is not None or (not with_images and "images" in method):

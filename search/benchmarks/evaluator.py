@@ -24,9 +24,10 @@ from secateur.search.benchmarks.policies import random_actors
 from secateur.search.benchmarks.scaffold import markdown_table, show_progress, workers
 from secateur.search.benchmarks.straightforward import straightforward_top1
 from secateur.search.benchmarks.timing import timed
-from secateur.search.build import Problem, build_problem, make_env
+from secateur.search.build import build_problem, make_env
 from secateur.search.config import SearchConfig
 from secateur.search.loop import Runner
+from secateur.search.problem import Problem
 from secateur.search.run.ray_runner import available_cores
 
 STRAIGHTFORWARD_BATCH = 128
@@ -114,7 +115,7 @@ def measure_evaluations(
     for policy in policies:
         parts, network, top1 = _timed_parts(evaluator, policy)
         bare, _ = timed(_bare_forward, network, evaluator.batches)
-        macs = images * problem.space.policy_costs(policy)["macs"]
+        macs = images * problem.space.costs.of_policy(policy)["macs"]
         times = EvaluationTimes(parts, top1, bare, macs * seconds_per_mac(evaluator.dtype))
         if pruning is not None:
             for batch in (STRAIGHTFORWARD_BATCH, images):

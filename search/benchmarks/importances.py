@@ -23,9 +23,10 @@ from secateur.search.benchmarks.records import Records, Row, config_record
 from secateur.search.benchmarks.recovery_settings import RECOVERY_SETTINGS, calibrated_problem, with_recoveries
 from secateur.search.benchmarks.scaffold import ROWS, markdown_table, percent, show_progress, write_results
 from secateur.search.benchmarks.timing import timed
-from secateur.search.build import Problem, build_agent, build_front, build_plugin, open_runner
+from secateur.search.build import build_agent, build_front, build_plugin, open_runner, prepare
 from secateur.search.config import PluginEntry, SearchConfig, parse_config
 from secateur.search.loop import Runner, run_loop
+from secateur.search.problem import Problem
 from secateur.search.results.finalize import dense_test_score
 from secateur.search.results.front import Candidate
 
@@ -129,7 +130,7 @@ def _scores(problem: Problem, name: str) -> tuple[np.ndarray, ...]:
 
 def _allocate(task: Problem, runner: Runner, agent: str, evaluations: int) -> tuple[Candidate | None, int]:
     """Return the agent's best feasible candidate, None if there is none, and the number of episodes."""
-    front = build_front(task)
+    front, task = build_front(task), prepare(task, agent, {})
 
     def on_episode(actor: object, episode: Episode) -> None:
         front.add(episode)

@@ -16,8 +16,9 @@ from secateur.envs.rewards import constraints, reward_vector
 from secateur.envs.rollout import rollout
 from secateur.search.benchmarks.scaffold import show_progress
 from secateur.search.benchmarks.timing import median_seconds, timed
-from secateur.search.build import Problem, build_options, build_problem, make_env
+from secateur.search.build import build_options, build_problem, make_env
 from secateur.search.config import SearchConfig
+from secateur.search.problem import Problem
 
 if TYPE_CHECKING:
     from secateur.agents.envelope_ddpg.agent import EnvelopeDdpg
@@ -126,7 +127,7 @@ def _random_episode(problem: Problem, actor: SequenceActor, rng: np.random.Gener
     space = problem.space
     sequence = space.execute(actor.sequence, actor.budget)
     policy = space.decode(sequence)
-    evaluation = Evaluation(float(rng.random()), space.policy_costs(policy))
+    evaluation = Evaluation(float(rng.random()), space.costs.of_policy(policy))
     slacks = constraints(evaluation, actor.budget, space.dense_top1)
     reward = reward_vector(evaluation, space.objectives, space.dense_costs)
     return Episode(actor.budget.name, policy, evaluation, slacks, actions=sequence, reward=reward)

@@ -11,7 +11,8 @@ from secateur.agents.core import SequenceActor
 from secateur.cost_models.core import FLOAT_BITS
 from secateur.envs.core import Budget, CompressionPolicy, InputError
 from secateur.envs.model_graph import ModelGraph
-from secateur.search.build import Problem, build_agent
+from secateur.search.build import build_agent
+from secateur.search.problem import Problem
 
 
 def choose_budget(problem: Problem, name: str | None) -> Budget:

@@ -37,9 +37,9 @@ from secateur.search.benchmarks.records import Records, Row, config_record
 from secateur.search.benchmarks.recovery_settings import RECOVERY_SETTINGS, calibrated_problem, with_recoveries
 from secateur.search.benchmarks.scaffold import markdown_table, percent, show_progress, write_results
 from secateur.search.benchmarks.timing import timed
-from secateur.search.build import Problem
 from secateur.search.config import SearchConfig
 from secateur.search.correlation import spearman, spearman_interval
+from secateur.search.problem import Problem
 from secateur.search.run.ray_runner import available_cores
 
 FILE = "policies.jsonl"
@@ -192,10 +192,10 @@ def outcome(experiment: Experiment, policy: CompressionPolicy) -> dict[str, Any]
     scored = {}
     for setting, names in RECOVERY_SETTINGS.items():
         assembler = with_recoveries(problem.assembler, names)
-        scored[setting] = Evaluator(assembler, problem.space.policy_costs, images, labels, problem.precision).evaluate(policy)
+        scored[setting] = Evaluator(assembler, problem.space.costs.of_policy, images, labels, problem.precision).evaluate(policy)
     seconds, network = timed(_fine_tuned, experiment, policy)
     return {
-        "macs": problem.space.policy_costs(policy)["macs"] / problem.space.dense_costs["macs"],
+        "macs": problem.space.costs.of_policy(policy)["macs"] / problem.space.dense_costs["macs"],
         "validation_top1": {setting: evaluation.top1 for setting, evaluation in scored.items()},
         "seconds": {setting: evaluation.seconds for setting, evaluation in scored.items()},
         "tuned_top1": top1(network, *problem.data.tensors(problem.data.test)),

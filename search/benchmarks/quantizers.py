@@ -12,8 +12,8 @@ from secateur.cost_models.core import FLOAT_BITS
 from secateur.search.benchmarks.records import Records, Row
 from secateur.search.benchmarks.recoveries import Variant, compare_recoveries
 from secateur.search.benchmarks.scaffold import ROWS, markdown_table, percent, show_progress, write_results
-from secateur.search.build import StatusCallback
 from secateur.search.config import SearchConfig
+from secateur.search.problem import StatusCallback
 
 BITS = (4, 3, 2)
 

@@ -22,9 +22,10 @@ from secateur.search.benchmarks.query_tables import NUMBER, query_line, query_re
 from secateur.search.benchmarks.records import Records, config_record, difference
 from secateur.search.benchmarks.scaffold import ROWS, show_progress, workers, write_results
 from secateur.search.benchmarks.timing import timed
-from secateur.search.build import Problem, build_agent, build_problem, make_env
+from secateur.search.build import build_agent, build_problem, make_env
 from secateur.search.config import SearchConfig
 from secateur.search.loop import Runner, run_loop
+from secateur.search.problem import Problem
 from secateur.search.results.finalize import finalist_scores
 from secateur.search.run.folder import load_manifest
 

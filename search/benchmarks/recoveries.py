@@ -20,8 +20,9 @@ from secateur.search.benchmarks.records import Records, Row, config_record, netw
 from secateur.search.benchmarks.recovery_settings import calibrated_problem, with_recoveries
 from secateur.search.benchmarks.scaffold import ROWS, markdown_table, percent, show_progress, write_results
 from secateur.search.benchmarks.timing import timed
-from secateur.search.build import Problem, StatusCallback, build_plugin
+from secateur.search.build import build_plugin
 from secateur.search.config import PluginEntry, SearchConfig
+from secateur.search.problem import Problem, StatusCallback
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def measure_variant(problem: Problem, variant: Variant, ratio: float) -> dict[st
     assembler = with_recoveries(problem.assembler, variant.recoveries, quantizer=quantizer)
     seconds, network = timed(assembler.assemble, policy)
     images, labels = problem.data.tensors(problem.data.test)
-    costs, dense = problem.space.policy_costs(policy), problem.space.dense_costs
+    costs, dense = problem.space.costs.of_policy(policy), problem.space.dense_costs
     return {
         "test_top1": top1(network, images, labels),
         "images": len(labels),

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from rich.console import Console
 
 from secateur.search.benchmarks.records import Records, Row
-from secateur.search.build import Problem, open_runner
+from secateur.search.build import open_runner
 from secateur.search.loop import Runner
+from secateur.search.problem import Problem
 from secateur.search.run.progress import SearchProgress
 
 ROWS, REPORT = "results.jsonl", "results.md"

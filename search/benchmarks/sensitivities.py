@@ -14,9 +14,10 @@ from secateur.envs.core import Sensitivities
 from secateur.search.benchmarks.policies import random_policies
 from secateur.search.benchmarks.records import Records, Row, config_record
 from secateur.search.benchmarks.scaffold import ROWS, markdown_table, show_progress, write_results
-from secateur.search.build import Problem, build_problem, make_env, measure_once
+from secateur.search.build import build_problem, make_env, with_sensitivities
 from secateur.search.config import SearchConfig
 from secateur.search.correlation import spearman, spearman_interval
+from secateur.search.problem import Problem
 
 POWERS = (0.5, 0.75, 1.0)
 INTERVAL_POWER = 0.75
@@ -36,7 +37,7 @@ def run_sensitivities(config: SearchConfig, policies: int, output: Path) -> None
     with show_progress() as progress:
         problem = build_problem(config, progress.status)
         records = Records(output / ROWS, {"benchmark": "sensitivities", "config": config_record(config)})
-        measure_once(problem, progress.status)
+        problem = with_sensitivities(problem, progress.status)
         progress.stop()
         write_results(records, compare_sensitivities(problem, policies, records), partial(sensitivity_report, problem))
 
@@ -49,12 +50,12 @@ def compare_sensitivities(problem: Problem, policies: int, records: Records) -> 
         policies: for each budget.
         records: the rows.
     """
-    space, evaluator, sensitivities = problem.space, make_env(problem).evaluator, _sensitivities(problem)
+    space, evaluator, sensitivities = problem.space.policy_space, make_env(problem).evaluator, _sensitivities(problem)
     for budget in problem.budgets:
         for index, policy in enumerate(random_policies(problem, budget, policies)):
             if records.find(budget=budget.name, policy=index) is not None:
                 continue
-            divergences = sensitivities(space.policy_space.actions_of(policy))
+            divergences = sensitivities(space.levels_to_sequence(space.policy_to_levels(policy))[space.used])
             sums = {str(power): float((divergences**power).sum()) for power in POWERS}
             row = records.add(budget=budget.name, policy=index, top1=evaluator.evaluate(policy).top1, sums=sums)
             shown = sums[str(INTERVAL_POWER)]
@@ -62,7 +63,7 @@ def compare_sensitivities(problem: Problem, policies: int, records: Records) -> 
 
 
 def _sensitivities(problem: Problem) -> Sensitivities:
-    assert problem.space.sensitivities is not None, "measure_once comes first"
+    assert problem.space.sensitivities is not None, "with_sensitivities comes first"
     return problem.space.sensitivities
 
 

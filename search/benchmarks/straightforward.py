@@ -23,7 +23,7 @@ from secateur.envs.core import CompressionPolicy, InputError
 from secateur.envs.model_graph import ModelGraph
 from secateur.envs.piece_cache import PieceCache
 from secateur.envs.pruning.slicing import kept_positions
-from secateur.search.build import Problem
+from secateur.search.problem import Problem
 
 
 @torch.no_grad()

@@ -71,7 +71,7 @@ def test_an_outcome_has_the_scores_before_and_after_fine_tuning(experiment, poli
     assert found["validation_top1"] == expected, "folded batch norms may flip a close decision"
     assert found["tuned_top1"] == top1(networks[experiment.start], *test)
     assert trained == [(experiment.train, experiment.tuning)]
-    assert found["macs"] == problem.space.policy_costs(policies[0])["macs"] / problem.space.dense_costs["macs"] <= 0.5
+    assert found["macs"] == problem.space.costs.of_policy(policies[0])["macs"] / problem.space.dense_costs["macs"] <= 0.5
 
 
 def test_a_pickled_experiment_has_the_same_outcome(experiment, policies, two_settings):

@@ -59,7 +59,7 @@ def test_random_policies_are_feasible_distinct_and_do_not_depend_on_their_number
     budget = problem.budgets[0]
     policies = random_policies(problem, budget, 6)
     assert random_policies(problem, budget, 3) == policies[:3] and len(set(policies)) == 6
-    assert all(problem.space.policy_costs(policy)["macs"] <= budget.limits["macs"] for policy in policies)
+    assert all(problem.space.costs.of_policy(policy)["macs"] <= budget.limits["macs"] for policy in policies)
 
 
 def inner_names(graph):
