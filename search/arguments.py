@@ -1,4 +1,4 @@
-"""Arguments that several verbs of the command line share."""
+"""Arguments that several commands share."""
 
 from __future__ import annotations
 

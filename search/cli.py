@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 
 from secateur.cost_models.core import InputError
 from secateur.search.arguments import ConfigPath, Overrides
-from secateur.search.benchmarks.cli import benchmark
+from secateur.search.benchmarks.cli import benchmark, support
 
 if TYPE_CHECKING:
     from secateur.search.run.progress import SearchProgress
@@ -328,19 +328,4 @@ def ask(
     Console().print(answer_table(reply))
 
 
-@app.command()
-def support(
-    models: Annotated[list[str] | None, typer.Argument(help="torchvision classifiers; default: all.")] = None,
-    output: Annotated[Path, typer.Option(help="Table to write; rows of other models are kept.")] = Path("SUPPORT.md"),
-) -> None:
-    """Analyse, slice, compare and train torchvision's classifiers, and rewrite the support matrix. All take 15 minutes."""
-    existed = output.exists()
-    try:
-        output.open("a", encoding="utf-8").close()  # only trying tells whether the result can be written
-    except OSError as error:
-        raise InputError(f"The table {output} cannot be written: {error.strerror}. Choose another with --output.") from None
-    if not existed:
-        output.unlink()
-    from secateur.search.benchmarks.support import support_matrix
-
-    support_matrix(models or None, output, progress=print)
+app.command()(support)

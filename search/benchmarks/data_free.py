@@ -1,11 +1,13 @@
-"""How far recoveries without images come: uniform pruning with low-bit weights, and alternating low and high precision."""
+"""`secateur benchmark data-free`: recoveries that need no images.
+
+Two kinds of compression are repaired: uniform pruning with low-bit weights, and low bits in one layer and high bits in the next.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
 
 from secateur.cost_models.core import FLOAT_BITS
 from secateur.envs.assembler import Assembler
@@ -15,8 +17,10 @@ from secateur.envs.model_graph import ModelGraph
 from secateur.envs.piece_cache import PieceCache
 from secateur.envs.quantization.quantizers import QUANTIZERS
 from secateur.envs.recovery import RECOVERIES
-from secateur.search.benchmarks.records import Records, config_record
-from secateur.search.benchmarks.recoveries import Variant, inner_groups, network_name, uniform_policy
+from secateur.search.benchmarks.policies import inner_groups, uniform_policy
+from secateur.search.benchmarks.records import Records, Row, config_record, network_name
+from secateur.search.benchmarks.scaffold import ROWS, markdown_table, percent, show_progress, write_results
+from secateur.search.benchmarks.timing import timed
 from secateur.search.build import build_assemblers, build_costs, build_model_and_graph, build_plugin
 from secateur.search.config import PluginEntry, SearchConfig
 from secateur.search.problem import StatusCallback
@@ -30,7 +34,7 @@ PRUNED_METHODS: Mapping[str, tuple[PluginEntry, ...]] = {
     "data_free, gptq": (PluginEntry(name="data_free"),),
     "least_squares (images)": (PluginEntry(name="least_squares"),),
 }
-"""Columns of the pruned rows; the last needs calibration images."""
+"""{column: recoveries} for pruned networks; the last column needs calibration images."""
 
 MIXED_METHODS: Mapping[str, tuple[PluginEntry, ...]] = {
     "none": (),
@@ -39,19 +43,19 @@ MIXED_METHODS: Mapping[str, tuple[PluginEntry, ...]] = {
     "data_free": (PluginEntry(name="data_free"),),
     "data_free, gptq": (PluginEntry(name="data_free"),),
 }
-"""Columns of the rows in mixed precision."""
+"""{column: recoveries} for mixed precision."""
 
-ROUNDED_BY = {"data_free, gptq": PluginEntry(name="gptq")}
-"""Quantizers of the columns that do not take the configuration's; this one gets the statistics that `data_free` makes."""
+QUANTIZED_BY = {"data_free, gptq": PluginEntry(name="gptq")}
+"""{column: quantizer} where it is not the configuration's; this one uses the statistics that `data_free` generates."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row: what is done to the network.
+    """One row: how the network is compressed.
 
     Attributes:
         ratio: share of units that each inner group loses.
-        bits: (low, high) weight bits of the layers that make an inner group's channels, and of the others.
+        bits: (low, high) weight bits: low for the layers that produce an inner group's channels, high for the others.
         published: {network: (test top-1 % published for this method, that of the dense network there)}.
     """
 
@@ -66,7 +70,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """What is done, in words."""
+        """The compression in words."""
         low, high = ("float" if bits == FLOAT_BITS else f"{bits} bits" for bits in self.bits)
         return f"{100 * self.ratio:g} % removed, {low}" if low == high else f"{low} / {high} in turn"
 
@@ -80,43 +84,47 @@ CASES = (
 """Published: Bai et al. 2023, arXiv:2308.07209, and, in mixed precision, Chen et al. 2023, arXiv:2307.00498."""
 
 
-def case_policy(graph: ModelGraph, case: Case) -> CompressionPolicy:
-    """Return a case's policy: inner groups lose units; their makers have the low bits, all others the high ones.
+def run_data_free(config: SearchConfig, output: Path) -> None:
+    """Measure and report; `output` is the folder of the results."""
+    records = Records(output / ROWS, {"benchmark": "data_free"})
+    with show_progress() as progress:
+        write_results(records, compare_data_free(config, records, progress.status), data_free_report)
 
-    A layer that reads a low-bit layer's channels has the high bits, so that the two take turns in a chain.
+
+def case_policy(graph: ModelGraph, case: Case) -> CompressionPolicy:
+    """Return the policy of a case: inner groups lose units; the layers that produce them have the low bits, others the high.
+
+    A layer that reads the channels of a low-bit layer has the high bits, so that low and high alternate in a chain.
     """
-    policy = uniform_policy(graph, Variant("case", pruned=case.ratio > 0), case.ratio)
     low: set[str] = set()
     for group, inner in zip(graph.groups, inner_groups(graph), strict=True):
-        read = {name for other in graph.groups if group.producers[0] in other.consumers for name in other.producers}
+        producer = group.producers[0]
+        read = {name for other in graph.groups if producer in other.consumers for name in other.producers}
         if inner and not read & low:
-            low.add(group.producers[0])
+            low.add(producer)
     bits = tuple(case.bits[layer.name not in low] if layer.quantizable else FLOAT_BITS for layer in graph.geometry.layers)
-    return replace(policy, weight_bits=bits)
+    return replace(uniform_policy(graph, case.ratio), weight_bits=bits)
 
 
 def compare_data_free(
-    config: SearchConfig, records: Records, status: StatusCallback, on_row: Callable[[str], None], cases: Sequence[Case] = CASES
-) -> None:
-    """Add to `records` the float32 test score of every case and method, except those that are there already.
+    config: SearchConfig, records: Records, status: StatusCallback, cases: Sequence[Case] = CASES
+) -> Iterator[str]:
+    """Add a row with the float32 test score of every case and method that has none yet; yield new rows as lines of text.
 
     Args:
         config: network, data, importance and quantizer; its recoveries, budgets and search are not used.
         records: the rows.
-        status: told what happens in between.
-        on_row: told each row in one line.
+        status: status callback.
         cases: rows of the table.
     """
     with_images = config.data.calibration != 0
-    recovery = PluginEntry(name="least_squares" if with_images else "data_free")
-    finalize = config.finalize.model_copy(update={"recovery": None})
-    config = config.model_copy(update={"recovery": (recovery,), "finalize": finalize})
-    data, model, graph = build_model_and_graph(config, status)
-    costs = build_costs(config, graph)
+    own = _with_recovery(config, "least_squares" if with_images else "data_free")
+    data, model, graph = build_model_and_graph(own, status)
+    costs = build_costs(own, graph)
     status("calibrating")
-    assembler, _ = build_assemblers(config, data, model, graph)
+    assembler, _ = build_assemblers(own, data, model, graph)
     images, labels = data.tensors(data.test)
-    key = {"network": network_name(config), "config": config_record(config)}
+    key = {"network": network_name(config), "config": config_record(own)}
     status("scoring")
     if records.find(**key, case="dense") is None:
         records.add(**key, case="dense", test_top1=top1(model, images, labels), images=len(labels), data=data.source)
@@ -127,18 +135,22 @@ def compare_data_free(
             row = {**key, "case": case.name, "method": method}
             if records.find(**row) is not None or (not with_images and "images" in method):
                 continue
-            start = time.perf_counter()
-            network = _assembler_of(assembler, entries, ROUNDED_BY.get(method)).assemble(policy)
-            seconds = time.perf_counter() - start
+            seconds, network = timed(_assembler_of(assembler, entries, QUANTIZED_BY.get(method)).assemble, policy)
             score = top1(network, images, labels)
             records.add(**row, test_top1=score, macs=macs, seconds=seconds)
-            on_row(f"{key['network']}, {case.name}, {method}: {100 * score:.2f} %")
+            yield f"{key['network']}, {case.name}, {method}: {percent(score)} %"
+
+
+def _with_recovery(config: SearchConfig, name: str) -> SearchConfig:
+    """Return the configuration with one recovery, for the search and for the finalists."""
+    finalize = config.finalize.model_copy(update={"recovery": None})
+    return config.model_copy(update={"recovery": (PluginEntry(name=name),), "finalize": finalize})
 
 
 def _assembler_of(assembler: Assembler, entries: Sequence[PluginEntry], quantizer: PluginEntry | None) -> Assembler:
     """Return the assembler with these recoveries, and perhaps another quantizer.
 
-    Recoveries that need no images get none, nor does the quantizer.
+    If none of the recoveries needs images, neither they nor the quantizer get any.
     """
     recoveries = [build_plugin(RECOVERIES, entry) for entry in entries]
     changed = replace(assembler, recoveries=recoveries, cache=PieceCache())
@@ -149,32 +161,40 @@ def _assembler_of(assembler: Assembler, entries: Sequence[PluginEntry], quantize
     return replace(changed, calibration=None, images=None)
 
 
-def data_free_report(rows: Sequence[Mapping[str, Any]], cases: Sequence[Case] = CASES) -> str:
-    """Return both tables as Markdown, top-1 in percent on the test images, and what they were measured on."""
-    parts = []
-    for methods in (PRUNED_METHODS, MIXED_METHODS):
-        chosen = [case for case in cases if case.methods is methods]
-        names = [name for name in methods if any(row.get("method") == name for row in rows)]
-        head = ["network", "case", "MACs left %", *names, "published (dense there)"]
-        lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-        for network in dict.fromkeys(row["network"] for row in rows):
-            lines += [line for case in chosen if (line := _line(rows, network, case, names))]
-        if len(lines) > 2:
-            parts.append("\n".join(lines))
-    for row in rows:
-        if row["case"] == "dense":
-            parts.append(
-                f"{row['network']}: dense {100 * row['test_top1']:.2f} % of {row['images']} test images. {row['data']} "
-                "Removed: channels that a single layer makes, that share of each of its groups."
-            )
+# ---------------------------------------------------------------------------------------------------------------- report
+
+
+def data_free_report(rows: Sequence[Row], cases: Sequence[Case] = CASES) -> str:
+    """Return a table for pruning and one for mixed precision, top-1 in percent, and what they were measured on."""
+    parts = [
+        table
+        for methods in (PRUNED_METHODS, MIXED_METHODS)
+        if (table := _table(rows, [case for case in cases if case.methods is methods], methods))
+    ]
+    parts += [
+        f"{row['network']}: dense {percent(row['test_top1'])} % of {row['images']} test images. {row['data']} "
+        "Removed: that share of the channels of each group that a single layer produces."
+        for row in rows
+        if row["case"] == "dense"
+    ]
     return "\n\n".join(parts) + "\n"
 
 
-def _line(rows: Sequence[Mapping[str, Any]], network: str, case: Case, names: Sequence[str]) -> str | None:
+def _table(rows: Sequence[Row], cases: Sequence[Case], methods: Mapping[str, tuple[PluginEntry, ...]]) -> str | None:
+    """Return the table of cases that have the same methods; None if nothing is measured."""
+    names = [name for name in methods if any(row.get("method") == name for row in rows)]
+    networks = dict.fromkeys(row["network"] for row in rows)
+    lines = [line for network in networks for case in cases if (line := _cells(rows, network, case, names))]
+    if not lines:
+        return None
+    return markdown_table(["network", "case", "MACs left %", *names, "published (dense there)"], lines)
+
+
+def _cells(rows: Sequence[Row], network: str, case: Case, names: Sequence[str]) -> list[str] | None:
     found = {row["method"]: row for row in rows if row["network"] == network and row["case"] == case.name}
     if not found:
         return None
     published = "{:.2f} ({:.2f})".format(*case.published[network]) if network in case.published else "-"
     macs = f"{100 * next(iter(found.values()))['macs']:.1f}"
-    scores = [f"{100 * found[name]['test_top1']:.2f}" if name in found else "-" for name in names]
-    return f"| {' | '.join([network, case.name, macs, *scores, published])} |"
+    scores = [percent(found[name]["test_top1"]) if name in found else "-" for name in names]
+    return [network, case.name, macs, *scores, published]

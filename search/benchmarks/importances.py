@@ -1,52 +1,85 @@
-"""Which importance keeps the most accuracy at one budget, and how much of that depends on allocation and recovery."""
+"""`secateur benchmark importances`: which importance keeps the most accuracy at one budget.
+
+Agents allocate the widths, so that the table also shows how much depends on the allocation and on the recovery.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from secateur.envs.core import Budget, CompressionPolicy, Evaluation, InputError
+from secateur.agents import AGENTS
+from secateur.envs.core import Budget, Episode
 from secateur.envs.evaluator import top1
 from secateur.envs.pruning.importance import IMPORTANCES
 from secateur.envs.pruning.importance.core import DenseModel
-from secateur.search.benchmarks.records import Records
-from secateur.search.benchmarks.recovered import with_recoveries
+from secateur.search.benchmarks.policies import choose_budget
+from secateur.search.benchmarks.records import Records, Row, config_record
+from secateur.search.benchmarks.recovery_settings import RECOVERY_SETTINGS, calibrated_problem, with_recoveries
+from secateur.search.benchmarks.scaffold import ROWS, markdown_table, percent, show_progress, write_results
+from secateur.search.benchmarks.timing import timed
 from secateur.search.build import build_agent, build_front, build_plugin, open_runner, prepare
-from secateur.search.config import PluginEntry
+from secateur.search.config import PluginEntry, SearchConfig, parse_config
 from secateur.search.loop import Runner, run_loop
 from secateur.search.problem import Problem
+from secateur.search.results.finalize import dense_test_score
+from secateur.search.results.front import Candidate
 
-GRADES: Mapping[str, tuple[str, ...]] = {
-    "none": (),
-    "least_squares": ("least_squares",),
-    "sequential": ("sequential",),
-}
-"""Recoveries that the chosen policies are scored under, by the heading of their column."""
-
-ALLOCATING_AGENTS = ("uniform", "clr_rnf", "bee_colony")
-"""Who allocates the widths unless others are asked for; those that are not registered are left out."""
+TESTED_WITH = ("none", "least_squares", "sequential")
+"""Recovery settings of the test scores, weakest first."""
 
 SEARCHED_WITH = "least_squares"
-"""The recovery behind the validation scores that choose."""
+"""The recovery setting of the validation scores, which choose the policy."""
+
+ALLOCATING_AGENTS = ("uniform", "clr_rnf", "bee_colony")
+"""Agents that allocate the widths by default."""
 
 
-def choose_budget(problem: Problem, name: str | None) -> Budget:
-    """Return the budget of that name, or the only one.
+def run_importances(
+    config: SearchConfig,
+    budget_name: str | None,
+    evaluations: int,
+    importances: Sequence[str] | None,
+    agents: Sequence[str] | None,
+    output: Path,
+) -> None:
+    """Measure and report; see `compare_importances`.
 
+    Args:
+        config: its recovery is not used.
+        budget_name: may be None if the configuration has only one budget.
+        evaluations: of each agent, for each importance.
+        importances, agents: names; None: all importances, and `ALLOCATING_AGENTS`.
+        output: folder of the results.
     Raises:
-        InputError: if there is none of that name, or several and no name.
+        InputError: if a name is unknown, or the folder holds the results of another configuration.
     """
-    budgets = {budget.name: budget for budget in problem.budgets}
-    if name is None and len(budgets) == 1:
-        return problem.budgets[0]
-    if name not in budgets:
-        asked = f"There is no budget `{name}`" if name else "There are several budgets"
-        raise InputError(f"{asked}; choose one with --budget: {', '.join(budgets)}.")
-    return budgets[name]
+    names = list(importances or IMPORTANCES)
+    allocating = list(agents or (name for name in ALLOCATING_AGENTS if name in AGENTS))
+    _check_names(config, names, allocating)
+    with show_progress() as progress:
+        problem = calibrated_problem(config, progress.status)
+        budget = choose_budget(problem, budget_name)
+        header = {"benchmark": "importances", "config": config_record(config), "budget": budget.name, "evaluations": evaluations}
+        records = Records(output / ROWS, header)
+        dense = dense_test_score(problem).top1
+        progress.stop()
+        lines = compare_importances(problem, budget, names, allocating, evaluations, records)
+        write_results(records, lines, partial(importance_report, problem, budget, dense))
+
+
+def _check_names(config: SearchConfig, importances: Sequence[str], agents: Sequence[str]) -> None:
+    """Raise InputError for an unknown importance or agent, with the nearest known name."""
+    values = config.model_dump(mode="json")
+    for name in importances:
+        parse_config({**values, "importance": name}, "--importance")
+    for name in agents:
+        parse_config({**values, "search": {**values["search"], "agent": name, "options": {}}}, "--agent")
 
 
 def compare_importances(
@@ -56,107 +89,104 @@ def compare_importances(
     agents: Sequence[str],
     evaluations: int,
     records: Records,
-    on_row: Callable[[str], None],
-) -> None:
-    """Add a row to `records` for every importance and agent, except those that are there already.
+) -> Iterator[str]:
+    """Add a row for every importance and agent that has none yet; yield each new row as a line of text.
 
-    An agent allocates the widths: it has `evaluations` evaluations on validation images under least squares, and its best
-    policy is scored on test images under every grade of recovery. `uniform` needs and takes a single one.
+    The agent chooses the widths: it has `evaluations` evaluations on validation images under `SEARCHED_WITH`, and its best
+    policy is scored on test images under each of `TESTED_WITH`. `uniform` needs a single evaluation.
 
     Args:
         problem: from `calibrated_problem`.
         budget: one of its budgets.
-        importances, agents: by name; with default options.
+        importances, agents: names; with default options.
         evaluations: of each agent.
         records: the rows.
-        on_row: told each row in one line.
     """
-    images, labels = problem.data.tensors(problem.data.calibration)
     for name in importances:
         missing = [agent for agent in agents if records.find(importance=name, agent=agent) is None]
         if not missing:
             continue
-        start = time.perf_counter()
-        scores = _scores(problem, name, images, labels)
-        seconds = time.perf_counter() - start
-        assembler = with_recoveries(problem.assembler, GRADES[SEARCHED_WITH], scores=scores)
+        seconds, scores = timed(_scores, problem, name)
+        assembler = with_recoveries(problem.assembler, RECOVERY_SETTINGS[SEARCHED_WITH], scores=scores)
         task = replace(problem, assembler=assembler, budgets=(budget,))
         runner = open_runner(task)
         try:
             for agent in missing:
-                found = _allocate(task, runner, agent, evaluations)
-                row = records.add(importance=name, agent=agent, importance_seconds=seconds, **_row(task, *found))
-                on_row(_line(row))
+                best, done = _allocate(task, runner, agent, evaluations)
+                found = {"evaluations": done, **_candidate_scores(task, best)}
+                yield _line(records.add(importance=name, agent=agent, importance_seconds=seconds, **found))
         finally:
             runner.close()
 
 
-def _scores(problem: Problem, name: str, images, labels) -> tuple[np.ndarray, ...]:
-    """Return the scores of an importance; each has the same generator, so that their order does not matter."""
+def _scores(problem: Problem, name: str) -> tuple[np.ndarray, ...]:
+    """Return the scores of an importance; each importance has the same generator, so that their order does not matter."""
+    assert problem.data.calibration is not None, "a calibrated problem has calibration images"
+    images, labels = problem.data.tensors(problem.data.calibration)
     rng = np.random.default_rng(problem.config.search.seed)
     dense = DenseModel(problem.assembler.model, problem.graph, problem.assembler.calibration, images, labels, rng)
     return tuple(build_plugin(IMPORTANCES, PluginEntry(name=name)).scores(dense))
 
 
-def _allocate(
-    task: Problem, runner: Runner, agent: str, evaluations: int
-) -> tuple[CompressionPolicy | None, Evaluation | None, int]:
-    """Return the agent's best policy, its validation score, and how many episodes were run."""
-    front = build_front(task)
-    task = prepare(task, agent, {})
-    chosen = build_agent(task, agent, {}, task.config.search.seed)
-    done = run_loop(chosen, runner, evaluations, lambda actor, episode: front.add(episode))
+def _allocate(task: Problem, runner: Runner, agent: str, evaluations: int) -> tuple[Candidate | None, int]:
+    """Return the agent's best feasible candidate, None if there is none, and the number of episodes."""
+    front, task = build_front(task), prepare(task, agent, {})
+
+    def on_episode(actor: object, episode: Episode) -> None:
+        front.add(episode)
+
+    done = run_loop(build_agent(task, agent, {}, task.config.search.seed), runner, evaluations, on_episode)
     best = front.best(task.budgets[0].name, 1)
-    return (best[0].policy, best[0].evaluation, done) if best else (None, None, done)
+    return (best[0] if best else None), done
 
 
-def _row(task: Problem, policy: CompressionPolicy | None, validation: Evaluation | None, evaluations: int) -> dict[str, Any]:
-    if policy is None:
-        return {"evaluations": evaluations, "validation_top1": None, "test_top1": {}, "macs": None, "widths": None}
+def _candidate_scores(task: Problem, candidate: Candidate | None) -> dict[str, Any]:
+    """Return validation and test scores, share of MACs and widths."""
+    if candidate is None:
+        return {"validation_top1": None, "test_top1": {}, "macs": None, "widths": None}
     images, labels = task.data.tensors(task.data.test)
+    networks = {name: with_recoveries(task.assembler, RECOVERY_SETTINGS[name]).assemble(candidate.policy) for name in TESTED_WITH}
     return {
-        "evaluations": evaluations,
-        "validation_top1": validation.top1,
-        "test_top1": {
-            grade: top1(with_recoveries(task.assembler, names).assemble(policy), images, labels)
-            for grade, names in GRADES.items()
-        },
-        "macs": validation.costs["macs"] / task.space.dense_costs["macs"],
-        "widths": policy.widths,
+        "validation_top1": candidate.evaluation.top1,
+        "test_top1": {name: top1(network, images, labels) for name, network in networks.items()},
+        "macs": candidate.evaluation.costs["macs"] / task.space.dense_costs["macs"],
+        "widths": candidate.policy.widths,
     }
 
 
-def _line(row: Mapping[str, Any]) -> str:
-    scores = ", ".join(f"{grade} {_percent(score)}" for grade, score in row["test_top1"].items())
-    return f"{row['importance']}, {row['agent']}, {row['evaluations']} evaluations: {scores or 'nothing fits'}"
+# ---------------------------------------------------------------------------------------------------------------- report
 
 
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.2f}"
+def _line(row: Row) -> str:
+    scores = ", ".join(f"{name} {percent(score)}" for name, score in row["test_top1"].items())
+    return f"{row['importance']}, {row['agent']}, {row['evaluations']} evaluations: {scores or 'no feasible policy'}"
 
 
-def importance_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the results as Markdown: top-1 in percent, best under the strongest recovery first within each agent."""
-    head = ["allocation", "importance", "evaluations", "MACs left %", "validation", *(f"test, {grade}" for grade in GRADES)]
-    table = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+def importance_table(rows: Sequence[Row]) -> str:
+    """Return the results as Markdown: top-1 in percent; for each agent, the best under the strongest recovery first."""
+    heads = ["allocation", "importance", "evaluations", "MACs left %", "validation", *(f"test, {name}" for name in TESTED_WITH)]
     agents = list(dict.fromkeys(row["agent"] for row in rows))
-    strongest = list(GRADES)[-1]
-    for row in sorted(rows, key=lambda row: (agents.index(row["agent"]), -row["test_top1"].get(strongest, 0.0))):
-        scores = [_percent(row["test_top1"].get(grade)) for grade in GRADES]
-        cells = [row["agent"], row["importance"], str(row["evaluations"]), _percent(row["macs"])]
-        table.append(f"| {' | '.join([*cells, _percent(row['validation_top1']), *scores])} |")
-    return "\n".join(table)
+
+    def order(row: Row) -> tuple[int, float]:
+        return agents.index(row["agent"]), -row["test_top1"].get(TESTED_WITH[-1], 0.0)
+
+    return markdown_table(heads, [_cells(row) for row in sorted(rows, key=order)])
 
 
-def importance_report(problem: Problem, budget: Budget, dense_top1: float, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the table with what it was measured on; `dense_top1` is the dense model's on the test split."""
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    shares = (row["macs"], row["validation_top1"], *(row["test_top1"].get(name) for name in TESTED_WITH))
+    return [row["agent"], row["importance"], str(row["evaluations"]), *map(percent, shares)]
+
+
+def importance_report(problem: Problem, budget: Budget, dense_top1: float, rows: Sequence[Row]) -> str:
+    """Return the table with what it was measured on; `dense_top1` is the dense model's score on the test split."""
     limits = ", ".join(
         f"{cost} <= {100 * limit / problem.space.dense_costs[cost]:g} % of dense" for cost, limit in budget.limits.items()
     )
     notes = (
-        f"Budget: {limits}. Top-1 in percent, no fine-tuning. Validation: {problem.dense.images} images, under "
-        f"{SEARCHED_WITH}; its best policy is scored on {len(problem.data.test)} test images in float32 under each "
-        f"recovery. Dense: {_percent(problem.dense.top1)} on validation, {_percent(dense_top1)} on test. "
+        f"Budget: {limits}. Top-1 in percent, no fine-tuning. Validation: {problem.dense.images} images, under {SEARCHED_WITH}; "
+        f"the policy with the best validation score is scored on {len(problem.data.test)} test images in float32 under each "
+        f"recovery. Dense: {percent(problem.dense.top1)} on validation, {percent(dense_top1)} on test. "
         f"Seed {problem.config.search.seed}. {problem.data.source}"
     )
     return f"{importance_table(rows)}\n\n{notes}\n"

@@ -1,19 +1,27 @@
-"""What the learning agent costs beside the evaluations that it learns from."""
+"""`secateur benchmark agent`: seconds of the learning agent, next to the evaluations that it learns from."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
+from secateur.agents.core import SequenceActor
 from secateur.agents.envelope_ddpg import EnvelopeDdpgConfig
 from secateur.envs.compression_env import CompressionEnv
-from secateur.envs.core import Actor, Episode, Evaluation
+from secateur.envs.core import Episode, Evaluation
 from secateur.envs.rewards import constraints, reward_vector
 from secateur.envs.rollout import rollout
+from secateur.search.benchmarks.scaffold import show_progress
+from secateur.search.benchmarks.timing import median_seconds, timed
+from secateur.search.build import build_options, build_problem, make_env
+from secateur.search.config import SearchConfig
 from secateur.search.problem import Problem
+
+if TYPE_CHECKING:
+    from secateur.agents.envelope_ddpg.agent import EnvelopeDdpg
 
 
 @dataclass(frozen=True)
@@ -21,12 +29,12 @@ class LearnerSpeed:
     """Medians on one thread, in milliseconds.
 
     Attributes:
-        simulate: rolling 256 episodes out, random actions.
+        simulate: 256 episodes with random actions, without evaluations.
         plan: the targets of one finished episode.
         critic_update, actor_update: one gradient step.
-        ask: one choice, the learning of one episode included.
-        tell: handing one episode over.
-        evaluation: one evaluation of a random policy, cached pieces included; NaN if none was made.
+        ask: one choice, including learning from one episode.
+        tell: one episode.
+        evaluation: one evaluation of a policy that the agent chose, including the use of cached pieces.
         steps, entries: of a sequence.
     """
 
@@ -42,19 +50,35 @@ class LearnerSpeed:
 
     @property
     def share(self) -> float:
-        """Time of the agent by the time of the evaluation, per evaluation."""
+        """Time of the agent divided by the time of the evaluation."""
         return (self.ask + self.tell) / self.evaluation
 
 
+def run_learner(config: SearchConfig) -> None:
+    """Measure `envelope_ddpg` on the search of a configuration and print its speeds.
+
+    The options of the configuration are used if it names this agent.
+    """
+    options = config.search.options if config.search.agent == "envelope_ddpg" else {}
+    with show_progress() as progress:
+        problem = build_problem(config, progress.status)
+        progress.status("measuring")
+        speed = benchmark_learner(problem, build_options(EnvelopeDdpgConfig, options), make_env(problem))
+    print("\n".join(speed_lines(speed)))
+
+
 def benchmark_learner(
-    problem: Problem, config: EnvelopeDdpgConfig, env: CompressionEnv | None, episodes: int = 20, repeats: int = 7, seed: int = 0
+    problem: Problem, config: EnvelopeDdpgConfig, env: CompressionEnv, episodes: int = 20, repeats: int = 7, seed: int = 0
 ) -> LearnerSpeed:
-    """Return the speeds after `episodes` learned episodes with made-up scores.
+    """Return the speeds after `episodes` learned episodes with random scores.
 
     Args:
-        problem: what is searched.
+        problem: the search.
         config: of the agent.
-        env: evaluates some real policies; None: none.
+        env: evaluates some policies.
+        episodes: how many the agent learns from before it is measured.
+        repeats: of each measurement.
+        seed: random seed.
     """
     from secateur.agents.envelope_ddpg.agent import EnvelopeDdpg
     from secateur.agents.envelope_ddpg.learner import one_thread
@@ -62,52 +86,44 @@ def benchmark_learner(
     space, rng = problem.space, np.random.default_rng(seed)
     with one_thread():
         agent = EnvelopeDdpg(config, space, problem.budgets, np.random.default_rng(seed))
-        asking, telling = [], []
-
-        def turn() -> None:
-            start = time.perf_counter()
-            actors = agent.ask(1)
-            asking.append(time.perf_counter() - start)
-            told = [(actor, _made_up(problem, actor, rng)) for actor in actors]
-            start = time.perf_counter()
-            agent.tell(told)
-            telling.append(time.perf_counter() - start)
-
         while agent.learned < episodes or agent.asked <= agent.config.warmup:
-            turn()
-        asking.clear(), telling.clear()
-        for _ in range(repeats):
-            turn()
-        rows = [problem.budgets[i % len(problem.budgets)] for i in range(256)]
-        actions = rng.random((space.num_steps, len(rows), space.action_dim))
-        learner = agent.learner
-        parts: dict[str, Callable[[], object]] = {
-            "simulate": lambda: space.simulate(lambda o, sequences, step, which: actions[step, which], rows),
-            "plan": lambda: learner.plan(agent.config.planned),
-            "critic_update": lambda: learner.update_critics(0.5),
-            "actor_update": learner.update_actor,
-        }
-        found = {name: _milliseconds(call, repeats) for name, call in parts.items()}
-        evaluation = float("nan")
-        if env is not None:
-            actors = []
-            for _ in range(min(repeats, 6) + 1):
-                (actor,) = agent.ask(1)
-                agent.tell([(actor, _made_up(problem, actor, rng))])
-                actors.append(actor)
-            evaluation = _milliseconds(lambda: rollout(env, actors.pop()), min(repeats, 6), warm=1)
+            _turn(problem, agent, rng)
+        turns = [_turn(problem, agent, rng) for _ in range(repeats)]
+        found = {name: 1000 * median_seconds(call, repeats, warm_up=2) for name, call in _parts(problem, agent, rng).items()}
+        actors = [_turn(problem, agent, rng)[0] for _ in range(min(repeats, 6) + 1)]
+        evaluation = median_seconds(lambda: rollout(env, actors.pop()), len(actors) - 1, warm_up=1)
     return LearnerSpeed(
         **found,
-        ask=1000 * float(np.median(asking)),
-        tell=1000 * float(np.median(telling)),
-        evaluation=evaluation,
+        ask=1000 * float(np.median([asking for _, asking, _ in turns])),
+        tell=1000 * float(np.median([telling for _, _, telling in turns])),
+        evaluation=1000 * evaluation,
         steps=space.num_steps,
         entries=int(space.used.sum()),
     )
 
 
-def _made_up(problem: Problem, actor: Actor, rng: np.random.Generator) -> Episode:
-    """Return an episode that costs what it costs and scores anything."""
+def _turn(problem: Problem, agent: EnvelopeDdpg, rng: np.random.Generator) -> tuple[SequenceActor, float, float]:
+    """Return the actor of one ask and tell, and the seconds of each; the agent learns from a random score."""
+    asking, (actor,) = timed(cast(Callable[[int], list[SequenceActor]], agent.ask), 1)
+    telling, _ = timed(agent.tell, [(actor, _random_episode(problem, actor, rng))])
+    return actor, asking, telling
+
+
+def _parts(problem: Problem, agent: EnvelopeDdpg, rng: np.random.Generator) -> dict[str, Callable[[], object]]:
+    """Return {field of `LearnerSpeed`: what it measures}."""
+    space, learner = problem.space, agent.learner
+    rows = [problem.budgets[i % len(problem.budgets)] for i in range(256)]
+    actions = rng.random((space.num_steps, len(rows), space.action_dim))
+    return {
+        "simulate": lambda: space.simulate(lambda o, sequences, step, which: actions[step, which], rows),
+        "plan": lambda: learner.plan(agent.config.planned),
+        "critic_update": lambda: learner.update_critics(0.5),
+        "actor_update": learner.update_actor,
+    }
+
+
+def _random_episode(problem: Problem, actor: SequenceActor, rng: np.random.Generator) -> Episode:
+    """Return the episode of an actor with its real costs and a random score."""
     space = problem.space
     sequence = space.execute(actor.sequence, actor.budget)
     policy = space.decode(sequence)
@@ -117,17 +133,6 @@ def _made_up(problem: Problem, actor: Actor, rng: np.random.Generator) -> Episod
     return Episode(actor.budget.name, policy, evaluation, slacks, actions=sequence, reward=reward)
 
 
-def _milliseconds(call: Callable[[], object], repeats: int, warm: int = 2) -> float:
-    for _ in range(warm):
-        call()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return 1000 * float(np.median(seconds))
-
-
 def speed_lines(speed: LearnerSpeed) -> list[str]:
     """Return the measurement in words."""
     return [
@@ -135,6 +140,6 @@ def speed_lines(speed: LearnerSpeed) -> list[str]:
         f"simulate 256 episodes: {speed.simulate:.1f}",
         f"targets of one episode: {speed.plan:.1f}",
         f"one update of the critics: {speed.critic_update:.2f}, of the actor: {speed.actor_update:.2f}",
-        f"ask, learning of one episode included: {speed.ask:.1f}, tell: {speed.tell:.2f}",
+        f"ask, including learning from one episode: {speed.ask:.1f}, tell: {speed.tell:.2f}",
         f"one evaluation: {speed.evaluation:.0f}; the agent takes {100 * speed.share:.1f} % of that",
     ]

@@ -1,16 +1,17 @@
-"""How much accuracy each way of rounding keeps, from 4 to 2 bits; nothing is pruned, inputs stay in float.
+"""`secateur benchmark quantizers`: how much accuracy each way of rounding keeps, from 4 to 2 bits.
 
-The first and the last layer stay in float, as is usual below 8 bits.
+Nothing is pruned, and the inputs of layers stay in float. The first and the last layer stay in float, as is usual below 8 bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from secateur.cost_models.core import FLOAT_BITS
-from secateur.search.benchmarks.records import Records
+from secateur.search.benchmarks.records import Records, Row
 from secateur.search.benchmarks.recoveries import Variant, compare_recoveries
+from secateur.search.benchmarks.scaffold import ROWS, markdown_table, percent, show_progress, write_results
 from secateur.search.config import SearchConfig
 from secateur.search.problem import StatusCallback
 
@@ -31,8 +32,15 @@ METHODS: tuple[tuple[str, tuple[str, ...]], ...] = (
 DENSE = Variant("dense")
 
 
+def run_quantizers(config: SearchConfig, output: Path) -> None:
+    """Measure and report; `output` is the folder of the results."""
+    records = Records(output / ROWS, {"benchmark": "quantizers"})
+    with show_progress() as progress:
+        write_results(records, compare_quantizers(config, records, progress.status), quantizer_report)
+
+
 def variants() -> tuple[Variant, ...]:
-    """Return every method at every bit-width, and the dense network."""
+    """Return the dense network, and every method at every bit-width."""
     return (
         DENSE,
         *(
@@ -47,22 +55,22 @@ def _name(quantizer: str, recoveries: Sequence[str], bits: int) -> str:
     return f"{' + '.join((quantizer, *recoveries))}, {bits} bits"
 
 
-def compare_quantizers(config: SearchConfig, records: Records, status: StatusCallback, on_row: Callable[[str], None]) -> None:
-    """Add to `records` the float32 test score of every method at every bit-width; see `compare_recoveries`."""
-    compare_recoveries([config], 0.0, records, status, on_row, variants())
+def compare_quantizers(config: SearchConfig, records: Records, status: StatusCallback) -> Iterator[str]:
+    """Add a row with the float32 test score of every method at every bit-width; see `compare_recoveries`."""
+    return compare_recoveries([config], 0.0, records, status, variants())
 
 
-def quantizer_report(rows: Sequence[Mapping[str, Any]]) -> str:
+def quantizer_report(rows: Sequence[Row]) -> str:
     """Return the results as Markdown: a method per line, a bit-width per column, and what they were measured on."""
-    scores = {row["variant"]: f"{100 * row['test_top1']:.2f}" for row in rows}
-    table = [f"| quantizer, recoveries | {' | '.join(f'{bits} bits' for bits in BITS)} |", "|---|" + "---|" * len(BITS)]
-    for method in METHODS:
-        cells = [scores.get(_name(*method, bits), "-") for bits in BITS]
-        table.append(f"| {' + '.join((method[0], *method[1]))} | {' | '.join(cells)} |")
+    scores = {row["variant"]: percent(row["test_top1"]) for row in rows}
+    lines = [
+        [" + ".join((method[0], *method[1])), *(scores.get(_name(*method, bits), "-") for bits in BITS)] for method in METHODS
+    ]
     notes = [
-        f"Test top-1 in percent of {row['images']} images, dense {100 * row['test_top1']:.2f}. Weights of all layers but the "
-        f"first and the last, inputs in float. {row['data']}"
+        f"Test top-1 in percent of {row['images']} images, dense {percent(row['test_top1'])}. Weights of all layers but the "
+        f"first and the last are rounded, inputs stay in float. {row['data']}"
         for row in rows
         if row["variant"] == DENSE.name
     ]
-    return "\n".join([*table, "", *notes]) + "\n"
+    table = markdown_table(["quantizer, recoveries", *(f"{bits} bits" for bits in BITS)], lines)
+    return "\n\n".join([table, "\n".join(notes)]) + "\n"

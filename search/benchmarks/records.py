@@ -1,25 +1,28 @@
-"""Rows of a long measurement in a file of JSON lines: what is finished is never lost, and never measured twice."""
+"""The rows of a long measurement: each is on disk as soon as it is measured, and no row is measured twice."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from secateur.cost_models.core import InputError
 from secateur.search.config import SearchConfig
+from secateur.search.jsonl import append_line, as_read, read_lines, write_lines
+
+Row = Mapping[str, Any]
 
 
 class Records:
-    """The rows of one measurement; each is written as soon as it is added.
+    """The rows of one measurement in a file of JSON lines; its first line, the header, says what is measured.
 
     Args:
-        file: one row per line, after a first line that says what is measured. Made if there is none; an existing one goes on.
-        header: what is measured, as JSON values.
+        file: created if missing; an existing one is continued.
+        header: JSON values.
 
     Attributes:
+        file: see above.
         rows: all rows, those of earlier runs first.
 
     Raises:
@@ -27,67 +30,56 @@ class Records:
     """
 
     def __init__(self, file: Path, header: Mapping[str, Any]):
-        self.file = file
-        self._header = json.loads(json.dumps({"schema": 1, **header}))
+        self.file, header = file, as_read({"schema": 1, **header})
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-            found = _parsed(file, lines)
-            if found and found[0] != self._header:
-                raise InputError(
-                    f"{file} holds another measurement ({difference(found[0], self._header)}). "
-                    "Choose another folder with --output."
-                )
+            found = read_lines(file)
+            if found and (other := difference(found[0], header)):
+                raise InputError(f"{file} holds another measurement ({other}). Choose another folder with --output.")
             self.rows: list[dict[str, Any]] = found[1:]
-            self._write_all()
+            write_lines(file, found or [header])
         except OSError as error:
             raise InputError(f"{file} cannot be written: {error}. Choose another folder with --output.") from None
 
     def find(self, **key: Any) -> dict[str, Any] | None:
-        """Return the first row with these values, if there is one."""
-        key = json.loads(json.dumps(key))
-        return next((row for row in self.rows if all(row.get(name) == value for name, value in key.items())), None)
+        """Return the first row with these values, or None."""
+        wanted = as_read(key)
+        return next((row for row in self.rows if all(not difference(row.get(n), wanted[n]) for n in wanted)), None)
 
     def add(self, **row: Any) -> dict[str, Any]:
         """Append a row to the file; return it as it will be read again."""
-        text = json.dumps(row)
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(text + "\n")
-        self.rows.append(json.loads(text))
+        append_line(self.file, row)
+        self.rows.append(as_read(row))
         return self.rows[-1]
 
-    def _write_all(self) -> None:
-        """Write the header, and drop a line that a killed process left unfinished."""
-        unfinished = self.file.with_suffix(".unfinished")
-        lines = [json.dumps(line) + "\n" for line in (self._header, *self.rows)]
-        unfinished.write_text("".join(lines), encoding="utf-8")
-        os.replace(unfinished, self.file)
 
+def difference(found: Any, wanted: Any, where: tuple[str, str] = ("there", "here"), place: str = "") -> str | None:
+    """Return the first place where two JSON values differ, with both values; None if they are equal.
 
-def _parsed(file: Path, lines: list[str]) -> list[dict[str, Any]]:
-    """Return the lines' objects; the last line may be cut off."""
-    parsed = []
-    for number, line in enumerate(lines, 1):
-        try:
-            parsed.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise InputError(f"{file}: line {number} is not valid JSON. Choose another folder with --output.") from None
-    return parsed
+    A missing key counts as null: sections that were added to the configuration later are null by default.
 
-
-def difference(found: Any, wanted: Any, where: tuple[str, str] = ("there", "here"), place: str = "") -> str:
-    """Return the first place where two JSON values differ, and both values; `where` says in which words they are."""
+    Args:
+        found, wanted: the values.
+        where: what to call the origin of each.
+        place: where both values are, in a larger value.
+    """
     if isinstance(found, dict) and isinstance(wanted, dict):
-        for name in dict.fromkeys([*wanted, *found]):
-            if found.get(name) != wanted.get(name):
-                return difference(found.get(name), wanted.get(name), where, f"{place}.{name}".removeprefix("."))
+        parts = (difference(found.get(n), wanted.get(n), where, f"{place}.{n}".removeprefix(".")) for n in (wanted | found))
+        return next(filter(None, parts), None)
+    if found == wanted:
+        return None
     return f"`{place}` is {json.dumps(found)} {where[0]}, {json.dumps(wanted)} {where[1]}"
 
 
 def config_record(config: SearchConfig) -> dict[str, Any]:
     """Return the configuration without what belongs to the machine: folders, workers, where runs are written."""
-    machine = {"data": {"root"}, "search": {"workers", "address", "time_limit"}, "output": True}
-    record = config.model_dump(mode="json", exclude=machine)
+    record = config.model_dump(
+        mode="json", exclude={"data": {"root"}, "search": {"workers", "address", "time_limit"}, "output": True}
+    )
     record["model"]["weights"] = config.model.weights and Path(config.model.weights).name
     return record
+
+
+def network_name(config: SearchConfig) -> str:
+    """Return what tables call the network: the name of its factory."""
+    return config.model.factory.rpartition(":")[2]

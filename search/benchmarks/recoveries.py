@@ -1,22 +1,25 @@
-"""How much accuracy each recovery keeps, on one network after the other: pruned by one ratio, quantized, or both."""
+"""`secateur benchmark recoveries`: how much accuracy each recovery keeps.
+
+Networks are pruned by one ratio, quantized, or both, and repaired without any search.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from secateur.cost_models.core import FLOAT_BITS
-from secateur.envs.core import CompressionPolicy
 from secateur.envs.evaluator import top1
-from secateur.envs.model_graph import ModelGraph
 from secateur.envs.quantization.quantizers import QUANTIZERS
-from secateur.search.benchmarks.records import Records, config_record
-from secateur.search.benchmarks.recovered import calibrated_problem, with_recoveries
+from secateur.search.benchmarks.policies import uniform_policy
+from secateur.search.benchmarks.records import Records, Row, config_record, network_name
+from secateur.search.benchmarks.recovery_settings import calibrated_problem, with_recoveries
+from secateur.search.benchmarks.scaffold import ROWS, markdown_table, percent, show_progress, write_results
+from secateur.search.benchmarks.timing import timed
 from secateur.search.build import build_plugin
 from secateur.search.config import PluginEntry, SearchConfig
 from secateur.search.problem import Problem, StatusCallback
@@ -28,9 +31,9 @@ class Variant:
 
     Attributes:
         name: heading of its column.
-        pruned: whether the inner groups lose their share.
+        pruned: whether the inner groups are pruned.
         bits: (weight_bits, activation_bits) of all layers.
-        quantizer, recoveries: plug-ins by name, with default options.
+        quantizer, recoveries: names of plug-ins, with default options.
         keep_ends: whether the first and the last layer stay in float.
     """
 
@@ -56,39 +59,11 @@ VARIANTS = (
 """The columns of the table."""
 
 
-def inner_groups(graph: ModelGraph) -> tuple[bool, ...]:
-    """Return for each group whether it lies inside a block: a single layer makes its channels.
-
-    Depthwise convolutions that carry the channels on do not count as makers. Channels that several layers add up to are a
-    residual stream, which every block reads: pruning it by the same ratio costs far more accuracy than it saves.
-    """
-    depthwise = {layer.name for layer in graph.geometry.layers if layer.depthwise}
-    return tuple(len(set(group.producers) - depthwise) == 1 for group in graph.groups)
-
-
-def uniform_policy(graph: ModelGraph, variant: Variant, ratio: float, exclude: Sequence[str] = ()) -> CompressionPolicy:
-    """Return the policy of a variant.
-
-    Args:
-        graph: the plan; channels that are excluded from pruning are in none of its groups.
-        variant: what is compressed.
-        ratio: share of units that each inner group loses.
-        exclude: patterns of layer names that are not quantized.
-    """
-    widths = tuple(
-        max(1, round((1 - ratio) * group.units)) if variant.pruned and inner else group.units
-        for group, inner in zip(graph.groups, inner_groups(graph), strict=True)
-    )
-    layers = graph.geometry.layers
-    patterns = [*exclude, *((layers[0].name, layers[-1].name) if variant.keep_ends else ())]
-    weight_bits, activation_bits = (
-        tuple(
-            bits if layer.quantizable and not any(fnmatchcase(layer.name, pattern) for pattern in patterns) else FLOAT_BITS
-            for layer in layers
-        )
-        for bits in variant.bits
-    )
-    return CompressionPolicy(widths, weight_bits, activation_bits)
+def run_recoveries(configs: Sequence[SearchConfig], ratio: float, output: Path) -> None:
+    """Measure and report; `output` is the folder of the results."""
+    records = Records(output / ROWS, {"benchmark": "recoveries"})
+    with show_progress() as progress:
+        write_results(records, compare_recoveries(configs, ratio, records, progress.status), recovery_report)
 
 
 def compare_recoveries(
@@ -96,44 +71,45 @@ def compare_recoveries(
     ratio: float,
     records: Records,
     status: StatusCallback,
-    on_row: Callable[[str], None],
     variants: Sequence[Variant] = VARIANTS,
-) -> None:
-    """Add to `records` the float32 test score of every variant of every network, except those that are there already.
+) -> Iterator[str]:
+    """Add a row with the float32 test score of every variant that has none yet; yield each new row as a line of text.
 
     Args:
-        configs: one network each; their `space.exclude` counts, but not the rest of `space`, nor `recovery` and `quantizer`.
+        configs: one network each; their `space` (except `space.exclude`), `recovery` and `quantizer` are not used.
         ratio: share of units that each inner group loses, in [0, 1).
         records: the rows.
-        status: told what happens in between.
-        on_row: told each row in one line.
-        variants: columns.
+        status: status callback.
+        variants: columns of the table.
     """
     for config in configs:
-        network, record = network_name(config), config_record(config)
-        key = {"network": network, "ratio": ratio, "config": record}
+        network = network_name(config)
+        key = {"network": network, "ratio": ratio, "config": config_record(config)}
         missing = [variant for variant in variants if records.find(**key, variant=variant.name) is None]
         if not missing:
             status(f"{network}: measured already")
             continue
         problem = calibrated_problem(config, status)
         for variant in missing:
-            row = records.add(**key, variant=variant.name, **_measure(problem, variant, ratio))
-            on_row(f"{network}, {variant.name}: {100 * row['test_top1']:.2f} % of {row['images']} test images")
+            row = records.add(**key, variant=variant.name, **measure_variant(problem, variant, ratio))
+            yield f"{network}, {variant.name}: {percent(row['test_top1'])} % of {row['images']} test images"
 
 
-def network_name(config: SearchConfig) -> str:
-    """Return what the network is called in tables: the name of its factory."""
-    return config.model.factory.rpartition(":")[2]
+def measure_variant(problem: Problem, variant: Variant, ratio: float) -> dict[str, Any]:
+    """Return test score, cost shares and seconds of one variant.
 
-
-def _measure(problem: Problem, variant: Variant, ratio: float) -> dict[str, Any]:
-    policy = uniform_policy(problem.graph, variant, ratio, problem.config.space.exclude)
+    Args:
+        problem: from `calibrated_problem`.
+        variant: how to compress and repair.
+        ratio: share of units that each inner group loses, if the variant is pruned.
+    """
+    layers = problem.graph.geometry.layers
+    ends = (layers[0].name, layers[-1].name) if variant.keep_ends else ()
+    exclude = (*problem.config.space.exclude, *ends)
+    policy = uniform_policy(problem.graph, ratio if variant.pruned else 0.0, variant.bits, exclude)
     quantizer = build_plugin(QUANTIZERS, PluginEntry(name=variant.quantizer))
     assembler = with_recoveries(problem.assembler, variant.recoveries, quantizer=quantizer)
-    start = time.perf_counter()
-    network = assembler.assemble(policy)
-    seconds = time.perf_counter() - start
+    seconds, network = timed(assembler.assemble, policy)
     images, labels = problem.data.tensors(problem.data.test)
     costs, dense = problem.space.costs.of_policy(policy), problem.space.dense_costs
     return {
@@ -145,24 +121,26 @@ def _measure(problem: Problem, variant: Variant, ratio: float) -> dict[str, Any]
     }
 
 
-def recovery_table(rows: Sequence[Mapping[str, Any]], variants: Sequence[Variant] = VARIANTS) -> str:
+# ---------------------------------------------------------------------------------------------------------------- report
+
+
+def recovery_table(rows: Sequence[Row], variants: Sequence[Variant] = VARIANTS) -> str:
     """Return the results as Markdown: test top-1 in percent, a network per line, a variant per column."""
-    lines: dict[tuple[str, float, str], dict[str, Mapping[str, Any]]] = {}
+    by_network: dict[tuple[str, float, str], dict[str, Row]] = {}
     for row in rows:
-        # Of the same network under two configurations, each has a line.
-        lines.setdefault((row["network"], row["ratio"], str(row["config"])), {})[row["variant"]] = row
+        # The same network under two configurations has two lines.
+        by_network.setdefault((row["network"], row["ratio"], str(row["config"])), {})[row["variant"]] = row
     names = [variant.name for variant in variants]
-    head = ["network", "removed %", "MACs left %", *names]
-    table = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    for (network, ratio, _), cells in lines.items():
-        pruned = next((cells[v.name] for v in variants if v.pruned and v.name in cells), None)
+    lines = []
+    for (network, ratio, _), found in by_network.items():
+        pruned = next((found[v.name] for v in variants if v.pruned and v.name in found), None)
         macs = f"{100 * pruned['shares']['macs']:.1f}" if pruned else "-"
-        scores = [f"{100 * cells[name]['test_top1']:.2f}" if name in cells else "-" for name in names]
-        table.append(f"| {' | '.join([network, f'{100 * ratio:g}', macs, *scores])} |")
-    return "\n".join(table)
+        scores = [percent(found[name]["test_top1"]) if name in found else "-" for name in names]
+        lines.append([network, f"{100 * ratio:g}", macs, *scores])
+    return markdown_table(["network", "removed %", "MACs left %", *names], lines)
 
 
-def recovery_report(rows: Sequence[Mapping[str, Any]], variants: Sequence[Variant] = VARIANTS) -> str:
+def recovery_report(rows: Sequence[Row], variants: Sequence[Variant] = VARIANTS) -> str:
     """Return the table with what it was measured on."""
     sources = dict.fromkeys(
         f"- {row['network']}: {row['images']} test images, standard error {_error(row):.2f} points at "
@@ -170,14 +148,14 @@ def recovery_report(rows: Sequence[Mapping[str, Any]], variants: Sequence[Varian
         for row in rows
         if row["variant"] == variants[0].name
     )
-    notes = [
+    notes = (
         "Test top-1 in percent, float32 arithmetic, no fine-tuning. Removed: share of the channels of every group that a "
-        "single layer makes, by the importance of the configuration; residual streams stay whole. MACs left: of the pruned "
-        "columns. WnAm: weights in n, inputs in m bits, simulated.",
-        "\n".join(sources),
-    ]
-    return "\n\n".join([recovery_table(rows, variants), *notes]) + "\n"
+        "single layer produces, chosen by the importance of the configuration; residual streams are not pruned. MACs left: of "
+        "the pruned columns. WnAm: weights in n bits and inputs in m bits, simulated."
+    )
+    return "\n\n".join([recovery_table(rows, variants), notes, "\n".join(sources)]) + "\n"
 
 
-def _error(row: Mapping[str, Any]) -> float:
+def _error(row: Row) -> float:
+    """Return the standard error of a test score in percentage points."""
     return 100 * float(np.sqrt(row["test_top1"] * (1 - row["test_top1"]) / row["images"]))

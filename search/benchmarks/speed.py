@@ -1,14 +1,11 @@
-"""What pruning and integers gain on this processor: latency, size of the file and memory, measured in one run.
+"""`secateur benchmark speed`: what pruning and 8-bit integers gain on this processor.
 
-One network in four versions: as it is, pruned by one ratio everywhere, in 8-bit integers, and both. The weights are random:
-they change accuracy, not speed.
+Latency, file size and memory of one network in four versions, measured in one run: as it is, pruned by one ratio everywhere, in
+8-bit integers, and both. The weights are random: they change accuracy, not speed.
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +19,34 @@ from secateur.cost_models.macs import Macs
 from secateur.envs.core import InputError
 from secateur.envs.model_graph import ModelGraph, analyze
 from secateur.envs.tasks.models import load_model
-from secateur.search.profiling.runtimes import Latency, Session, measure_latencies, open_session
+from secateur.search.benchmarks.peak_memory import peak_memory
+from secateur.search.benchmarks.scaffold import markdown_table, show_progress
+from secateur.search.profiling.profiler import describe_machine
+from secateur.search.profiling.runtimes import Latency, find_runtime, measure_latencies, open_session
 from secateur.search.profiling.whole_models import CompressedModels
 
 DENSE, PRUNED, INT8, BOTH = "dense", "pruned", "int8", "pruned, int8"
-RUNS = 3
-"""Of a model whose memory is measured."""
+HEADS = (
+    "network", "version", "MACs %", "ms (10 % to 90 %)", "times as fast", "file MB", "times as small", "memory MB",
+    "times as little",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SpeedConfig:
+    """How to prune and measure.
+
+    Attributes:
+        share: of the dense multiply-accumulates that the pruned versions may keep, in (0, 1].
+        multiple: widths are multiples of this.
+        threads: of the runtime.
+        seconds: of measuring the latency of each version.
+    """
+
+    share: float = 0.2
+    multiple: int = 16
+    threads: int = 1
+    seconds: float = 3.0
 
 
 @dataclass(frozen=True)
@@ -39,7 +58,7 @@ class Version:
         macs: share of the dense multiply-accumulates.
         latency: of one image.
         file_bytes: of the ONNX file.
-        memory_bytes: by how much loading and running the file raised the peak memory of a fresh process; None if unknown.
+        memory_bytes: see `peak_memory`; None if unknown.
     """
 
     name: str
@@ -47,6 +66,43 @@ class Version:
     latency: Latency
     file_bytes: int
     memory_bytes: int | None
+
+
+def run_speed(factories: Sequence[str], runtimes: Sequence[str], config: SpeedConfig, output: Path | None) -> None:
+    """Measure networks and print the table.
+
+    Args:
+        factories: "module:function:height" or "torchvision:name:height".
+        runtimes: names.
+        config: how to prune and measure.
+        output: Markdown file for the table too.
+    """
+    networks = [factory_and_size(text) for text in factories]
+    versions = [f"{name} {find_runtime(name).version()}" for name in runtimes]
+    lines = []
+    with show_progress() as progress:
+        for factory, size in networks:
+            model, graph = random_model(factory, size)
+            for runtime in runtimes:
+                progress.status(f"{factory}, {runtime}")
+                found = measure_speed(model, graph, size, runtime, config)
+                lines += speed_cells(f"{factory.partition(':')[2]} ({size} px), {runtime}", found)
+    machine, threads = describe_machine(), f"{config.threads} thread{'s' * (config.threads > 1)}"
+    used = f"{threads}; one image; float layers in float32."
+    note = f"{machine['processor']}, {machine['cores']} cores; {', '.join(versions)}; {used}"
+    text = f"{markdown_table(HEADS, lines)}\n\n{note}"
+    print(text)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(f"{text}\n", encoding="utf-8")
+
+
+def factory_and_size(text: str) -> tuple[str, int]:
+    """Return ("module:function", height) of "module:function:height"."""
+    factory, _, size = text.rpartition(":")
+    if not size.isdigit() or ":" not in factory:
+        raise InputError(f"`{text}` must read FACTORY:HEIGHT, such as torchvision:resnet18:224.")
+    return factory, int(size)
 
 
 def random_model(factory: str, size: int) -> tuple[nn.Module, ModelGraph]:
@@ -60,15 +116,15 @@ def random_model(factory: str, size: int) -> tuple[nn.Module, ModelGraph]:
     return model, analyze(model, (torch.zeros(1, 3, size, size),), verify=False)
 
 
-def uniform_widths(geometry: NetworkGeometry, share: float, multiple: int) -> np.ndarray:
-    """Return the largest widths, (groups,), that one ratio for all groups gives within a share of the dense MACs.
+def uniform_widths(geometry: NetworkGeometry, share: float, multiple: int) -> list[int]:
+    """Return the largest widths, one per group, that one ratio for all groups gives within a share of the dense MACs.
 
     Args:
         geometry: of the dense network.
         share: of the multiply-accumulates, in (0, 1].
-        multiple: widths are multiples of this, at least one multiple where the group has as many units.
+        multiple: widths are multiples of this, and at least one multiple where the group has as many units.
     Raises:
-        InputError: if even the smallest widths are above the share.
+        InputError: if even the smallest widths exceed the share.
     """
     units, macs = geometry.group_units, Macs()
     dense = macs.total(geometry.shapes())[0]
@@ -82,130 +138,58 @@ def uniform_widths(geometry: NetworkGeometry, share: float, multiple: int) -> np
             f"Widths that are multiples of {multiple} leave at least {least:.3g} % of the MACs. Allow more with --macs, "
             "or a smaller --multiple."
         )
-    return widths[fitting[0]]
+    return widths[fitting[0]].tolist()
 
 
-def measure_speed(
-    model: nn.Module,
-    graph: ModelGraph,
-    image_shape: Sequence[int],
-    share: float,
-    multiple: int = 16,
-    runtime: str = "onnxruntime",
-    precision: str = "float32",
-    threads: int = 1,
-    seconds: float = 3.0,
-) -> list[Version]:
-    """Return the four versions of a network; their runs take turns.
+def measure_speed(model: nn.Module, graph: ModelGraph, size: int, runtime: str, config: SpeedConfig) -> list[Version]:
+    """Return the four versions of a network; their runs alternate.
 
     Args:
         model: dense, eval mode.
         graph: its plan.
-        image_shape: (channels, height, width).
-        share: of the dense multiply-accumulates that the pruned versions may keep.
-        multiple: of their widths.
-        runtime: a key of `RUNTIMES`.
-        precision: of layers that are no integers.
-        threads: of the runtime.
-        seconds: of measuring, for each version.
+        size: height and width of an image.
+        runtime: name.
+        config: how to prune and measure.
     """
     geometry = graph.geometry
-    pruned = uniform_widths(geometry, share, multiple)
-    left = float(Macs().total(geometry.shapes(pruned))[0] / Macs().total(geometry.shapes())[0])
+    dense, pruned = geometry.group_units.tolist(), uniform_widths(geometry, config.share, config.multiple)
+    macs = Macs().total(geometry.shapes(np.array([dense, pruned])))
     files: dict[str, bytes] = {}
-    for integer, names in (("float32", (DENSE, PRUNED)), ("int8", (INT8, BOTH))):
-        versions = CompressedModels(model, graph, image_shape, precision=integer)
-        files |= {name: versions.version(widths) for name, widths in zip(names, (geometry.group_units, pruned), strict=True)}
-    sessions: list[Session] = [open_session(content, runtime, threads, precision) for content in files.values()]
-    latencies = measure_latencies(sessions, versions.image, seconds)
+    for precision, names in (("float32", (DENSE, PRUNED)), ("int8", (INT8, BOTH))):
+        versions = CompressedModels(model, graph, (3, size, size), precision=precision)
+        files |= {name: versions.version(widths) for name, widths in zip(names, (dense, pruned), strict=True)}
+    sessions = [open_session(content, runtime, config.threads) for content in files.values()]
+    latencies = measure_latencies(sessions, versions.image, config.seconds)
     return [
         Version(
             name,
-            left if name in (PRUNED, BOTH) else 1.0,
+            float(macs[1] / macs[0]) if name in (PRUNED, BOTH) else 1.0,
             latency,
             len(content),
-            peak_memory(content, versions.image, runtime, precision, threads),
+            peak_memory(content, versions.image, runtime, config.threads),
         )
         for (name, content), latency in zip(files.items(), latencies, strict=True)
     ]
 
 
-def peak_memory(content: bytes, image: np.ndarray, runtime: str, precision: str, threads: int) -> int | None:
-    """Return the bytes by which loading and running a model raises the peak memory of a fresh process; None but on Linux."""
-    if sys.platform != "linux":
-        return None
-    with tempfile.TemporaryDirectory() as folder:
-        model, images = Path(folder) / "model.onnx", Path(folder) / "images.npy"
-        model.write_bytes(content)
-        np.save(images, image)
-        arguments = [str(model), str(images), runtime, precision, str(threads)]
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", "secateur.search.benchmarks.speed", *arguments],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    return int(done.stdout)
+def speed_cells(network: str, versions: Sequence[Version]) -> list[list[str]]:
+    """Return the cells of one row per version: milliseconds, and how many times faster and smaller than the first version."""
+    return [
+        [
+            network,
+            version.name,
+            f"{100 * version.macs:.1f}",
+            f"{version.latency.milliseconds:.2f} ({version.latency.low:.2f} to {version.latency.high:.2f})",
+            f"{versions[0].latency.milliseconds / version.latency.milliseconds:.2f}",
+            f"{version.file_bytes / 1e6:,.2f}",
+            f"{versions[0].file_bytes / version.file_bytes:.2f}",
+            *_memory_cells(version, versions[0]),
+        ]
+        for version in versions
+    ]
 
 
-def _print_peak_memory(model: str, images: str, runtime: str, precision: str, threads: str) -> None:
-    image = np.load(images)
-    # Whatever the runtime needs for itself is there before the model comes.
-    with tempfile.TemporaryDirectory() as folder:
-        first = Path(folder) / "first.onnx"
-        first.write_bytes(_identity(image))
-        open_session(first, runtime, int(threads), precision).run(image)
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is held now
-    session = open_session(model, runtime, int(threads), precision)
-    for _ in range(RUNS):
-        session.run(image)
-    print(max(0, _status("VmHWM") - before))
-
-
-def _identity(image: np.ndarray) -> bytes:
-    """Return a model that gives back its input."""
-    from onnx import TensorProto, helper
-
-    tensors = [helper.make_tensor_value_info(name, TensorProto.FLOAT, list(image.shape)) for name in ("input", "output")]
-    graph = helper.make_graph([helper.make_node("Identity", ["input"], ["output"])], "identity", tensors[:1], tensors[1:])
-    opset = [helper.make_opsetid("", 18)]
-    return helper.make_model(graph, opset_imports=opset, ir_version=10).SerializeToString()
-
-
-def _status(field: str) -> int:
-    """Return a field of this process's status in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(field + ":")).split()[1])
-
-
-# --------------------------------------------------------------------------------------------------------------- report
-
-
-def speed_rows(network: str, versions: Sequence[Version]) -> list[str]:
-    """Return Markdown rows, one per version: milliseconds, and how many times faster and smaller than the dense one."""
-    dense = versions[0]
-    rows = []
-    for version in versions:
-        memory = (
-            "-"
-            if version.memory_bytes is None or not dense.memory_bytes
-            else (f"{version.memory_bytes / 1e6:,.1f} | {dense.memory_bytes / max(version.memory_bytes, 1):.2f}")
-        )
-        rows.append(
-            f"| {network} | {version.name} | {100 * version.macs:.1f} "
-            f"| {version.latency.milliseconds:.2f} ({version.latency.low:.2f} to {version.latency.high:.2f}) "
-            f"| {dense.latency.milliseconds / version.latency.milliseconds:.2f} "
-            f"| {version.file_bytes / 1e6:,.2f} | {dense.file_bytes / version.file_bytes:.2f} | {memory} |"
-        )
-    return rows
-
-
-SPEED_HEADER = (
-    "| network | version | MACs % | ms (10 % to 90 %) | times as fast | file MB | times as small | memory MB | times as little |",
-    "|---|---|---|---|---|---|---|---|---|",
-)
-
-
-if __name__ == "__main__":
-    _print_peak_memory(*sys.argv[1:])
+def _memory_cells(version: Version, dense: Version) -> tuple[str, str]:
+    if version.memory_bytes is None or not dense.memory_bytes:
+        return "-", "-"
+    return f"{version.memory_bytes / 1e6:,.1f}", f"{dense.memory_bytes / max(version.memory_bytes, 1):.2f}"

@@ -1,4 +1,4 @@
-"""The support matrix: every torchvision classifier is analysed, sliced, compared and trained one step; see SUPPORT.md.
+"""`secateur support`: every torchvision classifier is analyzed, sliced, compared and trained one step; see SUPPORT.md.
 
 `secateur support` checks the 63 classifiers with at most 100 M parameters and 4 larger ones, 67 in all;
 `secateur support NAME ...` checks only some, replacing just their rows.
@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -37,13 +37,13 @@ _HEADER = """# Supported models
 
 All 63 torchvision classifiers with at most 100 M parameters and 4 larger ones, 67 in all, with random weights, random
 batch-norm statistics and at the input size of the published weights. For each: analysis, 30 % of the units of *every* group
-removed, the sliced network compared with the full one whose same entries are zero, its parameter count compared with
+removed, the sliced network compared with the full one in which the same entries are zero, its parameter count compared with
 the predicted one, and one training step (forward, backward) of the sliced network.
 
 - *MACs*: ours, multiply-accumulates per image; in brackets the published number where it differs by more than 0.5 %.
 - *prunable*: share of all output channels of convolution and linear layers that belong to a group.
-- *frozen*: why the other channels stay, with their number.
-- *analysis*: processor seconds of one thread, tracing and the proof by trying included.
+- *frozen*: why the other channels cannot be pruned, with their number.
+- *analysis*: processor seconds of one thread, including tracing and the numerical check.
 - *error*: largest difference between sliced and masked network, relative to the largest output.
 
 Written by `secateur support`; naming models on the command line replaces only their rows.
@@ -91,6 +91,12 @@ class SupportRow:
         ]
 
 
+def run_support(names: Sequence[str] | None, output: Path) -> None:
+    """Check models (None: all), print their rows, and write them into the table."""
+    for row in support_matrix(names, output):
+        print(" | ".join(row.cells()), flush=True)
+
+
 def classifiers() -> list[str]:
     """Return the names of torchvision's classifiers of the support matrix."""
     found = []
@@ -101,28 +107,35 @@ def classifiers() -> list[str]:
     return found
 
 
-def support_matrix(
-    names: Sequence[str] | None, output: Path, progress: Callable[[str], None] = lambda line: None
-) -> list[SupportRow]:
-    """Check models and write their rows into the table.
+def support_matrix(names: Sequence[str] | None, output: Path) -> Iterator[SupportRow]:
+    """Check models and write their rows into the table; yield each row.
 
     Args:
         names: torchvision's names; None for all.
         output: the Markdown file; rows of other models in it stay.
-        progress: gets one line per model.
     Raises:
-        InputError: if a name is unknown.
+        InputError: if a name is unknown, or the file cannot be written.
     """
     known = torchvision.models.list_models(module=torchvision.models)
     for name in names or ():
         if name not in known:
             raise InputError(f"torchvision has no classifier {name!r}. See torchvision.models.list_models().")
-    rows = []
+    check_writable(output)
     for name in names or classifiers():
-        rows.append(_in_child(name))
-        progress(" | ".join(rows[-1].cells()))
-        _write(rows[-1:], output)
-    return rows
+        row = _in_child(name)
+        _write(row, output)
+        yield row
+
+
+def check_writable(output: Path) -> None:
+    """Raise InputError if a file cannot be written, before hours of work."""
+    existed = output.exists()
+    try:
+        output.open("a", encoding="utf-8").close()
+    except OSError as error:
+        raise InputError(f"The table {output} cannot be written: {error.strerror}. Choose another with --output.") from None
+    if not existed:
+        output.unlink()
 
 
 def check_model(name: str) -> SupportRow:
@@ -133,37 +146,39 @@ def check_model(name: str) -> SupportRow:
     randomize(model, torch.Generator().manual_seed(0))
     started = time.process_time()  # unlike the wall clock, it does not count what else the machine does
     graph = analyze(model, (torch.zeros(1, 3, size, size),))
-    seconds = time.process_time() - started
+    row = _graph_row(name, graph, published, time.process_time() - started)
     kept = _kept(graph, np.random.default_rng(0))
     sliced = slice_model(model, graph, kept)
     error = slicing_error(model, graph, kept, size)
     predicted = _predicted_parameters(graph, [len(units) for units in kept])
     actual = sum(p.numel() for p in sliced.parameters())
-    failure = None
-    if not error <= EXACT:
-        failure = f"the sliced network differs by {error:.1e}"
-    elif predicted != actual:
-        failure = f"{predicted:.0f} parameters were predicted, but {actual} are there"
-    elif not graph.groups:
-        failure = "no group can be pruned"
     del model
     trains = _trains(sliced, size)
-    layers, reasons = graph.geometry.layers, Counter()
+    failures = (
+        (not error <= EXACT, f"the sliced network differs by {error:.1e}"),
+        (predicted != actual, f"{predicted:.0f} parameters were predicted, but {actual} are there"),
+        (not graph.groups, "no group can be pruned"),
+        (not trains, "the training step does not give finite gradients"),
+    )
+    return replace(row, failure=next((text for failed, text in failures if failed), None), error=error, trains=trains)
+
+
+def _graph_row(name: str, graph: ModelGraph, published_macs: float, seconds: float) -> SupportRow:
+    """Return the columns that describe the graph."""
+    layers, shapes = graph.geometry.layers, graph.geometry.shapes()
+    reasons: Counter[str] = Counter()
     for frozen in graph.frozen:
         reasons[frozen.reason] += frozen.channels
-    shapes = graph.geometry.shapes()
     return SupportRow(
         model=name,
-        failure=failure if trains else failure or "the training step does not give finite gradients",
-        parameters=int(_predicted_parameters(graph, graph.geometry.group_units)),
+        failure=None,
+        parameters=int(_predicted_parameters(graph, graph.geometry.group_units.tolist())),
         macs=float(shapes.weights[0] @ graph.geometry.macs_per_weight) + graph.geometry.fixed_macs,
-        published_macs=published,
+        published_macs=published_macs,
         groups=len(graph.groups),
         prunable=1 - sum(reasons.values()) / sum(layer.out_channels for layer in layers),
         frozen=tuple(reasons.most_common()),
         seconds=seconds,
-        error=error,
-        trains=trains,
     )
 
 
@@ -178,7 +193,7 @@ def build_classifier(name: str) -> tuple[nn.Module, int, float]:
 
 @torch.no_grad()
 def randomize(model: nn.Module, generator: torch.Generator) -> None:
-    """Give norms, biases and scales values that hide nothing: fresh networks have zeros and ones there."""
+    """Give norms, biases and scales random values: with the zeros and ones of a new network, errors would not show."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if not tensor.is_floating_point():
             continue
@@ -221,25 +236,24 @@ def _trains(model: nn.Module, size: int) -> bool:
 
 
 def _in_child(name: str) -> SupportRow:
-    """Check a model in a process of its own, whose memory goes back when it ends."""
+    """Check a model in a process of its own, which frees its memory when it ends."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
             return pool.submit(check_model, name).result()
         except BrokenProcessPool:
             return SupportRow(name, "the process died, probably for lack of memory")
-        except Exception as error:  # the row tells it; the other models go on
+        except Exception as error:  # reported in the row; the other models are still checked
             return SupportRow(name, f"{type(error).__name__}: {error}".splitlines()[0])
 
 
-def _write(rows: Sequence[SupportRow], output: Path) -> None:
-    """Write the table, keeping the rows of the models that were not checked."""
+def _write(row: SupportRow, output: Path) -> None:
+    """Write a row into the table, keeping the rows of other models."""
     lines = {}
     if output.exists():
         for line in output.read_text().splitlines():
             if line.startswith("| ") and not line.startswith(f"| {_COLUMNS[0]} "):
                 lines[line.split("|")[1].strip()] = line
-    for row in rows:
-        lines[row.model] = "| " + " | ".join(cell.replace("|", "\\|") for cell in row.cells()) + " |"
+    lines[row.model] = "| " + " | ".join(cell.replace("|", "\\|") for cell in row.cells()) + " |"
     table = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS), *(lines[key] for key in sorted(lines))]
     passed = sum(line.split("|")[2].strip() == "ok" for line in lines.values())
     output.write_text(_HEADER + f"{passed} of {len(lines)} models pass.\n\n" + "\n".join(table) + "\n")

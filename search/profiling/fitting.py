@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 from scipy.optimize import lsq_linear
-from scipy.stats import spearmanr
 
 from secateur.cost_models.core import LayerShapes
 from secateur.cost_models.latency_table import Correction, LatencyTable, TableLatency, WholeModelCheck, layer_family, weight_bytes
 from secateur.cost_models.traffic import Traffic
+from secateur.search.correlation import spearman
 
 PULL = 0.1
 """How strongly a factor is drawn to 1, against one network's relative error: families that hardly matter stay at 1."""
@@ -72,7 +72,7 @@ def check(
         fitted,
         float(np.mean(np.abs(predicted / measured - 1))),
         float(np.mean(np.abs(plain / measured - 1))),
-        float(spearmanr(predicted, measured).statistic),
+        spearman(predicted, measured),
         tuple(predicted.round(6).tolist()),
         tuple(measured.round(6).tolist()),
     )

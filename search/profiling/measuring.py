@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from secateur.search.jsonl import append_line, as_read, read_lines, write_lines
 from secateur.search.profiling.eager import EagerLayers
 from secateur.search.profiling.layer_models import LayerPoint, conversion_model, layers_model, times_by_point
 from secateur.search.profiling.runtimes import PyTorch, Runtime, fastest
@@ -25,22 +25,19 @@ PointTime = tuple[float, float, int]
 
 
 class Journal:
-    """Measurements by name, on disk at once; JSON lines.
+    """Measurements by name, in a file of JSON lines; each is on disk as soon as it is measured.
 
     Args:
-        path: the file; removed by `finish`.
-        identity: what is measured, on what; a file of another identity is started anew.
+        path: the file; `finish` removes it.
+        identity: what is measured, and where; a file with another identity is overwritten.
     """
 
     def __init__(self, path: Path, identity: dict[str, Any]):
-        self._path, self._values = path, {}
-        lines = [_parsed(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-        header = json.loads(json.dumps({"identity": identity}))
-        if lines and lines[0] == header:
-            self._values = {entry["name"]: entry["value"] for entry in lines[1:] if entry is not None}
-        # Written anew, because a line that a killed process left half done would swallow the next one.
-        entries = [{"name": name, "value": value} for name, value in self._values.items()]
-        path.write_text("".join(json.dumps(entry) + "\n" for entry in (header, *entries)), encoding="utf-8")
+        self._path, header = path, as_read({"identity": identity})
+        found = read_lines(path)
+        entries = found[1:] if found[:1] == [header] else []
+        self._values: dict[str, Any] = {entry["name"]: entry["value"] for entry in entries}
+        write_lines(path, [header, *entries])
 
     def __len__(self) -> int:
         return len(self._values)
@@ -49,23 +46,15 @@ class Journal:
         return name in self._values
 
     def get(self, name: str, measure: Callable[[], Any]) -> Any:
-        """Return what is known under this name, or measure it and keep it."""
+        """Return the measurement of this name; measure and store it if there is none yet."""
         if name not in self._values:
             self._values[name] = measure()
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"name": name, "value": self._values[name]}) + "\n")
+            append_line(self._path, {"name": name, "value": self._values[name]})
         return self._values[name]
 
     def finish(self) -> None:
-        """Remove the file: everything is written elsewhere."""
+        """Remove the file: its measurements are in the device file."""
         self._path.unlink(missing_ok=True)
-
-
-def _parsed(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:  # the last line of a process that was killed
-        return None
 
 
 class LayerTimer:

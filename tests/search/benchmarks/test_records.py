@@ -1,11 +1,11 @@
-"""Finished rows survive: killed processes, restarts; and rows of two measurements never meet."""
+"""Rows on disk: none is measured twice, and rows of two measurements are never mixed."""
 
 import json
 
 import pytest
 
 from secateur.cost_models.core import InputError
-from secateur.search.benchmarks.records import Records, config_record
+from secateur.search.benchmarks.records import Records, config_record, difference
 
 
 def test_rows_are_found_again_after_a_restart(tmp_path):
@@ -17,7 +17,7 @@ def test_rows_are_found_again_after_a_restart(tmp_path):
     assert again.find(name="x", widths=(3, 4)) and again.find(name="x", widths=(3, 5)) is None
 
 
-def test_a_line_that_was_cut_off_is_dropped_and_the_file_goes_on(tmp_path):
+def test_a_line_that_was_cut_off_is_dropped_and_the_file_continued(tmp_path):
     file = tmp_path / "rows.jsonl"
     records = Records(file, {})
     records.add(index=0)
@@ -36,6 +36,19 @@ def test_another_measurement_is_refused_and_the_difference_named(tmp_path):
     with pytest.raises(InputError, match=r"`config\.data\.validation` is 10 there, 20 here.*--output"):
         Records(file, {"config": {"data": {"validation": 20}, "seed": 0}})
     assert file.read_text() == before
+
+
+def test_a_missing_key_counts_as_null(tmp_path):
+    old = {"config": {"seed": 0}}
+    Records(tmp_path / "rows.jsonl", old).add(**old, top1=0.5)
+    records = Records(tmp_path / "rows.jsonl", {"config": {"seed": 0, "device": None}})
+    assert records.find(config={"seed": 0, "device": None}) == {**old, "top1": 0.5}
+    assert records.find(config={"seed": 0, "device": "phone"}) is None
+
+
+def test_the_first_difference_is_named_with_both_values():
+    assert difference({"a": [1], "b": {"c": 2}}, {"b": {"c": 3}, "a": [1]}, ("in x", "in y")) == "`b.c` is 2 in x, 3 in y"
+    assert difference({"a": [1]}, {"a": [1], "b": None}) is None
 
 
 def test_damaged_and_impossible_files_are_input_errors(tmp_path):

@@ -1,17 +1,23 @@
 """The benchmark of speed: what it prunes, what it measures, what its table says."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 
 from secateur.cost_models.macs import Macs
 from secateur.envs.core import InputError
+from secateur.envs.model_graph import analyze
+from secateur.envs.tasks.synthetic import SyntheticNet
 from secateur.search.benchmarks import speed
+from secateur.search.benchmarks.peak_memory import peak_memory
 from secateur.search.profiling.runtimes import Latency
 
 
 @pytest.fixture(scope="module")
-def network():
-    return speed.random_model("secateur.envs.tasks.cifar_resnet:resnet20", 32)
+def geometry(resnet_graph):
+    return resnet_graph.geometry
 
 
 def macs(geometry, widths):
@@ -19,35 +25,36 @@ def macs(geometry, widths):
 
 
 @pytest.mark.parametrize(("share", "multiple"), [(0.5, 1), (0.2, 4), (0.3, 8)])
-def test_uniform_widths_use_the_share_and_respect_the_multiple(network, share, multiple):
-    geometry = network[1].geometry
-    widths = speed.uniform_widths(geometry, share, multiple)
+def test_uniform_widths_use_the_share_and_respect_the_multiple(geometry, share, multiple):
+    widths = np.array(speed.uniform_widths(geometry, share, multiple))
     assert not (widths % multiple).any() and (widths <= geometry.group_units).all()
     assert macs(geometry, widths) <= share * macs(geometry, geometry.group_units)
     more = np.minimum(widths + multiple, geometry.group_units)
     assert macs(geometry, more) > share * macs(geometry, geometry.group_units)
 
 
-def test_a_share_out_of_reach_is_refused(network):
+def test_a_share_out_of_reach_is_refused(geometry):
     with pytest.raises(InputError, match="multiples of 16 leave at least"):
-        speed.uniform_widths(network[1].geometry, 0.01, 16)
+        speed.uniform_widths(geometry, 0.01, 16)
 
 
-def test_all_versions_are_measured(network):
-    versions = speed.measure_speed(*network, (3, 32, 32), 0.3, 4, seconds=0.01)
+def test_all_versions_are_measured(monkeypatch):
+    model = SyntheticNet(32).eval()
+    graph = analyze(model, (torch.zeros(1, 3, 8, 8),), verify=False)
+    monkeypatch.setattr(speed, "peak_memory", lambda content, *rest: 3 * len(content))
+    config = speed.SpeedConfig(share=0.3, multiple=4, seconds=0.01)
+    versions = speed.measure_speed(model, graph, 8, "onnxruntime", config)
     assert [version.name for version in versions] == ["dense", "pruned", "int8", "pruned, int8"]
     dense, pruned, integer, both = (version.file_bytes for version in versions)
     assert dense > pruned > both and dense > 2.5 * integer > 2.5 * both
-    assert versions[1].macs == versions[3].macs <= 0.3 and versions[0].macs == 1
-    assert all(version.latency.milliseconds > 0 for version in versions)
-    rows = speed.speed_rows("resnet20", versions)
-    assert len(rows) == 4 and "| resnet20 | dense | 100.0 |" in rows[0] and "| 1.00 |" in rows[0]
+    assert versions[1].macs == versions[3].macs <= 0.3 and versions[0].macs == versions[2].macs == 1
+    assert all(version.latency.milliseconds > 0 and version.memory_bytes == 3 * version.file_bytes for version in versions)
 
 
 def test_memory_is_what_the_model_adds():
     small, large = (_model_with_weights(count) for count in (10, 4_000_000))
     image = np.zeros((1, 3, 8, 8), np.float32)
-    found = [speed.peak_memory(content, image, "onnxruntime", "float32", 1) for content in (small, large)]
+    found = [peak_memory(content, image, "onnxruntime", 1) for content in (small, large)]
     assert found == [None, None] or found[1] - found[0] >= 15e6  # 16 MB of weights
 
 
@@ -73,5 +80,14 @@ def test_ratios_are_to_the_dense_network():
         speed.Version("dense", 1.0, Latency(4.0, 3.9, 4.2, 10), 8_000_000, 6_000_000),
         speed.Version("pruned, int8", 0.2, Latency(1.0, 0.9, 1.1, 10), 1_000_000, 2_000_000),
     ]
-    row = speed.speed_rows("net", versions)[1]
-    assert row == "| net | pruned, int8 | 20.0 | 1.00 (0.90 to 1.10) | 4.00 | 1.00 | 8.00 | 2.0 | 3.00 |"
+    cells = ["net", "pruned, int8", "20.0", "1.00 (0.90 to 1.10)", "4.00", "1.00", "8.00", "2.0", "3.00"]
+    assert speed.speed_cells("net", versions)[1] == cells
+    unknown = [replace(version, memory_bytes=None) for version in versions]
+    assert speed.speed_cells("net", unknown)[1] == [*cells[:-2], "-", "-"] and len(cells) == len(speed.HEADS)
+
+
+def test_a_network_is_named_with_its_image_size():
+    assert speed.factory_and_size("torchvision:resnet18:224") == ("torchvision:resnet18", 224)
+    for wrong in ("torchvision:resnet18", "resnet18:224", "a:b:"):
+        with pytest.raises(InputError, match="FACTORY:HEIGHT"):
+            speed.factory_and_size(wrong)

@@ -1,8 +1,8 @@
-"""What the benchmarks share: a problem whose calibration has run, and its assembler under other recoveries."""
+"""Recovery settings that benchmarks compare, and a calibrated problem on which all of them can be applied."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,13 +13,23 @@ from secateur.search.build import build_plugin, build_problem
 from secateur.search.config import PluginEntry, SearchConfig
 from secateur.search.problem import Problem, StatusCallback
 
+RECOVERY_SETTINGS: Mapping[str, tuple[str, ...]] = {
+    "none": (),
+    "batch_norm": ("batch_norm",),
+    "least_squares": ("least_squares",),
+    "least_squares + batch_norm": ("least_squares", "batch_norm"),
+    "sequential": ("sequential",),
+    "sequential + batch_norm": ("sequential", "batch_norm"),
+}
+"""{name in tables and rows: recoveries, with default options, in the order in which they are applied}."""
+
 
 def calibrated_problem(config: SearchConfig, status: StatusCallback) -> Problem:
-    """Return the problem with the recovery `least_squares`, whatever the configuration says: calibration runs for it."""
+    """Return the problem with the recovery `least_squares`, whatever the configuration says, so that calibration runs."""
     return build_problem(config.model_copy(update={"recovery": (PluginEntry(name="least_squares"),)}), status)
 
 
 def with_recoveries(assembler: Assembler, names: Sequence[str], **changes: Any) -> Assembler:
-    """Return the assembler with these recoveries (default options), other changes, and an empty cache."""
+    """Return the assembler with these recoveries (default options), an empty cache, and other changes."""
     recoveries = [build_plugin(RECOVERIES, PluginEntry(name=name)) for name in names]
     return replace(assembler, recoveries=recoveries, cache=PieceCache(), **changes)

@@ -1,0 +1,131 @@
+"""The tables of `secateur benchmark search`: scores by budget, whole runs, and hypervolume over evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from secateur.search.benchmarks.records import Row
+from secateur.search.benchmarks.scaffold import markdown_table, percent
+from secateur.search.problem import Problem
+
+SCORES = {"search_top1": "search", "plain_test_top1": "plain test", "validation_top1": "validation", "test_top1": "test"}
+"""{key in the rows: heading}."""
+TEST_SCORES = ("plain_test_top1", "test_top1")
+CAPTION = (
+    '"Search" and "plain test": the policy with the best search score, under the recovery of the search, on validation images, '
+    'which were used for selection, and on test images. "Validation" and "test": the best finalist, under the recovery of the '
+    "finalists. Means: over the budgets. Agents choose while workers evaluate; seconds include measuring the sensitivities for "
+    "agents that need them; later runs reuse cached evaluations."
+)
+
+Runs = Mapping[str, Sequence[Row]]
+"""{agent: its rows}."""
+
+
+def outcome_line(row: Row) -> str:
+    """Return one run in one line."""
+    tests = [f"{name} {percent(winner and winner['test_top1'])}" for name, winner in row["winners"].items()]
+    return (
+        f"{row['agent']}, seed {row['seed']}, {row['evaluations']} evaluations in {row['seconds']:.0f} s: hypervolume "
+        f"{row['hypervolume']:.4f}, test top-1 % {', '.join(tests)}"
+    )
+
+
+def search_report(problem: Problem, dense_test: float, rows: Sequence[Row]) -> str:
+    """Return the report: the tables and what they were measured on.
+
+    Args:
+        problem: the search.
+        dense_test: test top-1 of the dense model.
+        rows: all rows so far, at least one.
+    """
+    validation, test = f"{problem.dense.images} validation images", f"{len(problem.data.test)} test images"
+    return (
+        f"{summary(rows)}\n\nDense: {percent(problem.dense.top1)} % on {validation}, {percent(dense_test)} % on {test}. "
+        f"{problem.data.source}\n{CAPTION}\n"
+    )
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """Return three Markdown tables of means and standard deviations over seeds, the best mean first.
+
+    The scores of the winners by budget; the whole runs; hypervolume over evaluations. A seed without any feasible policy has no
+    score; the column "seeds" tells how many have one.
+    """
+    by_agent: dict[str, list[Row]] = {}
+    for row in rows:
+        by_agent.setdefault(row["agent"], []).append(row)
+    return "\n\n".join([_budget_table(by_agent), _run_table(by_agent), _curve_table(by_agent)])
+
+
+def _budget_table(runs: Runs) -> str:
+    budgets = dict.fromkeys(name for rows in runs.values() for row in rows for name in row["winners"])
+    heads = ["budget", "agent", "seeds", *(f"{heading} top-1 %" for heading in SCORES.values())]
+    return markdown_table(heads, [cells for budget in budgets for cells in _budget_lines(budget, runs)])
+
+
+def _budget_lines(budget: str, runs: Runs) -> list[list[str]]:
+    lines = []
+    for agent, rows in runs.items():
+        winners = [winner for row in rows if (winner := row["winners"].get(budget))]
+        seeds = f"{len(rows)}" if len(winners) == len(rows) else f"{len(winners)} of {len(rows)}"
+        scores = [_spread([100 * winner[score] for winner in winners]) for score in SCORES]
+        lines.append((_mean([winner["test_top1"] for winner in winners], default=-1.0), [budget, agent, seeds, *scores]))
+    return _best_first(lines)
+
+
+def _run_table(runs: Runs) -> str:
+    heads = [
+        "agent", "evaluations", "hypervolume", *(f"mean {SCORES[score]} top-1 %" for score in TEST_SCORES), "feasible %",
+        "s per evaluation", "of these, agent s",
+    ]  # fmt: skip
+    lines = [(_mean([row["hypervolume"] for row in rows]), _run_cells(agent, rows)) for agent, rows in runs.items()]
+    return markdown_table(heads, _best_first(lines))
+
+
+def _run_cells(agent: str, rows: Sequence[Row]) -> list[str]:
+    complete: list[list[Mapping[str, Any]]] = [list(row["winners"].values()) for row in rows if all(row["winners"].values())]
+    return [
+        agent,
+        f"{max(row['evaluations'] for row in rows)}",
+        _spread([row["hypervolume"] for row in rows], 4),
+        *(_spread([100 * _mean([winner[score] for winner in winners]) for winners in complete]) for score in TEST_SCORES),
+        f"{100 * _mean([row['feasible'] for row in rows]):.0f}",
+        *(f"{_mean([row[key] / row['evaluations'] for row in rows]):.2f}" for key in ("seconds", "agent_seconds")),
+    ]
+
+
+def _curve_table(runs: Runs) -> str:
+    """Return hypervolume over evaluations; a run that ended early keeps its last value."""
+    longest = max((row for rows in runs.values() for row in rows), key=lambda row: row["evaluations"])
+    recorded = [point["evaluations"] for point in longest["curve"]]
+    shown = recorded[1::2] or recorded
+    lines = []
+    for agent, rows in runs.items():
+        means = [_mean([_hypervolume_at(row, evaluations) for row in rows]) for evaluations in shown]
+        lines.append((means[-1], [agent, *(f"{mean:.4f}" for mean in means)]))
+    return markdown_table(["hypervolume after", *map(str, shown)], _best_first(lines))
+
+
+def _hypervolume_at(row: Row, evaluations: int) -> float:
+    return max((point["hypervolume"] for point in row["curve"] if point["evaluations"] <= evaluations), default=0.0)
+
+
+def _best_first(lines: Iterable[tuple[float, list[str]]]) -> list[list[str]]:
+    """Return the cells of (score, cells) pairs, the largest score first."""
+    return [cells for _, cells in sorted(lines, key=lambda line: -line[0])]
+
+
+def _mean(values: Sequence[float], default: float = float("nan")) -> float:
+    return float(np.mean(values)) if values else default
+
+
+def _spread(values: Sequence[float], digits: int = 2) -> str:
+    """Return "mean ± standard deviation"; "-" without any value."""
+    if not values:
+        return "-"
+    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{deviation}"
