@@ -259,10 +259,11 @@ class LatencyTable:
 class TableLatency:
     """Milliseconds of one run, from a table.
 
-    A table knows the layers of the model that was profiled; other layers are an InputError.
+    A layer that has bits for integers is executed in them only where that makes the network faster; exports follow the same
+    choice (`executed`). A table has the times of the layers of the profiled model; other layers are an InputError.
 
     Attributes:
-        table: what was measured.
+        table: the measurements.
         integer_bits: widths that the device has integer kernels for; all others run in the table's float precision.
     """
 
@@ -270,35 +271,57 @@ class TableLatency:
     integer_bits: tuple[int, ...] = ()
     name: ClassVar[str] = "latency_ms"
 
-    def per_layer(self, shapes: LayerShapes) -> np.ndarray:
+    def executed(self, shapes: LayerShapes) -> np.ndarray:
+        """Return the bits that each layer is executed in, (population, L): the fastest choice for each network.
+
+        A layer that has bits for integers has two options, integers and the float precision. The options with the least sum
+        of layer times and conversions between neighbors are found by dynamic programming over the layers in execution order
+        (Bellman 1957; the recursion of the Viterbi algorithm). Of equal sums, the one in float is taken.
+
+        Raises:
+            InputError: if a layer is not in the table.
+        """
+        integers = executed_precision(shapes.weight_bits, shapes.activation_bits, self.integer_bits)
+        floats = np.full_like(integers, FLOAT_BITS)
+        if np.array_equal(integers, floats):
+            return floats
+        options = np.stack([floats, integers])
+        times = np.stack([self._option_times(shapes, option) for option in options])
+        return _fastest_options(options, times, self._conversions(shapes))
+
+    def per_layer(self, shapes: LayerShapes, executed: np.ndarray | None = None) -> np.ndarray:
         """Return each layer's share in ms, (population, L): its kernel's time in a whole network, calls included.
 
+        Args:
+            shapes: of the networks.
+            executed: bits that each layer is executed in, (population, L); default: the fastest choice.
         Raises:
             InputError: if a layer is not in the table.
         """
-        return self._per_layer(shapes, self._executed(shapes))
+        return self._per_layer(shapes, self.executed(shapes) if executed is None else executed)
 
-    def total(self, shapes: LayerShapes) -> np.ndarray:
+    def total(self, shapes: LayerShapes, executed: np.ndarray | None = None) -> np.ndarray:
         """Return the latency of each network in ms, (population,): layers, steps between them, changes of precision.
 
-        Raises:
-            InputError: if a layer is not in the table.
+        Arguments and errors as in `per_layer`.
         """
-        executed = self._executed(shapes)
-        total = self._per_layer(shapes, executed).sum(axis=1)
-        moved, _ = Traffic(self.table.float_precision, self.integer_bits).other_steps(shapes)
-        for bits in self._bits:
-            correction = self._corrections.get(bits)
-            if correction is not None:
-                total += (executed == bits).mean(axis=1) * (correction.per_megabyte * 1e-6) * moved
-        return total + self.table.border * 1e-6 * self._values_between_precisions(shapes, executed)
+        executed = self.executed(shapes) if executed is None else executed
+        total = self._option_times(shapes, executed).sum(axis=1)
+        before = np.concatenate([np.full((len(shapes), 1), FLOAT_BITS), executed[:, :-1]], axis=1)
+        return total + ((executed != before) * self._conversions(shapes)).sum(axis=1)
 
     @property
     def _bits(self) -> tuple[int, ...]:
         return (*self.integer_bits, FLOAT_BITS)
 
-    def _executed(self, shapes: LayerShapes) -> np.ndarray:
-        return executed_precision(shapes.weight_bits, shapes.activation_bits, self.integer_bits)
+    def _option_times(self, shapes: LayerShapes, executed: np.ndarray) -> np.ndarray:
+        """Return each layer's time with an equal share of the steps between the layers, (population, L)."""
+        times = self._per_layer(shapes, executed)
+        moved, _ = Traffic(self.table.float_precision, self.integer_bits).other_steps(shapes)
+        for bits, correction in self._corrections.items():
+            shares = correction.per_megabyte * 1e-6 * moved / executed.shape[1]
+            times += (executed == bits) * shares[:, None]
+        return times
 
     def _per_layer(self, shapes: LayerShapes, executed: np.ndarray) -> np.ndarray:
         ins, outs = shapes.in_channels.astype(int), shapes.out_channels.astype(int)
@@ -315,6 +338,12 @@ class TableLatency:
                 width = weight_bytes(bits, self.table.float_precision)
                 milliseconds += chosen * shapes.weights * (1e-6 * width * self._corrections[bits].per_weight_megabyte)
         return milliseconds
+
+    def _conversions(self, shapes: LayerShapes) -> np.ndarray:
+        """Return the milliseconds of converting each layer's input to another precision, (population, L)."""
+        layers = shapes.geometry.layers
+        pixels = np.array([np.prod(layer.out_hw) * np.prod(layer.stride) * layer.calls for layer in layers], float)
+        return self.table.border * 1e-6 * shapes.in_channels * pixels
 
     def _grids_of(self, shapes: LayerShapes, bits: int, used: np.ndarray) -> Iterator[tuple[int, list[int]]]:
         """Yield (index of a grid, the layers that it covers) for the layers `used` in a precision."""
@@ -346,14 +375,28 @@ class TableLatency:
         found = {correction.precision: correction for correction in self.table.corrections}
         return [_GridLookup(grid, found.get(grid.precision, Correction(grid.precision))) for grid in self.table.grids]
 
-    def _values_between_precisions(self, shapes: LayerShapes, executed: np.ndarray) -> np.ndarray:
-        """Return how many input values are converted, (population,): at each layer whose predecessor runs otherwise."""
-        if not self.table.border or not self.integer_bits:
-            return np.zeros(len(shapes))
-        layers = shapes.geometry.layers
-        pixels = np.array([np.prod(layer.out_hw) * np.prod(layer.stride) * layer.calls for layer in layers], float)
-        before = np.concatenate([np.full((len(shapes), 1), FLOAT_BITS), executed[:, :-1]], axis=1)
-        return ((executed != before) * shapes.in_channels * pixels).sum(axis=1)
+
+def _fastest_options(options: np.ndarray, times: np.ndarray, conversions: np.ndarray) -> np.ndarray:
+    """Return the option of each layer with the least total time of its network, (population, L).
+
+    Args:
+        options: bits of each option, (options, population, L).
+        times: milliseconds of each layer in each option, likewise.
+        conversions: milliseconds of a layer whose input comes in other bits, (population, L); images come as floats.
+    """
+    best = times[:, :, 0] + conversions[:, 0] * (options[:, :, 0] != FLOAT_BITS)
+    before = []
+    for layer in range(1, times.shape[2]):
+        changes = options[:, None, :, layer - 1] != options[None, :, :, layer]
+        sums = best[:, None] + conversions[:, layer] * changes  # (option before, option, population)
+        before.append(sums.argmin(axis=0))
+        best = sums.min(axis=0) + times[:, :, layer]
+    rows, option = np.arange(times.shape[1]), best.argmin(axis=0)
+    chosen = [options[option, rows, -1]]
+    for layer in reversed(range(times.shape[2] - 1)):
+        option = before[layer][option, rows]
+        chosen.append(options[option, rows, layer])
+    return np.stack(chosen[::-1], axis=1)
 
 
 class _GridLookup:

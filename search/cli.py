@@ -235,7 +235,7 @@ def export(
         chosen = chosen_front(run, document, output) if front else []
     found = None if trial is None else find_trial(run, trial)
     from secateur.search.build import build_problem
-    from secateur.search.export.folder import check_free, export_point, is_export_of
+    from secateur.search.export.write import check_free, export_point, is_export_of
     from secateur.search.run.progress import SearchProgress
 
     for one in [one for one in chosen if output is None and is_export_of(one.folder, one.point, one.budget, pt2)]:
@@ -266,7 +266,8 @@ def verify(
     ] = None,
 ) -> None:
     """Check what an export promises: outputs, scores, costs, size and latency of its files. Exit code 1 if it is broken."""
-    from secateur.search.export.verification import verification_tables, verify_export
+    from secateur.search.export.verification_tables import verification_tables
+    from secateur.search.export.verify import verify_export
 
     verification = verify_export(folder, runtime, threads, overrides or ())
     for table in verification_tables(verification):

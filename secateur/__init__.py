@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from secateur.cost_models.core import InputError
     from secateur.search.ask import ask
     from secateur.search.config import load_config
-    from secateur.search.export.folder import load_compressed
-    from secateur.search.export.verification import verify_export as verify
+    from secateur.search.export.load import load_compressed
+    from secateur.search.export.verify import verify_export as verify
     from secateur.search.run.search import resume, search
 
 __version__ = "0.1.0"
@@ -23,11 +23,11 @@ __all__ = ["InputError", "__version__", "ask", "load_compressed", "load_config",
 _HOMES = {
     "InputError": "secateur.cost_models.core:InputError",
     "ask": "secateur.search.ask:ask",
-    "load_compressed": "secateur.search.export.folder:load_compressed",
+    "load_compressed": "secateur.search.export.load:load_compressed",
     "load_config": "secateur.search.config:load_config",
     "resume": "secateur.search.run.search:resume",
     "search": "secateur.search.run.search:search",
-    "verify": "secateur.search.export.verification:verify_export",
+    "verify": "secateur.search.export.verify:verify_export",
 }
 """{public name: "module:name" of its definition}."""
 

@@ -1,18 +1,22 @@
-"""Writes a compressed network as ONNX: float32 where it has to be, 8-bit integers wherever weight and input have bits.
+"""Writes a compressed network as ONNX: layers whose weight and input have at most 8 bits in integers, the others in float32.
+
+The caller can keep layers in float32 that have the bits for integers (`in_float`), because the device computes them faster that way.
 
 The float32 graph comes from torch.onnx; ONNX Runtime's own tool adds pairs of QuantizeLinear and DequantizeLinear (QDQ), which
 runtimes turn into integer kernels. The grids of weights and layer inputs are the searched ones.
 
-Where the file differs from the simulation in PyTorch, and why:
-1. An integer convolution needs its output on a grid as well, and residual sums are integers only if both operands are. The
-   simulation keeps these in float32; here their ranges are measured on calibration images.
-2. A tensor has one grid, whoever reads it. The widest of its readers' is taken; float layers and sums read it too.
+Differences between the file and the simulation in PyTorch, with their reasons:
+1. An integer convolution needs a grid for its output too, and a residual sum is computed in integers only if both operands are
+   on grids. The simulation keeps these values in float32; here their ranges are measured on calibration images.
+2. A tensor has one grid for all of its readers: the widest of their grids. Float layers and sums read the rounded values too.
 3. There are no kernels below 8 bits: codes of fewer bits are stored in bytes with their own scale, which is exact. Inputs of
-   fewer bits get 256 levels over the same range. Levels that are no multiples of each other (powers of two, at 5 bits and
+   fewer bits get 256 levels over the same range. Levels that are not multiples of one step (powers of two, at 5 bits and
    more) are rounded to the nearest of 255.
+4. A layer that is kept in float32 has the rounded weights of the simulation, but its input is not rounded: rounding would take
+   two more operators and lose the time that float32 saves.
 
-And one thing that a runtime may change by itself: ONNX Runtime also rounds the weights of a float layer that stands between
-two integer ones (its optimizer WeightBiasQuantization). What `secateur verify` compares is what it computes then.
+A runtime can add one more: ONNX Runtime rounds the weights of a float layer between two integer layers (its optimizer
+WeightBiasQuantization). `secateur verify` compares the outputs after that.
 """
 
 from __future__ import annotations
@@ -54,7 +58,7 @@ LARGEST_BIAS = 2**30
 """In units of its scale; int32 ends at 2^31."""
 
 SMALLEST_SCALE = 1e-30
-"""Of an all-zero channel, which has none: times an input's scale it is still a normal float32."""
+"""Scale of an all-zero channel: its product with an input's scale is still a normal float32."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,8 @@ class LayerExecution:
         name: of the layer.
         weight_bits, activation_bits: of the policy.
         executed: "int8" or "float32".
-        note: one sentence if that differs from the policy, else "".
+        note: one sentence that says why, if this is not what the policy's bits ask for; else "".
+        kept_in_float: whether the caller kept a layer in float32 that has the bits for integers.
     """
 
     name: str
@@ -73,6 +78,7 @@ class LayerExecution:
     activation_bits: int
     executed: str
     note: str = ""
+    kept_in_float: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,14 +98,19 @@ class _IntegerLayer:
     notes: tuple[str, ...]
 
     def weight(self) -> np.ndarray:
-        """Return what the codes stand for, float32."""
+        """Return the values of the codes, float32."""
         return self.codes * self.scale.reshape(-1, *[1] * (self.codes.ndim - 1))
 
 
 def export_onnx(
-    network: nn.Module, graph: ModelGraph, image_shape: Sequence[int], images: Tensor, path: str | Path
+    network: nn.Module,
+    graph: ModelGraph,
+    image_shape: Sequence[int],
+    images: Tensor,
+    path: str | Path,
+    in_float: Mapping[str, str] | None = None,
 ) -> list[LayerExecution]:
-    """Write an ONNX file and return how each layer of it is executed.
+    """Write an ONNX file and return how each of its layers is executed.
 
     The input is "input", (N, C, H, W) float32 normalised, the output "logits", (N, classes) float32; N is free.
 
@@ -107,12 +118,13 @@ def export_onnx(
         network: with simulated quantization, eval mode; it is left as it is.
         graph: plan of the dense network that it was made from.
         image_shape: (channels, height, width).
-        images: (N, C, H, W) calibration images, normalised; a few dozen. They give the ranges of what the policy has no grid for.
+        images: (N, C, H, W) calibration images, normalized; a few dozen. They give the ranges of values without a grid.
         path: of the file. Above 1.8 GB the weights go to a second file beside it.
+        in_float: {layer: reason, a sentence} of layers that stay in float32 although they have the bits for integers.
     Raises:
         InputError: if torch cannot export the network.
     """
-    path = Path(path)
+    path, in_float = Path(path), in_float or {}
     plain = copy.deepcopy(network).eval()
     weights = {name: weight for name, module in plain.named_modules() if (weight := quantized_weight(module)) is not None}
     grids = {name: grid for name, module in plain.named_modules() if (grid := _take_grid(module)) is not None}
@@ -121,9 +133,9 @@ def export_onnx(
     layers = {
         name: _integer_layer(weights[name], gains.get(name), plain.get_submodule(name), grids[name])
         for name in weights
-        if name in grids
+        if name in grids and name not in in_float
     }
-    for name, layer in layers.items():  # exactly what the codes stand for, so that the tool cannot round to others
+    for name, layer in layers.items():  # the exact values of the codes, so that the tool cannot round them to others
         plain.get_submodule(name).weight = nn.Parameter(torch.from_numpy(layer.weight()))
     model = _float_model(plain, image_shape)
     nodes = _layer_nodes(model, plain, graph)
@@ -136,13 +148,13 @@ def export_onnx(
     else:
         _save(model, path)
     return [
-        _execution(layer.name, weights.get(layer.name), grids.get(layer.name), layers.get(layer.name), notes)
+        _execution(layer.name, weights.get(layer.name), grids.get(layer.name), layers.get(layer.name), notes, in_float)
         for layer in graph.geometry.layers
     ]
 
 
 def _take_grid(module: nn.Module) -> ActivationGrid | None:
-    """Return the grid of a layer's input, and let the layer read floats from now on."""
+    """Return the grid of a layer's input, and remove it from the layer."""
     grid = activation_grid(module)
     for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, ActivationQuantizer)]:
         del module._forward_pre_hooks[key]
@@ -150,7 +162,7 @@ def _take_grid(module: nn.Module) -> ActivationGrid | None:
 
 
 def _batch_norm_gains(network: nn.Module, graph: ModelGraph) -> dict[str, np.ndarray]:
-    """Return {layer: (outputs,) what folding will multiply its channels by}, of the layers with a batch norm to fold."""
+    """Return {layer: (outputs,) factors} by which folding multiplies the channels of the layers that have a batch norm."""
     gains = {}
     for layer, name in graph.batch_norms:
         norm = network.get_submodule(name)
@@ -164,12 +176,12 @@ def _batch_norm_gains(network: nn.Module, graph: ModelGraph) -> dict[str, np.nda
 
 
 def _integer_layer(weight: QuantizedWeight, gain: np.ndarray | None, folded: nn.Module, grid: ActivationGrid) -> _IntegerLayer:
-    """Return what stands in the file for a layer; `folded` is its module after batch norm was folded."""
+    """Return a layer as the file has it; `folded` is its module after batch norm was folded."""
     scale = weight.scale.numpy().astype(np.float64) * (1.0 if gain is None else gain)
     codes, step = _integer_levels(weight)
     codes, scale = codes * np.sign(scale).reshape(-1, *[1] * (codes.ndim - 1)), np.abs(scale) * step
     grid_8 = _eight_bits(grid)
-    # The bias is stored in int32, in units of both scales; a channel that is next to nothing beside it gets a coarser scale.
+    # The bias is stored in int32, in units of both scales; a channel whose weights are tiny beside it gets a coarser scale.
     bias = 0.0 if folded.bias is None else folded.bias.detach().abs().numpy().astype(np.float64)
     coarse = np.maximum(scale, np.maximum(bias / (grid_8.scale * LARGEST_BIAS), SMALLEST_SCALE)).astype(np.float32)
     shrunk = np.where(coarse > scale.astype(np.float32), scale / coarse, 1.0).reshape(-1, *[1] * (codes.ndim - 1))
@@ -212,11 +224,14 @@ def _execution(
     grid: ActivationGrid | None,
     layer: _IntegerLayer | None,
     conflicts: Mapping[str, str],
+    in_float: Mapping[str, str],
 ) -> LayerExecution:
     bits = FLOAT_BITS if weight is None else weight.bits, FLOAT_BITS if grid is None else grid.bits
     if layer is not None:
         notes = (*layer.notes, *([conflicts[name]] if name in conflicts else []))
         return LayerExecution(name, *bits, "int8", " ".join(notes))
+    if weight is not None and grid is not None and name in in_float:
+        return LayerExecution(name, *bits, "float32", in_float[name], kept_in_float=True)
     if weight is not None and grid is not None:
         note = "The exporter has merged it with others, so it runs in float32 and its input is not rounded."
     elif weight is not None:
@@ -245,7 +260,7 @@ def _float_model(network: nn.Module, image_shape: Sequence[int]) -> onnx.ModelPr
                 verbose=False,
             )
             return program.model_proto
-    except Exception as error:  # the exporter runs the user's forward and hundreds of passes of its own
+    except Exception as error:  # the exporter runs the user's forward and many passes of its own
         reason = str(error).strip().splitlines() or [""]
         raise InputError(
             f"torch.onnx cannot export this network: {type(error).__name__}: {reason[0]} Rewrite that operation of its forward."
@@ -253,14 +268,14 @@ def _float_model(network: nn.Module, image_shape: Sequence[int]) -> onnx.ModelPr
 
 
 def _layer_nodes(model: onnx.ModelProto, network: nn.Module, graph: ModelGraph) -> dict[str, list[onnx.NodeProto]]:
-    """Return the nodes that multiply by each layer's weight; layers that the exporter has merged with others have none."""
+    """Return the nodes that multiply by each layer's weight; layers that the exporter has merged have none."""
     constants = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     layers = {layer.name for layer in graph.geometry.layers}
     nodes: dict[str, list[onnx.NodeProto]] = {}
     for node in model.graph.node:
         if node.op_type not in ("Conv", "Gemm", "MatMul") or node.input[1] not in constants:
             continue
-        # Transposed weights have names without a meaning; the exporter notes which module made the node.
+        # Transposed weights have names of their own; the metadata of the exporter name the module that made the node.
         for name in (node.input[1].removesuffix(".weight"), _module_of(node)):
             if name in layers and sorted(constants[node.input[1]]) == sorted(network.get_submodule(name).weight.shape):
                 nodes.setdefault(name, []).append(node)
@@ -275,7 +290,7 @@ def _module_of(node: onnx.NodeProto) -> str:
 
 
 def _save(model: onnx.ModelProto, path: Path) -> None:
-    """Write the model without the exporter's notes, which name files of this machine; checked."""
+    """Check the model and write it without the exporter's metadata, which name files of this machine."""
     del model.metadata_props[:]
     for part in (model.graph, *model.graph.node, *model.graph.initializer, *model.graph.value_info):
         del part.metadata_props[:]
@@ -291,7 +306,7 @@ def _save(model: onnx.ModelProto, path: Path) -> None:
 
 
 class _Images(CalibrationDataReader):
-    """Hands the calibration images to ONNX Runtime in batches."""
+    """Gives the calibration images to ONNX Runtime in batches."""
 
     def __init__(self, images: Tensor):
         self._batches: Iterator[Tensor] = iter(images.split(CALIBRATION_BATCH))
@@ -308,7 +323,7 @@ def _quantize(
     images: Tensor,
     folder: Path,
 ) -> tuple[onnx.ModelProto, dict[str, str]]:
-    """Return the graph with the layers in integers, and what is to be said about some of them."""
+    """Return the graph with the layers in integers, and {layer: note} for layers that read another grid."""
     grids, notes = _tensor_grids(layers, nodes)
     overrides: dict[str, list[dict]] = {}
     for tensor, grid in grids.items():
@@ -334,7 +349,7 @@ def _quantize(
             use_external_data_format=source.with_name(source.name + DATA_SUFFIX).exists(),
             extra_options={
                 "TensorQuantOverrides": overrides,
-                # Products of matrices have integer kernels that give floats; convolutions have none.
+                # Matrix products have integer kernels with float outputs; convolutions have none.
                 "OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"],
             },
         )
@@ -351,15 +366,15 @@ def _quantize(
 def _tensor_grids(
     layers: Mapping[str, _IntegerLayer], nodes: Mapping[str, Sequence[onnx.NodeProto]]
 ) -> tuple[dict[str, ActivationGrid], dict[str, str]]:
-    """Return the grid of every tensor that an integer layer reads, and a note for layers that get another one's.
+    """Return the grid of every tensor that an integer layer reads, and a note for layers that get another layer's grid.
 
-    Of several grids for a tensor the one with the widest range is taken: values that are cut off are the larger error.
+    Of several grids for a tensor the one with the widest range is taken, because clipping is the larger error.
     """
     chosen: dict[str, str] = {}
     for name, layer in layers.items():
         for node in nodes[name]:
-            known = chosen.get(node.input[0])
-            if known is None or layer.grid.scale > layers[known].grid.scale:
+            widest = chosen.get(node.input[0])
+            if widest is None or layer.grid.scale > layers[widest].grid.scale:
                 chosen[node.input[0]] = name
     notes = {
         name: f"It reads its input on the grid of layer {chosen[node.input[0]]}."
@@ -373,7 +388,7 @@ def _tensor_grids(
 def _integer_nodes(model: onnx.ModelProto, layer_nodes: set[str], grids: Mapping[str, ActivationGrid]) -> list[str]:
     """Return the names of the nodes that get integer inputs and outputs.
 
-    These are the layers, sums whose operands are on grids anyway, and ReLUs behind both: they vanish, because the lowest
+    These are the layers, sums whose operands are both on grids, and ReLUs after both: a runtime drops them, because the lowest
     code is their zero.
     """
     names, on_grid = [], set(grids)
@@ -395,17 +410,17 @@ def _integer_nodes(model: onnx.ModelProto, layer_nodes: set[str], grids: Mapping
 
 
 def _output_axis(node: onnx.NodeProto) -> int:
-    """The axis of the node's weight that belongs to the layer's outputs."""
+    """Return the axis of the node's weight that belongs to the layer's outputs."""
     transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
     return 0 if node.op_type == "Conv" or transposed else 1
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep back what torch's exporter and ONNX Runtime's quantizer tell about themselves."""
+    """Suppress the messages of torch's exporter and ONNX Runtime's quantizer."""
     logger = logging.getLogger()
     level = logger.level
-    # Deprecations inside torch's exporter and hints about pre-processing are no concern of the user; errors are raised.
+    # They are deprecations inside torch's exporter and hints about pre-processing; errors are raised.
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         logger.setLevel(logging.ERROR)

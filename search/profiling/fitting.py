@@ -10,6 +10,7 @@ from scipy.optimize import lsq_linear
 
 from secateur.cost_models.core import LayerShapes
 from secateur.cost_models.latency_table import Correction, LatencyTable, TableLatency, WholeModelCheck, layer_family, weight_bytes
+from secateur.cost_models.precision import executed_precision
 from secateur.cost_models.traffic import Traffic
 from secateur.search.correlation import spearman
 
@@ -34,11 +35,12 @@ def fit_correction(
     """
     measured = np.array(milliseconds)
     geometry = shapes.geometry
-    layers = TableLatency(replace(table, corrections=()), integer_bits).per_layer(shapes)
+    executed = _measured_execution(shapes, integer_bits)
+    layers = TableLatency(replace(table, corrections=()), integer_bits).per_layer(shapes, executed)
     families = [layer_family(layer.kind, layer.kernel, 0 if layer.depthwise else layer.conv_groups) for layer in geometry.layers]
     names = sorted(set(families))
     traffic = Traffic(table.float_precision, integer_bits)
-    width = weight_bytes(int(traffic.executed(shapes).flat[0]), table.float_precision)
+    width = weight_bytes(int(executed.flat[0]), table.float_precision)
     columns = [layers[:, [family == name for family in families]].sum(axis=1) for name in names]
     columns += [np.full(len(measured), float(sum(layer.calls for layer in geometry.layers)))]
     columns += [1e-6 * width * shapes.weights.sum(axis=1), 1e-6 * traffic.other_steps(shapes)[0]]
@@ -65,8 +67,9 @@ def check(
         fitted: how many others did.
     """
     measured = np.array(milliseconds)
-    predicted = TableLatency(table, integer_bits).total(shapes)
-    plain = TableLatency(replace(table, corrections=(), border=0.0), integer_bits).total(shapes)
+    executed = _measured_execution(shapes, integer_bits)
+    predicted = TableLatency(table, integer_bits).total(shapes, executed)
+    plain = TableLatency(replace(table, corrections=(), border=0.0), integer_bits).total(shapes, executed)
     return WholeModelCheck(
         precision,
         fitted,
@@ -76,3 +79,8 @@ def check(
         tuple(predicted.round(6).tolist()),
         tuple(measured.round(6).tolist()),
     )
+
+
+def _measured_execution(shapes: LayerShapes, integer_bits: tuple[int, ...]) -> np.ndarray:
+    """Return the bits that each layer was executed in, (population, L): the profiler has every layer run in its own bits."""
+    return executed_precision(shapes.weight_bits, shapes.activation_bits, integer_bits)

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from secateur.envs.core import Budget, CompressionPolicy, InputError
-from secateur.search.export.folder import write_export
-from secateur.search.export.verification import Verification, verify_in_fresh_process
+from secateur.search.export.verification import Verification
+from secateur.search.export.verify import verify_in_fresh_process
+from secateur.search.export.write import write_export
 from secateur.search.problem import Problem
 from secateur.search.results.finalize import Finalist, score_finalist
 from secateur.search.results.front import Front

@@ -2,6 +2,7 @@
 
 import pickle
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -131,7 +132,8 @@ def test_the_correction_is_applied_by_precision():
     moved = 4 * 10  # bytes that the step without a layer writes; `live` has no end for what it reads
     assert model.total(floats)[0] == pytest.approx(model.per_layer(floats).sum() + moved * 1e-3)
     weights = np.array([3 * 32 * 9, 32 * 32, 32 * 9, 320])
-    np.testing.assert_allclose(model.per_layer(integers)[0], alone / 2 * [1, 3, 1, 1] + 2e-3 * weights)
+    in_integers = model.per_layer(integers, eight)[0]
+    np.testing.assert_allclose(in_integers, alone / 2 * [1, 3, 1, 1] + 2e-3 * weights)
 
 
 def test_a_correction_leaves_something_of_every_layer():
@@ -145,7 +147,39 @@ def test_values_between_precisions_are_converted():
     model, plain = TableLatency(table(border=1e6), (8,)), TableLatency(table(), (8,))
     shapes = geometry().shapes(None, bits, bits)
     converted = 2 * 3 * 64 + 32 * 64 + 32  # inputs of the first, second and fourth layer; images come in float
-    assert model.total(shapes)[0] - plain.total(shapes)[0] == pytest.approx(converted)
+    assert model.total(shapes, bits)[0] - plain.total(shapes, bits)[0] == pytest.approx(converted)
+
+
+def test_integers_that_are_slower_are_not_executed():
+    """Int8 takes twice the time of the first layer and half the time of the others; conversions cost nothing."""
+    slower = grid(CONV, Axis((3,)), Axis((1, 8, 16, 32)), "int8", factor=2.0)
+    known = table(grids=tuple(slower if g.key == slower.key and g.precision == "int8" else g for g in table().grids))
+    model, eight = TableLatency(known, (8,)), np.full((1, 4), 8)
+    shapes = geometry().shapes(None, eight, eight)
+    assert model.executed(shapes).tolist() == [[32, 8, 8, 8]]
+    np.testing.assert_allclose(model.per_layer(shapes)[0], TableLatency(known).per_layer(geometry().shapes())[0] * [1, 0.5, 0.5, 0.5])
+    assert model.total(shapes)[0] < model.total(shapes, eight)[0]
+
+
+def test_a_conversion_that_costs_more_than_integers_save_is_not_made():
+    """Int8 saves half of each layer's time, but the input of the pointwise layer (0.5 ms saved) takes longer to convert."""
+    border = 0.6e6 / (32 * 64)  # 0.6 ms for the input of the second layer, 0.009 ms for that of the last one
+    model, bits = TableLatency(table(border=border), (8,)), np.array([[32, 8, 32, 8]])
+    assert model.executed(geometry().shapes(None, bits, bits)).tolist() == [[32, 32, 32, 8]]
+
+
+@pytest.mark.parametrize("border", [0.0, 2.0, 50.0])
+def test_the_fastest_of_all_executions_is_found(border):
+    rng = np.random.default_rng(0)
+    grids = tuple(replace(g, milliseconds=tuple(map(tuple, rng.random(np.shape(g.milliseconds))))) for g in table().grids)
+    corrections = (Correction("float32", per_megabyte=2000.0), Correction("int8", per_layer=0.1, per_megabyte=3000.0))
+    model = TableLatency(table(grids=grids, corrections=corrections, border=border), (8,))
+    bits = rng.choice([8, 32], (50, 4), p=[0.8, 0.2])
+    shapes = geometry().shapes(rng.integers(1, 33, (50, 2)), bits, bits)
+    executions = [np.where(list(in_float), 32, bits) for in_float in product([False, True], repeat=4)]
+    totals = np.array([model.total(shapes, executed) for executed in executions])
+    np.testing.assert_allclose(model.total(shapes), totals.min(axis=0))
+    assert len({executed.tobytes() for executed in model.executed(shapes)}) > 1
 
 
 @pytest.mark.parametrize("change", [{"kernel": (5, 5)}, {"stride": (2, 2)}, {"out_hw": (4, 4)}, {"out_channels": 64}])

@@ -93,7 +93,7 @@ def test_an_exported_model_scores_the_same_in_a_fresh_process(folder):
 import sys
 from secateur.envs.evaluator import top1
 from secateur.envs.tasks import synthetic
-from secateur.search.export.folder import load_compressed
+from secateur.search.export.load import load_compressed
 data = synthetic.load(validation=256, train="rest")
 print(top1(load_compressed("runs/small-1/exports/watch"), *data.tensors(data.test)))
 """

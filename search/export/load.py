@@ -1,0 +1,94 @@
+"""Builds a compressed model from an export folder: JSON and safetensors, no pickles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from secateur.cost_models.core import FLOAT_BITS
+from secateur.envs.core import InputError
+from secateur.envs.pruning.slicing import resize_model
+from secateur.envs.quantization.fake_quantize import set_activation_grid, set_quantized_weight
+from secateur.envs.quantization.packing import unpack_bits
+from secateur.envs.quantization.quantizers import ActivationGrid, QuantizedWeight
+from secateur.envs.tasks.models import call_factory, find_factory, is_model_factory
+from secateur.search.export.files import CODES, LEVELS, POLICY, SCALE, WEIGHTS, check_file, read_export
+
+
+def load_compressed(folder: str | Path, factory: Callable[..., nn.Module] | None = None) -> nn.Module:
+    """Return the compressed model in an export folder, in eval mode; its weights equal the scored ones bit for bit.
+
+    Loading imports the module of the factory that policy.json names, which runs the code of that module, and calls the
+    factory if it looks like a factory of networks. With `factory` neither happens.
+
+    Args:
+        folder: of the export.
+        factory: called in place of the one that policy.json names, with the same arguments.
+    Raises:
+        InputError: if the folder is no export, its files are damaged or were changed, the code of the model has changed, or
+            policy.json names something that is not a factory of networks.
+    """
+    folder = Path(folder)
+    document = read_export(folder)
+    try:
+        packed = _read_weights(folder / WEIGHTS, document["weights_sha256"])
+        model = build_dense(document["model"], factory).float().eval()
+        restore_layers(model, packed, document["layers"])
+        with torch.inference_mode():
+            model(torch.zeros(1, *document["model"]["input"]))
+    except InputError:
+        raise
+    except Exception as error:  # a hand-edited file can break any step above in its own way
+        raise InputError(f"{folder / POLICY} does not fit the model: {type(error).__name__}: {error}") from error
+    return model
+
+
+def build_dense(model: Mapping[str, Any], factory: Callable[..., nn.Module] | None = None) -> nn.Module:
+    """Return the network before compression; a function that policy.json names is called only if it makes networks."""
+    if factory is not None:
+        return call_factory(factory, model["args"], model["factory"])
+    function, arguments = find_factory(model["factory"], model["args"])
+    if not is_model_factory(function):
+        raise InputError(
+            f"{POLICY} names `{model['factory']}`, which is neither a torch.nn.Module class nor a function of a module that has "
+            "one, so it was not called. If it makes the network, pass it: load_compressed(folder, factory=...)."
+        )
+    return call_factory(function, arguments, model["factory"])
+
+
+def _read_weights(path: Path, checksum: str) -> dict[str, Tensor]:
+    check_file(path, checksum)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise InputError(f"{path} is damaged: {error}") from None
+
+
+def restore_layers(model: nn.Module, packed: Mapping[str, Tensor], layers: list[dict[str, Any]]) -> None:
+    """Give a freshly built dense model the stored tensors, their shapes and the quantizers, in place."""
+    tensors = {name: tensor for name, tensor in packed.items() if not name.endswith((CODES, SCALE, LEVELS))}
+    quantized = {}
+    for layer in layers:
+        if layer["weight_bits"] != FLOAT_BITS:
+            name, shape = layer["name"], tuple(layer["weight_shape"])
+            stream = packed[name + CODES].numpy().astype(np.uint8, copy=False)
+            codes = torch.from_numpy(unpack_bits(stream, layer["weight_bits"], shape))
+            quantized[name] = QuantizedWeight(codes, packed[name + SCALE], layer["weight_bits"], packed.get(name + LEVELS))
+            tensors[f"{name}.weight"] = quantized[name].dequantize()
+    expected = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    if missing := sorted(expected - set(tensors)):
+        raise InputError(f"The export has no tensor `{missing[0]}`, which the factory makes: the model's code has changed.")
+    resize_model(model, tensors)
+    for layer in layers:
+        module = model.get_submodule(layer["name"])
+        if layer["name"] in quantized:
+            set_quantized_weight(module, quantized[layer["name"]])
+        if layer["activation_bits"] != FLOAT_BITS:
+            set_activation_grid(module, ActivationGrid(**layer["activation_grid"]))

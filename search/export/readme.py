@@ -1,0 +1,103 @@
+"""The README.md of an export: how to load the model, its scores and costs, and how each layer is executed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from secateur.envs.tasks.models import find_factory, is_model_factory
+from secateur.search.export.files import ONNX, PT2
+
+
+def export_readme(document: Mapping[str, Any], name: str) -> str:
+    """Return the text of README.md.
+
+    Args:
+        document: the content of policy.json.
+        name: of the folder.
+    """
+    scores = [(split, score) for split, score in document["scores"].items() if score is not None]
+    lines = "\n".join(f"- {split} top-1: {100 * score['top1']:.2f} % of {score['images']} images" for split, score in scores)
+    costs = "\n".join(
+        f"- {cost}: {_number(value)} ({100 * value / document['dense_costs'][cost]:.1f} % of dense)"
+        for cost, value in document["costs"].items()
+    )
+    mean, std = ([round(value, 6) for value in document["normalization"][key]] for key in ("mean", "std"))
+    shape = ", ".join(map(str, document["model"]["input"]))
+    factory = document["model"]["factory"]
+    imported, override = "", ""
+    if not is_model_factory(find_factory(factory)[0]):
+        module, _, function = factory.partition(":")
+        imported, override = f"\nfrom {module} import {function}", f", factory={function}"
+    return f"""# {factory}, compressed for the budget "{document["budget"]["name"]}"
+
+In PyTorch:
+
+```python
+import torch
+from secateur import load_compressed{imported}
+
+model = load_compressed("{name}"{override})  # this folder; a torch.nn.Module in eval mode
+mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in ({mean}, {std}))
+logits = model((pixels.float() / 255 - mean) / std)  # pixels: (N, {shape}) uint8
+```
+
+In ONNX Runtime, {_executed(document)}:
+
+```python
+import numpy as np, onnxruntime
+
+options = onnxruntime.SessionOptions()
+options.add_session_config_entry("session.x64quantprecision", "1")  # exact 8-bit sums on processors without VNNI
+session = onnxruntime.InferenceSession("{name}/{ONNX}", options, providers=["CPUExecutionProvider"])
+mean, std = (np.array(values, np.float32).reshape(1, -1, 1, 1) for values in ({mean}, {std}))
+(logits,) = session.run(None, {{"input": (pixels.astype(np.float32) / 255 - mean) / std}})  # pixels: (N, {shape}) uint8
+```
+{_pt2_readme(document, name, mean, std, shape)}
+{costs}
+{lines}
+
+Loading in PyTorch imports the module of `{factory}` and calls it: its code runs. Load only exports from people you trust.
+
+{document["note"]}{_execution_notes(document)}
+"""
+
+
+def _number(value: float) -> str:
+    """Return a count as a whole number, a smaller value with four significant digits."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def _executed(document: Mapping[str, Any]) -> str:
+    layers = document["execution"]
+    integer = sum(layer["executed"] == "int8" for layer in layers)
+    if not integer:
+        return "all layers in float32"
+    others = ", the others in float32" if integer < len(layers) else ""
+    return f"{integer} of {len(layers)} layers in 8-bit integers{others}"
+
+
+def _execution_notes(document: Mapping[str, Any]) -> str:
+    """Return the notes on how model.onnx executes the layers: each sentence once, with its layers."""
+    layers_of: dict[str, list[str]] = {}
+    for layer in document["execution"]:
+        if layer["note"]:
+            layers_of.setdefault(layer["note"], []).append(layer["name"])
+    lines = "".join(f"\n- {', '.join(f'`{name}`' for name in names)}: {note}" for note, names in layers_of.items())
+    return f"\n\nHow `{ONNX}` executes these layers:\n{lines}" if lines else ""
+
+
+def _pt2_readme(document: Mapping[str, Any], name: str, mean: list[float], std: list[float], shape: str) -> str:
+    if PT2 not in document["files"]:
+        return ""
+    return f"""
+With torch alone, quantization simulated:
+
+```python
+import torch
+
+model = torch.export.load("{name}/{PT2}").module()
+mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in ({mean}, {std}))
+logits = model((pixels.float() / 255 - mean) / std)  # pixels: (N, {shape}) uint8
+```
+"""

@@ -1,0 +1,311 @@
+"""Writes a compressed model to a folder: JSON, safetensors and ONNX, no pickles.
+
+policy.json         the policy, the kept channels, scores, costs and limits: everything but the numbers of the network
+model.safetensors   its tensors; the weights of quantized layers as packed integer codes and one scale per channel
+model.onnx          the same network for runtimes; `execution` in policy.json says which layers are in 8-bit integers
+model.pt2           if asked for: the network with simulated quantization as torch.export has it; needs no code of the model
+README.md           how to load it
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from secateur.cost_models.core import FLOAT_BITS
+from secateur.envs.core import Budget, CompressionPolicy, Evaluation, InputError
+from secateur.envs.policy_space import document_to_policy, policy_to_document
+from secateur.envs.quantization.fake_quantize import activation_grid, quantized_weight
+from secateur.envs.quantization.packing import pack_bits
+from secateur.envs.tasks.models import build_model
+from secateur.search.export.execution import layers_in_float
+from secateur.search.export.files import (
+    CODES,
+    LEVELS,
+    ONNX,
+    POLICY,
+    PT2,
+    README,
+    SCALE,
+    WEIGHTS,
+    check_files,
+    file_checksum,
+    policy_checksum,
+    read_export,
+)
+from secateur.search.export.load import load_compressed
+from secateur.search.export.onnx_export import LayerExecution, export_onnx
+from secateur.search.export.readme import export_readme
+from secateur.search.results.finalize import finalist_scores
+from secateur.search.results.front import winner
+
+if TYPE_CHECKING:
+    from secateur.search.problem import Problem
+
+SAME_TOP1 = 0.005
+"""Scores of the same network differ by less than this: another number of threads changes the order of sums, and with it
+the last bits and sometimes an answer."""
+
+RANGE_IMAGES = 64
+"""Calibration images that give the ranges of sums and outputs in the ONNX file."""
+
+
+def write_export(
+    folder: str | Path,
+    problem: Problem,
+    policy: CompressionPolicy,
+    budget: Budget,
+    validation: Evaluation,
+    test: Evaluation | None = None,
+    pt2: bool = False,
+) -> nn.Module:
+    """Write a policy's network to a new folder, read it back, and return the network that was read.
+
+    Args:
+        folder: must not exist, or be empty. Nothing is left in it if anything fails.
+        problem: the search that the policy belongs to.
+        policy: the policy to build.
+        budget: the budget whose limits the policy meets.
+        validation, test: its scores; they go into policy.json.
+        pt2: whether to write model.pt2 too.
+    Raises:
+        InputError: if the folder is not free or cannot be written, or the network cannot be exported to ONNX.
+        RuntimeError: if the model that is read back computes something else.
+    """
+    folder = Path(folder)
+    check_free(folder)
+    network = problem.finalist_assembler.assemble(policy)
+    draft = folder.parent / f".{folder.name}.draft-{os.getpid()}"
+    draft.mkdir(parents=True)
+    try:
+        executions = _write_models(draft, problem, policy, network, pt2)
+        document = _document(problem, policy, network, budget, validation, test, executions)
+        document["weights_sha256"] = file_checksum(draft / WEIGHTS)
+        document["files"] = {path.name: file_checksum(path) for path in sorted(draft.glob("model.*"))}
+        document["policy_sha256"] = policy_checksum(document)
+        (draft / POLICY).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        (draft / README).write_text(export_readme(document, folder.name), encoding="utf-8")
+        loaded = _read_back(draft, problem, network)
+        os.replace(draft, folder)
+    except BaseException:
+        shutil.rmtree(draft)
+        raise
+    return loaded
+
+
+def _write_models(
+    draft: Path, problem: Problem, policy: CompressionPolicy, network: nn.Module, pt2: bool
+) -> list[LayerExecution]:
+    """Write model.safetensors, model.onnx and perhaps model.pt2; return how each layer of model.onnx is executed."""
+    save_file(packed_tensors(network), draft / WEIGHTS)
+    graph, shape = problem.assembler.graph, problem.config.model.input
+    ranges = problem.assembler.images  # None only if no layer has activation bits; then no range is measured
+    ranges = torch.zeros(1, *shape) if ranges is None else ranges[:RANGE_IMAGES]
+    in_float = layers_in_float(problem.device, graph.geometry.shapes(policy.widths, policy.weight_bits, policy.activation_bits))
+    executions = export_onnx(network, graph, shape, ranges, draft / ONNX, in_float)
+    if pt2:
+        _write_pt2(network, shape, draft / PT2)
+    return executions
+
+
+def _read_back(draft: Path, problem: Problem, network: nn.Module) -> nn.Module:
+    """Return the model in the folder; RuntimeError if it computes something else than `network`."""
+    # The user's own configuration named the factory, so here it is called without a check.
+    loaded = load_compressed(draft, lambda **arguments: build_model(problem.config.model.factory, arguments))
+    images = problem.data.tensors(problem.data.validation)[0][:16]
+    with torch.inference_mode():
+        if not torch.equal(loaded(images), network(images)):
+            raise RuntimeError("The exported model computes something else than the one that was searched.")
+    return loaded
+
+
+def export_point(
+    folder: str | Path,
+    problem: Problem,
+    document: Mapping[str, Any],
+    budget: str,
+    point: Mapping[str, Any] | None = None,
+    pt2: bool = False,
+) -> tuple[Evaluation, Evaluation]:
+    """Write the export of a policy of a run; return its validation and its test score.
+
+    Args:
+        folder: must not exist, or be empty.
+        problem: the search, built again from the run's configuration.
+        document: the run's front.json.
+        budget: name of the budget that the export is for.
+        point: the policy, as front.json lists it; default: the winner of the budget.
+        pt2: see `write_export`.
+    Raises:
+        InputError: if no policy fits the budget, the folder is not free, or model, data or code are not those of the run.
+    """
+    point = winner(document, budget) if point is None else point
+    policy = document_to_policy(point["policy"])
+    costs = problem.space.costs.of_policy(policy)
+    if not _same_costs(costs, point["costs"]):
+        raise InputError(
+            f"The run was made with another model: its policy cost {point['costs']}, now it costs {costs}. "
+            "Restore the model's code and weights, or search again."
+        )
+    _check_same("validation top-1 of the dense model", document["dense"]["top1"], problem.dense.top1)
+    validation, test = finalist_scores(problem, policy)
+    for tested in document["final"]["points"]:
+        if tested["evaluation"] == point["evaluation"]:
+            _check_same("test top-1 of the exported policy", tested["top1"], test.top1)
+    limits = next(entry for entry in problem.budgets if entry.name == budget)
+    write_export(folder, problem, policy, limits, validation, test, pt2)
+    return validation, test
+
+
+def is_export_of(folder: str | Path, point: Mapping[str, Any], budget: str, pt2: bool = False) -> bool:
+    """Whether a folder holds the complete, unchanged export of this policy for this budget; `point` as in `export_point`."""
+    folder = Path(folder)
+    if not (folder / POLICY).is_file():
+        return False
+    try:
+        document = read_export(folder)
+        check_files(folder, document)
+        same = document["policy"] == json.loads(json.dumps(point["policy"])) and document["budget"]["name"] == budget
+        return same and (PT2 in document["files"] or not pt2)
+    except (InputError, KeyError, TypeError):
+        return False
+
+
+def check_free(folder: Path) -> None:
+    """Raise InputError unless an export can be written to `folder`; leaves nothing behind."""
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"The export folder {folder} exists already. Remove it, or choose another with --output.")
+        parent = next(parent for parent in folder.absolute().parents if parent.exists())
+        # Only a trial finds all obstacles: permissions, read-only disks, files in the way.
+        with TemporaryDirectory(dir=parent):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"The export folder {folder} cannot be written: {error.strerror}. Choose another with --output."
+        ) from None
+
+
+def _same_costs(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
+    # Not exactly equal: another processor may add a latency's terms in another order.
+    return set(one) == set(other) and all(math.isclose(value, other[cost], rel_tol=1e-9) for cost, value in one.items())
+
+
+def _check_same(score: str, recorded: float, found: float) -> None:
+    if abs(found - recorded) > SAME_TOP1:
+        raise InputError(
+            f"The {score} was {100 * recorded:.2f} % in the run and is {100 * found:.2f} % now: weights, data or code "
+            "have changed. Restore the weights, data and versions of the run, or search again."
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------ contents
+
+
+def packed_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors to store, each with memory of its own; tied parameters once."""
+    tensors = {name: tensor.detach() for name, tensor in (*network.named_parameters(), *network.named_buffers())}
+    for name, module in network.named_modules():
+        if (quantized := quantized_weight(module)) is not None:
+            del tensors[f"{name}.weight"]
+            tensors[name + CODES] = torch.from_numpy(pack_bits(quantized.codes.numpy(), quantized.bits))
+            tensors[name + SCALE] = quantized.scale
+            if quantized.levels is not None:
+                tensors[name + LEVELS] = quantized.levels
+    return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}  # safetensors refuses shared memory
+
+
+def layer_entries(network: nn.Module) -> list[dict[str, Any]]:
+    """Return the quantized layers: bits, shape of the weight, grid of the input."""
+    layers = []
+    for name, module in network.named_modules():
+        weight, grid = quantized_weight(module), activation_grid(module)
+        if weight is not None or grid is not None:
+            layers.append(
+                {
+                    "name": name,
+                    "weight_bits": FLOAT_BITS if weight is None else weight.bits,
+                    "weight_shape": list(module.weight.shape),
+                    "activation_bits": FLOAT_BITS if grid is None else grid.bits,
+                    "activation_grid": None if grid is None else asdict(grid),
+                }
+            )
+    return layers
+
+
+def _document(
+    problem: Problem,
+    policy: CompressionPolicy,
+    network: nn.Module,
+    budget: Budget,
+    validation: Evaluation,
+    test: Evaluation | None,
+    executions: list[LayerExecution],
+) -> dict[str, Any]:
+    model, data, graph = problem.config.model, problem.data, problem.assembler.graph
+    kept = problem.assembler.kept(policy)
+    return {
+        "schema": 1,
+        "model": {"factory": model.factory, "args": model.args, "input": list(model.input)},
+        "normalization": {
+            "formula": "(pixel / 255 - mean) / std",
+            "mean": [float(value) for value in data.mean],
+            "std": [float(value) for value in data.std],
+        },
+        "classes": list(data.classes),
+        "policy": policy_to_document(policy),
+        "budget": {"name": budget.name, "limits": dict(budget.limits), "top1_drop": budget.top1_drop},
+        "costs": dict(validation.costs),
+        "dense_costs": dict(problem.dense.costs),
+        "scores": {
+            "validation": {"top1": validation.top1, "images": validation.images},
+            "test": None if test is None else {"top1": test.top1, "images": test.images},
+            "dense_validation": {"top1": problem.dense.top1, "images": problem.dense.images},
+        },
+        "data": data.source,
+        "data_config": problem.config.data.model_dump(mode="json"),
+        "device": None if problem.device is None else problem.device.document(),
+        "groups": [
+            {
+                "name": group.name,
+                "units": group.units,
+                "prune_ratio": 1 - len(units) / group.units,
+                "kept": units.tolist(),
+            }
+            for group, units in zip(graph.groups, kept, strict=True)
+        ],
+        "layers": layer_entries(network),
+        "execution": [asdict(execution) for execution in executions],
+        "note": "In model.safetensors weights are stored in their bits. In PyTorch activation bits are simulated: values are "
+        "rounded to the grid, the arithmetic is float32. In model.onnx layers of at most 8 bits compute in integers, except "
+        "where `execution` in policy.json names another reason.",
+    }
+
+
+def _write_pt2(network: nn.Module, image_shape: Sequence[int], path: Path) -> None:
+    """Write the network as torch.export has it, without the stack traces, which name files of this machine."""
+    batch = torch.export.Dim("batch")
+    with warnings.catch_warnings(), torch.inference_mode():  # so quantizers use operators that torch.export knows
+        warnings.simplefilter("ignore")  # they concern torch's own parts
+        try:
+            program = torch.export.export(network, (torch.zeros(2, *image_shape),), dynamic_shapes=({0: batch},))
+        except Exception as error:  # it runs the user's forward
+            reason = (str(error).strip().splitlines() or [""])[0]
+            raise InputError(
+                f"torch.export cannot export this network: {type(error).__name__}: {reason} Leave out --pt2."
+            ) from error
+        for node in program.graph.nodes:
+            node.meta.pop("stack_trace", None)
+        torch.export.save(program, path)
