@@ -167,7 +167,7 @@ def _follow(search: Callable[[SearchProgress], Path]) -> None:
 
 
 def _show_run(console: Console, run: Path) -> None:
-    from secateur.search.results.front import read_front
+    from secateur.search.results.document import read_front
     from secateur.search.results.tables import check_lines, front_tables
 
     document = read_front(run)
@@ -185,7 +185,7 @@ def front(
     output: Annotated[Format, typer.Option("--format", help="What to print.")] = Format.TABLE,
 ) -> None:
     """Print the Pareto front of a run, also while it is still searching."""
-    from secateur.search.results.front import front_csv, only_budget, read_front
+    from secateur.search.results.document import front_csv, only_budget, read_front
     from secateur.search.results.tables import check_lines, front_tables
 
     document = read_front(run)
@@ -214,7 +214,7 @@ def export(
     pt2: Annotated[bool, typer.Option("--pt2", help="Write model.pt2 of torch.export too.")] = False,
 ) -> None:
     """Write models of a run: policy.json, safetensors and ONNX, loadable without pickles. Say which with one option."""
-    from secateur.search.results.front import read_front
+    from secateur.search.results.document import read_front
     from secateur.search.run.folder import load_manifest
 
     settings, _ = load_manifest(run)

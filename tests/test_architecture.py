@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -45,19 +46,14 @@ SPINE = ("agents.core", "envs.core", "cost_models.core")
 """All of ours that the loop may know."""
 
 
-def imports(path: Path, at_import_time: bool = False) -> set[str]:
-    """Return the modules that a file imports; "from a import b" counts as a.b where that is a module of ours.
+@cache
+def imports(path: Path) -> set[str]:
+    """Return the modules that a file imports anywhere, also in functions and for type checking only.
 
-    Args:
-        at_import_time: leave out what runs later or never: in functions, and under `if TYPE_CHECKING`.
+    "from a import b" counts as a.b where that is a module of ours; ours are named without "secateur.".
     """
     found = set()
-
-    def visit(node: ast.AST) -> None:
-        if at_import_time and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            return
-        if at_import_time and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            return
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found.update(alias.name.removeprefix("secateur.") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -65,10 +61,6 @@ def imports(path: Path, at_import_time: bool = False) -> set[str]:
             home = node.module.removeprefix("secateur.")
             parts = {f"{home}.{alias.name}" for alias in node.names}
             found.update(part if part in FILES else home for part in parts)
-        for child in ast.iter_child_nodes(node):
-            visit(child)
-
-    visit(ast.parse(path.read_text(encoding="utf-8")))
     return found
 
 
@@ -121,7 +113,7 @@ def import_cycle(graph):
 
 
 def test_there_are_no_import_cycles():
-    graph = {module: imports(path, at_import_time=True) & set(FILES) - {module} for module, path in FILES.items()}
+    graph = {module: imports(path) & set(FILES) - {module} for module, path in FILES.items()}
     assert import_cycle(graph) == []
     assert set(import_cycle({"a": {"b"}, "b": {"a"}})) == {"a", "b"}
 

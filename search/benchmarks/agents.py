@@ -23,8 +23,9 @@ from secateur.search.build import build_agent, build_front, build_options, build
 from secateur.search.config import SearchConfig, apply_override, parse_config
 from secateur.search.loop import Runner, run_loop
 from secateur.search.problem import Problem
-from secateur.search.results.finalize import Finalist, dense_test_score, finalize
-from secateur.search.results.front import Candidate, Front
+from secateur.search.results.core import Finalist, FrontPoint
+from secateur.search.results.finalize import dense_test_score, finalize
+from secateur.search.results.front import Front
 
 CURVE_POINTS = 12
 """How often a run's hypervolume is recorded, at equal distances."""
@@ -178,7 +179,7 @@ def _winners(problem: Problem, front: Front) -> dict[str, dict[str, Any] | None]
     }
 
 
-def _winner(problem: Problem, finalist: Finalist, candidate: Candidate) -> dict[str, Any]:
+def _winner(problem: Problem, finalist: Finalist, candidate: FrontPoint) -> dict[str, Any]:
     """Return a budget's winner, and four top-1 scores before any fine-tuning.
 
     Args:

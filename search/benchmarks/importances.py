@@ -27,8 +27,8 @@ from secateur.search.build import build_agent, build_front, build_plugin, open_r
 from secateur.search.config import PluginEntry, SearchConfig, parse_config
 from secateur.search.loop import Runner, run_loop
 from secateur.search.problem import Problem
+from secateur.search.results.core import FrontPoint
 from secateur.search.results.finalize import dense_test_score
-from secateur.search.results.front import Candidate
 
 TESTED_WITH = ("none", "least_squares", "sequential")
 """Recovery settings of the test scores, weakest first."""
@@ -128,7 +128,7 @@ def _scores(problem: Problem, name: str) -> tuple[np.ndarray, ...]:
     return tuple(build_plugin(IMPORTANCES, PluginEntry(name=name)).scores(dense))
 
 
-def _allocate(task: Problem, runner: Runner, agent: str, evaluations: int) -> tuple[Candidate | None, int]:
+def _allocate(task: Problem, runner: Runner, agent: str, evaluations: int) -> tuple[FrontPoint | None, int]:
     """Return the agent's best feasible candidate, None if there is none, and the number of episodes."""
     front, task = build_front(task), prepare(task, agent, {})
 
@@ -140,7 +140,7 @@ def _allocate(task: Problem, runner: Runner, agent: str, evaluations: int) -> tu
     return (best[0] if best else None), done
 
 
-def _candidate_scores(task: Problem, candidate: Candidate | None) -> dict[str, Any]:
+def _candidate_scores(task: Problem, candidate: FrontPoint | None) -> dict[str, Any]:
     """Return validation and test scores, share of MACs and widths."""
     if candidate is None:
         return {"validation_top1": None, "test_top1": {}, "macs": None, "widths": None}

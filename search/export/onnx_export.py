@@ -1,6 +1,6 @@
 """Writes a compressed network as ONNX: layers whose weight and input have at most 8 bits in integers, the others in float32.
 
-The caller can keep layers in float32 that have the bits for integers (`in_float`), because the device computes them faster that way.
+The caller can keep layers in float32 that have the bits for integers (`in_float`), because the device computes them faster.
 
 The float32 graph comes from torch.onnx; ONNX Runtime's own tool adds pairs of QuantizeLinear and DequantizeLinear (QDQ), which
 runtimes turn into integer kernels. The grids of weights and layer inputs are the searched ones.

@@ -136,7 +136,9 @@ def write_verification(folder: Path, verification: Verification) -> None:
         draft.write_text(json.dumps(asdict(verification), indent=1) + "\n", encoding="utf-8")
         os.replace(draft, path)
     except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}. Copy the export to a folder that you can write to.") from None
+        raise InputError(
+            f"{path} cannot be written: {error.strerror}. Copy the export to a folder that you can write to."
+        ) from None
 
 
 def read_verification(folder: str | Path) -> Verification:

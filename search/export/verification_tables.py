@@ -9,7 +9,7 @@ from rich.table import Table
 from secateur.search.export.files import ONNX
 from secateur.search.export.verification import Verification
 from secateur.search.export.verify import FLOAT_TOLERANCE, LEAST_AGREEMENT
-from secateur.search.results.tables import amount, percent
+from secateur.search.results.formatting import amount, percent
 
 
 def verification_tables(verification: Verification) -> list[Table]:

@@ -52,7 +52,7 @@ from secateur.search.export.verification import (
 )
 from secateur.search.profiling.profiler import describe_machine
 from secateur.search.profiling.runtimes import find_runtime, measure_latencies, open_session
-from secateur.search.results.tables import amount, percent
+from secateur.search.results.formatting import amount, percent
 
 FLOAT_TOLERANCE = 1e-3
 """Largest difference of a logit in standard deviations of all logits, where both sides compute in float32."""

@@ -48,8 +48,8 @@ from secateur.search.export.files import (
 from secateur.search.export.load import load_compressed
 from secateur.search.export.onnx_export import LayerExecution, export_onnx
 from secateur.search.export.readme import export_readme
+from secateur.search.results.document import winner
 from secateur.search.results.finalize import finalist_scores
-from secateur.search.results.front import winner
 
 if TYPE_CHECKING:
     from secateur.search.problem import Problem

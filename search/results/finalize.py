@@ -2,31 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from secateur.envs.core import Budget, CompressionPolicy, Evaluation
 from secateur.envs.evaluator import top1
 from secateur.search.problem import Problem
-from secateur.search.results.front import Candidate, Front
-
-
-@dataclass(frozen=True)
-class Finalist:
-    """A policy that made it to the test split.
-
-    Attributes:
-        budget: whose limits it meets.
-        policy: what it is.
-        proxy: its score in the search, which made it a finalist.
-        validation: its float32 score on the same images after the finalists' recovery, which chooses the winner.
-        final: its test score after the same recovery, which chose nothing.
-    """
-
-    budget: str
-    policy: CompressionPolicy
-    proxy: Evaluation
-    validation: Evaluation
-    final: Evaluation
+from secateur.search.results.core import Finalist, FrontPoint
+from secateur.search.results.front import Front
 
 
 def finalist_scores(problem: Problem, policy: CompressionPolicy) -> tuple[Evaluation, Evaluation]:
@@ -44,7 +24,7 @@ def dense_test_score(problem: Problem) -> Evaluation:
     return Evaluation(top1(problem.assembler.model, images, labels), problem.space.dense_costs, "final", len(labels))
 
 
-def score_finalist(problem: Problem, budget: Budget, candidate: Candidate) -> Finalist | None:
+def score_finalist(problem: Problem, budget: Budget, candidate: FrontPoint) -> Finalist | None:
     """Return a candidate as a finalist; None if it breaks the budget's `top1_drop` even after the finalists' recovery."""
     validation, final = finalist_scores(problem, candidate.policy)
     return _finalist(problem, budget, candidate, validation, final)
@@ -69,7 +49,7 @@ def finalize(problem: Problem, front: Front, top: int) -> list[Finalist]:
 
 
 def _finalist(
-    problem: Problem, budget: Budget, candidate: Candidate, validation: Evaluation, final: Evaluation
+    problem: Problem, budget: Budget, candidate: FrontPoint, validation: Evaluation, final: Evaluation
 ) -> Finalist | None:
     least = 0.0 if budget.top1_drop is None else problem.dense.top1 - budget.top1_drop
     if validation.top1 < least:

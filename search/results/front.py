@@ -5,47 +5,16 @@ Validation scores choose; test scores are reported. The two are kept apart: a fr
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from secateur.agents.pareto import Archive, hypervolume
-from secateur.envs.core import Budget, CompressionPolicy, Episode, Evaluation, InputError
+from secateur.envs.core import Budget, CompressionPolicy, Episode, Evaluation
 from secateur.envs.policy_space import policy_to_document
 from secateur.envs.rewards import constraints, reward_vector
-from secateur.search.run.folder import read_json
-
-if TYPE_CHECKING:
-    from secateur.search.results.finalize import Finalist
-    from secateur.search.results.winners import Outcome
-
-FRONT_JSON, FRONT_CSV = "front.json", "front.csv"
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A policy that fits at least one budget.
-
-    Attributes:
-        number: of the evaluation that found it.
-        policy: what it is.
-        evaluation: its validation score.
-        fits: names of the budgets that it fits, whichever it was asked for.
-        affordable: names of the budgets whose cost limits it meets; it fits those whose `top1_drop` it meets as well.
-    """
-
-    number: int
-    policy: CompressionPolicy
-    evaluation: Evaluation
-    fits: tuple[str, ...]
-    affordable: tuple[str, ...]
+from secateur.search.results.core import Finalist, FrontPoint, Outcome
 
 
 class Front:
@@ -73,7 +42,7 @@ class Front:
         self.objectives, self.budgets, self.dense, self.device = tuple(objectives), tuple(budgets), dense, device
         self.evaluations = self.feasible = self.failed = 0
         self._reference = np.array([1 - 1 / num_classes] + [1.0] * (len(objectives) - 1))
-        self._candidates: dict[CompressionPolicy, Candidate] = {}
+        self._candidates: dict[CompressionPolicy, FrontPoint] = {}
         self._overall = Archive()
         self._archives = {budget.name: Archive() for budget in budgets}
 
@@ -90,7 +59,7 @@ class Front:
         if not affordable:
             return False
         fits = tuple(name for name in affordable if all(slack <= 0 for slack in slacks[name].values()))
-        self._candidates[episode.policy] = Candidate(number, episode.policy, episode.evaluation, fits, affordable)
+        self._candidates[episode.policy] = FrontPoint(number, episode.policy, episode.evaluation, fits, affordable)
         if not fits:
             return False
         # Minimised: the share of wrong answers, and every cost by its dense value.
@@ -99,13 +68,13 @@ class Front:
         changed = [archive.add(episode.policy, losses) for archive in (self._overall, *map(self._archives.get, fits))]
         return any(changed)
 
-    def of(self, budget: str | None = None) -> list[Candidate]:
+    def of(self, budget: str | None = None) -> list[FrontPoint]:
         """Return the front of a budget, or of all of them together; best top-1 first."""
         archive = self._overall if budget is None else self._archives[budget]
         candidates = [self._candidates[policy] for policy in archive.policies]
         return sorted(candidates, key=lambda candidate: (-candidate.evaluation.top1, candidate.number))
 
-    def best(self, budget: str, count: int) -> list[Candidate]:
+    def best(self, budget: str, count: int) -> list[FrontPoint]:
         """Return the `count` policies with the best validation top-1 within the budget's cost limits: its finalists.
 
         Its `top1_drop` is not asked here: finalists are repaired with more care, and judged again.
@@ -113,7 +82,7 @@ class Front:
         fitting = [candidate for candidate in self._candidates.values() if budget in candidate.affordable]
         undominated = set(self._archives[budget].policies)  # of equal top-1, the cheaper one goes first, as in `of`
 
-        def order(candidate: Candidate):
+        def order(candidate: FrontPoint):
             return -candidate.evaluation.top1, candidate.policy not in undominated, candidate.number
 
         return sorted(fitting, key=order)[:count]
@@ -217,96 +186,3 @@ class Front:
 
 def _scores(evaluation: Evaluation) -> dict[str, Any]:
     return {"top1": evaluation.top1, "images": evaluation.images, "costs": dict(evaluation.costs)}
-
-
-# ---------------------------------------------------------------------------------------------------------------- files
-
-
-def write_front(run: Path, document: Mapping[str, Any]) -> None:
-    """Replace front.json and front.csv of a run; a reader sees the old files or the new ones, never half of them."""
-    _replace(run / FRONT_JSON, json.dumps(document, indent=1) + "\n")
-    _replace(run / FRONT_CSV, front_csv(document))
-
-
-def _replace(path: Path, text: str) -> None:
-    draft = path.with_name(path.name + ".draft")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
-
-
-def front_csv(document: Mapping[str, Any]) -> str:
-    """Return one row per policy: when it was found, what it fits, validation and test scores apart, its choices."""
-    tested = {point["evaluation"]: point for point in document["final"]["points"]}
-    on_front = set(document["front"])
-    rows = [
-        {
-            "evaluation": point["evaluation"],
-            "on_front": point["evaluation"] in on_front,
-            "fits": " ".join(point["fits"]),
-            "validation_top1": point["top1"],
-            "finalist_validation_top1": tested.get(point["evaluation"], {}).get("validation_top1", ""),
-            "test_top1": tested.get(point["evaluation"], {}).get("top1", ""),
-            **point["costs"],
-            **point["choices"],
-        }
-        for point in document["points"]
-    ]
-    table = io.StringIO()
-    if rows:
-        writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    return table.getvalue()
-
-
-def read_front(run: str | Path) -> dict[str, Any]:
-    """Return the document in a run's front.json.
-
-    Raises:
-        InputError: if the folder is no run, or the file is damaged.
-    """
-    return read_json(Path(run) / FRONT_JSON, "a run")
-
-
-def check_budget(document: Mapping[str, Any], budget: str) -> None:
-    """Raise InputError unless the run has this budget."""
-    if budget not in document["budgets"]:
-        raise InputError(f"There is no budget `{budget}`; the run has {', '.join(document['budgets'])}.")
-
-
-def only_budget(document: Mapping[str, Any], budget: str) -> dict[str, Any]:
-    """Return the document with the front and the finalists of one budget; counts and hypervolume stay the whole run's.
-
-    Raises:
-        InputError: if there is no such budget.
-    """
-    check_budget(document, budget)
-    front = document["budgets"][budget]["front"]
-    tested = [point for point in document["final"]["points"] if point["budget"] == budget]
-    shown = {*front, *(point["evaluation"] for point in tested)}
-    return {
-        **document,
-        "budgets": {budget: document["budgets"][budget]},
-        "front": front,
-        "points": [point for point in document["points"] if point["evaluation"] in shown],
-        "final": {**document["final"], "points": tested},
-    }
-
-
-def winner(document: Mapping[str, Any], budget: str) -> dict[str, Any]:
-    """Return the point to export for a budget: the best on validation, whatever the test scores say.
-
-    Raises:
-        InputError: if there is no such budget, or nothing fits it.
-    """
-    check_budget(document, budget)
-    tested = [point["evaluation"] for point in document["final"]["points"] if point["budget"] == budget]
-    check = document["budgets"][budget].get("check")  # runs of earlier versions have none
-    if check and check["rejected"] and not tested:
-        raise InputError(check["note"])
-    best = (tested or document["budgets"][budget]["front"])[:1]
-    if not best:
-        raise InputError(
-            f"Nothing in {document['evaluations']} evaluations fits budget `{budget}`. Search longer, or allow more."
-        )
-    return next(point for point in document["points"] if point["evaluation"] == best[0])

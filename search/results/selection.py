@@ -9,7 +9,7 @@ from typing import Any
 
 from secateur.envs.core import CompressionPolicy, InputError
 from secateur.envs.policy_space import PolicySpace, policy_to_document
-from secateur.search.results.front import winner
+from secateur.search.results.document import winner
 from secateur.search.run.study import load_study
 
 

@@ -9,8 +9,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from secateur.cost_models.device import DEVICE_COSTS, Device
+from secateur.search.results.formatting import amount, percent
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a table of the command needs no torch
     from secateur.envs.calibration import LayerPlan
     from secateur.envs.model_graph.plan import ModelGraph
     from secateur.envs.policy_space import PolicySpace
@@ -19,23 +20,6 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 12
 """Rows of one front that are shown; the files hold all."""
-
-
-def amount(cost: str, value: float) -> str:
-    """Return a cost with a prefix that leaves three or four digits: "1.25 M", "82.5 kB"; times and energies as "0.58 ms"."""
-    for ending, unit in (("_ms", "ms"), ("_mj", "mJ")):
-        if cost.endswith(ending):
-            return f"{value:.4g} {unit}"
-    unit = "B" if cost.endswith("_bytes") else ""
-    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= factor:
-            return f"{value / factor:.4g} {prefix}{unit}"
-    return f"{value:.4g} {unit}".rstrip()
-
-
-def percent(fraction: float, digits: int = 2) -> str:
-    """Return a fraction as percent."""
-    return f"{100 * fraction:.{digits}f} %"
 
 
 # ---------------------------------------------------------------------------------------------------------------- front

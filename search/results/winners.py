@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from secateur.envs.core import Budget, CompressionPolicy, InputError
@@ -18,7 +18,8 @@ from secateur.search.export.verification import Verification
 from secateur.search.export.verify import verify_in_fresh_process
 from secateur.search.export.write import write_export
 from secateur.search.problem import Problem
-from secateur.search.results.finalize import Finalist, score_finalist
+from secateur.search.results.core import Finalist, Outcome, Rejected
+from secateur.search.results.finalize import score_finalist
 from secateur.search.results.front import Front
 
 log = logging.getLogger(__name__)
@@ -27,36 +28,6 @@ EXPORTS = "exports"
 LATENCY = "latency_ms"
 MOST_REJECTED = 5
 """Policies of one budget that are tried before the budget is left without a winner."""
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """A finalist that the device proved too slow: predicted and measured milliseconds."""
-
-    finalist: Finalist
-    predicted: float
-    measured: float
-
-
-@dataclass
-class Outcome:
-    """What the checks of one budget came to.
-
-    Attributes:
-        budget: its name.
-        finalists: those that are left, the winner first.
-        rejected: in the order in which they were tried.
-        folder: of the winner's export; None without a winner.
-        verification: of it; None if it could not be checked.
-        note: one sentence if something is missing, else "".
-    """
-
-    budget: str
-    finalists: list[Finalist]
-    rejected: list[Rejected] = field(default_factory=list)
-    folder: Path | None = None
-    verification: Verification | None = None
-    note: str = ""
 
 
 def winner_folder(run: Path, budget: Budget) -> Path:

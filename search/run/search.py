@@ -17,8 +17,9 @@ from secateur.search.build import build_agent, build_front, build_problem, open_
 from secateur.search.config import SearchConfig
 from secateur.search.loop import Runner, run_loop
 from secateur.search.problem import Problem
+from secateur.search.results.document import write_front
 from secateur.search.results.finalize import dense_test_score, finalize
-from secateur.search.results.front import Front, write_front
+from secateur.search.results.front import Front
 from secateur.search.results.winners import verify_winners, winner_folder
 from secateur.search.run.folder import AGENT, check_run_folder, create_run_folder, held, load_manifest, write_manifest
 from secateur.search.run.progress import SearchProgress

@@ -157,7 +157,9 @@ def test_integers_that_are_slower_are_not_executed():
     model, eight = TableLatency(known, (8,)), np.full((1, 4), 8)
     shapes = geometry().shapes(None, eight, eight)
     assert model.executed(shapes).tolist() == [[32, 8, 8, 8]]
-    np.testing.assert_allclose(model.per_layer(shapes)[0], TableLatency(known).per_layer(geometry().shapes())[0] * [1, 0.5, 0.5, 0.5])
+    np.testing.assert_allclose(
+        model.per_layer(shapes)[0], TableLatency(known).per_layer(geometry().shapes())[0] * [1, 0.5, 0.5, 0.5]
+    )
     assert model.total(shapes)[0] < model.total(shapes, eight)[0]
 
 

@@ -18,7 +18,7 @@ from secateur.search.benchmarks.costs import benchmark_costs
 from secateur.search.build import build_costs, build_model_and_graph
 from secateur.search.cli import app
 from secateur.search.config import INSTALLED_CONFIGS, parse_config
-from secateur.search.results.front import read_front
+from secateur.search.results.document import read_front
 from secateur.search.run.folder import load_manifest
 
 CONFIG = {

@@ -13,16 +13,8 @@ import pytest
 from secateur.envs.core import Budget, CompressionPolicy, Episode, Evaluation, InputError
 from secateur.envs.policy_space import Decision, document_to_policy
 from secateur.envs.rewards import constraints
-from secateur.search.results.front import (
-    FRONT_CSV,
-    FRONT_JSON,
-    Front,
-    front_csv,
-    only_budget,
-    read_front,
-    winner,
-    write_front,
-)
+from secateur.search.results.document import FRONT_CSV, FRONT_JSON, front_csv, only_budget, read_front, winner, write_front
+from secateur.search.results.front import Front
 from secateur.search.run.study import StudyRecorder, limited_quantities, load_study
 
 DENSE = Evaluation(0.9, {"macs": 100.0, "weight_bytes": 400.0}, images=500)

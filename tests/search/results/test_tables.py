@@ -15,10 +15,10 @@ from secateur.cost_models.latency_table import LatencyTable, WholeModelCheck
 from secateur.envs.calibration import LayerPlan
 from secateur.envs.core import Budget, CompressionPolicy, Episode, Evaluation
 from secateur.search.build import Feasibility
+from secateur.search.results.formatting import amount
 from secateur.search.results.front import Front
 from secateur.search.results.tables import (
     MAX_ROWS,
-    amount,
     calibration_line,
     calibration_table,
     device_line,

@@ -9,8 +9,9 @@ import pytest
 
 from secateur.envs.core import Budget, CompressionPolicy, Evaluation, InputError
 from secateur.search.results import winners as module
-from secateur.search.results.finalize import Finalist
-from secateur.search.results.front import Front, winner
+from secateur.search.results.core import Finalist
+from secateur.search.results.document import winner
+from secateur.search.results.front import Front
 from secateur.search.results.tables import check_lines
 from secateur.search.results.winners import verify_winners
 

@@ -11,7 +11,7 @@ import torch
 
 from secateur.envs.core import InputError
 from secateur.search.config import parse_config
-from secateur.search.results.front import read_front
+from secateur.search.results.document import read_front
 from secateur.search.run.folder import held
 from secateur.search.run.progress import SearchProgress
 from secateur.search.run.search import resume, search

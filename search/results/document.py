@@ -1,0 +1,106 @@
+"""The document of a run's front: front.json and front.csv, and what is read from them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from secateur.envs.core import InputError
+from secateur.search.run.folder import read_json
+
+FRONT_JSON, FRONT_CSV = "front.json", "front.csv"
+
+
+def write_front(run: Path, document: Mapping[str, Any]) -> None:
+    """Replace front.json and front.csv of a run; a reader sees the old files or the new ones, never half of them."""
+    _replace(run / FRONT_JSON, json.dumps(document, indent=1) + "\n")
+    _replace(run / FRONT_CSV, front_csv(document))
+
+
+def _replace(path: Path, text: str) -> None:
+    draft = path.with_name(path.name + ".draft")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)
+
+
+def front_csv(document: Mapping[str, Any]) -> str:
+    """Return one row per policy: when it was found, what it fits, validation and test scores apart, its choices."""
+    tested = {point["evaluation"]: point for point in document["final"]["points"]}
+    on_front = set(document["front"])
+    rows = [
+        {
+            "evaluation": point["evaluation"],
+            "on_front": point["evaluation"] in on_front,
+            "fits": " ".join(point["fits"]),
+            "validation_top1": point["top1"],
+            "finalist_validation_top1": tested.get(point["evaluation"], {}).get("validation_top1", ""),
+            "test_top1": tested.get(point["evaluation"], {}).get("top1", ""),
+            **point["costs"],
+            **point["choices"],
+        }
+        for point in document["points"]
+    ]
+    table = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return table.getvalue()
+
+
+def read_front(run: str | Path) -> dict[str, Any]:
+    """Return the document in a run's front.json.
+
+    Raises:
+        InputError: if the folder is no run, or the file is damaged.
+    """
+    return read_json(Path(run) / FRONT_JSON, "a run")
+
+
+def check_budget(document: Mapping[str, Any], budget: str) -> None:
+    """Raise InputError unless the run has this budget."""
+    if budget not in document["budgets"]:
+        raise InputError(f"There is no budget `{budget}`; the run has {', '.join(document['budgets'])}.")
+
+
+def only_budget(document: Mapping[str, Any], budget: str) -> dict[str, Any]:
+    """Return the document with the front and the finalists of one budget; counts and hypervolume stay the whole run's.
+
+    Raises:
+        InputError: if there is no such budget.
+    """
+    check_budget(document, budget)
+    front = document["budgets"][budget]["front"]
+    tested = [point for point in document["final"]["points"] if point["budget"] == budget]
+    shown = {*front, *(point["evaluation"] for point in tested)}
+    return {
+        **document,
+        "budgets": {budget: document["budgets"][budget]},
+        "front": front,
+        "points": [point for point in document["points"] if point["evaluation"] in shown],
+        "final": {**document["final"], "points": tested},
+    }
+
+
+def winner(document: Mapping[str, Any], budget: str) -> dict[str, Any]:
+    """Return the point to export for a budget: the best on validation, whatever the test scores say.
+
+    Raises:
+        InputError: if there is no such budget, or nothing fits it.
+    """
+    check_budget(document, budget)
+    tested = [point["evaluation"] for point in document["final"]["points"] if point["budget"] == budget]
+    check = document["budgets"][budget].get("check")  # runs of earlier versions have none
+    if check and check["rejected"] and not tested:
+        raise InputError(check["note"])
+    best = (tested or document["budgets"][budget]["front"])[:1]
+    if not best:
+        raise InputError(
+            f"Nothing in {document['evaluations']} evaluations fits budget `{budget}`. Search longer, or allow more."
+        )
+    return next(point for point in document["points"] if point["evaluation"] == best[0])
