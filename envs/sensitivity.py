@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -59,7 +60,7 @@ def measure_sensitivities(
         for level in levels[levels > least[index]]:
             alone = least.copy()
             alone[index] = level
-            divergence = _divergence(dense, lambda alone=alone: network(space.levels_to_policy(alone)), images)
+            divergence = _divergence(dense, partial(network, space.levels_to_policy(alone)), images)
             measured[float(decision.actions[level])] = max(divergence, 0.0) if np.isfinite(divergence) else WORST
         curves[index] = np.interp(np.linspace(0, 1, POINTS), list(measured), list(measured.values()))
     return curves

@@ -52,20 +52,21 @@ class Front:
         self.evaluations += 1
         self.feasible += episode.feasible
         self.failed += episode.failure is not None
-        if episode.evaluation is None or episode.evaluation.stopped or episode.policy in self._candidates:
+        policy, evaluation = episode.policy, episode.evaluation
+        if policy is None or evaluation is None or evaluation.stopped or policy in self._candidates:
             return False
-        slacks = {budget.name: constraints(episode.evaluation, budget, self.dense.top1) for budget in self.budgets}
+        slacks = {budget.name: constraints(evaluation, budget, self.dense.top1) for budget in self.budgets}
         affordable = tuple(b.name for b in self.budgets if all(slacks[b.name][cost] <= 0 for cost in b.limits))
         if not affordable:
             return False
         fits = tuple(name for name in affordable if all(slack <= 0 for slack in slacks[name].values()))
-        self._candidates[episode.policy] = FrontPoint(number, episode.policy, episode.evaluation, fits, affordable)
+        self._candidates[policy] = FrontPoint(number, policy, evaluation, fits, affordable)
         if not fits:
             return False
-        # Minimised: the share of wrong answers, and every cost by its dense value.
-        losses = -reward_vector(episode.evaluation, self.objectives, self.dense.costs).astype(float)
+        # Minimized: the share of wrong answers, and every cost by its dense value.
+        losses = -reward_vector(evaluation, self.objectives, self.dense.costs).astype(float)
         losses[0] += 1
-        changed = [archive.add(episode.policy, losses) for archive in (self._overall, *map(self._archives.get, fits))]
+        changed = [archive.add(policy, losses) for archive in (self._overall, *(self._archives[name] for name in fits))]
         return any(changed)
 
     def of(self, budget: str | None = None) -> list[FrontPoint]:
@@ -82,7 +83,7 @@ class Front:
         fitting = [candidate for candidate in self._candidates.values() if budget in candidate.affordable]
         undominated = set(self._archives[budget].policies)  # of equal top-1, the cheaper one goes first, as in `of`
 
-        def order(candidate: FrontPoint):
+        def order(candidate: FrontPoint) -> tuple[float, bool, int]:
             return -candidate.evaluation.top1, candidate.policy not in undominated, candidate.number
 
         return sorted(fitting, key=order)[:count]

@@ -12,14 +12,16 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from secateur.envs.core import InputError
 from secateur.search.config import OutputSection, SearchConfig, apply_override, parse_config
 
+fcntl: ModuleType | None
 try:
     import fcntl
-except ImportError:  # not on Windows, where nothing keeps two processes apart
+except ImportError:  # on Windows, where nothing keeps two processes apart
     fcntl = None
 
 log = logging.getLogger(__name__)
@@ -48,7 +50,7 @@ def create_run_folder(output: OutputSection) -> Path:
                 continue
     except OSError as error:
         raise InputError(f"`output.root: {output.root}` cannot hold runs: {error}.") from None
-    raise _taken(root / output.name)
+    raise _taken(root / str(output.name))
 
 
 def check_run_folder(output: OutputSection) -> None:

@@ -32,15 +32,15 @@ class SearchProgress:
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic):
         self.run: Path | None = None
+        self._front: Front  # known from `on_start` on
         self._console, self._clock = console, clock
         self._status = console.status("") if console.is_terminal else None
         self._live: Live | None = None
-        self._front: Front | None = None
 
     def __enter__(self) -> SearchProgress:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.stop()
 
     def status(self, text: str) -> None:

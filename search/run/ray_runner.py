@@ -118,7 +118,7 @@ class RayRunner:
 
     def _count(self, workers: int | str) -> int:
         cores = int(self._ray.cluster_resources().get("CPU", 0))
-        if workers == AUTO:
+        if isinstance(workers, str):  # AUTO
             return max(cores // self._threads, 1)
         if workers * self._threads > cores:
             raise InputError(

@@ -49,7 +49,7 @@ class Recorded:
     @property
     def evaluated(self) -> list[tuple[CompressionPolicy, Evaluation]]:
         """What need not be evaluated again; failures are tried anew, and are new evaluations if they succeed."""
-        return [(episode.policy, episode.evaluation) for episode in self.episodes if episode.evaluation is not None]
+        return [(e.policy, e.evaluation) for e in self.episodes if e.policy is not None and e.evaluation is not None]
 
     def take(self, episode: Episode) -> bool:
         """Return whether this episode was recorded; each recorded one is taken once."""

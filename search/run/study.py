@@ -14,6 +14,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.study import StudyDirection
 from optuna.trial import TrialState, create_trial
 
 from secateur.envs.core import Budget, Episode, InputError
@@ -58,7 +59,7 @@ class StudyRecorder:
         self._study = optuna.create_study(
             study_name=folder.name,
             storage=JournalStorage(JournalFileBackend(str(folder / JOURNAL))),
-            directions=["maximize"] + ["minimize"] * (len(objectives) - 1),
+            directions=[StudyDirection.MAXIMIZE, *[StudyDirection.MINIMIZE] * (len(objectives) - 1)],
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)  # worth it: else the dashboard says "Objective 0"
@@ -136,6 +137,7 @@ def _drop_unfinished_line(journal: Path) -> None:
 def _state(episode: Episode, failure: str | None) -> TrialState:
     if failure is not None:
         return TrialState.FAIL
+    assert episode.evaluation is not None, "an episode without failure has scores"
     return TrialState.PRUNED if episode.evaluation.stopped else TrialState.COMPLETE
 
 

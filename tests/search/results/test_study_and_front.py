@@ -27,7 +27,7 @@ SPACE = SimpleNamespace(
         Decision("prune_ratio/conv", "prune_ratio", 0, WIDTHS, tuple(1 - w / 100 for w in WIDTHS), np.linspace(0, 1, 100)),
         Decision("weight_bits/conv", "weight_bits", 0, BITS, BITS, np.array([0.0, 1.0])),
     ),
-    describe=lambda policy: {
+    policy_to_choices=lambda policy: {
         "prune_ratio/conv": 1 - policy.widths[0] / 100,
         "weight_bits/conv": policy.weight_bits[0],
     },
@@ -174,7 +174,7 @@ def test_files_hold_the_front_with_test_scores_apart(tmp_path):
     final = Evaluation(0.7, {"macs": 60.0, "weight_bytes": 150.0}, "final", images=300)
     validation = Evaluation(0.89, final.costs, "validation", images=500)
     finalists = [SimpleNamespace(budget="watch", policy=policy, validation=validation, final=final)]
-    write_front(tmp_path, front.document(SPACE.describe, finalists, DENSE))
+    write_front(tmp_path, front.document(SPACE.policy_to_choices, finalists, DENSE))
     document = read_front(tmp_path)
     assert document["front"] == [1, 0, 2] and document["budgets"]["watch"]["front"] == [1, 0]
     point = next(point for point in document["points"] if point["evaluation"] == 1)
@@ -199,7 +199,7 @@ def test_files_hold_the_front_with_test_scores_apart(tmp_path):
 
 def test_the_winner_is_the_best_on_validation():
     front, _ = small_front()
-    document = front.document(SPACE.describe)
+    document = front.document(SPACE.policy_to_choices)
     assert winner(document, "phone")["evaluation"] == 0
     # The first finalist stays the winner even if another one does better on the test split.
     scores = {1: 0.7, 0: 0.8}
@@ -212,10 +212,10 @@ def test_the_winner_is_the_best_on_validation():
         )
         for c in front.of("watch")
     ]
-    assert winner(front.document(SPACE.describe, finalists), "watch")["evaluation"] == 1
+    assert winner(front.document(SPACE.policy_to_choices, finalists), "watch")["evaluation"] == 1
     with pytest.raises(InputError, match="There is no budget `fone`; the run has phone, watch"):
         winner(document, "fone")
-    empty = Front(OBJECTIVES, (PHONE,), DENSE, num_classes=10).document(SPACE.describe)
+    empty = Front(OBJECTIVES, (PHONE,), DENSE, num_classes=10).document(SPACE.policy_to_choices)
     with pytest.raises(InputError, match="Nothing in 0 evaluations fits"):
         winner(empty, "phone")
 
@@ -228,7 +228,7 @@ def test_one_budget_keeps_its_front_and_its_finalists():
         SimpleNamespace(budget="phone", policy=dominated, validation=final, final=final),
         SimpleNamespace(budget="watch", policy=front.of("watch")[0].policy, validation=final, final=final),
     ]
-    whole = front.document(SPACE.describe, finalists, DENSE)
+    whole = front.document(SPACE.policy_to_choices, finalists, DENSE)
     document = only_budget(whole, "phone")
     assert list(document["budgets"]) == ["phone"] and document["front"] == [0, 2]
     assert [point["evaluation"] for point in document["points"]] == [0, 2, 3]
@@ -253,7 +253,7 @@ def test_a_damaged_front_is_named(tmp_path, text):
 
 
 def test_an_empty_front_can_be_written(tmp_path):
-    write_front(tmp_path, Front(OBJECTIVES, (PHONE,), DENSE, num_classes=10).document(SPACE.describe))
+    write_front(tmp_path, Front(OBJECTIVES, (PHONE,), DENSE, num_classes=10).document(SPACE.policy_to_choices))
     assert json.loads((tmp_path / FRONT_JSON).read_text())["points"] == []
     assert (tmp_path / FRONT_CSV).read_text() == ""
 
