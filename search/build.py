@@ -208,7 +208,7 @@ class _Plugins:
 def _image_users(config: SearchConfig, plugins: _Plugins) -> list[str]:
     """Return what in the configuration needs calibration images, in words."""
     entries = (*config.recovery, *(config.finalize.recovery or ()))
-    users = [(f"`importance: {config.importance.name}`", plugins.importance)]
+    users: list[tuple[str, Any]] = [(f"`importance: {config.importance.name}`", plugins.importance)]
     users += [(f"the recovery `{entry.name}`", build_plugin(RECOVERIES, entry)) for entry in entries]
     # Where there are no images, recoveries that make statistics of their own hand them to the quantizer.
     lists = (plugins.recoveries, plugins.finalist_recoveries)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from secateur.envs.core import Budget, CompressionPolicy, InputError
 from secateur.search.export.verification import Verification
@@ -108,15 +109,16 @@ class _Trials:
             outcome.folder = folder
             device = self.problem.device
             table = None if device is None else device.table
-            known = table is not None and table.runtime != "pytorch"
-            where = {"runtime": table.runtime, "threads": table.threads} if known else {}
+            where: dict[str, Any] = {}
+            if table is not None and table.runtime != "pytorch":
+                where = {"runtime": table.runtime, "threads": table.threads}
             outcome.verification = self.verify(folder, **where)
         except (InputError, RuntimeError) as error:
             # A search of hours must not end with nothing because a winner cannot be exported or checked.
             log.info("checking the winner of %s failed", self.budget.name, exc_info=True)
             outcome.note = f"The winner of budget '{self.budget.name}' was not checked: {error}"
 
-    def _keeps(self, costs) -> bool:
+    def _keeps(self, costs: Mapping[str, float]) -> bool:
         return costs[LATENCY] * self.factor <= self.budget.limits[LATENCY]
 
     def _next(self, tried: set[CompressionPolicy]) -> list[Finalist]:
