@@ -187,7 +187,7 @@ def answer_queries(comparison: Comparison, agent: EnvelopeDdpg, name: str, seed:
         # The answer does not depend on the queries before.
         agent.rng.bit_generator.state = np.random.default_rng(number).bit_generator.state
         seconds, answers = timed(answer, agent, env, query.budget, query.preference, comparison.evaluations)
-        known = records.find(**{NUMBER: number})
+        other = records.find(**{NUMBER: number})  # the same fresh search
         row = {
             "agent": name,
             "seed": seed,
@@ -195,7 +195,7 @@ def answer_queries(comparison: Comparison, agent: EnvelopeDdpg, name: str, seed:
             "limits": {cost: limit / problem.space.dense_costs[cost] for cost, limit in query.budget.limits.items()},
             "preference": query.preference.tolist(),
             "asked": _scores(problem, query, answers[0].policy, answers[0].utility, seconds),
-            "searched": _search_scores(comparison, query, number) if known is None else known["searched"],
+            "searched": _search_scores(comparison, query, number) if other is None else other["searched"],
         }
         yield query_line(records.add(**row))
 

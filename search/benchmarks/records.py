@@ -72,10 +72,12 @@ def difference(found: Any, wanted: Any, where: tuple[str, str] = ("there", "here
 
 
 def config_record(config: SearchConfig) -> dict[str, Any]:
-    """Return the configuration without what belongs to the machine: folders, workers, where runs are written."""
-    record = config.model_dump(
-        mode="json", exclude={"data": {"root"}, "search": {"workers", "address", "time_limit"}, "output": True}
-    )
+    """Return the configuration without what no measurement depends on.
+
+    This is what belongs to the machine (folders, workers), where runs are written, and whether winners are verified.
+    """
+    excluded = {"data": {"root"}, "search": {"workers", "address", "time_limit"}, "finalize": {"verify"}, "output": True}
+    record: dict[str, Any] = config.model_dump(mode="json", exclude=excluded)  # type: ignore[arg-type]
     record["model"]["weights"] = config.model.weights and Path(config.model.weights).name
     return record
 

@@ -25,7 +25,7 @@ RECOVERY_SETTINGS: Mapping[str, tuple[str, ...]] = {
 
 
 def calibrated_problem(config: SearchConfig, status: StatusCallback) -> Problem:
-    """Return the problem with the recovery `least_squares`, whatever the configuration says, so that calibration runs."""
+    """Return the problem with the recovery `least_squares`, in place of that of the configuration, so that calibration runs."""
     return build_problem(config.model_copy(update={"recovery": (PluginEntry(name="least_squares"),)}), status)
 
 

@@ -64,5 +64,12 @@ def test_a_configuration_is_recorded_without_the_machine(settings):
     model = {"factory": "a:b", "weights": "/home/me/net.pth", "input": [3, 8, 8]}
     record = config_record(settings(data=data, model=model))
     assert "/home/me" not in json.dumps(record) and record["model"]["weights"] == "net.pth"
-    other = config_record(settings(data={**data, "root": "x"}, model=model, search={"agent": "random", "workers": 2}))
-    assert other["data"] == record["data"] and "workers" not in other["search"]
+    assert record == config_record(
+        settings(
+            data={**data, "root": "x"},
+            model={**model, "weights": "net.pth"},
+            search={**settings().search.model_dump(), "workers": 2},
+            finalize={"verify": False},
+            output={"root": "y"},
+        )
+    )
