@@ -1,8 +1,8 @@
-"""The CIFAR networks that pruning papers compare on, under the tensor names of the published weights.
+"""The CIFAR networks of the pruning literature, with the tensor names of the published weights.
 
 Source: He et al. 2016, arXiv:1512.03385, section 4.2 (ResNets with parameter-free shortcuts, "option A");
 Simonyan and Zisserman 2015, arXiv:1409.1556, configuration D with batch norm and one linear layer,
-as usual for 32x32 images. The names of the tensors are those of github.com/akamaster/pytorch_resnet_cifar10.
+as is usual for 32x32 images. The tensor names are those of github.com/akamaster/pytorch_resnet_cifar10.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ VGG16_WIDTHS = (64, 64, None, 128, 128, None, 256, 256, 256, None, 512, 512, 512
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions around a shortcut that only subsamples and pads with zero channels."""
+    """Two 3x3 convolutions and a shortcut, which only subsamples and pads with zero channels."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -57,23 +57,27 @@ def _stage(in_channels: int, out_channels: int, stride: int, blocks: int) -> nn.
 
 
 def resnet20(num_classes: int = 10) -> CifarResNet:
+    """Return the untrained ResNet-20, 3x32x32 -> `num_classes`."""
     return CifarResNet(20, num_classes)
 
 
 def resnet32(num_classes: int = 10) -> CifarResNet:
+    """Return the untrained ResNet-32, 3x32x32 -> `num_classes`."""
     return CifarResNet(32, num_classes)
 
 
 def resnet44(num_classes: int = 10) -> CifarResNet:
+    """Return the untrained ResNet-44, 3x32x32 -> `num_classes`."""
     return CifarResNet(44, num_classes)
 
 
 def resnet56(num_classes: int = 10) -> CifarResNet:
+    """Return the untrained ResNet-56, 3x32x32 -> `num_classes`."""
     return CifarResNet(56, num_classes)
 
 
 def vgg16_bn(num_classes: int = 10) -> nn.Sequential:
-    """Return VGG-16 with batch norm for 32x32 images; its tensors are called "0.<layer>.…" and "2.…"."""
+    """Return VGG-16 with batch norm for 32x32 images; the names of its tensors are "0.<layer>.…" and "2.…"."""
     layers: list[nn.Module] = []
     in_channels = 3
     for width in VGG16_WIDTHS:

@@ -1,11 +1,12 @@
-"""Turns a zip of labelled images into one array file: `python -m secateur.envs.tasks.convert_sample SOURCE TARGET [--turn]`.
+"""Convert a zip of labeled images to one array file: `python -m secateur.envs.tasks.convert_sample SOURCE TARGET [--turn]`.
 
-SOURCE holds `images.zip`, whose files are called `<class index>_<anything>` and have one size, and `classes.csv` with the
-columns `index` and `name`. TARGET (a .npz file) gets x_test (N, H, W, 3) uint8, y_test (N,) int64 and classes: what
-`data.name: arrays` reads with `data.root: TARGET`. There is no training part, so calibration comes from these images too.
+SOURCE holds `images.zip`, whose files have names `<class index>_<anything>` and the same image size, and `classes.csv` with
+the columns `index` and `name`. The command writes TARGET (a .npz file) with x_test (N, H, W, 3) uint8, y_test (N,) int64 and
+classes: `data.name: arrays` reads it with `data.root: TARGET`. There is no training part, so calibration images come from
+these images too.
 
---turn turns the images by 180 degrees. Networks that come from TensorFlow need it when their strided convolutions were
-padded at the bottom and right only: with turned kernels and turned images, torch's padding computes the same.
+--turn rotates the images by 180 degrees. Networks that come from TensorFlow need it if their strided convolutions were
+padded at the bottom and right only: with rotated kernels and rotated images, torch's padding gives the same results.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from secateur.envs.core import InputError
 
 
 def read_sample(source: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return images (N, H, W, 3) uint8, labels (N,) int64 and class names, images in the order of their names.
+    """Return images (N, H, W, 3) uint8, labels (N,) int64 and class names, with the images in the order of their names.
 
     Raises:
-        InputError: if files are missing, unreadable or do not fit each other.
+        InputError: if files are missing, unreadable or inconsistent.
     """
     archive, table = source / "images.zip", source / "classes.csv"
     if not archive.is_file() or not table.is_file():
@@ -42,7 +43,7 @@ def read_sample(source: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if len({image.shape for image in images}) > 1:
         raise InputError(f"The images in {archive} have different sizes; resize them to one first.")
     if max(labels) >= len(rows):
-        raise InputError(f"{archive} has an image of class {max(labels)}, but {table} ends at {len(rows) - 1}.")
+        raise InputError(f"{archive} has an image of class {max(labels)}, but the last class in {table} is {len(rows) - 1}.")
     return np.stack(images), np.array(labels, np.int64), np.array([row["name"] for row in rows])
 
 
@@ -82,7 +83,7 @@ def main(arguments: list[str]) -> int:
         print(__doc__, file=sys.stderr)
         return 2
     try:
-        count = convert(*map(Path, paths), turn="--turn" in arguments)
+        count = convert(Path(paths[0]), Path(paths[1]), turn="--turn" in arguments)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2

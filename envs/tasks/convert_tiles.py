@@ -1,8 +1,8 @@
-"""Turns CIFAR-10 as stacked WebP tiles into one array file: `python -m secateur.envs.tasks.convert_tiles SOURCE TARGET`.
+"""Convert CIFAR-10 from stacked WebP tiles to one array file: `python -m secateur.envs.tasks.convert_tiles SOURCE TARGET`.
 
-SOURCE holds `train_00.webp` .. and `test_00.webp` .., each with 32x32 images stacked vertically, and
-`train_labels.npy`, `test_labels.npy`. TARGET/cifar10.npz gets x_train, y_train, x_test, y_test: images
-(N, 32, 32, 3) uint8, labels (N,) uint8. `data.root: TARGET` then works with `data.name: cifar10`.
+SOURCE holds `train_00.webp`, `train_01.webp` and so on, `test_00.webp` and so on, each with 32x32 images stacked vertically,
+and `train_labels.npy` and `test_labels.npy`. The command writes TARGET/cifar10.npz with x_train, y_train, x_test and y_test:
+images (N, 32, 32, 3) uint8, labels (N,) uint8. `data.root: TARGET` then works with `data.name: cifar10`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def read_tiles(source: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
     """
     tiles, label_file = sorted(source.glob(f"{part}_*.webp")), source / f"{part}_labels.npy"
     if not tiles or not label_file.is_file():
-        raise InputError(f"{source} must hold {part}_00.webp .. and {part}_labels.npy.")
+        raise InputError(f"{source} must hold {part}_00.webp, {part}_01.webp and so on, and {part}_labels.npy.")
     labels = np.load(label_file, allow_pickle=False).astype(np.uint8)
     images = np.concatenate([_read_tile(tile) for tile in tiles])
     if len(images) != len(labels):
@@ -41,15 +41,12 @@ def _read_tile(path: Path) -> np.ndarray:
 
 def convert(source: Path, target: Path) -> dict[str, str]:
     """Write TARGET/cifar10.npz and return the SHA-256 of each part's decoded images."""
-    arrays, digests = {}, {}
-    for part in ("train", "test"):
-        arrays[f"x_{part}"], arrays[f"y_{part}"] = read_tiles(source, part)
-        digests[part] = hashlib.sha256(arrays[f"x_{part}"].tobytes()).hexdigest()
+    (x_train, y_train), (x_test, y_test) = (read_tiles(source, part) for part in ("train", "test"))
     target.mkdir(parents=True, exist_ok=True)
     unfinished = target / "cifar10.unfinished.npz"
-    np.savez(unfinished, **arrays)
+    np.savez(unfinished, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
     os.replace(unfinished, target / "cifar10.npz")
-    return digests
+    return {part: hashlib.sha256(images.tobytes()).hexdigest() for part, images in (("train", x_train), ("test", x_test))}
 
 
 def main(arguments: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""Training: from scratch for the small networks that come with secateur (kept in a cache), and fine-tuning of any network."""
+"""Training from scratch, with cached weights, for the small networks of secateur, and fine-tuning of any network."""
 
 from __future__ import annotations
 
@@ -26,7 +26,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """Where a training stands after an epoch: epochs done, of how many, mean loss and top-1 on its training images."""
+    """The state of a training after an epoch.
+
+    Attributes:
+        epoch: number of finished epochs.
+        epochs: number of all epochs.
+        loss: mean loss on the training images.
+        top1: fraction of the training images that are classified correctly.
+    """
 
     epoch: int
     epochs: int
@@ -35,7 +42,7 @@ class TrainingProgress:
 
 
 Progress = Callable[[TrainingProgress], None]
-"""Called after every epoch."""
+"""A function that is called after every epoch."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +50,8 @@ class Recipe:
     """How to train: SGD with momentum under a one-cycle learning rate.
 
     Attributes:
-        shift: images are moved by up to this many pixels in each direction, filled with black.
-        seed: of initialisation, order of the images and shifts.
+        shift: images are shifted by up to this many pixels in each direction; the border is filled with black.
+        seed: random seed for initialization, order of the images and shifts.
     """
 
     epochs: int
@@ -57,13 +64,13 @@ class Recipe:
 
 @dataclass(frozen=True)
 class FineTuning:
-    """How to train a network on: SGD with momentum, the learning rate falling to zero along half a cosine.
+    """How to fine-tune a network: SGD with momentum; the learning rate falls to zero along half a cosine.
 
     Attributes:
-        shift: images are moved by up to this many pixels in each direction, filled with black.
-        flip: whether half of the images, drawn anew in every epoch, are mirrored left to right.
-        precision: "bfloat16": activations and products are in bfloat16 (autocast), weights stay in float32; or "float32".
-        seed: of the order of the images, shifts and flips.
+        shift: images are shifted by up to this many pixels in each direction; the border is filled with black.
+        flip: whether half of the images, drawn in every epoch, are mirrored left to right.
+        precision: number format of activations and products; weights are float32 with "bfloat16" (autocast) too.
+        seed: random seed for the order of the images, shifts and flips.
     """
 
     epochs: Count = 1
@@ -93,28 +100,32 @@ def cached_weights(
     progress: Progress | None = None,
     cache_dir: Path | None = None,
 ) -> Path:
-    """Return a safetensors file with the weights of a network like `model`, trained now or earlier.
+    """Return a safetensors file with the weights of a trained network of the architecture `model`.
 
-    The file's name holds a hash of the recipe, the architecture and the training images: when one of them changes, it
-    is trained again. `model` is left alone.
+    The file's name holds a hash of the recipe, the architecture and the training images: if one of them changes, a network
+    is trained again. `model` is not changed.
     """
     path = Path(cache_dir or cache_directory()) / f"{name}-{_recipe_hash(model, data, recipe)}.safetensors"
     if path.is_file():
         return path
     trained = train(model, data, recipe, progress)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Two searches may train at once; each writes its own file, and the rename is atomic.
+    # Two searches may train at the same time: each writes its own file, and the rename is atomic.
     handle, unfinished = tempfile.mkstemp(dir=path.parent, suffix=".unfinished")
     os.close(handle)
     save_file(trained.state_dict(), unfinished)
     os.replace(unfinished, path)
-    logger.info("Trained weights are kept in %s.", path)
+    logger.info("Trained weights are stored in %s.", path)
     return path
 
 
 def train(model: nn.Module, data: TaskData, recipe: Recipe, progress: Progress | None = None) -> nn.Module:
-    """Return a network like `model` trained from scratch on `data.train`, in eval mode."""
-    images, labels = data.tensors(data.train)
+    """Return a network of the architecture `model`, trained from scratch on `data.train`, in eval mode.
+
+    Raises:
+        InputError: if there are no training images.
+    """
+    images, labels = data.tensors(_training_images(data, "Training"))
     generator = torch.Generator().manual_seed(recipe.seed)
     model = _fresh(model, recipe.seed).train()
     steps = -(-len(labels) // recipe.batch_size) * recipe.epochs
@@ -128,27 +139,25 @@ def train(model: nn.Module, data: TaskData, recipe: Recipe, progress: Progress |
 
 
 def fine_tune(network: nn.Module, data: TaskData, config: FineTuning, progress: Progress | None = None) -> nn.Module:
-    """Return a copy of the network, trained on with all of `data.train`, in eval mode.
+    """Return a copy of the network, fine-tuned on all of `data.train`, in eval mode.
 
-    Quantized weights would leave their grids: fine-tune the float network and quantize it afterwards.
+    Quantized weights would not stay on their grids: fine-tune the float network and quantize it afterwards.
 
     Raises:
         InputError: if there are no training images.
     """
-    if data.train is None:
-        raise InputError("Fine-tuning needs training images: set `data.train`, for example to `rest`.")
-    # Convolutions are fastest with the channels innermost.
+    train = _training_images(data, "Fine-tuning")
+    # Convolutions are fastest with channels last.
     network = copy.deepcopy(network).to(memory_format=torch.channels_last).train()
     generator = torch.Generator().manual_seed(config.seed)
-    steps = config.epochs * -(-len(data.train) // config.batch_size)
+    steps = config.epochs * -(-len(train) // config.batch_size)
     optimizer = torch.optim.SGD(
         network.parameters(), lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
     def batch_at(indices: Tensor) -> tuple[Tensor, Tensor]:
-        split = Split(data.train.images[indices.numpy()], data.train.labels[indices.numpy()])
-        images, labels = data.tensors(split)
+        images, labels = data.tensors(Split(train.images[indices.numpy()], train.labels[indices.numpy()]))
         if config.flip:
             mirrored = torch.rand(len(images), generator=generator) < 0.5
             images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
@@ -156,7 +165,7 @@ def fine_tune(network: nn.Module, data: TaskData, config: FineTuning, progress: 
         return images.contiguous(memory_format=torch.channels_last), labels
 
     dtype = getattr(torch, config.precision)
-    return _descend(network, batch_at, len(data.train), config, optimizer, schedule, generator, dtype, progress)
+    return _descend(network, batch_at, len(train), config, optimizer, schedule, generator, dtype, progress)
 
 
 def _descend(
@@ -174,17 +183,19 @@ def _descend(
 
     Args:
         batch_at: image indices -> augmented images and labels.
-        recipe: gives epochs, the largest batch, and the seed of what the network itself draws.
-        schedule: advanced after every batch.
-        generator: draws the order of the images.
-        dtype: of activations and products.
+        count: number of training images.
+        recipe: number of epochs, largest batch size, and random seed for the network's own random numbers.
+        schedule: learning-rate schedule; it makes one step after every batch.
+        generator: random generator for the order of the images.
+        dtype: number format of activations and products.
+        progress: called after every epoch.
     """
     batches = -(-count // recipe.batch_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)  # for dropout
         for epoch in range(1, recipe.epochs + 1):
             loss_sum, correct = 0.0, 0
-            # Parts of equal size: a last batch of one image has no variance for a batch norm.
+            # Batches of equal size, because batch norm has no variance for a batch of one image.
             for batch in torch.randperm(count, generator=generator).tensor_split(batches):
                 images, labels = batch_at(batch)
                 with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -201,23 +212,30 @@ def _descend(
     return model.eval()
 
 
+def _training_images(data: TaskData, what: str) -> Split:
+    if data.train is None:
+        raise InputError(f"{what} needs training images: set `data.train`, for example to `rest`.")
+    return data.train
+
+
 def _fresh(model: nn.Module, seed: int) -> nn.Module:
-    """Return a copy of `model` initialised from `seed`, so that the result does not depend on what ran before."""
+    """Return a copy of `model` with new initial weights from `seed`; the result depends on nothing else."""
     model = copy.deepcopy(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for module in model.modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
     return model
 
 
 def _shifted(images: Tensor, shift: int, generator: torch.Generator) -> Tensor:
-    """Return each image moved by its own random offset of up to `shift` pixels; (N, C, H, W)."""
+    """Return the images (N, C, H, W), each shifted by its own random offset of up to `shift` pixels."""
     if not shift:
         return images
     count, channels, height, width = images.shape
-    # Black is the smallest value of the normalised images, not 0.
+    # Black is the smallest value of the normalized images, not 0.
     padded = F.pad(images, (shift,) * 4, value=float(images.min()))
     top, left = torch.randint(2 * shift + 1, (2, count), generator=generator)
     rows = (top[:, None] + torch.arange(height))[:, None, :, None]
@@ -228,8 +246,9 @@ def _shifted(images: Tensor, shift: int, generator: torch.Generator) -> Tensor:
 
 def _recipe_hash(model: nn.Module, data: TaskData, recipe: Recipe) -> str:
     digest = hashlib.sha256()
-    # The printed tree names layers and their settings; forward passes are told apart by the cache name of their module.
+    # The printed module tree holds layers and settings; the cache name distinguishes different forward passes.
     digest.update(f"{model}{asdict(recipe)}{data.mean}{data.std}".encode())
-    digest.update(data.train.images.tobytes())
-    digest.update(data.train.labels.tobytes())
+    train = _training_images(data, "Training")
+    digest.update(train.images.tobytes())
+    digest.update(train.labels.tobytes())
     return digest.hexdigest()[:16]

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from secateur.envs.core import InputError
-from secateur.envs.tasks import data as data_module
+from secateur.envs.tasks import readers
 from secateur.envs.tasks.data import Split, TaskData, load_data
 
 
@@ -107,8 +107,8 @@ def test_torchvision_layout_is_read(tmp_path, monkeypatch):
 
 def test_image_folder_is_cropped_shuffled_and_decoded_only_as_far_as_asked(folder_root, monkeypatch):
     decoded = []
-    decode = data_module.decode_image
-    monkeypatch.setattr(data_module, "decode_image", lambda path, shape: decoded.append(path) or decode(path, shape))
+    decode = readers.decode_image
+    monkeypatch.setattr(readers, "decode_image", lambda path, shape: decoded.append(path) or decode(path, shape))
     data = load_data("image_folder", folder_root, calibration=3, validation=4, test=5, input_shape=(3, 16, 12))
     assert len(decoded) == 12
     assert data.image_shape == (3, 16, 12) and data.classes == ("cat", "dog")
@@ -121,8 +121,8 @@ def test_centre_crop_keeps_the_centre(tmp_path):
     pixels = np.zeros((40, 80, 3), np.uint8)
     pixels[:, 20:60] = 255  # the crop is the middle 35 of 80 columns
     Image.fromarray(pixels).save(tmp_path / "wide.png")
-    assert data_module.decode_image(str(tmp_path / "wide.png"), (3, 35, 35)).min() == 255
-    assert data_module.decode_image(str(tmp_path / "wide.png"), (1, 35, 35)).shape == (1, 35, 35)
+    assert readers.decode_image(str(tmp_path / "wide.png"), (3, 35, 35)).min() == 255
+    assert readers.decode_image(str(tmp_path / "wide.png"), (1, 35, 35)).shape == (1, 35, 35)
 
 
 def valid_task():

@@ -1,0 +1,225 @@
+"""Readers of datasets, one per layout on disk; a new one is a function and a line in `DATASETS`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from secateur.envs.core import InputError
+from secateur.envs.tasks.splits import Dataset, Pool, array_pool
+
+if TYPE_CHECKING:  # torchvision is imported by the readers that need it
+    from torchvision.datasets import ImageFolder
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Mean and standard deviation of ImageNet's channels; the published CIFAR-10 ResNets were trained with them too."""
+
+CROP_SHARE = 0.875
+"""Side of the center crop over the shorter side of the resized image: the usual 224 of 256."""
+
+DIGITS_TRAIN = 1000
+"""How many of scikit-learn's 1,797 digits are training images; the others are the test images."""
+
+
+def read_digits(root: str | Path | None, input_shape: tuple[int, int, int] | None) -> Dataset:
+    """Return scikit-learn's bundled handwritten digits, 1x8x8: 1,000 training and 797 test images, drawn at random.
+
+    Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998 (its test part).
+    """
+    from sklearn.datasets import load_digits  # only this reader needs scikit-learn
+
+    digits = load_digits()
+    # The file is ordered by writer, so the parts are drawn. The draw never changes, because trained weights are cached.
+    order = np.random.default_rng(0).permutation(len(digits.target))
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)[order, None]
+    labels = digits.target.astype(np.int64)[order]
+    train, test = (array_pool(images[part], labels[part]) for part in (slice(DIGITS_TRAIN), slice(DIGITS_TRAIN, None)))
+    return Dataset(train, test, tuple("0123456789"), mean=(0.305,), std=(0.376,))
+
+
+def read_cifar10(root: str | Path | None, input_shape: tuple[int, int, int] | None) -> Dataset:
+    """Return CIFAR-10 from torchvision's layout or from the `cifar10.npz` that `convert_tiles` writes."""
+    layout = (
+        "`cifar-10-batches-py/` as torchvision unpacks it, or `cifar10.npz` from `python -m secateur.envs.tasks.convert_tiles`"
+    )
+    folder = _folder(root, layout)
+    archive = folder / "cifar10.npz"
+    if archive.is_file():
+        parts = _read_npz(archive)
+        classes = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+        train, test = (array_pool(x.transpose(0, 3, 1, 2), y.astype(np.int64)) for x, y in parts)
+        return Dataset(train, test, classes, IMAGENET_MEAN, IMAGENET_STD)
+    return _read_torchvision("CIFAR10", folder, layout, IMAGENET_MEAN, IMAGENET_STD)
+
+
+def read_cifar100(root: str | Path | None, input_shape: tuple[int, int, int] | None) -> Dataset:
+    """Return CIFAR-100 from torchvision's layout."""
+    layout = "`cifar-100-python/` as torchvision unpacks it"
+    return _read_torchvision("CIFAR100", _folder(root, layout), layout, (0.507, 0.487, 0.441), (0.267, 0.256, 0.276))
+
+
+def read_fashion_mnist(root: str | Path | None, input_shape: tuple[int, int, int] | None) -> Dataset:
+    """Return Fashion-MNIST, 1x28x28, from torchvision's layout."""
+    layout = "`FashionMNIST/raw/` with the four uncompressed idx files, as torchvision unpacks it"
+    return _read_torchvision("FashionMNIST", _folder(root, layout), layout, (0.286,), (0.353,))
+
+
+def read_image_folder(root: str | Path | None, input_shape: tuple[int, int, int] | None) -> Dataset:
+    """Return torchvision's ImageFolder layout: `train/<class>/*` and `val/<class>/*` (files of any size).
+
+    Images are resized to `input_shape`: the shorter side becomes size / 0.875, then the center is cropped. Files are sorted
+    by class, so each part is shuffled, always with the same seed: "the first N" must not be the first class.
+    """
+    if input_shape is None:
+        raise InputError("`data.name: image_folder` needs `model.input: [channels, height, width]`.")
+    if input_shape[0] not in (1, 3):
+        raise InputError(f"`data.name: image_folder` gives 1 or 3 channels, but `model.input` has {input_shape[0]}.")
+    layout = "`train/<class>/` and `val/<class>/` with image files"
+    folder = _folder(root, layout)
+    train, test = (_image_files(folder / part, layout) for part in ("train", "val"))
+    if train.classes != test.classes:
+        only = sorted(set(train.classes) ^ set(test.classes))
+        raise InputError(f"`train/` and `val/` in {folder} must hold the same classes, but only one has `{only[0]}`.")
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if input_shape[0] == 3 else ((0.449,), (0.226,))
+    return Dataset(_file_pool(train, input_shape), _file_pool(test, input_shape), tuple(train.classes), mean, std)
+
+
+def read_arrays(root: str | Path | None, input_shape: tuple[int, int, int] | None) -> Dataset:
+    """Return the .npz file `root`: x_test (N, H, W, C) uint8, y_test (N,), and optionally x_train, y_train and classes.
+
+    `classes` holds one name per class; without it, the classes are 0 to the largest label and their numbers are their names.
+    """
+    holds = "x_test (N, H, W, C) in uint8 and y_test (N,), and optionally x_train, y_train and classes"
+    path = Path(root or "").expanduser()
+    if not path.is_file():
+        raise InputError(f"`data.root: {root}` must name a .npz file that holds {holds}.")
+    arrays = _read_arrays(path, holds)
+    pools = {part: _checked_pool(arrays, part, path, holds) for part in ("train", "test") if f"x_{part}" in arrays}
+    if "test" not in pools:
+        raise InputError(f"`data.root: {path}` has no x_test. It must hold {holds}.")
+    count = 1 + max(int(pool.labels.max(initial=0)) for pool in pools.values())
+    classes = tuple(map(str, arrays["classes"].tolist() if "classes" in arrays else range(count)))
+    channels = arrays["x_test"].shape[3]
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,) * channels, (0.5,) * channels)
+    return Dataset(pools.get("train"), pools["test"], classes, mean, std)
+
+
+def _checked_pool(arrays: Mapping[str, np.ndarray], part: str, path: Path, holds: str) -> Pool:
+    images, labels = arrays[f"x_{part}"], arrays.get(f"y_{part}", np.empty(0))
+    if images.dtype != np.uint8 or images.ndim != 4 or labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+        raise InputError(
+            f"`data.root: {path}` must hold {holds}, but x_{part} is {images.shape} in {images.dtype} "
+            f"and y_{part} {labels.shape} in {labels.dtype}."
+        )
+    return array_pool(images.transpose(0, 3, 1, 2), labels.astype(np.int64))
+
+
+DATASETS: Mapping[str, Callable[..., Dataset]] = {
+    "digits": read_digits,
+    "cifar10": read_cifar10,
+    "cifar100": read_cifar100,
+    "fashion_mnist": read_fashion_mnist,
+    "image_folder": read_image_folder,
+    "arrays": read_arrays,
+}
+"""Readers by name: (root, input_shape) -> Dataset."""
+
+
+def _folder(root: str | Path | None, layout: str) -> Path:
+    if root is None or not str(root):
+        raise InputError(f"`data.root` must name the folder that holds {layout}.")
+    folder = Path(root).expanduser()
+    if not folder.is_dir():
+        raise InputError(f"`data.root: {root}` is not a folder. It must hold {layout}.")
+    return folder
+
+
+def _read_arrays(path: Path, holds: str) -> dict[str, np.ndarray]:
+    """Return all arrays of a .npz file."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except Exception as error:  # numpy raises many kinds of errors on damaged archives
+        raise InputError(f"`data.root: {path}` cannot be read ({error}). It must be a .npz file that holds {holds}.") from error
+
+
+def _read_npz(path: Path) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return [(train images, labels), (test images, labels)], images (N, 32, 32, 3) uint8."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            parts = [(archive[f"x_{part}"], archive[f"y_{part}"]) for part in ("train", "test")]
+    except Exception as error:  # numpy raises many kinds of errors on damaged archives
+        raise InputError(
+            f"{path} cannot be read ({error}). It must hold x_train, y_train, x_test, y_test; "
+            "write it again with `python -m secateur.envs.tasks.convert_tiles`."
+        ) from error
+    for images, labels in parts:
+        if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3) or labels.shape != images.shape[:1]:
+            raise InputError(
+                f"{path} must hold images (N, 32, 32, 3) in uint8 and labels (N,), "
+                f"but has {images.shape} in {images.dtype} and {labels.shape}."
+            )
+    return parts
+
+
+def _read_torchvision(kind: str, folder: Path, layout: str, mean: tuple[float, ...], std: tuple[float, ...]) -> Dataset:
+    from torchvision import datasets
+
+    try:
+        train, test = (getattr(datasets, kind)(folder, train=part, download=False) for part in (True, False))
+    except Exception as error:  # torchvision raises whatever error the damaged file causes
+        raise InputError(f"`data.root: {folder}` has no complete {kind}: it must hold {layout}.") from error
+    train_pool, test_pool = (
+        array_pool(_channels_first(np.asarray(part.data)), np.asarray(part.targets, np.int64)) for part in (train, test)
+    )
+    return Dataset(train_pool, test_pool, tuple(train.classes), mean, std)
+
+
+def _channels_first(images: np.ndarray) -> np.ndarray:
+    return images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
+
+
+def _image_files(folder: Path, layout: str) -> ImageFolder:
+    from torchvision import datasets
+
+    try:
+        return datasets.ImageFolder(folder)
+    except FileNotFoundError as error:  # no folder, no class folders, or a class without images
+        raise InputError(f"`data.root: {folder.parent}` must hold {layout}: {error}") from error
+
+
+def _file_pool(files: ImageFolder, input_shape: tuple[int, int, int]) -> Pool:
+    order = np.random.default_rng(0).permutation(len(files.samples))
+    paths = [files.samples[index][0] for index in order]
+    labels = np.array([files.samples[index][1] for index in order], np.int64)
+
+    def read(indices: np.ndarray) -> np.ndarray:
+        with ThreadPoolExecutor() as threads:
+            images = list(threads.map(lambda index: decode_image(paths[index], input_shape), indices))
+        return np.stack(images) if images else np.empty((0, *input_shape), np.uint8)
+
+    return Pool(labels, read)
+
+
+def decode_image(path: str, input_shape: tuple[int, int, int]) -> np.ndarray:
+    """Return one image file, resized and with its center cropped, (C, H, W) uint8.
+
+    Raises:
+        InputError: if the file is not an image.
+    """
+    channels, height, width = input_shape
+    try:
+        with Image.open(path) as file:
+            image = file.convert("RGB" if channels == 3 else "L")
+    except (UnidentifiedImageError, OSError) as error:
+        raise InputError(f"{path} is not an image that can be read: {error}") from error
+    scale = max(height / image.height, width / image.width) / CROP_SHARE
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BILINEAR)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    pixels = np.asarray(image.crop((left, top, left + width, top + height)))
+    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
