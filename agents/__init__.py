@@ -27,9 +27,7 @@ if TYPE_CHECKING:
     from secateur.agents.envelope_ddpg.agent import EnvelopeDdpg
 
 
-def make_amc_ddpg(
-    config: AmcDdpgConfig, space: ActionSpace, budgets: Sequence[Budget], rng: np.random.Generator
-) -> AmcDdpg:
+def make_amc_ddpg(config: AmcDdpgConfig, space: ActionSpace, budgets: Sequence[Budget], rng: np.random.Generator) -> AmcDdpg:
     """Return an `AmcDdpg`."""
     from secateur.agents.amc_ddpg import AmcDdpg
 

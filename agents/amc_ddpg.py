@@ -23,7 +23,10 @@ Where we differ and why:
    the last `lookahead` of them (episode_queue.py).
 6. Failed and early stopped episodes are not learned from.
 7. The critic sees state and action side by side. AMC's code adds their first layers' outputs, which is the same function.
-8. Rewards are subtracted a moving average of batch means, as in the code. The paper says: of previous rewards.
+8. b is a moving average of the mean rewards of the batches, as in AMC's code. The paper says: of previous rewards.
+
+Results with the label "scalar, as in AMC" (results/budgets, results/budgets_bits) are those of an earlier implementation with
+smaller networks and a random warm-up: 6.7 and 14.0 points of mean top-1 below envelope DDPG after 300 evaluations.
 """
 
 from __future__ import annotations
@@ -74,9 +77,9 @@ class AmcDdpg:
         self.queue: EpisodeQueue[Walk, Walk] = EpisodeQueue(config.lookahead)
         self._replay: list[tuple[np.ndarray, ...]] = []  # (state, action, reward, next state, whether there is a next step)
 
-    def ask(self, count: int) -> list[Actor]:
+    def ask(self, count: int) -> list[SequenceActor]:
         """Return at most `count` actors; fewer while the evaluations that the next choice builds on are out."""
-        actors: list[Actor] = []
+        actors: list[SequenceActor] = []
         with one_thread():
             while len(actors) < count:
                 for walk in self.queue.due():

@@ -20,7 +20,7 @@ class Agent(Protocol):
     What only some agents can do is declared by the protocols below.
     """
 
-    def ask(self, count: int) -> list[Actor]:
+    def ask(self, count: int) -> Sequence[Actor]:
         """Return at most `count` actors; fewer, or none, while the agent waits for episodes that are still out.
 
         None with nothing out means that the agent has nothing more to try.
@@ -58,7 +58,6 @@ class Queryable(Protocol):
         space: in which it searched.
         preference: that of its search, (num_objectives,) on the simplex.
         rng: every random choice; reset it to get the same proposals again.
-        learned: number of evaluations that it has learned from.
     """
 
     space: ActionSpace
@@ -66,9 +65,13 @@ class Queryable(Protocol):
     rng: np.random.Generator
 
     @property
-    def learned(self) -> int: ...
+    def learned(self) -> int:
+        """Number of evaluations that it has learned from."""
+        ...
 
-    def propose(self, budget: Budget, preference: np.ndarray | None = None, count: int = 3, rollouts: int = 256) -> list[np.ndarray]:
+    def propose(
+        self, budget: Budget, preference: np.ndarray | None = None, count: int = 3, rollouts: int = 256
+    ) -> list[np.ndarray]:
         """Return at most `count` different executed sequences, best first.
 
         Args:
@@ -126,7 +129,8 @@ def check_out(ticket: int, out: Container[int]) -> None:
     """
     if ticket not in out:
         raise ValueError(
-            f"Episodes must come back once, with the actor that `ask` gave out, but ticket {ticket} is not out. Was it told twice?"
+            f"Episodes must come back once, with the actor that `ask` gave out, but ticket {ticket} is not out. Was it told "
+            "twice?"
         )
 
 
@@ -140,9 +144,9 @@ def check_range(owner: str, name: str, value: float, low: float, high: float = n
         low, high: range.
         above: whether `low` itself is excluded.
     Raises:
-        InputError: if it is outside, or NaN.
+        InputError: if it is outside, infinite or NaN.
     """
-    if low <= value <= high and not (above and value == low):
+    if low <= value <= high and np.isfinite(value) and not (above and value == low):
         return
     if high < np.inf:
         wanted = f"in {'(' if above else '['}{low:g}, {high:g}]"
@@ -170,6 +174,8 @@ def simplex(owner: str, preference: Sequence[float] | None, objectives: Sequence
     """
     weights = np.eye(len(objectives))[0] if preference is None else np.asarray(preference, float)
     if weights.shape != (len(objectives),):
-        raise InputError(f"`preference` of {owner} must have one weight for each of {', '.join(objectives)}, but got {weights.size}.")
+        raise InputError(
+            f"`preference` of {owner} must have one weight for each of {', '.join(objectives)}, but got {weights.size}."
+        )
     check_preference(owner, weights.tolist())
     return weights / weights.sum()

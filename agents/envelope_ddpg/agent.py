@@ -1,7 +1,7 @@
 """One-stage envelope DDPG: actor and critics take the preference and the budget as inputs, so one run serves all of them.
 
-In the manner of MCMC (Li et al. 2024, doi 10.1109/TNNLS.2024.3353763, "one-stage envelope DDPG"), of which only the abstract
-is public: its state, reward, networks and training cannot be reproduced, and this module does not claim to. Decisions and sources:
+In the manner of MCMC (Li et al. 2024, doi 10.1109/TNNLS.2024.3353763, "one-stage envelope DDPG"), of which only the abstract is
+public: its state, reward, networks and training cannot be reproduced, and this module does not claim to. Decisions:
 
 1. *One stage*. Yang et al. 2019 (arXiv:1908.08342) learn over all preferences and then adapt to a hidden one. Here preference and
    budget are inputs that may change at any time, also afterwards (`propose`), so there is no second stage.
@@ -68,7 +68,7 @@ from secateur.agents.uniform import Uniform, UniformConfig
 from secateur.envs.core import ActionSpace, Actor, Budget, CompressionPolicy, Episode
 
 NOISE, NOISE_DECAY, LEAST_NOISE = 0.5, 0.95, 0.03
-"""Standard deviation of the noise on the actor's actions: NOISE * NOISE_DECAY ** (episodes after the warm-up), at least the last."""
+"""Standard deviation of the noise on actions: NOISE * NOISE_DECAY ** (episodes after the warm-up), at least LEAST_NOISE."""
 
 PROPOSAL_NOISE = 0.1
 """The same when the agent proposes without evaluation."""
@@ -105,9 +105,9 @@ class EnvelopeDdpg:
 
     # ------------------------------------------------------------------------------------------------------- protocol
 
-    def ask(self, count: int) -> list[Actor]:
+    def ask(self, count: int) -> list[SequenceActor]:
         """Return at most `count` actors; fewer while the evaluations that the next choice builds on are out."""
-        actors: list[Actor] = []
+        actors: list[SequenceActor] = []
         with one_thread():
             while len(actors) < count:
                 for memory in self.queue.due():

@@ -1,4 +1,4 @@
-"""Candidate sequences for one choice: changes of the best evaluated policies, rollouts of the actor, uniform and random policies."""
+"""Candidates for one choice: changes of the best evaluated policies, rollouts of the actor, uniform and random policies."""
 
 from __future__ import annotations
 
@@ -142,5 +142,5 @@ class Candidates:
         repaired = np.zeros(sequences.shape, np.float32)
         for rows, repair in ((~costly, self.space.scale_to_budget), (costly, self.space.execute)):
             if rows.any():
-                repaired[rows] = repair(sequences[rows], [budgets[i] for i in np.flatnonzero(rows)])
+                repaired[rows] = repair(sequences[rows], [budgets[i] for i in np.flatnonzero(rows).tolist()])
         return repaired

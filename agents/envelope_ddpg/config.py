@@ -18,7 +18,7 @@ class EnvelopeDdpgConfig:
         preference: weights of the reward's components, "top1" first, that most episodes search for; None: top-1 alone.
         warmup: evaluations before the networks choose: first rule-based policies, then random feasible ones.
         candidates: number of policies that the critics compare for one evaluation; 1: no comparison.
-        rounds: how often the best candidates are changed and compared again, half as many changes each time as there were candidates.
+        rounds: how often the best candidates are changed and compared again, each time half as many as there were candidates.
         local: share of the choices among changes of the best evaluated policies; the others: rollouts and unguided policies.
         unguided: share of uniform and random policies beside the rollouts.
         exploration_share: share of the episodes that search where the front would gain most, under any budget and preference.

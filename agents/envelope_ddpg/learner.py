@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -71,9 +72,7 @@ class Learner:
         self.critic = Mlp(config.critics, inputs, 1, config.hidden, rng)
         self.actor = Mlp(1, inputs, space.action_dim, config.hidden, rng)
         self.target_critic, self.target_actor = copy.deepcopy(self.critic), copy.deepcopy(self.actor)
-        self.critic_optimizer = torch.optim.AdamW(
-            self.critic.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True
-        )
+        self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), LEARNING_RATE, fused=True)
         self.memories: list[Memory] = []
         self.pool = Pool(POOLED * config.planned)
@@ -193,8 +192,8 @@ class Learner:
         config, transitions = self.config, self._transitions(count)
         targets, slopes = plan_targets(
             self.space, self.rng, transitions,
-            policy=lambda *at: self.actions(*at, target=True),
-            predict=lambda sequences: self.predictions(sequences, target=True),
+            policy=partial(self.actions, target=True),
+            predict=partial(self.predictions, target=True),
             alternatives=config.alternatives if config.envelope else 1,
             mixing=config.mixing,
         )  # fmt: skip
@@ -323,7 +322,7 @@ def _top1(scores: Tensor) -> Tensor:
 
 
 def _offsets(critics: int) -> np.ndarray:
-    """Return at how many standard deviations from the mean each critic is placed, (critics,): evenly, with mean 0 and variance 1."""
+    """Return each critic's distance from the mean in standard deviations, (critics,): even, with mean 0 and variance 1."""
     evenly = np.linspace(-1, 1, critics) if critics > 1 else np.zeros(1)
     return evenly / max(evenly.std(), 1e-9)
 

@@ -18,7 +18,7 @@ SHIFT = 0.1
 """By how much an action is changed, in both directions, to measure the slope of the costs of its completion."""
 
 Policy = Callable[[np.ndarray, np.ndarray, int, np.ndarray], np.ndarray]
-"""The target actor's actions, (n, action_dim), from observations, sequences so far, the step and preferences, (n, num_objectives)."""
+"""Actions, (n, action_dim), from observations, sequences so far, the step and preferences, (n, num_objectives)."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -92,7 +92,7 @@ def write_state(folder: Path, state: AgentState) -> None:
     (folder / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
-def _replay(state: AgentState) -> dict[str, np.ndarray]:
+def _replay(state: AgentState) -> dict[str, Any]:
     """Return episodes, errors and sensitivities as arrays; of the episodes, one row each."""
     memories = state.memories
     practiced = np.zeros((len(memories), len(state.training_budgets)), bool)
@@ -151,7 +151,7 @@ def read_state(folder: Path, space: ActionSpace) -> AgentState:
 
 
 def _state(facts: Mapping[str, Any], replay: Mapping[str, np.ndarray], tensors: Mapping[str, Tensor]) -> AgentState:
-    options = {name: tuple(value) if isinstance(value, list) else value for name, value in facts["config"].items()}
+    options: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in facts["config"].items()}
     curves = replay["sensitivities"]
     return AgentState(
         config=EnvelopeDdpgConfig(**options),
