@@ -12,48 +12,44 @@ Zhu & Kwong 2010 (Appl. Math. Comput. 217), the guided move
 Lin et al. 2020 (ABCPruner, arXiv:2001.08565), the colony as a channel pruner; Deb et al. 2002 (NSGA-II), constraint
 domination. Numbers of equations are ours.
 
-A *source* is a sequence of actions. Each cycle has two phases. *Employed*: every source is visited by its bee, which
-tries a move; the bee of a source that failed `limit` times in a row becomes a *scout* and draws a new one.
-*Onlooker*: bees choose among the sources by rank and try moves of their own. A move replaces its source only if it is
-better.
+A *source* is an action sequence. Each cycle has two phases. *Employed*: each source has a bee that tries one move; the
+bee of a source that failed `limit` times in a row becomes a *scout* and draws a new source at random. *Onlooker*: bees
+choose among the sources by rank and try moves of their own. A move replaces its source only if it is better.
 
 Where we differ from Karaboga's or Lin's colony, and why:
 
-1. Every candidate is bent to the edge of its budget (`ActionSpace.scale_to_budget`): ABCPruner has no constraint on the total,
-   its costs fall where they fall. If the preference rewards lower costs, the wall alone (`ActionSpace.execute`)
-   repairs instead.
-2. All genes can move. ABCPruner's `randint(0, D - 1)` never touches the last layer.
-3. Moves are real numbers and the environment rounds to the nearest level, so their mean is zero but for the guidance.
+1. Every candidate is scaled to its budget (`ActionSpace.scale_to_budget`). ABCPruner does not limit the total costs. If
+   the preference rewards lower costs, candidates are only projected (`ActionSpace.execute`).
+2. All genes can move. ABCPruner's `randint(0, D - 1)` never changes the last layer.
+3. Moves are real numbers and the environment rounds to the nearest level, so their mean is zero except for the guidance.
    ABCPruner's `int()` rounds every move towards smaller widths.
-4. The genes of a move are drawn without replacement. ABCPruner may draw the same gene twice and lose the first
-   change.
-5. A move changes any number of genes, from one to all. With hundreds of evaluations for tens of genes, one or two at
-   a time do not get far: 41 instead of 49 % top-1 after 200 evaluations on a made-up task of ResNet-56's size.
-6. Where there are several kinds of choices (prune ratio, weight bits, activation bits), every second move also shifts
-   all genes of each kind by a common step: trading pruning against bits is out of reach for moves of single genes. With
-   139 genes of three kinds, 83 instead of 81 % top-1 on a made-up task (the best uniform policy: 81 %).
-7. Scouts cover the whole range, both ends included (ABCPruner's cannot draw the strongest level), and every exhausted
-   source is drawn anew, not just one per cycle. The uniform sequence is among the first sources.
-8. The best source so far is remembered apart from the sources and is never reset (ABCPruner resets it after the
-   start); a scout cannot lose it.
-9. Onlookers choose by rank: with probabilities in proportion to the scores all sources are alike when accuracies are.
-10. Smaller violations win before utility counts (constraint domination). A failed or NaN episode is an infinite
+4. The genes of a move are drawn without replacement. ABCPruner may draw the same gene twice and lose the first change.
+5. A move changes any number of genes, from one to all. With hundreds of evaluations for tens of genes, changing one or
+   two at a time is too slow: 41 instead of 49 % top-1 after 200 evaluations on a synthetic task of ResNet-56's size.
+6. With several kinds of choices (prune ratio, weight bits, activation bits), every second move also shifts all genes of
+   each kind by a common step, because moves of single genes cannot trade pruning against bits. With 139 genes of three
+   kinds, 83 instead of 81 % top-1 on a synthetic task (the best uniform policy: 81 %).
+7. Scouts cover the whole range, both ends included (ABCPruner's cannot draw the largest level), and every exhausted
+   source is drawn again, not just one per cycle. The uniform sequence is among the first sources.
+8. The best source so far is kept apart from the sources, so a scout cannot lose it (ABCPruner resets it after the start).
+9. Onlookers choose by rank. With probabilities in proportion to similar accuracies, all sources would be equally likely.
+10. Smaller violations win before utility counts (constraint domination). A failed or NaN episode has an infinite
     violation.
-11. As long as new policies are found, none is evaluated twice: what is known is drawn again, and a source without new
-    neighbors sends its bee to a random sequence.
-12. A bee looks at several moves and tries the one that a ridge regression over everything evaluated so far rates best,
-    expected violation first. This uses all evaluations, not just the sources, and so also tempers the winner's curse:
-    one lucky score moves the regression little. 52 instead of 49 % top-1 on the task of point 5.
-13. The curse remains. A score is one noisy measurement on the validation images, the same for all policies (common
-    random numbers), and greedy acceptance favors lucky ones; `limit` removes a source that nothing near it confirms.
-    The archive keeps the scores as measured, and winners are scored again on test images, which never take part in
-    the search. ABCPruner selects and reports on the test set.
-14. Phases are synchronous: a phase is handed out at once and judged when all of it is back, in the order it was
-    handed out. Results depend on the seed and not on which worker is faster. With several budgets, one colony's wait
-    is another's turn.
+11. As long as new policies are found, none is evaluated twice: policies that were chosen before are drawn again, and the
+    bee of a source without new neighbors tries a random sequence.
+12. A bee draws several moves and tries the one with the best prediction of a ridge regression on all evaluations, expected
+    violation first. This uses all evaluations, not just the sources, and reduces the winner's curse, because one lucky
+    score changes the regression little. 52 instead of 49 % top-1 on the task of point 5.
+13. The winner's curse remains. A score is one noisy measurement on the validation images, the same for all policies
+    (common random numbers), and greedy acceptance favors lucky ones; `limit` removes sources whose neighbors do not
+    confirm them. Winners are scored again on test images, which never take part in the search. ABCPruner selects and
+    reports on the test set.
+14. Phases are synchronous: a phase is handed out at once and judged when all of it is back, in the order in which it was
+    handed out. Results depend on the seed and not on which worker is faster. While one budget's colony waits, the
+    colonies of other budgets have their turns.
 
-Level switches (one gene up, one down; EvoPress, Sieberling et al. 2024) were tried as a second kind of move and did
-not help: bending to the edge already keeps the budget.
+Level switches (one gene up, one down; EvoPress, Sieberling et al. 2024) were tried as a second kind of move and did not
+help: scaling to the budget already uses all of it.
 """
 
 from __future__ import annotations
@@ -63,27 +59,30 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from secateur.agents.core import SequenceActor, scored
+from secateur.agents.core import SequenceActor, check_out, check_preference, check_range, scored, simplex
 from secateur.agents.pareto import violation
 from secateur.agents.per_budget import PerBudget
 from secateur.agents.random_search import random_sequence
-from secateur.envs.core import ActionSpace, Budget, CompressionPolicy, Episode, InputError
+from secateur.envs.core import ActionSpace, Budget, CompressionPolicy, Episode
+
+OWNER = "the bee colony"
+"""How messages call the agent."""
 
 
 @dataclass(frozen=True)
 class BeeColonyConfig:
-    """Options of the bee colony; defaults from 200 evaluations of a made-up noisy task of ResNet-56's size.
+    """Options of the bee colony; defaults from 200 evaluations of a synthetic noisy task of ResNet-56's size.
 
     Attributes:
-        sources: per budget, at least 2; each employs one bee and one onlooker, so that 200 evaluations are ten cycles.
+        sources: per budget, at least 2; each has one employed bee and one onlooker, so that 200 evaluations are ten cycles.
         limit: failed tries after which a source is given up; two tries per cycle make that five cycles.
         genes: largest share of the genes that one move changes, in (0, 1]; their number is uniform from 1 to that.
-        guidance: largest psi, the pull towards the best source; Zhu & Kwong take 1.5.
-        shift: largest step of all genes of a kind together; a level or two. Unused with one kind of choice.
-        pressure: 0 lets onlookers choose evenly, 1 linearly by rank, more prefers the best more.
-        candidates: moves that a bee looks at before it tries one; 1 switches the regression off.
+        guidance: largest psi, the weight of the best source; Zhu & Kwong take 1.5.
+        shift: largest common step of all genes of a kind; a level or two. Unused with one kind of choice.
+        pressure: 0 lets onlookers choose evenly, 1 linearly by rank; larger values prefer the best more.
+        candidates: moves that a bee compares before it tries one; 1 switches the regression off.
         ridge: penalty of the regression, above 0, in units of its number of features, which have variance 1.
-        redraws: how often a known policy is drawn again before it is handed out all the same.
+        redraws: how often a policy that was chosen before is drawn again before it is handed out all the same.
         preference: weights of the reward's components, "top1" first; None: top-1 alone.
     """
 
@@ -98,24 +97,19 @@ class BeeColonyConfig:
     redraws: int = 20
     preference: tuple[float, ...] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         least = {"sources": 2, "limit": 1, "guidance": 0, "shift": 0, "pressure": 0, "candidates": 1, "redraws": 0}
         for name, value in least.items():
-            if getattr(self, name) < value:
-                raise InputError(f"`{name}` of the bee colony must be at least {value}, but got {getattr(self, name)}.")
-        if not 0 < self.genes <= 1:
-            raise InputError(f"`genes` of the bee colony must be a share in (0, 1], but got {self.genes}.")
-        if not self.ridge > 0:
-            raise InputError(f"`ridge` of the bee colony must be above 0, but got {self.ridge}.")
-        if self.preference is not None and not (min(self.preference, default=0) >= 0 and sum(self.preference) > 0):
-            raise InputError(
-                f"`preference` of the bee colony must be weights >= 0, not all zero, but got {list(self.preference)}."
-            )
+            check_range(OWNER, name, getattr(self, name), value)
+        check_range(OWNER, "genes", self.genes, 0, 1, above=True)
+        check_range(OWNER, "ridge", self.ridge, 0, above=True)
+        if self.preference is not None:
+            check_preference(OWNER, self.preference)
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A sequence that was tried, and how good it is.
+    """A sequence that was evaluated, and its score.
 
     Attributes:
         sequence: executed actions, (num_steps, action_dim).
@@ -128,18 +122,24 @@ class Source:
     utility: float
 
     def better_than(self, other: Source) -> bool:
-        """Return whether this source wins: by violation first, then by utility. Equals do not."""
+        """Return whether this source wins: by violation first, then by utility. Equal sources do not win."""
         return self.rank_key < other.rank_key
 
     @property
     def rank_key(self) -> tuple[float, float]:
-        """Sorts the best first."""
+        """Sort key, best first."""
         return self.violation, -self.utility
 
 
 @dataclass(frozen=True, eq=False)
-class Flight:
-    """One bee on its way: the slot of its source, the sequence it tries, and whether it replaces the source unseen."""
+class Visit:
+    """What one bee tries.
+
+    Attributes:
+        slot: of its source.
+        sequence: that is evaluated.
+        scout: whether it replaces the source in any case.
+    """
 
     slot: int
     sequence: np.ndarray
@@ -150,13 +150,8 @@ class BeeColony(PerBudget):
     """One `Colony` per budget; evaluations are shared evenly. See the module."""
 
     def __init__(self, config: BeeColonyConfig, space: ActionSpace, budgets: Sequence[Budget], rng: np.random.Generator):
-        preference = np.eye(len(space.objectives))[0] if config.preference is None else np.array(config.preference, float)
-        if len(preference) != len(space.objectives):
-            raise InputError(
-                f"`preference` of the bee colony must have one weight for each of {', '.join(space.objectives)}, "
-                f"but got {len(preference)}."
-            )
-        # A generator of its own per colony: how far the others are must not change what it draws.
+        preference = simplex(OWNER, config.preference, space.objectives)
+        # Each colony has its own generator: the progress of the others must not change its draws.
         own_rngs = rng.spawn(len(budgets))
         super().__init__(
             {
@@ -178,7 +173,7 @@ class Colony:
         rng: np.random.Generator,
     ):
         self.config, self.space, self.budget, self.preference, self.rng = config, space, budget, preference, rng
-        # More compression than the edge of the budget asks for only pays if a cost is part of the preference.
+        # More compression than the budget asks for is only of use if a cost is part of the preference.
         self._repair = space.execute if preference[1:].any() else space.scale_to_budget
         nothing = Source(np.zeros(space.used.shape), np.inf, -np.inf)
         self.sources = [nothing] * config.sources
@@ -187,10 +182,10 @@ class Colony:
         self.evaluated: list[Source] = []
         self.handed_out = 0
         self._onlookers_next = False
-        self._waiting: list[Flight] = []
-        self._out: dict[int, Flight] = {}
-        self._back: dict[int, tuple[Flight, Source]] = {}
-        self._known: set[CompressionPolicy] = set()
+        self._waiting: list[Visit] = []
+        self._out: dict[int, Visit] = {}
+        self._back: dict[int, tuple[Visit, Source]] = {}
+        self._chosen: set[CompressionPolicy] = set()
 
     @property
     def ready(self) -> bool:
@@ -202,9 +197,9 @@ class Colony:
         if not self._waiting:
             self._waiting = self._onlookers() if self._onlookers_next else self._employed()
             self._onlookers_next = not self._onlookers_next
-        flight = self._waiting.pop(0)
-        actor = SequenceActor(self.budget, flight.sequence, self.handed_out)
-        self._out[actor.ticket] = flight
+        visit = self._waiting.pop(0)
+        actor = SequenceActor(self.budget, visit.sequence, self.handed_out)
+        self._out[actor.ticket] = visit
         self.handed_out += 1
         return actor
 
@@ -214,60 +209,58 @@ class Colony:
         Raises:
             ValueError: if the actor is not out.
         """
-        if actor.ticket not in self._out:
-            raise ValueError(
-                f"Episodes must come back once, with the actor that `ask` gave out, but ticket {actor.ticket} of "
-                f"budget '{self.budget.name}' is not out. Was it told twice?"
-            )
-        flight = self._out.pop(actor.ticket)
-        self._back[actor.ticket] = flight, self._judge(flight, episode)
+        check_out(actor.ticket, self._out)
+        visit = self._out.pop(actor.ticket)
+        self._back[actor.ticket] = visit, self._judge(visit, episode)
         if not self._waiting and not self._out:
             self._select()
 
-    def _judge(self, flight: Flight, episode: Episode) -> Source:
+    def _judge(self, visit: Visit, episode: Episode) -> Source:
+        """Return what the visit found as a source."""
         if not scored(episode):
-            return Source(flight.sequence, np.inf, -np.inf)
-        sequence = flight.sequence if episode.actions is None else episode.actions
-        return Source(np.asarray(sequence, float), violation(episode.constraints), float(self.preference @ episode.reward))
+            return Source(visit.sequence, np.inf, -np.inf)
+        sequence = visit.sequence if episode.actions is None else episode.actions
+        utility = float(self.preference @ np.asarray(episode.reward))
+        return Source(np.asarray(sequence, float), violation(episode.constraints), utility)
 
     def _select(self) -> None:
-        """Replace sources by better finds, in the order in which the bees left."""
+        """Replace sources by better finds, in the order in which they were handed out."""
         for ticket in sorted(self._back):
-            flight, found = self._back[ticket]
-            if flight.scout or found.better_than(self.sources[flight.slot]):
-                self.sources[flight.slot] = found
-                # A scout that failed has found nothing to stay for.
-                self.trials[flight.slot] = 0 if np.isfinite(found.violation) else self.config.limit
+            visit, found = self._back[ticket]
+            if visit.scout or found.better_than(self.sources[visit.slot]):
+                self.sources[visit.slot] = found
+                # What a failed scout found is given up at once.
+                self.trials[visit.slot] = 0 if np.isfinite(found.violation) else self.config.limit
             else:
-                self.trials[flight.slot] += 1
+                self.trials[visit.slot] += 1
             if found.better_than(self.best):
                 self.best = found
             if np.isfinite(found.rank_key).all():
                 self.evaluated.append(found)
         self._back = {}
 
-    def _employed(self) -> list[Flight]:
+    def _employed(self) -> list[Visit]:
         if self.handed_out == 0:
-            uniform = self._fly(0, [self.space.scale_to_budget(np.where(self.space.used, 0.5, 0.0), self.budget)], scout=True)
+            uniform = self._visit(0, [self.space.scale_to_budget(np.where(self.space.used, 0.5, 0.0), self.budget)], scout=True)
             return [uniform, *(self._scout(slot) for slot in range(1, self.config.sources))]
         return [self._scout(slot) if trials >= self.config.limit else self._move(slot) for slot, trials in enumerate(self.trials)]
 
-    def _onlookers(self) -> list[Flight]:
+    def _onlookers(self) -> list[Visit]:
         count = self.config.sources
         best_first = sorted(range(count), key=lambda slot: self.sources[slot].rank_key)
         share = (1 - np.arange(count) / count) ** self.config.pressure
         slots = self.rng.choice(best_first, size=count, p=share / share.sum())
         return [self._move(int(slot)) for slot in slots]
 
-    def _scout(self, slot: int) -> Flight:
-        return self._fly(slot, self._random_tables(), scout=True)
+    def _scout(self, slot: int) -> Visit:
+        return self._visit(slot, self._random_sequences(), scout=True)
 
-    def _move(self, slot: int) -> Flight:
-        moves = self._new_tables(lambda: self._neighbor(slot), self._repair, self.config.candidates)
-        return self._fly(slot, moves or self._random_tables(), scout=False)
+    def _move(self, slot: int) -> Visit:
+        moves = self._new_sequences(lambda: self._neighbor(slot), self._repair, self.config.candidates)
+        return self._visit(slot, moves or self._random_sequences(), scout=False)
 
-    def _fly(self, slot: int, sequences: list[np.ndarray], scout: bool) -> Flight:
-        """Return the flight to the sequence that promises most."""
+    def _visit(self, slot: int, sequences: list[np.ndarray], scout: bool) -> Visit:
+        """Return a visit that tries the sequence with the best prediction."""
         sequence = sequences[0]
         if len(sequences) > 1 and self.evaluated:
             genes = np.array([source.sequence[self.space.used] for source in self.evaluated])
@@ -275,8 +268,8 @@ class Colony:
             wanted = np.array([sequence[self.space.used] for sequence in sequences])
             violations, losses = regress(genes, scores, wanted, self.config.ridge).T
             sequence = sequences[np.lexsort((losses, np.maximum(violations, 0)))[0]]
-        self._known.add(self.space.decode(sequence))
-        return Flight(slot, sequence, scout)
+        self._chosen.add(self.space.decode(sequence))
+        return Visit(slot, sequence, scout)
 
     def _neighbor(self, slot: int) -> np.ndarray:
         """Return a sequence near a source, before repair."""
@@ -289,31 +282,31 @@ class Colony:
         moved = np.array(x, float)
         # eq. (2)
         moved[chosen] += phi * (x - partner)[chosen] + psi * (self.best.sequence - x)[chosen]
-        # With one kind of choice the bend to the budget's edge would undo a common shift.
+        # With one kind of choice, scaling to the budget would undo a common step.
         if self.space.used.any(axis=0).sum() > 1 and self.rng.random() < 0.5:
             moved += self.rng.uniform(-self.config.shift, self.config.shift, self.space.action_dim)
         return np.where(self.space.used, np.clip(moved, 0, 1), 0.0)
 
-    def _random_tables(self) -> list[np.ndarray]:
-        """Return one random sequence: new if possible, then below the edge of the budget if need be."""
+    def _random_sequences(self) -> list[np.ndarray]:
+        """Return one random sequence: a new one if possible, scaled to the budget, else projected only."""
 
         def draw() -> np.ndarray:
             return random_sequence(self.space, self.rng)
 
         return (
-            self._new_tables(draw, self._repair, 1)
-            or self._new_tables(draw, self.space.execute, 1)
+            self._new_sequences(draw, self._repair, 1)
+            or self._new_sequences(draw, self.space.execute, 1)
             or [self._repair(draw(), self.budget)]
         )
 
-    def _new_tables(
+    def _new_sequences(
         self, draw: Callable[[], np.ndarray], repair: Callable[[np.ndarray, Budget], np.ndarray], count: int
     ) -> list[np.ndarray]:
-        """Return at most `count` repaired draws whose policies are not known."""
+        """Return at most `count` repaired draws whose policies were not chosen before."""
         sequences: list[np.ndarray] = []
         for _ in range(self.config.redraws + count):
             sequence = repair(draw(), self.budget)
-            if self.space.decode(sequence) not in self._known:
+            if self.space.decode(sequence) not in self._chosen:
                 sequences.append(sequence)
                 if len(sequences) == count:
                     break
@@ -324,19 +317,19 @@ def regress(genes: np.ndarray, scores: np.ndarray, wanted: np.ndarray, ridge: fl
     """Return the scores that a ridge regression on genes and their squares expects, (m, num_scores).
 
     Args:
-        genes: what was evaluated, (n, num_genes).
-        scores: how it scored, (n, num_scores).
-        wanted: what is asked, (m, num_genes).
+        genes: of evaluated sequences, (n, num_genes).
+        scores: of these sequences, (n, num_scores).
+        wanted: genes of the sequences to predict, (m, num_genes).
         ridge: penalty, in units of the number of features.
     """
 
     def features(points: np.ndarray) -> np.ndarray:
         return np.hstack([points, points**2])
 
-    known = features(genes)
-    center, scale = known.mean(axis=0), known.std() + 1e-9
-    known = (known - center) / scale
-    size = known.shape[1]
+    seen = features(genes)
+    center, scale = seen.mean(axis=0), seen.std() + 1e-9
+    seen = (seen - center) / scale
+    size = seen.shape[1]
     mean = scores.mean(axis=0)
-    weights = np.linalg.solve(known.T @ known + ridge * size * np.eye(size), known.T @ (scores - mean))
+    weights = np.linalg.solve(seen.T @ seen + ridge * size * np.eye(size), seen.T @ (scores - mean))
     return (features(wanted) - center) / scale @ weights + mean

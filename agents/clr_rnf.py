@@ -1,18 +1,18 @@
-"""Cross-layer ranking: how much each layer keeps follows from its weights' magnitudes, without any search.
+"""Cross-layer ranking: the prune ratio of each layer follows from the magnitudes of its weights, without any search.
 
-With m_j the mean |w| of the filter that makes unit j, and f the multiply-accumulates of the layer that it belongs to,
+With m_j the mean |w| of the filter that produces unit j, and f the multiply-accumulates of its layer,
 
     score_j = m_j / f ** exponent,    prune ratio of a group = share of its units with score_j < t                (1)
 
-and one threshold t for all groups: the least that meets the budget.
+with one threshold t for all groups: the least that meets the budget.
 
 Source: Lin et al. 2022 (CLR-RNF), TNNLS, cross-layer ranking. Its filter selection is the importance `clr_rnf`.
 
 Where we differ and why:
 1. t is found by bisection for any budget on any costs; the paper sets a global prune rate.
-2. Coupled groups count with the mean magnitude and the mean multiply-accumulates of their producers.
-3. Bits are those of the baseline `uniform`, whose family of divisions of the work between pruning and bits is walked here
-   too; see agents/uniform.py. Where only widths are chosen, there is one policy per budget.
+2. Of a coupled group, the mean magnitude and the mean multiply-accumulates of its producers count.
+3. Bits are those of the baseline `uniform`, and its family of divisions between pruning and bits is tried here too; see
+   agents/uniform.py. Where only widths are chosen, there is one policy per budget.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from secateur.agents.core import check_range
 from secateur.agents.fixed import FixedPolicies
 from secateur.agents.uniform import uniform_family
-from secateur.envs.core import ActionSpace, Budget, InputError
+from secateur.envs.core import ActionSpace, Budget
 
 
 @dataclass(frozen=True)
@@ -32,21 +33,19 @@ class ClrRnfConfig:
     """Options of cross-layer ranking.
 
     Attributes:
-        exponent: lambda of eq. (1): 0 ranks by magnitude alone, large values prune the costliest layers first. The paper
+        exponent: lambda of eq. (1): 0 ranks by magnitude alone, large values prune the most expensive layers first. The paper
             tunes it to each network and fine-tunes afterwards: 0.5 for VGG-16, 5 for ResNet-110, 10 for ResNet-56, whose
             layers cost nearly the same. Without fine-tuning small values are better (ResNet-56 on CIFAR-10 at half the
             MACs, L1 norm, refitted, 8,000 test images: 67.1, 66.2, 58.4 and 49.0 % with 0, 0.5, 1 and 10; `uniform` 85.6).
-        splits: how many exponents each kind of choice tries, as `exponents` of `uniform`.
+        splits: number of exponents that each kind of choice tries, as `exponents` of `uniform`.
     """
 
     exponent: float = 0.5
     splits: int = 7
 
-    def __post_init__(self):
-        if not 0 <= self.exponent < float("inf"):
-            raise InputError(f"`exponent` of the agent `clr_rnf` must be 0 or more, but got {self.exponent}.")
-        if self.splits < 1:
-            raise InputError(f"`splits` of the agent `clr_rnf` must be at least 1, but got {self.splits}.")
+    def __post_init__(self) -> None:
+        check_range("the agent `clr_rnf`", "exponent", self.exponent, 0)
+        check_range("the agent `clr_rnf`", "splits", self.splits, 1)
 
 
 class ClrRnf(FixedPolicies):
@@ -58,11 +57,11 @@ class ClrRnf(FixedPolicies):
         self._thresholds = np.append(np.unique(np.concatenate([*self._scores, np.empty(0)])), np.inf)
 
     def sequence(self, recipe: np.ndarray, budget: Budget) -> np.ndarray:
-        """Return the ranked prune ratios beside the bits that `uniform` takes from this sequence of its family."""
+        """Return the bits that `uniform` takes from this sequence of its family, with ranked prune ratios."""
         return self._allocate(self.space.scale_to_budget(recipe, budget), budget)
 
     def _allocate(self, sequence: np.ndarray, budget: Budget) -> np.ndarray:
-        """Return the sequence with the prune ratios of the least threshold that the wall leaves as it is."""
+        """Return the sequence with the prune ratios of the least threshold that the feasibility projection leaves unchanged."""
         low, high = 0, len(self._thresholds) - 1
         while low < high:
             middle = (low + high) // 2

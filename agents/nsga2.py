@@ -5,14 +5,14 @@ non-dominated sorting, crowding distance, binary tournaments; Deb & Agrawal 1995
 Deb & Goyal 1996, polynomial mutation.
 
 Where we differ and why:
-1. Every child is bent to the edge of its budget (`ActionSpace.scale_to_budget`), like other agents' candidates, in a share of the
-   cases; the others are repaired by the wall alone, so that the population also spreads below the limit.
-2. Generations are handed out at once and judged when all of them are back, in the order in which they were handed out:
-   results depend on the seed and not on which worker is faster. At the end of a generation workers wait for the slowest one; with
-   a population per budget it is another's turn then.
+1. A share of the children is scaled to its budget (`ActionSpace.scale_to_budget`), like other agents' candidates; the others are
+   only projected, so that the population also spreads below the limit.
+2. A generation is handed out at once and judged when all of it is back, in the order in which it was handed out: results depend
+   on the seed and not on which worker is faster. At the end of a generation workers wait for the slowest one; with a population
+   per budget, the others have their turns then.
 3. As long as new policies are found, none is evaluated twice.
-4. By default one population serves all budgets: its members are children of one front, and the budgets take turns in repairing
-   them. `shared: false` gives every budget a population and its share of the evaluations.
+4. By default one population serves all budgets: its members are children of one front, and each is scaled to or projected onto
+   the next budget in turn. `shared: false` gives every budget a population and an equal share of the evaluations.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from secateur.agents.core import SequenceActor, fully_scored
+from secateur.agents.core import SequenceActor, check_out, check_range, fully_scored
 from secateur.agents.pareto import crowding_distance, non_dominated, violation
 from secateur.agents.per_budget import PerBudget
 from secateur.agents.random_search import random_sequence
-from secateur.envs.core import ActionSpace, Budget, CompressionPolicy, Episode, InputError
+from secateur.envs.core import ActionSpace, Budget, CompressionPolicy, Episode
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class Nsga2Config:
         population: its size, at least 4.
         shared: whether all budgets have one population; otherwise each has its own.
         crossover: probability that a pair of parents is crossed.
-        crossover_index: eta of simulated binary crossover; large values keep children near their parents.
+        crossover_index: eta of simulated binary crossover; larger values keep children nearer to their parents.
         mutation_index: eta of polynomial mutation.
         mutation: expected number of genes that a mutation changes.
-        edge: share of the children that are bent to the edge of the budget.
-        redraws: how often a known policy is made again before it is handed out all the same.
+        edge: share of the children that are scaled to the budget.
+        redraws: how often a policy that was chosen before is made again before it is handed out all the same.
     """
 
     population: int = 20
@@ -53,19 +53,17 @@ class Nsga2Config:
     edge: float = 0.5
     redraws: int = 20
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         least = {"population": 4, "crossover_index": 0, "mutation_index": 0, "mutation": 0, "redraws": 0}
         for name, value in least.items():
-            if not getattr(self, name) >= value:
-                raise InputError(f"`{name}` of NSGA-II must be at least {value}, but got {getattr(self, name)}.")
+            check_range("NSGA-II", name, getattr(self, name), value)
         for name in ("crossover", "edge"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"`{name}` of NSGA-II must be a share in [0, 1], but got {getattr(self, name)}.")
+            check_range("NSGA-II", name, getattr(self, name), 0, 1)
 
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """A sequence that was evaluated: its minimised objectives and by how much it breaks its constraints."""
+    """A sequence that was evaluated, its minimized objectives, and the sum of its violated constraints."""
 
     sequence: np.ndarray
     objectives: np.ndarray
@@ -73,7 +71,7 @@ class Member:
 
 
 class Nsga2(PerBudget):
-    """One `Population`, or one per budget that share the evaluations evenly. See the module."""
+    """One `Population` for all budgets, or one per budget; see the module."""
 
     def __init__(self, config: Nsga2Config, space: ActionSpace, budgets: Sequence[Budget], rng: np.random.Generator):
         if config.shared:
@@ -100,7 +98,7 @@ class Population:
         self._turn = 0
         self._out: dict[int, np.ndarray] = {}
         self._back: dict[int, Member] = {}
-        self._known: set[CompressionPolicy] = set()
+        self._chosen: set[CompressionPolicy] = set()
 
     @property
     def ready(self) -> bool:
@@ -123,11 +121,7 @@ class Population:
         Raises:
             ValueError: if the actor is not out.
         """
-        if actor.ticket not in self._out:
-            raise ValueError(
-                f"Episodes must come back once, with the actor that `ask` gave out, but ticket {actor.ticket} of "
-                f"budget '{actor.budget.name}' is not out. Was it told twice?"
-            )
+        check_out(actor.ticket, self._out)
         sequence = self._out.pop(actor.ticket)
         if fully_scored(episode):
             executed = sequence if episode.actions is None else np.asarray(episode.actions, float)
@@ -141,23 +135,25 @@ class Population:
             self.members = survivors(self.members + children, self.config.population)
 
     def _generation(self) -> list[tuple[Budget, np.ndarray]]:
+        """Return the next children, each with its budget; random sequences in the first generation."""
         children = []
         for _ in range(self.config.population):
             budget = self.budgets[self._turn % len(self.budgets)]
             self._turn += 1
-            bend = self.rng.random() < self.config.edge
+            scale = self.rng.random() < self.config.edge
             for attempt in range(self.config.redraws + 1):
                 wanted = self._child() if self.members else random_sequence(self.space, self.rng)
-                if attempt > self.config.redraws // 2:  # the neighborhood is known
+                if attempt > self.config.redraws // 2:  # the neighborhood is used up
                     wanted = random_sequence(self.space, self.rng)
-                sequence = (self.space.scale_to_budget if bend else self.space.execute)(wanted, budget)
-                if self.space.decode(sequence) not in self._known:
+                sequence = (self.space.scale_to_budget if scale else self.space.execute)(wanted, budget)
+                if self.space.decode(sequence) not in self._chosen:
                     break
-            self._known.add(self.space.decode(sequence))
+            self._chosen.add(self.space.decode(sequence))
             children.append((budget, sequence))
         return children
 
     def _child(self) -> np.ndarray:
+        """Return a crossed and mutated sequence, before repair."""
         used = self.space.used
         first, second = self._parent().sequence[used], self._parent().sequence[used]
         if self.rng.random() < self.config.crossover:
@@ -168,7 +164,7 @@ class Population:
         return sequence
 
     def _parent(self) -> Member:
-        """The better of two random members: `survivors` keeps them in the order of the crowded comparison."""
+        """Return the better of two random members: `survivors` keeps them in the order of the crowded comparison."""
         return self.members[self.rng.integers(len(self.members), size=2).min()]
 
 
@@ -177,7 +173,7 @@ def survivors(members: Sequence[Member], count: int) -> list[Member]:
     left = sorted(range(len(members)), key=lambda i: members[i].violation)
     chosen: list[int] = []
     while left and len(chosen) < count:
-        # Fronts of constraint domination: equal violations share fronts, smaller ones come before.
+        # Constraint domination: members with equal violations share fronts, smaller violations come first.
         level = [i for i in left if members[i].violation == members[left[0]].violation]
         points = np.stack([members[i].objectives for i in level])
         keep = non_dominated(points) if np.isfinite(points).all() else np.ones(len(level), bool)
@@ -193,7 +189,7 @@ def survivors(members: Sequence[Member], count: int) -> list[Member]:
 def simulated_binary_crossover(first: np.ndarray, second: np.ndarray, index: float, rng: np.random.Generator) -> np.ndarray:
     """Return one child of two parents in [0, 1]; each gene is crossed with probability 1/2."""
     u = rng.random(first.shape)
-    # beta is the spread of the children by that of the parents
+    # beta: spread of the children divided by that of the parents
     beta = np.where(u <= 0.5, (2 * u) ** (1 / (index + 1)), (1 / (2 * (1 - u))) ** (1 / (index + 1)))
     sign = np.where(rng.random(first.shape) < 0.5, 1, -1)
     crossed = 0.5 * (first + second + sign * beta * (first - second))

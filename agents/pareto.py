@@ -1,6 +1,6 @@
-"""Pareto maths: domination with and without constraints, fronts, hypervolume, crowding, and an archive of policies.
+"""Pareto maths: violations of constraints, fronts, hypervolume, crowding, and an archive of policies.
 
-Everywhere here objectives are *minimised*. The objectives of an episode are minus its reward vector.
+All objectives here are *minimized*. The objectives of an episode are minus its reward vector.
 """
 
 from __future__ import annotations
@@ -13,32 +13,16 @@ import numpy as np
 from secateur.envs.core import CompressionPolicy
 
 
-def dominates(first: np.ndarray, second: np.ndarray) -> bool:
-    """Return whether `first`, (num_objectives,), is nowhere worse than `second` and somewhere better."""
-    return bool(np.all(first <= second) and np.any(first < second))
-
-
 def violation(constraints: Mapping[str, float]) -> float:
     """Return the sum of the positive constraints: 0 is feasible, NaN counts as infinite."""
     total = sum(max(value, 0.0) if value == value else np.inf for value in constraints.values())
     return float(total)
 
 
-def constrained_dominates(first: np.ndarray, first_violation: float, second: np.ndarray, second_violation: float) -> bool:
-    """Return whether `first` dominates `second` when constraints come before objectives.
-
-    The smaller violation wins; between equal violations, and so between all feasible points, Pareto domination decides.
-    Source: Deb et al. 2002, NSGA-II, definition 1.
-    """
-    if first_violation != second_violation:
-        return first_violation < second_violation
-    return dominates(first, second)
-
-
 def non_dominated(points: np.ndarray) -> np.ndarray:
     """Return which points, (n, num_objectives), no other point dominates, (n,) bool.
 
-    Equal points all stay. Points with a NaN or an infinity never do.
+    Equal points are all kept. Points with a NaN or an infinity are never among them.
     """
     points = np.asarray(points, float)
     keep = np.isfinite(points).all(axis=1)
@@ -51,7 +35,7 @@ def hypervolume(points: np.ndarray, reference: np.ndarray) -> float:
     """Return the volume that the points dominate, up to the reference point; larger is better.
 
     Args:
-        points: (n, num_objectives), minimised, any order, dominated ones allowed; n may be 0. Points with a NaN or an
+        points: (n, num_objectives), minimized, any order, dominated ones allowed; n may be 0. Points with a NaN or an
             infinity are left out, and a point that is not below the reference in every objective adds nothing.
         reference: (num_objectives,), the worst value of interest of each objective.
     Source: Zitzler & Thiele 1998; computed by moocore.
@@ -62,7 +46,7 @@ def hypervolume(points: np.ndarray, reference: np.ndarray) -> float:
 
 
 def crowding_distance(points: np.ndarray) -> np.ndarray:
-    """Return how lonely each point of a front is, (n,): the sides of the box between its neighbours, summed.
+    """Return the crowding distance of each point of a front, (n,): the summed sides of the box between its neighbors.
 
     Each objective is scaled to its range on the front. The extreme points of every objective get infinity.
     Source: Deb et al. 2002, NSGA-II, section III-B.
@@ -81,24 +65,20 @@ def crowding_distance(points: np.ndarray) -> np.ndarray:
 class Archive:
     """The non-dominated policies among all that were added.
 
-    Scores stay as they were measured. The best of many noisy scores is too good to be true (the winner's curse), so
-    whoever reports a winner scores it again on images that the search never saw.
-
-    Args:
-        capacity: largest number of policies; the most crowded goes first. None: unlimited.
+    Scores stay as they were measured. The best of many noisy scores is an overestimate (the winner's curse), so winners are
+    scored again on images that the search did not use.
     """
 
-    def __init__(self, capacity: int | None = None):
-        self.capacity = capacity
+    def __init__(self) -> None:
         self.policies: list[CompressionPolicy] = []
         self.objectives = np.empty((0, 0))
-        """(n, num_objectives), minimised, one row per policy."""
+        """(n, num_objectives), minimized, one row per policy."""
 
     def __len__(self) -> int:
         return len(self.policies)
 
     def add(self, policy: CompressionPolicy, objectives: np.ndarray) -> bool:
-        """Return whether the policy, whose minimised `objectives` are (num_objectives,), is now in the archive.
+        """Return whether the policy, whose minimized `objectives` are (num_objectives,), is now in the archive.
 
         A policy that is in the archive already keeps its first score.
         """
@@ -107,7 +87,5 @@ class Archive:
         policies = [*self.policies, policy]
         points = np.vstack([self.objectives.reshape(-1, len(objectives)), objectives])
         kept = np.flatnonzero(non_dominated(points))
-        if self.capacity is not None and len(kept) > self.capacity:
-            kept = np.delete(kept, crowding_distance(points[kept]).argmin())
         self.policies, self.objectives = [policies[i] for i in kept], points[kept]
         return len(points) - 1 in kept

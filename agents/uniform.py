@@ -1,10 +1,10 @@
-"""Uniform compression: the same strength everywhere, bent to the edge of the budget. The dull baseline of every sequence.
+"""Uniform compression: the same action everywhere, scaled to the budget. The simplest baseline.
 
 With one kind of choice there is exactly one such policy per budget. With several (prune ratio, weight bits, activation
-bits) one more thing is free: how much of the work each kind does. Further evaluations therefore walk a fixed family:
-strength 0.5 ** exponent in all entries of a kind, for every combination of exponents with 1 as the smallest, most even
-first. Bending moves all actions together, so each combination stands for one ratio between the kinds. Equal policies
-are handed out once. When the family is used up the agent has nothing more to try: `ask` returns nothing.
+bits), the division of the compression between the kinds is free, so further evaluations try a fixed family: action
+0.5 ** exponent in all entries of a kind, for every combination of exponents whose smallest is 1, most even first. Scaling
+to the budget changes all actions together, so each combination stands for one ratio between the kinds. Equal policies are
+handed out once. When the family is used up the agent has nothing more to try: `ask` returns nothing.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from itertools import product
 
 import numpy as np
 
+from secateur.agents.core import check_range
 from secateur.agents.fixed import FixedPolicies
-from secateur.envs.core import ActionSpace, Budget, InputError
+from secateur.envs.core import ActionSpace, Budget
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,13 @@ class UniformConfig:
     """Options of uniform compression.
 
     Attributes:
-        exponents: how many exponents each kind of choice tries: 1, sqrt(2), 2 ... The seventh is 8: nearly untouched.
+        exponents: number of exponents that each kind of choice tries: 1, sqrt(2), 2 ... The seventh is 8: nearly no compression.
     """
 
     exponents: int = 7
 
-    def __post_init__(self):
-        if self.exponents < 1:
-            raise InputError(f"`exponents` of the uniform baseline must be at least 1, but got {self.exponents}.")
+    def __post_init__(self) -> None:
+        check_range("the uniform baseline", "exponents", self.exponents, 1)
 
 
 class Uniform(FixedPolicies):
@@ -41,7 +41,7 @@ class Uniform(FixedPolicies):
         super().__init__(space, budgets, uniform_family(space, config.exponents))
 
     def sequence(self, recipe: np.ndarray, budget: Budget) -> np.ndarray:
-        """Return a sequence of the family, bent to the edge of the budget."""
+        """Return a sequence of the family, scaled to the budget."""
         return self.space.scale_to_budget(recipe, budget)
 
 

@@ -1,16 +1,16 @@
-"""Asks the agent that a run has left for a policy under any budget and preference: seconds instead of another search."""
+"""Queries the agent of a finished run for policies under any budget and preference: seconds instead of another search."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import ValidationError
 
-from secateur.agents.core import SequenceActor
+from secateur.agents import QUERYABLE
+from secateur.agents.core import Queryable, SequenceActor
 from secateur.envs.compression_env import CompressionEnv
 from secateur.envs.core import Budget, CompressionPolicy, Evaluation, InputError
 from secateur.envs.feasibility import FeasibleSpace
@@ -21,11 +21,8 @@ from secateur.search.config import BudgetConfig, SearchConfig
 from secateur.search.problem import Problem, StatusCallback
 from secateur.search.run.folder import AGENT, load_manifest
 
-if TYPE_CHECKING:
-    from secateur.agents.envelope_ddpg.agent import EnvelopeDdpg
-
 ROLLOUTS = 256
-"""Candidates that are made for one question; the critics choose among them."""
+"""Candidates per query, among which the agent chooses."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +30,11 @@ class Answer:
     """A policy that the agent proposes, measured by the search's evaluator.
 
     Attributes:
-        policy: what it is.
+        policy: the proposed one.
         evaluation: its score on the validation images and its costs; None if `failure` says why there is none.
         constraints: {name: value / limit - 1}; feasible when all are <= 0.
         utility: preference @ measured reward; -inf without a score.
-        expected_top1: what the critics said before.
+        expected_top1: the agent's prediction before the evaluation.
         failure: one sentence, or None.
     """
 
@@ -51,7 +48,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Reply:
-    """The answers to one question, best measured utility first, and what was asked."""
+    """The answers to one query, best measured utility first, with the budget, the preference and the problem of the query."""
 
     budget: Budget
     preference: np.ndarray
@@ -70,24 +67,24 @@ def ask(
     """Return the best policies that the agent of a run proposes, measured.
 
     Args:
-        run: folder of a finished search of the agent `envelope_ddpg`.
+        run: folder of a finished search with an agent that can be queried (`QUERYABLE`).
         budget: limits such as "macs<=43%,weight_bytes<=20kB" or {"macs": "<= 43%"}; any cost may be limited.
-        preference: weights such as "macs=0.7" or {"macs": 0.7}; top1 has what is left of 1. None: that of the search.
+        preference: weights such as "macs=0.7" or {"macs": 0.7}; top1 gets the rest of 1. None: that of the search.
         evaluations: how many policies are measured.
         overrides: "section.key=value" texts over the run's configuration, e.g. where the data are now.
-        status: told each stage.
+        status: status callback, called at each stage.
     Raises:
-        InputError: for a run without an agent, or anything that cannot be asked.
+        InputError: for a run without such an agent, or a budget or preference that cannot be used.
     """
     if evaluations < 1:
         raise InputError(f"`evaluations` must be at least 1, but got {evaluations}.")
     settings, _ = load_manifest(run, overrides)
-    agent_folder(run, settings)  # before anything is loaded that takes long
+    agent_folder(run, settings)  # before anything that takes long
     limits = _budget_config(budget)
     problem = build_problem(settings, status)
     wanted = absolute_budget("asked", limits, problem.space.dense_costs)
     problem.space.check(wanted)
-    status("asking the agent")
+    status("querying the agent")
     agent = load_agent(run, settings, problem.space)
     weights = agent.preference if preference is None else _weights(preference, problem.space.objectives)
     answers = answer(agent, make_env(problem), wanted, weights, evaluations, status)
@@ -95,7 +92,7 @@ def ask(
 
 
 def answer(
-    agent: EnvelopeDdpg,
+    agent: Queryable,
     env: CompressionEnv,
     budget: Budget,
     preference: np.ndarray,
@@ -110,10 +107,10 @@ def answer(
         budget: satisfiable; any cost may be limited.
         preference: (num_objectives,) on the simplex.
         evaluations: how many policies are measured.
-        status: told each stage.
+        status: status callback, called at each stage.
     """
     sequences = agent.propose(budget, preference, evaluations, ROLLOUTS)
-    expected = agent.learner.predictions(np.stack(sequences)).mean(axis=0)
+    expected = agent.predict_top1(np.stack(sequences))
     answers = []
     for number, (sequence, top1) in enumerate(zip(sequences, expected, strict=True)):
         status(f"evaluating proposal {number + 1} of {len(sequences)}")
@@ -125,39 +122,32 @@ def answer(
     return [found for _, found in sorted(answers, key=lambda item: item[0])]
 
 
-def load_agent(run: str | Path, settings: SearchConfig, space: FeasibleSpace) -> EnvelopeDdpg:
-    """Return the agent that a run has left.
+def load_agent(run: str | Path, settings: SearchConfig, space: FeasibleSpace) -> Queryable:
+    """Return the agent that a run has stored.
 
     Raises:
-        InputError: if it has left none.
+        InputError: if there is none.
     """
-    folder = agent_folder(run, settings)
-    from secateur.agents.envelope_ddpg.agent import EnvelopeDdpg
-
-    agent = EnvelopeDdpg.load(folder, space)
-    agent.finish()
-    return agent
+    return QUERYABLE[settings.search.agent](agent_folder(run, settings), space)
 
 
 def agent_folder(run: str | Path, settings: SearchConfig) -> Path:
-    """Return the folder of the agent that a run has left.
+    """Return the folder of the agent that a run has stored.
 
     Raises:
-        InputError: if it has left none.
+        InputError: if there is none.
     """
-    folder = Path(run) / AGENT
+    folder, name = Path(run) / AGENT, settings.search.agent
+    if name not in QUERYABLE:
+        choices = " or ".join(f"`--set search.agent={choice}`" for choice in QUERYABLE)
+        raise InputError(f"{run} has no agent that can be queried: its search used `{name}`. Search with {choices}.")
     if not folder.is_dir():
-        if settings.search.agent == "envelope_ddpg":
-            raise InputError(f"{run} has no agent yet: its search was not finished. Go on with: secateur resume {run}")
-        raise InputError(
-            f"{run} has no agent that can be asked: its search used `{settings.search.agent}`. Search with "
-            "`--set search.agent=envelope_ddpg`."
-        )
+        raise InputError(f"{run} has no agent yet: its search was not finished. Go on with: secateur resume {run}")
     return folder
 
 
 def _budget_config(budget: str | Mapping[str, str]) -> BudgetConfig:
-    """Return the limits that a text or a mapping asks for."""
+    """Return the limits of a text or a mapping."""
     if isinstance(budget, str):
         parts = [part.strip() for part in budget.split(",") if part.strip()]
         pairs = [part.partition("<=") for part in parts]
@@ -176,7 +166,7 @@ def _budget_config(budget: str | Mapping[str, str]) -> BudgetConfig:
 
 
 def _weights(preference: str | Mapping[str, float], objectives: Sequence[str]) -> np.ndarray:
-    """Return the preference on the simplex; top1 takes what the others leave, unless it has a weight itself."""
+    """Return the preference on the simplex; top1 gets the rest of 1, unless it has a weight itself."""
     if isinstance(preference, str):
         pairs = [part.partition("=") for part in preference.split(",") if part.strip()]
         try:

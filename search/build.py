@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from secateur.agents import AGENTS
-from secateur.agents.core import Agent
+from secateur.agents.core import Agent, needs_sensitivities
 from secateur.cost_models import COST_MODELS
 from secateur.cost_models.core import CostModel
 from secateur.envs.assembler import Assembler
@@ -247,7 +247,7 @@ def build_agent(problem: Problem, name: str, options: Mapping[str, Any], seed: i
 
 def prepare(problem: Problem, name: str, options: Mapping[str, Any], status: StatusCallback = log.info) -> Problem:
     """Return the problem with what the agent `name` needs: sensitivities are measured, unless it has them."""
-    needed = getattr(build_options(AGENTS[name][0], options), "needs_sensitivities", False)
+    needed = needs_sensitivities(build_options(AGENTS[name][0], options))
     return with_sensitivities(problem, status) if needed else problem
 
 

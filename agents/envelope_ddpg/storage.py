@@ -1,17 +1,18 @@
-"""Writes an agent to a folder and reads it back: JSON, safetensors and plain arrays, no pickles.
+"""Writes what an agent has learned to a folder and reads it back: JSON, safetensors and plain arrays, no pickles.
 
-agent.json             options, goals, where it stands, what is out
+agent.json             options, budgets, number of evaluations, state of the random generator
 networks.safetensors   actor, critics, their targets, the moments of the optimizers, planned transitions
-replay.npz             finished episodes, those not yet learned from last; sensitivities
+replay.npz             finished episodes, errors of the predictions, sensitivities
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -20,94 +21,105 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from secateur.agents.envelope_ddpg.config import EnvelopeDdpgConfig
-from secateur.agents.envelope_ddpg.replay import Memory, Outstanding
-from secateur.envs.core import ActionSpace, Budget, CompressionPolicy, InputError, Sensitivities
+from secateur.agents.envelope_ddpg.replay import Memory
+from secateur.envs.core import ActionSpace, Budget, InputError, Sensitivities
 
-if TYPE_CHECKING:
-    from secateur.agents.envelope_ddpg.agent import EnvelopeDdpg
-    from secateur.agents.envelope_ddpg.learner import Learner
-
-STATE, NETWORKS, REPLAY = "agent.json", "networks.safetensors", "replay.npz"
-SCHEMA = 4
+FACTS, NETWORKS, REPLAY = "agent.json", "networks.safetensors", "replay.npz"
+SCHEMA = 5
 """Of the folder; goes up when older agents would mean something else."""
 
-PARTS = ("critic", "actor", "target_critic", "target_actor")
-OPTIMIZERS = ("critic_optimizer", "actor_optimizer")
 DAMAGES = (ValueError, LookupError, TypeError, SafetensorError, OSError, RuntimeError, EOFError, BadZipFile)
-"""What reading files that were cut or changed happens to raise."""
+"""What reading a damaged file may raise."""
 
 
-def write_agent(folder: Path, agent: EnvelopeDdpg) -> None:
-    """Write everything that the agent is; the folder must not exist."""
+@dataclass(frozen=True, eq=False)
+class AgentState:
+    """What an agent has learned, apart from the space in which it searched.
+
+    Attributes:
+        config: its options.
+        space: sizes of the space (`space_facts`).
+        preference: the main one, (num_objectives,) on the simplex.
+        budgets: those of the search.
+        training_budgets: the same, then the tighter ones.
+        learned: number of evaluations that were learned from, failed ones included.
+        memories: the scored episodes, in order.
+        errors: of the critics and the additive model on episodes that were new to them, (n, 2).
+        sensitivities: of the choices; None: not used.
+        tensors: of the networks, the optimizers and the planned transitions, by name.
+        rng: state of the random generator.
+    """
+
+    config: EnvelopeDdpgConfig
+    space: Mapping[str, Any]
+    preference: np.ndarray
+    budgets: Sequence[Budget]
+    training_budgets: Sequence[Budget]
+    learned: int
+    memories: Sequence[Memory]
+    errors: np.ndarray
+    sensitivities: Sensitivities | None
+    tensors: Mapping[str, Tensor]
+    rng: Mapping[str, Any]
+
+
+def space_facts(space: ActionSpace) -> dict[str, Any]:
+    """Return what must be the same for the networks to make sense."""
+    return {
+        "steps": space.num_steps,
+        "entries": int(space.used.sum()),
+        "observation": space.observation_dim,
+        "objectives": list(space.objectives),
+    }
+
+
+def write_state(folder: Path, state: AgentState) -> None:
+    """Write the state to a new folder."""
     folder.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in _tensors(agent.learner).items()}, folder / NETWORKS)
-    told = sorted(agent._told)
-    memories = [*agent.learner.memories, *(memory for ticket in told if (memory := agent._told[ticket]) is not None)]
-    goals = np.zeros((len(memories), len(agent.goals)), bool)
-    for row, memory in zip(goals, memories, strict=True):
-        row[memory.goals] = True
-    shape = (0, *agent.space.used.shape)
-    np.savez_compressed(
-        folder / REPLAY,
-        sequences=np.stack([m.sequence for m in memories]) if memories else np.empty(shape),
-        rewards=np.array([m.reward for m in memories]),
-        observations=np.array([m.observations for m in memories]),
-        preferences=np.array([m.preference for m in memories]),
-        feasible=np.array([m.feasible for m in memories], bool),
-        own=np.array([m.goals[0] for m in memories], int),
-        goals=goals,
-        surprises=np.reshape(agent.learner.surprises, (-1, 2)),
-        front=agent.archive.objectives,
-        sensitivities=np.empty((0, 0)) if agent.learner.sensitivities is None else agent.learner.sensitivities.curves,
-    )
-    state = {
+    save_file({name: tensor.contiguous() for name, tensor in state.tensors.items()}, folder / NETWORKS)
+    np.savez_compressed(folder / REPLAY, **_replay(state))
+    facts = {
         "schema": SCHEMA,
         "agent": "envelope_ddpg",
-        "config": asdict(agent.config),
-        "preference": agent.preference.tolist(),
-        "space": _space_facts(agent.space),
-        "budgets": [asdict(budget) for budget in agent.budgets],
-        "goals": [asdict(budget) for budget in agent.goals],
-        "asked": agent.asked,
-        "learned": agent.learned,
-        "told": {ticket: agent._told[ticket] is not None for ticket in told},  # whether there is something to learn
-        "out": {ticket: [h.budget, h.preference.tolist(), h.sequence.tolist()] for ticket, h in agent._out.items()},
-        "rules": [[index, sequence.tolist()] for index, sequence in agent._rules],
-        "known": [asdict(policy) for policy in agent._known],
-        "front": [asdict(policy) for policy in agent.archive.policies],
-        "rng": agent.rng.bit_generator.state,
+        "config": asdict(state.config),
+        "preference": state.preference.tolist(),
+        "space": state.space,
+        "budgets": [asdict(budget) for budget in state.budgets],
+        "training_budgets": [asdict(budget) for budget in state.training_budgets],
+        "learned": state.learned,
+        "rng": state.rng,
     }
-    (folder / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+    (folder / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
-def _tensors(learner: Learner) -> dict[str, Tensor]:
-    """Return every tensor that learning changes, by name."""
-    tensors = {f"{part}.{name}": tensor for part in PARTS for name, tensor in getattr(learner, part).state_dict().items()}
-    for name in OPTIMIZERS:
-        for index, moments in getattr(learner, name).state_dict()["state"].items():
-            tensors.update({f"{name}.{index}.{key}": tensor for key, tensor in moments.items()})
-    tensors.update({f"pool.{name}": column for name, column in learner.pool.columns.items()})
-    return tensors
+def _replay(state: AgentState) -> dict[str, Any]:
+    """Return episodes, errors and sensitivities as arrays; of the episodes, one row each."""
+    memories = state.memories
+    practiced = np.zeros((len(memories), len(state.training_budgets)), bool)
+    for row, memory in zip(practiced, memories, strict=True):
+        row[memory.budgets] = True
+    return {
+        "sequences": np.array([memory.sequence for memory in memories]),
+        "observations": np.array([memory.observations for memory in memories]),
+        "rewards": np.array([memory.reward for memory in memories]),
+        "preferences": np.array([memory.preference for memory in memories]),
+        "feasible": np.array([memory.feasible for memory in memories], bool),
+        "own_budget": np.array([memory.budgets[0] for memory in memories], int),
+        "budgets": practiced,
+        "errors": state.errors,
+        "sensitivities": np.empty((0, 0)) if state.sensitivities is None else state.sensitivities.curves,
+    }
 
 
-def read_agent(folder: Path, space: ActionSpace, make: type[EnvelopeDdpg]) -> EnvelopeDdpg:
-    """Return the agent; see `EnvelopeDdpg.load`."""
+@contextmanager
+def damage_refused(folder: Path) -> Iterator[None]:
+    """Turn whatever reading an agent's folder may raise into one sentence.
+
+    Raises:
+        InputError: if the folder holds no agent, or it is damaged.
+    """
     try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        if state["schema"] != SCHEMA:
-            raise InputError(
-                f"{folder / STATE} has schema {state['schema']}; this version reads schema {SCHEMA}. Start "
-                "another search, or ask it with the version that wrote it."
-            )
-        tensors = load_file(folder / NETWORKS)
-        with np.load(folder / REPLAY, allow_pickle=False) as archive:
-            replay = {name: archive[name] for name in archive.files}
-        if state["space"] != (facts := _space_facts(space)):
-            raise InputError(
-                f"The agent in {folder} belongs to another problem: it knows {state['space']}, but this is {facts}. "
-                "Restore the model and the configuration of its run."
-            )
-        return _restored(state, tensors, replay, space, make)
+        yield
     except InputError:
         raise
     except FileNotFoundError as error:
@@ -116,72 +128,50 @@ def read_agent(folder: Path, space: ActionSpace, make: type[EnvelopeDdpg]) -> En
         raise InputError(f"The agent in {folder} is damaged: {type(error).__name__}: {error}") from None
 
 
-def _restored(state: dict[str, Any], tensors, replay, space: ActionSpace, make: type[EnvelopeDdpg]) -> EnvelopeDdpg:
-    options = {name: tuple(value) if isinstance(value, list) else value for name, value in state["config"].items()}
-    budgets = [Budget(**budget) for budget in state["budgets"]]
-    agent = make(EnvelopeDdpgConfig(**options), space, budgets, np.random.default_rng(0))
-    agent.goals[len(budgets) :] = [Budget(**budget) for budget in state["goals"][len(budgets) :]]
-    learner = agent.learner
-    learner.goals = agent.goals
-    learner.sensitivities = Sensitivities(replay["sensitivities"]) if len(replay["sensitivities"]) else None
-    agent.prefer(state["preference"])
-    known = _memories(replay)
-    told = {int(ticket): scored for ticket, scored in state["told"].items()}
-    count = len(known) - sum(told.values())
-    waiting = iter(known[count:])
-    agent._told = {ticket: next(waiting) if scored else None for ticket, scored in told.items()}
-    for memory in known[:count]:
-        learner.add(memory)
-    learner.surprises = list(replay["surprises"])
-    _restore_tensors(learner, tensors)
-    agent.archive.policies = [_policy(values) for values in state["front"]]
-    agent.archive.objectives = replay["front"]
-    agent._known = {_policy(values) for values in state["known"]}
-    agent._rules = [(index, np.array(sequence)) for index, sequence in state["rules"]]
-    agent._out = {
-        int(ticket): Outstanding(index, np.array(preference), np.array(sequence))
-        for ticket, (index, preference, sequence) in state["out"].items()
-    }
-    agent._to_repeat = sorted(agent._out.keys() - agent._told.keys())
-    agent.asked, agent.learned = state["asked"], state["learned"]
-    agent.rng.bit_generator.state = state["rng"]
-    return agent
+def read_state(folder: Path, space: ActionSpace) -> AgentState:
+    """Return the state in a folder; use it inside `damage_refused`.
+
+    Raises:
+        InputError: if it is of another version, or belongs to another space.
+    """
+    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    if facts["schema"] != SCHEMA:
+        raise InputError(
+            f"{folder / FACTS} has schema {facts['schema']}, but this version reads schema {SCHEMA}: search again, or query the "
+            "agent with the version that wrote it."
+        )
+    if facts["space"] != (own := space_facts(space)):
+        raise InputError(
+            f"The agent in {folder} belongs to another problem: its space has {facts['space']}, but this one has {own}. "
+            "Restore the model and the configuration of its run."
+        )
+    with np.load(folder / REPLAY, allow_pickle=False) as archive:
+        replay = {name: archive[name] for name in archive.files}
+    return _state(facts, replay, load_file(folder / NETWORKS))
+
+
+def _state(facts: Mapping[str, Any], replay: Mapping[str, np.ndarray], tensors: Mapping[str, Tensor]) -> AgentState:
+    options: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in facts["config"].items()}
+    curves = replay["sensitivities"]
+    return AgentState(
+        config=EnvelopeDdpgConfig(**options),
+        space=facts["space"],
+        preference=np.array(facts["preference"]),
+        budgets=[Budget(**budget) for budget in facts["budgets"]],
+        training_budgets=[Budget(**budget) for budget in facts["training_budgets"]],
+        learned=facts["learned"],
+        memories=_memories(replay),
+        errors=replay["errors"],
+        sensitivities=Sensitivities(curves) if len(curves) else None,
+        tensors=tensors,
+        rng=facts["rng"],
+    )
 
 
 def _memories(replay: Mapping[str, np.ndarray]) -> list[Memory]:
+    names = ("sequences", "observations", "rewards", "own_budget", "budgets", "preferences", "feasible")
     memories = []
-    for i, sequence in enumerate(replay["sequences"]):
-        others = np.setdiff1d(np.flatnonzero(replay["goals"][i]), replay["own"][i])
-        goals = np.concatenate([replay["own"][i : i + 1], others])
-        facts = (replay[name][i] for name in ("preferences", "feasible"))
-        memories.append(Memory(sequence, replay["observations"][i], replay["rewards"][i], goals, *facts))
+    for sequence, observations, reward, own, practiced, preference, feasible in zip(*(replay[n] for n in names), strict=True):
+        budgets = np.array([own, *np.setdiff1d(np.flatnonzero(practiced), own)])
+        memories.append(Memory(sequence, observations, reward, budgets, preference, bool(feasible)))
     return memories
-
-
-def _restore_tensors(learner: Learner, tensors: Mapping[str, Tensor]) -> None:
-    def below(prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-    for part in PARTS:
-        getattr(learner, part).load_state_dict(below(f"{part}."))
-    for name in OPTIMIZERS:
-        optimizer, moments = getattr(learner, name), {}
-        for key, tensor in below(f"{name}.").items():
-            index, _, moment = key.partition(".")
-            moments.setdefault(int(index), {})[moment] = tensor
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-    learner.pool.columns = below("pool.")
-
-
-def _policy(values: Mapping[str, Any]) -> CompressionPolicy:
-    return CompressionPolicy(**{name: tuple(choices) for name, choices in values.items()})
-
-
-def _space_facts(space: ActionSpace) -> dict[str, Any]:
-    """What must be the same for the networks to make sense."""
-    return {
-        "steps": space.num_steps,
-        "entries": int(space.used.sum()),
-        "observation": space.observation_dim,
-        "objectives": list(space.objectives),
-    }

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from secateur.agents import AGENTS
-from secateur.agents.core import Agent
+from secateur.agents.core import Agent, needs_sensitivities
 from secateur.envs.core import Actor, CompressionPolicy, Episode, InputError
 from secateur.envs.evaluator import Evaluator
 from secateur.search.benchmarks.agent_tables import outcome_line, search_report
@@ -167,7 +167,7 @@ def _run(problem: Problem, runner: Runner, one: Contestant, seed: int) -> dict[s
 def _preparation_seconds(problem: Problem, one: Contestant) -> float:
     """Return the seconds of measuring the sensitivities, if the agent needs them."""
     config, sensitivities = build_options(AGENTS[one.name][0], one.options), problem.space.sensitivities
-    return sensitivities.seconds if sensitivities is not None and getattr(config, "needs_sensitivities", False) else 0.0
+    return sensitivities.seconds if sensitivities is not None and needs_sensitivities(config) else 0.0
 
 
 def _winners(problem: Problem, front: Front) -> dict[str, dict[str, Any] | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -81,12 +81,12 @@ def benchmark_learner(
         seed: random seed.
     """
     from secateur.agents.envelope_ddpg.agent import EnvelopeDdpg
-    from secateur.agents.envelope_ddpg.learner import one_thread
+    from secateur.agents.envelope_ddpg.networks import one_thread
 
     space, rng = problem.space, np.random.default_rng(seed)
     with one_thread():
         agent = EnvelopeDdpg(config, space, problem.budgets, np.random.default_rng(seed))
-        while agent.learned < episodes or agent.asked <= agent.config.warmup:
+        while agent.learned < episodes or agent.queue.asked <= agent.config.warmup:
             _turn(problem, agent, rng)
         turns = [_turn(problem, agent, rng) for _ in range(repeats)]
         found = {name: 1000 * median_seconds(call, repeats, warm_up=2) for name, call in _parts(problem, agent, rng).items()}
@@ -104,7 +104,7 @@ def benchmark_learner(
 
 def _turn(problem: Problem, agent: EnvelopeDdpg, rng: np.random.Generator) -> tuple[SequenceActor, float, float]:
     """Return the actor of one ask and tell, and the seconds of each; the agent learns from a random score."""
-    asking, (actor,) = timed(cast(Callable[[int], list[SequenceActor]], agent.ask), 1)
+    asking, (actor,) = timed(agent.ask, 1)
     telling, _ = timed(agent.tell, [(actor, _random_episode(problem, actor, rng))])
     return actor, asking, telling
 
@@ -117,7 +117,7 @@ def _parts(problem: Problem, agent: EnvelopeDdpg, rng: np.random.Generator) -> d
     return {
         "simulate": lambda: space.simulate(lambda o, sequences, step, which: actions[step, which], rows),
         "plan": lambda: learner.plan(agent.config.planned),
-        "critic_update": lambda: learner.update_critics(0.5),
+        "critic_update": learner.update_critics,
         "actor_update": learner.update_actor,
     }
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from secateur.agents.core import Queryable
 from secateur.envs.core import Actor, Budget, CompressionPolicy, Episode, InputError
 from secateur.envs.feasibility import FeasibleSpace
 from secateur.search.ask import agent_folder, answer, load_agent
@@ -28,9 +29,6 @@ from secateur.search.loop import Runner, run_loop
 from secateur.search.problem import Problem
 from secateur.search.results.finalize import finalist_scores
 from secateur.search.run.folder import load_manifest
-
-if TYPE_CHECKING:
-    from secateur.agents.envelope_ddpg.agent import EnvelopeDdpg
 
 RIVAL = "bee_colony"
 """The agent of the fresh searches; it takes a preference."""
@@ -153,7 +151,7 @@ def shared_config(runs: Sequence[Path], configs: Sequence[SearchConfig]) -> dict
     return records[0]
 
 
-def shared_experience(runs: Sequence[Path], agents: Sequence[EnvelopeDdpg]) -> int:
+def shared_experience(runs: Sequence[Path], agents: Sequence[Queryable]) -> int:
     """Return how many evaluations every agent has learned from.
 
     Raises:
@@ -169,7 +167,7 @@ def shared_experience(runs: Sequence[Path], agents: Sequence[EnvelopeDdpg]) -> i
     return agents[0].learned
 
 
-def answer_queries(comparison: Comparison, agent: EnvelopeDdpg, name: str, seed: int, records: Records) -> Iterator[str]:
+def answer_queries(comparison: Comparison, agent: Queryable, name: str, seed: int, records: Records) -> Iterator[str]:
     """Add a row for every query that this agent has not answered yet; yield each new row as a line of text.
 
     A row holds the agent's best measured proposal and the best policy of a fresh search, which is the same for all agents.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from secateur.agents.core import Agent
+from secateur.agents.core import Agent, Saving
 from secateur.envs.core import Actor, Episode
 from secateur.search.build import build_agent, build_front, build_problem, open_runner, prepare
 from secateur.search.config import SearchConfig
@@ -118,7 +118,7 @@ def _evaluate(
         progress.on_episode()
 
     out_of_time, total = _clock(config.search.time_limit), config.search.evaluations
-    lost = hasattr(agent, "save") and not (run / AGENT).is_dir()  # by a process that was killed: then all is played again
+    lost = isinstance(agent, Saving) and not (run / AGENT).is_dir()  # by a process that was killed: then all is played again
 
     def enough() -> bool:
         # With several workers another budget may have its turn this time, so what is recorded counts, not what is played.
@@ -134,12 +134,12 @@ def _evaluate(
     finally:
         if recorded is None or new:
             write_front(run, front.document(describe))
-            if hasattr(agent, "save"):
+            if isinstance(agent, Saving):
                 _save(agent, run / AGENT)
     return front
 
 
-def _save(agent: Agent, folder: Path) -> None:
+def _save(agent: Saving, folder: Path) -> None:
     """Write the agent, in place of an earlier one."""
     draft, old = (folder.with_name(f"{folder.name}.{what}") for what in ("draft", "old"))
     for left in (draft, old):

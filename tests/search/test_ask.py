@@ -19,7 +19,8 @@ VALUES = {
     "finalize": {"top": 1, "verify": False},
 }
 SMALL = {
-    "warmup": 8, "candidates": 8, "goals": 3, "updates": 2, "batch": 8, "planned": 4, "hidden": 8, "critics": 2, "lookahead": 2,
+    "warmup": 8, "candidates": 8, "training_budgets": 3, "updates": 2, "batch": 8, "planned": 4, "hidden": 8, "critics": 2,
+    "lookahead": 2,
 }  # fmt: skip
 
 
@@ -82,7 +83,7 @@ def test_wrong_questions_are_refused(run, budget, preference, message):
 
 
 def test_a_run_of_another_agent_cannot_be_asked(tmp_path):
-    with pytest.raises(InputError, match=r"has no agent that can be asked: its search used `random`"):
+    with pytest.raises(InputError, match=r"has no agent that can be queried: its search used `random`"):
         ask(a_run(tmp_path, "random", {}), "macs<=50%")
 
 

@@ -92,7 +92,7 @@ def test_search(config, tmp_path):
 
 
 def test_agent(config):
-    small = "{warmup: 8, candidates: 8, goals: 2, updates: 2, batch: 8, planned: 4, hidden: 8, critics: 2, lookahead: 2}"
+    small = "{warmup: 8, candidates: 8, training_budgets: 2, updates: 2, batch: 8, planned: 4, hidden: 8, critics: 2}"
     done = benchmark("agent", config, "--set", "search.agent=envelope_ddpg", "--set", f"search.options={small}")
     assert done.exit_code == 0, done.output
     assert "ask, including learning from one episode: " in done.stdout and "% of that" in done.stdout

@@ -27,7 +27,7 @@ from secateur.search.loop import run_loop
 from secateur.search.results.finalize import finalist_scores
 from secateur.search.run.local_runner import LocalRunner
 
-OPTIONS = {"warmup": 4, "candidates": 16, "updates": 2, "planned": 4, "hidden": 8, "critics": 2, "goals": 2}
+OPTIONS = {"warmup": 4, "candidates": 16, "updates": 2, "planned": 4, "hidden": 8, "critics": 2, "training_budgets": 2}
 COLUMNS = ("agent: 3 evaluations each", "bee_colony: 60 each")
 
 

@@ -18,7 +18,7 @@ from secateur.search.run.search import resume, search
 from secateur.search.run.sensitivities import SENSITIVITIES
 from secateur.search.run.study import load_study
 
-LEARNER = {"warmup": 8, "candidates": 16, "updates": 2, "planned": 4, "hidden": 8, "critics": 2, "goals": 2}
+LEARNER = {"warmup": 8, "candidates": 16, "updates": 2, "planned": 4, "hidden": 8, "critics": 2, "training_budgets": 2}
 
 
 def values(folder, agent="random", evaluations=20, **changes):

@@ -1,0 +1,50 @@
+"""Checks of options and preferences, and the protocols of what only some agents can do."""
+
+import numpy as np
+import pytest
+
+from secateur.agents import AGENTS, QUERYABLE
+from secateur.agents.core import check_range, needs_sensitivities, simplex
+from secateur.envs.core import InputError
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "options", "message"),
+    [
+        (0, 1, {}, "at least 1, but got 0"),
+        (-0.1, 0, {"high": 1}, r"in \[0, 1\], but got -0.1"),
+        (1.1, 0, {"high": 1}, r"in \[0, 1\], but got 1.1"),
+        (0, 0, {"high": 1, "above": True}, r"in \(0, 1\], but got 0"),
+        (0, 0, {"above": True}, "above 0, but got 0"),
+        (float("nan"), 0, {}, "at least 0, but got nan"),
+        (float("inf"), 0, {}, "at least 0, but got inf"),
+    ],
+)
+def test_values_out_of_range_are_refused(value, low, options, message):
+    with pytest.raises(InputError, match=f"`size` of it must be {message}"):
+        check_range("it", "size", value, low, **options)
+
+
+def test_the_ends_of_a_range_belong_to_it():
+    check_range("it", "size", 1, 1)
+    check_range("it", "size", 0, 0, 1)
+    check_range("it", "size", 1, 0, 1, above=True)
+
+
+def test_preferences_are_scaled_to_a_sum_of_one():
+    assert simplex("it", None, ("top1", "cost")).tolist() == [1, 0]
+    assert simplex("it", (1, 3), ("top1", "cost")).tolist() == [0.25, 0.75]
+    with pytest.raises(InputError, match="one weight for each of top1, cost, but got 3"):
+        simplex("it", (1, 0, 0), ("top1", "cost"))
+    for wrong in ((0.0, 0.0), (-1.0, 2.0), (np.nan, 1.0), (np.inf, 1.0)):
+        with pytest.raises(InputError, match="weights >= 0, not all zero"):
+            simplex("it", wrong, ("top1", "cost"))
+
+
+def test_agents_say_whether_they_need_sensitivities():
+    assert {name for name, (config, _) in AGENTS.items() if needs_sensitivities(config())} == {"greedy", "envelope_ddpg"}
+    assert not needs_sensitivities(AGENTS["envelope_ddpg"][0](sensitivity=False))
+
+
+def test_queryable_agents_are_registered():
+    assert set(QUERYABLE) <= set(AGENTS)
