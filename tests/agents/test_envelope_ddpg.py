@@ -14,7 +14,6 @@ from secateur.agents.envelope_ddpg.networks import Mlp, follow
 from secateur.agents.envelope_ddpg.replay import sample_preferences, tighter_budgets
 from secateur.agents.envelope_ddpg.targets import envelope_target, pessimistic
 from secateur.agents.pareto import hypervolume
-from secateur.agents.random_search import RandomConfig, RandomSearch
 from secateur.agents.uniform import uniform_family
 from secateur.envs.core import Budget, Evaluation, InputError
 
