@@ -72,6 +72,10 @@ def resnet56(num_classes: int = 10) -> CifarResNet:
     return CifarResNet(56, num_classes)
 
 
+def resnet110(num_classes: int = 10) -> CifarResNet:
+    return CifarResNet(110, num_classes)
+
+
 def vgg16_bn(num_classes: int = 10) -> nn.Sequential:
     """Return VGG-16 with batch norm for 32x32 images; its tensors are called "0.<layer>.…" and "2.…"."""
     layers: list[nn.Module] = []

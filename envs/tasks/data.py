@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from secateur.envs.core import InputError
-from secateur.envs.tasks.imports import did_you_mean, import_object
+from secateur.envs.tasks.imports import current_name, did_you_mean, import_object
 
 REST = "rest"
 """In place of a count: all images of that part that are left."""
@@ -188,7 +188,7 @@ def load_data(
     Args:
         name: a key of `DATASETS`, or "package.module:function" of a function that takes root, calibration, validation,
             test, train, validation_from and seed as keywords and returns a `TaskData` (`split_dataset` makes one).
-        root: folder of the files; unused by "digits".
+        root: folder of the files; unused by "digits" and "synthetic".
         calibration, validation, test, train: number of images, or "rest". Calibration images are drawn from the
             training images and may be in `train` too; 0 of these two mean that the split is None. Where the dataset has
             no training images, calibration, validation and test are drawn from the test images, without overlap.
@@ -202,6 +202,7 @@ def load_data(
     counts = {"calibration": calibration, "validation": validation, "test": test, "train": train}
     for field, count in counts.items():
         _check_count(field, count)
+    name = current_name(name)
     if ":" in name:
         data = _call(name, root=root, validation_from=validation_from, seed=seed, **counts)
     else:
@@ -362,6 +363,13 @@ def read_digits(root: str | Path | None, input_shape: tuple[int, int, int] | Non
     return Dataset(train, test, tuple("0123456789"), mean=(0.305,), std=(0.376,))
 
 
+def read_synthetic(root: str | Path | None, input_shape: tuple[int, int, int] | None) -> Dataset:
+    """Return the generated images of `secateur.envs.tasks.synthetic`, 3x8x8 in 6 classes; no files are needed."""
+    from secateur.envs.tasks.synthetic import draw_dataset  # it imports this module
+
+    return draw_dataset()
+
+
 def read_cifar10(root: str | Path | None, input_shape: tuple[int, int, int] | None) -> Dataset:
     """Return CIFAR-10 from torchvision's layout or from the `cifar10.npz` that `convert_tiles` writes."""
     layout = (
@@ -441,6 +449,7 @@ def _checked_pool(arrays: Mapping[str, np.ndarray], part: str, path: Path, holds
 
 DATASETS: Mapping[str, Callable[..., Dataset]] = {
     "digits": read_digits,
+    "synthetic": read_synthetic,
     "cifar10": read_cifar10,
     "cifar100": read_cifar100,
     "fashion_mnist": read_fashion_mnist,

@@ -29,8 +29,8 @@ from secateur.search.export.verification import (
 from secateur.search.results.finalize import finalist_scores
 
 CONFIG = {
-    "model": {"factory": "secateur.envs.tasks.synthetic:synthetic_net", "weights": "trained", "input": [3, 8, 8]},
-    "data": {"name": "secateur.envs.tasks.synthetic:load", "calibration": 64, "validation": 256, "train": "rest"},
+    "model": {"factory": "secateur:synthetic", "weights": "trained", "input": [3, 8, 8]},
+    "data": {"name": "synthetic", "calibration": 64, "validation": 256, "train": "rest"},
     "search": {"workers": 0, "precision": "float32"},
     "space": {"weight_bits": [4, 8, 32], "activation_bits": [8, 32]},
     "budgets": {"phone": {"macs": "<= 90%", "weight_bytes": "<= 90%", "top1_drop": "<= 20"}},
