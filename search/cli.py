@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from click import Context
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
@@ -35,7 +34,7 @@ INTERRUPTED = 130
 class _Verbs(TyperGroup):
     """The one place where errors become messages and exit codes."""
 
-    def invoke(self, ctx: Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except InputError as error:

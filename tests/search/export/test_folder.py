@@ -226,7 +226,7 @@ def test_an_existing_folder_is_left_alone(folder, problem, policy):
 def test_a_place_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file" / "x", tmp_path / "file" / "x" / "y", tmp_path / ("x" * 300)):
-        with pytest.raises(InputError, match="cannot be written: .*--output"):
+        with pytest.raises(InputError, match="cannot be written: .*`output`"):
             check_free(place)
     check_free(tmp_path / "new" / "folder")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -191,8 +191,8 @@ def test_latency_limits_are_judged_only_where_the_device_was_measured(folder):
     ("arguments", "message"),
     [
         ({"runtime": "tensorflow"}, "no runtime `tensorflow`"),
-        ({"overrides": ["data.root"]}, "--set data.root: must read data.key=value"),
-        ({"overrides": ["model.factory=x:y"]}, "must read data.key=value"),
+        ({"overrides": ["data.root"]}, "overrides: data.root: must read section.key=value"),
+        ({"overrides": ["model.factory=x:y"]}, "overrides: model.factory: must start with `data.`"),
         ({"overrides": ["data.rot=x"]}, "`data.rot`"),
         ({"overrides": ["data.validation=many"]}, "`data.validation`"),
         ({"overrides": ["data.name=cifar10", "data.root=nowhere"]}, "nowhere"),
