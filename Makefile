@@ -1,17 +1,27 @@
-# Two commands on a fresh machine: `make demo` runs a compression search, `make test` runs the tests.
-# Another interpreter: `make demo PYTHON=python3.12`. Nothing is installed again until pyproject.toml or constraints.txt changes.
+# On a fresh machine: `make demo` runs a compression search, `make test` runs the tests, `make check` the linters and types.
+# Another interpreter: `make demo PYTHON=python3.12`. Packages are installed again only when pyproject.toml or constraints.txt
+# changes.
 
 PYTHON ?= python3
 VENV := .venv
-INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+BIN := $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test install clean
+.PHONY: demo test check wheel install clean
 
 demo: $(VENV)/.installed
-	$(VENV)/bin/secateur search configs/searches/digits.yaml
+	$(BIN)/secateur search configs/searches/digits.yaml
 
 test: $(VENV)/.installed-test
-	$(VENV)/bin/python -m pytest -m "not slow and not matrix and not data"
+	$(BIN)/python -m pytest -m "not slow and not matrix and not data and not packaging"
+
+check: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+wheel: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m packaging
 
 install: $(VENV)/.installed
 
@@ -23,8 +33,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(INSTALL) --editable ".[test]"
+	$(INSTALL) --editable ".[test,lint]"
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

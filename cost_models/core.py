@@ -19,7 +19,19 @@ FLOAT_BITS = 32
 
 
 class InputError(ValueError):
-    """The caller's input cannot be used; the message names the place, the value and the way out."""
+    """The caller's input cannot be used; the message names the place, the value and the way out.
+
+    Args:
+        message: for Python callers; names arguments and functions, e.g. "`evaluations` must be at least 1".
+        command: the same for users of the command; names options and verbs. None: `message` suits both.
+
+    Attributes:
+        command: the wording for the command line.
+    """
+
+    def __init__(self, message: str, command: str | None = None):
+        super().__init__(message)
+        self.command = message if command is None else command
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ class Device:
         if self.schema != SCHEMA:
             raise InputError(f"it has schema {self.schema}; this version reads schema {SCHEMA}")
         if self.kind == "measured" and self.table is None:
-            raise InputError("a measured device needs a `table`; `secateur profile` writes one")
+            raise InputError("a measured device needs a `table`; profiling the device writes one")
         if self.kind == "analytic" and self.table is not None:
             raise InputError("an analytic device has no `table`: write `kind: measured`")
         if self.kind == "analytic" and self.roofline is None and self.energy is None:
@@ -124,7 +124,7 @@ def read_device(path: str | Path) -> Device:
         raise InputError(f"{path} cannot be read: {error}.") from None
     except json.JSONDecodeError as error:
         raise InputError(
-            f"{path} is damaged: {error.msg} (line {error.lineno}, column {error.colno}). Write it anew with `secateur profile`."
+            f"{path} is damaged: {error.msg} (line {error.lineno}, column {error.colno}). Profile the device again."
         ) from None
     return parse_device(values, str(path))
 
@@ -134,9 +134,11 @@ def _find(path: Path) -> Path:
     if not path.exists() and path.as_posix() in shipped:
         return shipped[path.as_posix()]
     if not path.is_file():
+        missing = f"{path}: there is no such device file."
+        rest = f"measures this machine; these come with the package: {', '.join(shipped)}"
         raise InputError(
-            f"{path}: there is no such device file. `secateur profile CONFIG --output {path.name}` measures this machine; "
-            f"these come with the package: {', '.join(shipped)}"
+            f'{missing} `secateur.profile(config, output="{path.name}")` {rest}',
+            f"{missing} `secateur profile CONFIG --output {path.name}` {rest}",
         )
     return path
 

@@ -355,7 +355,7 @@ class TableLatency:
             if grid is None or not self.table.grids[grid].covers(layer.in_channels, layer.out_channels):
                 raise InputError(
                     f"The latency table of {self.table.model!r} has no {precision} times for layer {layer.name!r} "
-                    f"({_in_words(layer)}): profile this model with `secateur profile CONFIG`."
+                    f"({_in_words(layer)}): profile this model."
                 )
             found.setdefault(grid, []).append(int(index))
         yield from found.items()

@@ -1,22 +1,30 @@
 """The search: configuration, loop, runs, results, exports, devices and benchmarks.
 
-`secateur.search` is this package and, in the public API, the function that runs a search: calling the package calls it.
+`secateur.search` is this package, and it is also the function that runs a search:
+
+    run = secateur.search("configs/searches/digits.yaml", {"search.evaluations": 50})
 """
 
 from __future__ import annotations
 
 import sys
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from secateur.search.config import ConfigSource, Overrides
+    from secateur.search.run.handle import Run
+    from secateur.search.run.progress import SearchProgress
 
 
 class _CallablePackage(ModuleType):
-    """Importing a subpackage binds its name in the parent, so `secateur.search` must be the package and the function at once."""
+    """The package as a function: importing a subpackage binds its name in the parent, so that one name must be both."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        from secateur.search.run.search import search
+    def __call__(self, config: ConfigSource, overrides: Overrides = (), progress: SearchProgress | bool = False) -> Run:
+        """Run a search and return its run; see `secateur.search.run.handle.search`."""
+        from secateur.search.run.handle import search
 
-        return search(*args, **kwargs)
+        return search(config, overrides, progress)
 
 
 sys.modules[__name__].__class__ = _CallablePackage

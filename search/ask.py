@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from secateur.envs.feasibility import FeasibleSpace
 from secateur.envs.rollout import rollout
 from secateur.envs.tasks.imports import did_you_mean
 from secateur.search.build import absolute_budget, build_problem, make_env
-from secateur.search.config import BudgetConfig, SearchConfig
+from secateur.search.config import BudgetConfig, Overrides, SearchConfig
 from secateur.search.problem import Problem, StatusCallback
 from secateur.search.run.folder import AGENT, load_manifest
 
@@ -57,11 +58,11 @@ class Reply:
 
 
 def ask(
-    run: str | Path,
+    run: str | os.PathLike[str],
     budget: str | Mapping[str, str],
     preference: str | Mapping[str, float] | None = None,
     evaluations: int = 3,
-    overrides: Sequence[str] = (),
+    overrides: Overrides = (),
     status: StatusCallback = lambda text: None,
 ) -> Reply:
     """Return the best policies that the agent of a run proposes, measured.
@@ -71,7 +72,7 @@ def ask(
         budget: limits such as "macs<=43%,weight_bytes<=20kB" or {"macs": "<= 43%"}; any cost may be limited.
         preference: weights such as "macs=0.7" or {"macs": 0.7}; top1 gets the rest of 1. None: that of the search.
         evaluations: how many policies are measured.
-        overrides: "section.key=value" texts over the run's configuration, e.g. where the data are now.
+        overrides: changes of the run's configuration, such as {"data.root": "where/the/data/are/now"}.
         status: status callback, called at each stage.
     Raises:
         InputError: for a run without such an agent, or a budget or preference that cannot be used.
@@ -122,7 +123,7 @@ def answer(
     return [found for _, found in sorted(answers, key=lambda item: item[0])]
 
 
-def load_agent(run: str | Path, settings: SearchConfig, space: FeasibleSpace) -> Queryable:
+def load_agent(run: str | os.PathLike[str], settings: SearchConfig, space: FeasibleSpace) -> Queryable:
     """Return the agent that a run has stored.
 
     Raises:
@@ -131,7 +132,7 @@ def load_agent(run: str | Path, settings: SearchConfig, space: FeasibleSpace) ->
     return QUERYABLE[settings.search.agent](agent_folder(run, settings), space)
 
 
-def agent_folder(run: str | Path, settings: SearchConfig) -> Path:
+def agent_folder(run: str | os.PathLike[str], settings: SearchConfig) -> Path:
     """Return the folder of the agent that a run has stored.
 
     Raises:
@@ -139,11 +140,19 @@ def agent_folder(run: str | Path, settings: SearchConfig) -> Path:
     """
     folder, name = Path(run) / AGENT, settings.search.agent
     if name not in QUERYABLE:
-        choices = " or ".join(f"`--set search.agent={choice}`" for choice in QUERYABLE)
+        choices = " or ".join(f"`search.agent={choice}`" for choice in QUERYABLE)
         raise InputError(f"{run} has no agent that can be queried: its search used `{name}`. Search with {choices}.")
     if not folder.is_dir():
-        raise InputError(f"{run} has no agent yet: its search was not finished. Go on with: secateur resume {run}")
+        unfinished = f"{run} has no agent yet: its search was not finished."
+        raise InputError(
+            f'{unfinished} Continue it: secateur.resume("{run}")', f"{unfinished} Continue it: secateur resume {run}"
+        )
     return folder
+
+
+def _wrong(argument: str, reason: str) -> InputError:
+    """Return the error for an argument, which is an option of the command."""
+    return InputError(f"`{argument}`{reason}", f"--{argument}{reason}")
 
 
 def _budget_config(budget: str | Mapping[str, str]) -> BudgetConfig:
@@ -152,17 +161,17 @@ def _budget_config(budget: str | Mapping[str, str]) -> BudgetConfig:
         parts = [part.strip() for part in budget.split(",") if part.strip()]
         pairs = [part.partition("<=") for part in parts]
         if not pairs or not all(sign and name.strip() and limit.strip() for name, sign, limit in pairs):
-            raise InputError(f'--budget must read like "macs<=43%,weight_bytes<=20kB", but got {budget!r}.')
+            raise _wrong("budget", f' must read like "macs<=43%,weight_bytes<=20kB", but got {budget!r}.')
         names = [name.strip() for name, _, _ in pairs]
         if len(set(names)) < len(names):
-            raise InputError(f"--budget limits a cost twice: {budget!r}.")
+            raise _wrong("budget", f" limits a cost twice: {budget!r}.")
         budget = {name: f"<= {limit.strip()}" for name, (_, _, limit) in zip(names, pairs, strict=True)}
     try:
         return BudgetConfig.model_validate(dict(budget))
     except ValidationError as errors:
         error = errors.errors(include_url=False)[0]
         place = ".".join(str(part) for part in error["loc"] if part != "[key]")
-        raise InputError(f"--budget: {place}: {error.get('ctx', {}).get('error', error['msg'])}") from None
+        raise _wrong("budget", f": {place}: {error.get('ctx', {}).get('error', error['msg'])}") from None
 
 
 def _weights(preference: str | Mapping[str, float], objectives: Sequence[str]) -> np.ndarray:
@@ -172,21 +181,19 @@ def _weights(preference: str | Mapping[str, float], objectives: Sequence[str]) -
         try:
             preference = {name.strip(): float(value) for name, _, value in pairs}
         except ValueError:
-            raise InputError(f'--preference must read like "macs=0.7", but got {preference!r}.') from None
+            raise _wrong("preference", f' must read like "macs=0.7", but got {preference!r}.') from None
     weights = np.zeros(len(objectives))
     for name, value in preference.items():
         if name not in objectives:
-            raise InputError(
-                f"--preference: {name} is no objective of this run.{did_you_mean(name, objectives)} "
-                f"Known: {', '.join(objectives)}"
-            )
+            known = f"{did_you_mean(name, objectives)} Known: {', '.join(objectives)}"
+            raise _wrong("preference", f": {name} is no objective of this run.{known}")
         if not 0 <= value < float("inf"):
-            raise InputError(f"--preference: the weight of {name} must be 0 or more, but got {value}.")
+            raise _wrong("preference", f": the weight of {name} must be 0 or more, but got {value}.")
         weights[objectives.index(name)] = value
     if "top1" not in preference:
         weights[0] = 1 - weights.sum()
         if weights[0] < 0:
-            raise InputError(f"--preference: the weights add up to {weights[1:].sum():g}, which leaves nothing for top1.")
+            raise _wrong("preference", f": the weights add up to {weights[1:].sum():g}, which leaves nothing for top1.")
     if not weights.sum():
-        raise InputError("--preference: some weight must be above 0.")
+        raise _wrong("preference", ": some weight must be above 0.")
     return weights / weights.sum()

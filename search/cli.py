@@ -1,4 +1,7 @@
-"""The `secateur` command. Verbs import what they need when they run, so that `--help` comes at once."""
+"""The `secateur` command: options in, tables out. The work is done by the functions of the public API.
+
+Verbs import what they need when they run, so that `--help` is fast.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,12 @@ import sys
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.table import Table
 from typer.core import TyperGroup
 
 from secateur.cost_models.core import InputError
@@ -20,6 +24,7 @@ from secateur.search.arguments import ConfigPath, Overrides
 from secateur.search.benchmarks.cli import benchmark, support
 
 if TYPE_CHECKING:
+    from secateur.search.run.handle import Run
     from secateur.search.run.progress import SearchProgress
 
 INTERRUPTED = 130
@@ -29,11 +34,11 @@ INTERRUPTED = 130
 class _Verbs(TyperGroup):
     """The one place where errors become messages and exit codes."""
 
-    def invoke(self, context):
+    def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(context)
+            return super().invoke(ctx)
         except InputError as error:
-            for line in str(error).splitlines():
+            for line in error.command.splitlines():
                 print(f"error: {line}", file=sys.stderr)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
@@ -56,7 +61,7 @@ BudgetOption = Annotated[str | None, typer.Option("--budget", help="Name of one 
 
 
 class Format(StrEnum):
-    """How `front` prints."""
+    """Output formats of `front`."""
 
     TABLE = "table"
     JSON = "json"
@@ -71,58 +76,31 @@ def main() -> None:
 
 
 @app.command()
-def init(path: Annotated[Path, typer.Argument(help="File to write.")] = Path("secateur.yaml")) -> None:
+def init(
+    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("secateur.yaml"),
+    agent: Annotated[str | None, typer.Option(help="Agent of the search; the file lists all.")] = None,
+) -> None:
     """Write a starter configuration with comments."""
-    from secateur.search.config import INSTALLED_CONFIGS
+    from secateur.search.starter import write_starter
 
-    text = (INSTALLED_CONFIGS / "starter.yaml").read_text(encoding="utf-8")
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        raise InputError(f"{path} exists already. Name another file: secateur init other.yaml") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error}") from None
+    write_starter(path, agent)
     print(f"wrote {path}; edit it, then: secateur inspect {path}")
 
 
 @app.command()
 def inspect(config: ConfigPath, overrides: Overrides = None) -> None:
     """Show layers, coupled groups, what is never pruned and why, and whether the budgets can be met."""
-    from secateur.search.config import load_config
-
-    settings = load_config(config, overrides or ())
-    from secateur.envs.projection import FeasibilityProjection
-    from secateur.search.build import build_budgets, build_costs, build_model_and_graph, feasibility_table, planned_calibration
-    from secateur.search.results import tables
+    from secateur.search import inspection
     from secateur.search.run.progress import SearchProgress
 
     with SearchProgress(Console(stderr=True)) as progress:
-        data, model, graph = build_model_and_graph(settings, progress.status)
-        costs = build_costs(settings, graph)
-        budgets, projection = build_budgets(settings, costs), FeasibilityProjection(costs)
-        plans = planned_calibration(settings, model, graph)
-    console = Console()
-    console.print(tables.layer_table(graph, costs.policy_space))
-    console.print(tables.group_table(graph))
-    if graph.frozen:
-        console.print(tables.frozen_table(graph))
-    limited = tables.calibration_table(plans or {}, settings.calibration["max_matrix_bytes"])
-    if limited.row_count:
-        console.print(limited)
-    rows = feasibility_table(projection, budgets)
-    console.print(tables.feasibility_report(rows))
-    dense = ", ".join(f"{cost} {tables.amount(cost, value)}" for cost, value in costs.dense.items())
-    console.print(f"dense: {dense}", highlight=False)
-    if settings.device is not None:
-        console.print(tables.device_line(settings.device), highlight=False, markup=False)
-    images = min(len(data.calibration), settings.calibration["max_images"])
-    console.print(tables.calibration_line(plans, images), highlight=False)
-    console.print(f"data: {data.source}", highlight=False, markup=False)
-    if not all(row.satisfiable for row in rows):
-        raise InputError("A budget cannot be met. Raise its limit, or allow stronger compression in `space`.")
-    for budget in budgets:  # all limits of one together
-        projection.check(budget)
+        found = inspection.inspect(config, overrides or (), progress.status)
+    for shown in inspection.report(found):
+        if isinstance(shown, Table):
+            Console().print(shown)
+        else:
+            Console().print(shown, highlight=False, markup=False)
+    found.check()
 
 
 @app.command()
@@ -132,61 +110,61 @@ def search(
     address: Annotated[str | None, typer.Option(help="Ray cluster to use instead of a local one.")] = None,
 ) -> None:
     """Search, and write a run: study, Pareto front, test scores of the best policies. Ctrl-C ends it early."""
-    from secateur.search.config import load_config
+    from secateur.search.run import handle
 
-    settings = load_config(config, [*(overrides or ()), *([f"search.address={address}"] if address else [])])
-    from secateur.search.run.search import search as run_search
-
-    _follow(lambda progress: run_search(settings, progress))
+    changes = [*(overrides or ()), *([f"search.address={address}"] if address else [])]
+    _follow(lambda progress: handle.search(config, changes, progress))
 
 
 @app.command()
 def resume(run: RunPath, overrides: Overrides = None) -> None:
-    """Go on with an interrupted run, or with more evaluations (--set search.evaluations=500), as if it had never stopped."""
-    from secateur.search.run.search import resume as run_resume
+    """Continue an interrupted run, or one with more evaluations (--set search.evaluations=500), as if it had never stopped."""
+    from secateur.search.run import handle
 
-    _follow(lambda progress: run_resume(run, overrides or (), progress))
+    _follow(lambda progress: handle.resume(run, overrides or (), progress))
 
 
-def _follow(search: Callable[[SearchProgress], Path]) -> None:
-    """Show a search while it runs, and what it has found."""
+def _follow(search: Callable[[SearchProgress], Run]) -> None:
+    """Show a search while it runs, and its result."""
     from secateur.search.run.progress import SearchProgress
 
-    console = Console()
-    with SearchProgress(console) as progress:
+    with SearchProgress(Console()) as progress:
         try:
-            search(progress)
+            folder = search(progress).folder
         except KeyboardInterrupt:
             progress.stop()
             if progress.run is None:
                 raise
-            _show_run(console, progress.run)
-            print(f"interrupted: the run holds what was found; go on with: secateur resume {progress.run}", file=sys.stderr)
+            _show_run(progress.run)
+            print(f"interrupted: the run holds what was found; continue it with: secateur resume {progress.run}", file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from None
-    _show_run(console, progress.run)
+    _show_run(folder)
 
 
-def _show_run(console: Console, run: Path) -> None:
+def _show_run(folder: Path) -> None:
     from secateur.search.results.document import read_front
+
+    _show_front(read_front(folder))
+    print(f"run: {folder}")
+
+
+def _show_front(document: dict[str, Any], budget: str | None = None) -> None:
     from secateur.search.results.tables import check_lines, front_tables
 
-    document = read_front(run)
-    for table in front_tables(document):
-        console.print(table)
+    for table in front_tables(document, budget):
+        Console().print(table)
     for line in check_lines(document):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    print(f"run: {run}")
+        Console().print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
 def front(
     run: RunPath,
     budget: BudgetOption = None,
-    output: Annotated[Format, typer.Option("--format", help="What to print.")] = Format.TABLE,
+    output: Annotated[Format, typer.Option("--format", help="Output format.")] = Format.TABLE,
 ) -> None:
     """Print the Pareto front of a run, also while it is still searching."""
     from secateur.search.results.document import front_csv, only_budget, read_front
-    from secateur.search.results.tables import check_lines, front_tables
 
     document = read_front(run)
     if budget is not None:
@@ -196,10 +174,7 @@ def front(
     elif output is Format.CSV:
         print(front_csv(document), end="")
     else:
-        for table in front_tables(document, budget):
-            Console().print(table)
-        for line in check_lines(document):
-            Console().print(line, highlight=False, markup=False, soft_wrap=True)
+        _show_front(document, budget)
 
 
 @app.command()
@@ -213,53 +188,24 @@ def export(
     ] = None,
     pt2: Annotated[bool, typer.Option("--pt2", help="Write model.pt2 of torch.export too.")] = False,
 ) -> None:
-    """Write models of a run: policy.json, safetensors and ONNX, loadable without pickles. Say which with one option."""
-    from secateur.search.results.document import read_front
-    from secateur.search.run.folder import load_manifest
-
-    settings, _ = load_manifest(run)
-    document = read_front(run)
-    from secateur.search.results.selection import (
-        check_selection,
-        chosen_front,
-        chosen_trial,
-        chosen_winner,
-        find_trial,
-        trial_folder,
-    )
-
-    check_selection(budget, trial, front)
-    if budget is not None:
-        chosen = [chosen_winner(run, document, budget, output)]
-    else:
-        chosen = chosen_front(run, document, output) if front else []
-    found = None if trial is None else find_trial(run, trial)
-    from secateur.search.build import build_problem
-    from secateur.search.export.write import check_free, export_point, is_export_of
+    """Write models of a run: policy.json, safetensors and ONNX, loadable without pickles. Choose them with one option."""
+    from secateur.search.export import run_exports
     from secateur.search.run.progress import SearchProgress
 
-    for one in [one for one in chosen if output is None and is_export_of(one.folder, one.point, one.budget, pt2)]:
-        print(f"export: {one.folder} is there already")
-        chosen.remove(one)
-    if not chosen and found is None:
-        return
-    for folder in [output or trial_folder(run, trial)] if found else [one.folder for one in chosen]:
-        check_free(folder)
     with SearchProgress(Console(stderr=True)) as progress:
-        problem = build_problem(settings, progress.status)
-        if found is not None:
-            chosen = [chosen_trial(run, found, problem.space.policy_space, output)]
-        for one in chosen:
-            progress.status(f"exporting {one.folder.name}")
-            validation, test = export_point(one.folder, problem, document, one.budget, one.point, pt2)
-            scores = f"validation top-1 {100 * validation.top1:.2f} %, test top-1 {100 * test.top1:.2f} % of {test.images} images"
-            print(f"{scores}\nexport: {one.folder}")
+        exports = run_exports.export(run, budget=budget, trial=trial, front=front, output=output, pt2=pt2, status=progress.status)
+    for one in exports:
+        if not one.written:
+            print(f"export: {one.folder} is there already")
+            continue
+        test = f"test top-1 {100 * one.test_top1:.2f} % of {one.test_images} images"
+        print(f"validation top-1 {100 * one.validation_top1:.2f} %, {test}\nexport: {one.folder}")
 
 
 @app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="EXPORT", help="Folder of an export, e.g. runs/digits-1/exports/phone.")],
-    runtime: Annotated[str, typer.Option(help="What executes model.onnx: onnxruntime or openvino.")] = "onnxruntime",
+    runtime: Annotated[str, typer.Option(help="Runtime of model.onnx: onnxruntime or openvino.")] = "onnxruntime",
     threads: Annotated[int, typer.Option(min=1, help="Threads of the runtime.")] = 1,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override where the data is: data.root=FOLDER.")
@@ -291,22 +237,36 @@ def profile(
     batch: Annotated[int, typer.Option(help="Images per run.")] = 1,
     overrides: Overrides = None,
 ) -> None:
-    """Measure this machine with a model and write a device file. Ctrl-C keeps what was measured; run it again to go on."""
-    if (config is None) == (model is None):
-        raise InputError("Name either a configuration or a model: secateur profile CONFIG, or --model torchvision:resnet18.")
+    """Measure this machine with a model and write a device file. Ctrl-C keeps the measurements; run it again to continue."""
+    shape = _parse_shape(image)
     from secateur.search.profiling import profile_run
-    from secateur.search.profiling.profiler import ProfileConfig
 
-    names = tuple(name.strip() for name in precisions.split(",") if name.strip())
-    settings = ProfileConfig(precisions=names, threads=threads, batch=batch)
-    shape = profile_run.parse_shape(image)
-    subject = profile_run.subject_of_config(config, overrides or ()) if config else profile_run.load_subject(model, shape)
-    device = profile_run.profile_to_file(subject, output, runtime, settings, Console(stderr=True))
-    for line in profile_run.staircase_lines(device.table):
-        print(line)
-    Console().print(profile_run.check_table(device.table))
-    print(f"recommended: space.channel_multiple: {device.table.channel_multiple}")
+    device = profile_run.profile(
+        config,
+        overrides or (),
+        model=model,
+        image_shape=shape,
+        output=output,
+        runtime=runtime,
+        precisions=[name.strip() for name in precisions.split(",") if name.strip()],
+        threads=threads,
+        batch=batch,
+        progress=True,
+    )
+    if device.table is not None:
+        for line in profile_run.staircase_lines(device.table):
+            print(line)
+        Console().print(profile_run.check_table(device.table))
+        print(f"recommended: space.channel_multiple: {device.table.channel_multiple}")
     print(f"device: {output}, {device.label}")
+
+
+def _parse_shape(text: str) -> tuple[int, ...]:
+    """Return (channels, height, width) of "3,224,224"."""
+    sizes = tuple(int(size) if size.strip().isdigit() else 0 for size in text.split(","))
+    if len(sizes) != 3 or min(sizes) < 1:
+        raise InputError(f"`--input` must be channels,height,width such as 3,224,224, but got {text!r}.")
+    return sizes
 
 
 @app.command()
@@ -314,9 +274,9 @@ def ask(
     run: RunPath,
     budget: Annotated[str, typer.Option("--budget", help='Any limits, e.g. "macs<=43%,weight_bytes<=20kB".')],
     preference: Annotated[
-        str | None, typer.Option("--preference", help='Weights of costs, such as "macs=0.7"; top1: the rest.')
+        str | None, typer.Option("--preference", help='Weights of costs, such as "macs=0.7"; top1 has the rest of 1.')
     ] = None,
-    evaluations: Annotated[int, typer.Option(min=1, help="How many proposals are measured.")] = 3,
+    evaluations: Annotated[int, typer.Option(min=1, help="Number of proposals that are evaluated.")] = 3,
     overrides: Overrides = None,
 ) -> None:
     """Ask the agent of a run for policies under any budget: a few evaluations instead of a search."""

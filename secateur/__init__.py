@@ -1,6 +1,19 @@
 """secateur: automated compression search for PyTorch vision models. This module is the public API.
 
-Everything is imported on first use, so `import secateur` is fast and brings neither torch nor Ray.
+    search(config, overrides)   run a search; returns a `Run`
+    resume(run)                 continue an interrupted run, or extend a finished one
+    load_run(folder)            the `Run` in a folder: front and trials as tables, winners, exports
+    ask(run, budget)            policies for any budget from the agent of a finished run
+    export(run, budget=...)     write compressed models: JSON, safetensors, ONNX
+    verify(folder)              check what an export promises, from its files
+    load_compressed(folder)     the exported model as a torch.nn.Module
+    inspect(config)             layers, coupled groups, costs, and which budgets can be met
+    profile(config)             measure this machine and write a device file
+    load_config(source)         the configuration in a file or a dict
+    InputError                  raised for input that cannot be used; a ValueError
+
+Each is imported when it is first used, so `import secateur` is fast and imports neither torch nor Ray. Modules below this one
+are internal: they can change in any version.
 """
 
 from __future__ import annotations
@@ -13,26 +26,49 @@ if TYPE_CHECKING:
     from secateur.search.ask import ask
     from secateur.search.config import load_config
     from secateur.search.export.load import load_compressed
+    from secateur.search.export.run_exports import export
     from secateur.search.export.verify import verify_export as verify
-    from secateur.search.run.search import resume, search
+    from secateur.search.inspection import inspect
+    from secateur.search.profiling.profile_run import profile
+    from secateur.search.run.handle import Run, load_run, resume, search
 
 __version__ = "0.1.0"
 
-__all__ = ["InputError", "__version__", "ask", "load_compressed", "load_config", "resume", "search", "verify"]
+__all__ = [
+    "InputError",
+    "Run",
+    "__version__",
+    "ask",
+    "export",
+    "inspect",
+    "load_compressed",
+    "load_config",
+    "load_run",
+    "profile",
+    "resume",
+    "search",
+    "verify",
+]
 
 _HOMES = {
     "InputError": "secateur.cost_models.core:InputError",
+    "Run": "secateur.search.run.handle:Run",
     "ask": "secateur.search.ask:ask",
+    "export": "secateur.search.export.run_exports:export",
+    "inspect": "secateur.search.inspection:inspect",
     "load_compressed": "secateur.search.export.load:load_compressed",
     "load_config": "secateur.search.config:load_config",
-    "resume": "secateur.search.run.search:resume",
-    "search": "secateur.search.run.search:search",
+    "load_run": "secateur.search.run.handle:load_run",
+    "profile": "secateur.search.profiling.profile_run:profile",
+    "resume": "secateur.search.run.handle:resume",
     "verify": "secateur.search.export.verify:verify_export",
 }
 """{public name: "module:name" of its definition}."""
 
 
 def __getattr__(name: str) -> Any:
+    if name == "search":  # the package is the function, see search/__init__.py
+        return importlib.import_module("secateur.search")
     if name not in _HOMES:
         raise AttributeError(f"module `secateur` has no attribute `{name}`")
     module, _, attribute = _HOMES[name].partition(":")
@@ -40,4 +76,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

@@ -2,4 +2,5 @@
 
 from secateur.search.cli import app
 
-app(prog_name="secateur")
+if __name__ == "__main__":  # worker processes import this module again under another name
+    app(prog_name="secateur")

@@ -38,7 +38,7 @@ ONLY_IN = {
     "ray": {"search.run.ray_runner"},
     "optuna": {"search.run.study"},
     "typer": {"search.cli", "search.arguments", "search.benchmarks.cli"},
-    "yaml": {"search.config"},
+    "yaml": {"search.config.reading"},
 }
 """Libraries that few modules hide from all others."""
 

@@ -76,6 +76,10 @@ def resnet56(num_classes: int = 10) -> CifarResNet:
     return CifarResNet(56, num_classes)
 
 
+def resnet110(num_classes: int = 10) -> CifarResNet:
+    return CifarResNet(110, num_classes)
+
+
 def vgg16_bn(num_classes: int = 10) -> nn.Sequential:
     """Return VGG-16 with batch norm for 32x32 images; the names of its tensors are "0.<layer>.…" and "2.…"."""
     layers: list[nn.Module] = []

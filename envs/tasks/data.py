@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.envs.core import InputError
-from secateur.envs.tasks.imports import did_you_mean, import_object
+from secateur.envs.tasks.imports import current_name, did_you_mean, import_object
 from secateur.envs.tasks.readers import DATASETS
 from secateur.envs.tasks.splits import REST, Dataset, Pool, Split, TaskData, array_pool, shape_text, split_dataset
 
@@ -52,6 +52,7 @@ def load_data(
     counts = {"calibration": calibration, "validation": validation, "test": test, "train": train}
     for field, count in counts.items():
         _check_count(field, count)
+    name = current_name(name)
     if ":" in name:
         data = _call(name, root=root, validation_from=validation_from, seed=seed, **counts)
     else:

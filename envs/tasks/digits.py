@@ -1,6 +1,6 @@
 """A small residual network for scikit-learn's handwritten digits, trained in seconds: the demo's model.
 
-Config: `model: {factory: "secateur.envs.tasks.digits:digits_resnet", weights: trained}`,
+Configuration: `model: {factory: "secateur:digits", weights: trained}`,
 `data: {name: digits, train: rest, ...}`.
 """
 

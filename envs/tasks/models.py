@@ -1,11 +1,14 @@
-"""Makes a network from a config: `model.factory` builds it, `model.weights` fills it.
+"""Makes a network from a configuration: `model.factory` builds it, `model.weights` fills it.
+
+`factory` is a network of ours ("secateur:resnet56"), of torchvision ("torchvision:resnet18"), or the user's own
+("package.module:function").
 
 `weights` is a file (safetensors, or torch.save of a state dict) or the word "trained": then the module of the factory
 must offer
 
     def train_weights(model: nn.Module, data: TaskData, progress: Progress | None = None) -> Path
 
-which trains a network like `model` on `data.train`, or finds it in its cache, and returns a weights file.
+It trains a network like `model` on `data.train`, or finds a trained one in its cache, and returns a weights file.
 `secateur.envs.tasks.digits` is an example.
 """
 
@@ -25,17 +28,29 @@ from torch import Tensor, nn
 
 from secateur.envs.core import InputError
 from secateur.envs.tasks.data import TaskData
-from secateur.envs.tasks.imports import did_you_mean, import_object
+from secateur.envs.tasks.imports import current_name, did_you_mean, import_object
 from secateur.envs.tasks.training import Progress
 
+OURS, TORCHVISION = "secateur:", "torchvision:"
+"""What the names of built-in factories start with."""
+
+_CIFAR = "secateur.envs.tasks.cifar_resnet"
+FACTORIES = {
+    **{name: f"{_CIFAR}:{name}" for name in ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "vgg16_bn")},
+    "digits": "secateur.envs.tasks.digits:digits_resnet",
+    "synthetic": "secateur.envs.tasks.synthetic:synthetic_net",
+}
+"""{name: function}: "secateur:<name>" in a configuration calls the function. The CIFAR networks take 3x32x32 images,
+"digits" 1x8x8, "synthetic" 3x8x8."""
+
 TRAINED = "trained"
-"""In place of a weights file: train the network with the recipe of its module."""
+"""Given in place of a weights file: the network is trained with the recipe of its module."""
 
 NESTING_KEYS = ("state_dict", "model_state_dict", "model")
-"""Where training scripts put the state dict inside a checkpoint."""
+"""Keys of a checkpoint under which training scripts store the state dict."""
 
 NAME_PREFIXES = ("module.", "_orig_mod.")
-"""What DataParallel and torch.compile put before every tensor's name."""
+"""Prefixes that DataParallel and torch.compile add to every tensor's name."""
 
 
 def load_model(
@@ -48,11 +63,11 @@ def load_model(
     """Return the network, float32, in eval mode.
 
     Args:
-        factory: "package.module:function", or "torchvision:resnet18" for a model of torchvision.
-        weights: a file, "trained", or None for the factory's own initialisation.
+        factory: "secateur:resnet56", "torchvision:resnet18" or "package.module:function".
+        weights: a file, "trained", or None for the factory's own initialization.
         factory_args: keyword arguments of the factory.
         data: needed by "trained" only.
-        progress: told how the training goes.
+        progress: callback of the training, called after each epoch.
     Raises:
         InputError: if the factory is unknown or fails, or the weights are missing, unreadable or for another model.
     """
@@ -65,12 +80,12 @@ def load_model(
 
 
 def build_model(factory: str, factory_args: Mapping[str, object] | None = None) -> nn.Module:
-    """Return what the factory builds, with its own initialisation."""
+    """Return the network that the factory builds, with the factory's own initialization."""
     return call_factory(*find_factory(factory, factory_args), factory)
 
 
 def call_factory(function: Callable[..., object], arguments: Mapping[str, object], factory: str) -> nn.Module:
-    """Return what `function` builds; `factory` is its name in errors."""
+    """Return the network that `function` builds; `factory` is its name in errors."""
     try:
         model = function(**arguments)
     except Exception as error:  # the user's factory runs arbitrary code
@@ -96,40 +111,54 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if broken:
         raise InputError(f"`model.weights: {path}` is damaged: `{broken[0]}` holds NaN or infinite values.")
-    model.load_state_dict(tensors, strict=False)  # names and shapes are checked above, with better words
+    model.load_state_dict(tensors, strict=False)  # names and shapes are checked above, with clearer messages
 
 
 def find_factory(
     factory: str, factory_args: Mapping[str, object] | None = None
 ) -> tuple[Callable[..., object], dict[str, object]]:
-    """Return what `factory` names, not yet called, and the arguments to call it with."""
-    arguments = dict(factory_args or {})
-    if not factory.startswith("torchvision:"):
-        _, function = import_object(factory, "model.factory")
-        return function, arguments
+    """Return the function that `factory` names, not yet called, and the arguments to call it with.
+
+    Raises:
+        InputError: if there is no such function.
+    """
+    factory, arguments = current_name(factory), dict(factory_args or {})
+    if factory.startswith(TORCHVISION):
+        return _find_in_torchvision(factory, arguments)
+    name = factory.removeprefix(OURS)
+    if name != factory and name not in FACTORIES:
+        raise InputError(
+            f"`model.factory: {factory}`: secateur has no model `{name}`.{did_you_mean(name, FACTORIES)} "
+            f"Known: {', '.join(FACTORIES)}."
+        )
+    _, function = import_object(factory if name == factory else FACTORIES[name], "model.factory")
+    if not callable(function):
+        raise InputError(f"`model.factory: {factory}` must be a function, but is {type(function).__name__}.")
+    return function, arguments
+
+
+def _find_in_torchvision(factory: str, arguments: dict[str, object]) -> tuple[Callable[..., object], dict[str, object]]:
     from torchvision import models
 
-    name = factory.partition(":")[2]
-    if name not in models.list_models(module=models):
-        known = models.list_models(module=models)
+    name, known = factory.removeprefix(TORCHVISION), models.list_models(module=models)
+    if name not in known:
         raise InputError(f"`model.factory: {factory}`: torchvision has no model `{name}`.{did_you_mean(name, known)}")
-    function = models.get_model_builder(name)
     if name in ("googlenet", "inception_v3"):
-        arguments = {"init_weights": True, **arguments}  # says what they would otherwise warn about
-    return function, {"weights": None, **arguments}
+        arguments = {"init_weights": True, **arguments}  # without it, torchvision warns
+    return models.get_model_builder(name), {"weights": None, **arguments}
 
 
 def is_model_factory(function: object) -> bool:
-    """Whether it is a class of modules, or a function from a module that holds one or belongs to torchvision's models.
+    """Return whether this is a class of modules, or a function of torchvision's models or of a module that holds such a class.
 
-    Names in files that come from others are called only then: `os:system` can be named as well as a network.
+    A name in a file of somebody else is called only if this is true: the file can name `os:system` as well as a network.
     """
     if isinstance(function, type):
         return issubclass(function, nn.Module)
     if not inspect.isfunction(function):
         return False
     home = function.__module__
-    if home.partition(".")[0] == "torch":  # its functions make no networks, but torch.export.load reads pickles
+    if home.partition(".")[0] == "torch":  # torch's functions make no networks, but torch.export.load reads pickles
         return False
     known = list(vars(sys.modules[home]).values()) if home in sys.modules else []
     return home.startswith("torchvision.models.") or any(
@@ -138,15 +167,16 @@ def is_model_factory(function: object) -> bool:
 
 
 def _train(factory: str, model: nn.Module, data: TaskData | None, progress: Progress | None) -> Path:
-    module = inspect.getmodule(import_object(factory, "model.factory")[1]) if "torchvision:" not in factory else None
-    if not hasattr(module, "train_weights"):
+    """Return the weights file that the factory's module trains."""
+    train_weights = getattr(inspect.getmodule(find_factory(factory)[0]), "train_weights", None)
+    if train_weights is None:
         raise InputError(
             f"`model.weights: trained` needs a function `train_weights` beside `model.factory: {factory}`. "
             "Name a weights file instead."
         )
     if data is None or data.train is None:
         raise InputError('`model.weights: trained` needs training images: load the data with train="rest".')
-    return module.train_weights(model, data, progress)
+    return train_weights(model, data, progress)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -158,9 +188,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             raise InputError(f"`model.weights: {path}` is not a readable safetensors file: {error}") from error
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols; the errors below say what matters
+            warnings.simplefilter("ignore")  # they concern pickle protocols
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises what the damaged archive happens to cause
+    except Exception as error:  # a damaged archive can raise any error
         if isinstance(error, pickle.UnpicklingError) and ("GLOBAL" in str(error) or _is_bare_pickle(path)):
             raise InputError(
                 f"`model.weights: {path}` is a pickle that wants to execute code, so it was not loaded. "
@@ -185,7 +215,7 @@ def _is_named_tensor(entry: tuple[object, object]) -> bool:
 
 
 def _is_bare_pickle(path: Path) -> bool:
-    """Whether the file starts as pickle.dump writes it, with the opcode that names the protocol."""
+    """Return whether the file starts like one of pickle.dump, with the opcode of the protocol."""
     with path.open("rb") as file:
         return file.read(1) == pickle.PROTO
 
@@ -198,9 +228,9 @@ def _plain_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_names(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Raise InputError with the first disagreement of names or shapes."""
+    """Raise InputError if names or shapes differ; the message names the first difference of each kind."""
     expected = model.state_dict()
-    # Files from before torch 0.4.1 and some converters lack the batch counters, which inference does not read.
+    # Files from before torch 0.4.1, and some converters, lack the batch counters, which inference does not read.
     missing = [name for name in expected if name not in tensors and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in tensors if name not in expected]
     other = [name for name in tensors if name in expected and tensors[name].shape != expected[name].shape]

@@ -12,6 +12,7 @@ from PIL import Image, UnidentifiedImageError
 
 from secateur.envs.core import InputError
 from secateur.envs.tasks.splits import Dataset, Pool, array_pool
+from secateur.envs.tasks.synthetic import draw_dataset
 
 if TYPE_CHECKING:  # torchvision is imported by the readers that need it
     from torchvision.datasets import ImageFolder
@@ -40,6 +41,11 @@ def read_digits(root: str | Path | None, input_shape: tuple[int, int, int] | Non
     labels = digits.target.astype(np.int64)[order]
     train, test = (array_pool(images[part], labels[part]) for part in (slice(DIGITS_TRAIN), slice(DIGITS_TRAIN, None)))
     return Dataset(train, test, tuple("0123456789"), mean=(0.305,), std=(0.376,))
+
+
+def read_synthetic(root: str | Path | None, input_shape: tuple[int, int, int] | None) -> Dataset:
+    """Return the generated images of `secateur.envs.tasks.synthetic`, 3x8x8 in 6 classes; no files are needed."""
+    return draw_dataset()
 
 
 def read_cifar10(root: str | Path | None, input_shape: tuple[int, int, int] | None) -> Dataset:
@@ -121,6 +127,7 @@ def _checked_pool(arrays: Mapping[str, np.ndarray], part: str, path: Path, holds
 
 DATASETS: Mapping[str, Callable[..., Dataset]] = {
     "digits": read_digits,
+    "synthetic": read_synthetic,
     "cifar10": read_cifar10,
     "cifar100": read_cifar100,
     "fashion_mnist": read_fashion_mnist,

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secateur.envs.tasks.data import Dataset, Pool, TaskData, array_pool, split_dataset
+from secateur.envs.tasks.splits import Dataset, Pool, TaskData, array_pool, split_dataset
 from secateur.envs.tasks.training import Progress, Recipe, cached_weights
 
 IMAGE_SHAPE = (3, 8, 8)
@@ -62,28 +62,32 @@ def load(
     validation_from: str = "test",
     seed: int = 0,
 ) -> TaskData:
-    """Return the generated splits: `data: {name: "secateur.envs.tasks.synthetic:load", ...}`.
-
-    Each class is a smooth random pattern; an image is its class's pattern, shifted by up to two pixels, plus noise.
-    """
-    rng = np.random.default_rng(0)
-    patterns = _smooth(rng.standard_normal((NUM_CLASSES, *IMAGE_SHAPE)))
-    dataset = Dataset(
-        train=_draw(patterns, TRAIN_IMAGES, rng),
-        test=_draw(patterns, TEST_IMAGES, rng),
-        classes=tuple(f"pattern {index}" for index in range(NUM_CLASSES)),
-        mean=(0.0,) * IMAGE_SHAPE[0],
-        std=(1.0,) * IMAGE_SHAPE[0],
-    )
+    """Return the generated splits, with defaults that suit tests; a configuration writes `data: {name: synthetic, ...}`."""
     return split_dataset(
         "synthetic",
-        dataset,
+        draw_dataset(),
         calibration=calibration,
         validation=validation,
         test=test,
         train=train,
         validation_from=validation_from,
         seed=seed,
+    )
+
+
+def draw_dataset() -> Dataset:
+    """Return the generated images, always the same.
+
+    Each class is a smooth random pattern; an image is its class's pattern, shifted by up to two pixels, plus noise.
+    """
+    rng = np.random.default_rng(0)
+    patterns = _smooth(rng.standard_normal((NUM_CLASSES, *IMAGE_SHAPE)))
+    return Dataset(
+        train=_draw(patterns, TRAIN_IMAGES, rng),
+        test=_draw(patterns, TEST_IMAGES, rng),
+        classes=tuple(f"pattern {index}" for index in range(NUM_CLASSES)),
+        mean=(0.0,) * IMAGE_SHAPE[0],
+        std=(1.0,) * IMAGE_SHAPE[0],
     )
 
 

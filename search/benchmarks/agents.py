@@ -77,7 +77,7 @@ def contestant(text: str, config: SearchConfig) -> Contestant:
                 raise ValueError(f"{pair} has no value")
             apply_override(values, f"search.options.{pair}")
     except ValueError as error:  # an InputError of `apply_override` too
-        raise InputError(f"{reads}: {str(error).removeprefix('--set search.options.')}") from None
+        raise InputError(f"{reads}: {str(error).removeprefix('overrides: search.options.')}") from None
     parse_config(values, f'--agent "{text}"')
     return Contestant(" ".join(text.split()), name, values["search"]["options"])
 

@@ -13,7 +13,6 @@ Tolerances of the ONNX file against the network in PyTorch:
 from __future__ import annotations
 
 import copy
-import json
 import math
 import subprocess
 import sys
@@ -36,7 +35,7 @@ from secateur.envs.evaluator import batches
 from secateur.envs.model_graph import analyze
 from secateur.envs.quantization.fake_quantize import ActivationQuantizer, activation_grid, quantized_weight
 from secateur.envs.tasks.data import TaskData, load_data
-from secateur.search.config import DataSection
+from secateur.search.config import DataSection, Overrides, apply_overrides
 from secateur.search.export.execution import recorded_execution
 from secateur.search.export.files import ONNX, POLICY, check_files, read_export
 from secateur.search.export.load import build_dense, load_compressed
@@ -79,7 +78,7 @@ def verify_export(
     folder: str | Path,
     runtime: str = "onnxruntime",
     threads: int = 1,
-    overrides: Sequence[str] = (),
+    overrides: Overrides = (),
     seconds: float = SECONDS,
 ) -> Verification:
     """Check an export from its files alone, and write verify.json into it.
@@ -88,7 +87,7 @@ def verify_export(
         folder: of the export.
         runtime: a key of `RUNTIMES`.
         threads: of the runtime.
-        overrides: "data.key=value" texts, for data that has moved.
+        overrides: ["data.root=FOLDER"] or {"data.root": FOLDER}, for data that has moved.
         seconds: how long each network is timed.
     Raises:
         InputError: if a file is missing, damaged or was changed, the runtime is not installed, or the data cannot be read.
@@ -155,20 +154,15 @@ def _check_complete(folder: Path, document: Mapping[str, Any]) -> None:
         )
 
 
-def _load_data(document: Mapping[str, Any], overrides: Sequence[str]) -> TaskData:
+def _load_data(document: Mapping[str, Any], overrides: Overrides) -> TaskData:
     """Return the splits that the export was scored on."""
-    values = dict(document["data_config"])
-    for text in overrides:
-        key, equals, value = text.partition("=")
-        section, _, name = key.strip().partition(".")
-        if not equals or section != "data" or not name:
-            raise InputError(f"--set {text}: must read data.key=value, for example data.root=data/images")
-        try:
-            values[name] = json.loads(value)
-        except json.JSONDecodeError:
-            values[name] = value  # a path needs no quotes
+    values = {"data": dict(document["data_config"])}
+    for key in apply_overrides(values, overrides):
+        if not key.startswith("data."):
+            reason = "must start with `data.`, for example data.root=data/images"
+            raise InputError(f"overrides: {key}: {reason}", f"--set {key}: {reason}")
     try:
-        section = DataSection.model_validate(values)
+        section = DataSection.model_validate(values["data"])
     except ValidationError as errors:
         error = errors.errors(include_url=False)[0]
         raise InputError(f"`data.{'.'.join(map(str, error['loc']))}`: {error['msg']}.") from None

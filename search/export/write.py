@@ -187,15 +187,15 @@ def check_free(folder: Path) -> None:
     """Raise InputError unless an export can be written to `folder`; leaves nothing behind."""
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(f"The export folder {folder} exists already. Remove it, or choose another with --output.")
+            taken = f"The export folder {folder} exists already. Remove it, or choose another with"
+            raise InputError(f"{taken} `output`.", f"{taken} --output.")
         parent = next(parent for parent in folder.absolute().parents if parent.exists())
         # Only a trial finds all obstacles: permissions, read-only disks, files in the way.
         with TemporaryDirectory(dir=parent):
             pass
     except OSError as error:
-        raise InputError(
-            f"The export folder {folder} cannot be written: {error.strerror}. Choose another with --output."
-        ) from None
+        failed = f"The export folder {folder} cannot be written: {error.strerror}. Choose another with"
+        raise InputError(f"{failed} `output`.", f"{failed} --output.") from None
 
 
 def _same_costs(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
@@ -303,9 +303,8 @@ def _write_pt2(network: nn.Module, image_shape: Sequence[int], path: Path) -> No
             program = torch.export.export(network, (torch.zeros(2, *image_shape),), dynamic_shapes=({0: batch},))
         except Exception as error:  # it runs the user's forward
             reason = (str(error).strip().splitlines() or [""])[0]
-            raise InputError(
-                f"torch.export cannot export this network: {type(error).__name__}: {reason} Leave out --pt2."
-            ) from error
+            failed = f"torch.export cannot export this network: {type(error).__name__}: {reason} Leave out"
+            raise InputError(f"{failed} `pt2`.", f"{failed} --pt2.") from error
         for node in program.graph.nodes:
             node.meta.pop("stack_trace", None)
         torch.export.save(program, path)

@@ -1,7 +1,8 @@
-"""`secateur profile`: from a configuration or a model's name to a device file."""
+"""Profiling: from a configuration or a model's name to a device file."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -17,39 +18,78 @@ from secateur.cost_models.latency_table import LatencyTable
 from secateur.envs.core import InputError
 from secateur.envs.model_graph import analyze
 from secateur.envs.tasks.models import build_model
-from secateur.search.config import load_config
+from secateur.search.config import ConfigSource, Overrides, load_config
 from secateur.search.profiling.measuring import Journal
-from secateur.search.profiling.profiler import ProfileConfig, Subject, describe_machine, profile
+from secateur.search.profiling.profiler import ProfileConfig, Subject, describe_machine
+from secateur.search.profiling.profiler import profile as measure_device
 from secateur.search.profiling.runtimes import Runtime, find_runtime
 from secateur.search.profiling.staircases import plot
 from secateur.search.run.progress import SECONDS_PER_LINE, duration
 
 
-def subject_of_config(path: str | Path, overrides: Sequence[str] = ()) -> Subject:
-    """Return what a search configuration would compress; neither its weights nor its data are needed."""
-    config = load_config(path, overrides)
-    return load_subject(config.model.factory, config.model.input, config.model.args, config.space.exclude)
+def profile(
+    config: ConfigSource | None = None,
+    overrides: Overrides = (),
+    *,
+    model: str | None = None,
+    image_shape: Sequence[int] = (3, 224, 224),
+    output: str | os.PathLike[str] = "device.json",
+    runtime: str = "onnxruntime",
+    precisions: Sequence[str] = ("float32", "int8"),
+    threads: int = 1,
+    batch: int = 1,
+    progress: bool = False,
+) -> Device:
+    """Measure this machine with a model, write a device file, and return its content.
+
+    An interrupted measurement (Ctrl-C) is kept beside `output`; the same call continues it.
+
+    Args:
+        config: configuration of a search (see `secateur.search`), whose model is measured; or give `model`.
+        overrides: they win over `config`.
+        model: a factory, such as "torchvision:resnet18", in place of `config`.
+        image_shape: (channels, height, width), for `model`.
+        output: file to write.
+        runtime: "onnxruntime", "openvino" or "pytorch".
+        precisions: one float precision, and "int8" if wanted.
+        threads: number of threads of the runtime.
+        batch: images per run.
+        progress: True: show the progress on stderr.
+    Raises:
+        InputError: if the model, the output or the runtime cannot be used.
+    """
+    settings = ProfileConfig(precisions=tuple(precisions), threads=threads, batch=batch)
+    subject = _subject(config, overrides, model, image_shape)
+    return profile_to_file(subject, Path(output), runtime, settings, Console(stderr=True, quiet=not progress))
+
+
+def _subject(config: ConfigSource | None, overrides: Overrides, model: str | None, image_shape: Sequence[int]) -> Subject:
+    """Return the model of a configuration, or `model`; neither weights nor data are needed."""
+    if model is not None and config is None:
+        if len(image_shape) != 3 or min(image_shape) < 1:
+            raise InputError(f"`image_shape` must be (channels, height, width), but got {tuple(image_shape)}.")
+        return load_subject(model, image_shape)
+    if config is None or model is not None:
+        either = "Name either a configuration or a model:"
+        raise InputError(
+            f'{either} secateur.profile(config), or secateur.profile(model="torchvision:resnet18").',
+            f"{either} secateur profile CONFIG, or --model torchvision:resnet18.",
+        )
+    section = load_config(config, overrides)
+    return load_subject(section.model.factory, section.model.input, section.model.args, section.space.exclude)
 
 
 def load_subject(
     factory: str, image_shape: Sequence[int], arguments: Mapping[str, object] | None = None, exclude: Sequence[str] = ()
 ) -> Subject:
-    """Return a factory's network with its own initialisation, analysed.
+    """Return a factory's network with its own initialization, analyzed.
 
     Raises:
-        InputError: if the factory is unknown or its network cannot be analysed at this size.
+        InputError: if the factory is unknown or its network cannot be analyzed at this size.
     """
     network = build_model(factory, arguments).float().eval()
     graph = analyze(network, (torch.zeros(1, *image_shape),), exclude=tuple(exclude))
     return Subject(factory, network, graph, tuple(image_shape))
-
-
-def parse_shape(text: str) -> tuple[int, ...]:
-    """Return (channels, height, width) of "3,224,224"."""
-    sizes = tuple(int(size) if size.strip().isdigit() else 0 for size in text.split(","))
-    if len(sizes) != 3 or min(sizes) < 1:
-        raise InputError(f"`--input` must be channels,height,width such as 3,224,224, but got {text!r}.")
-    return sizes
 
 
 def profile_to_file(subject: Subject, output: Path, runtime_name: str, config: ProfileConfig, console: Console) -> Device:
@@ -76,7 +116,7 @@ def profile_to_file(subject: Subject, output: Path, runtime_name: str, config: P
         console.print(f"continuing: {len(journal)} measurements were kept in {output}.part", highlight=False, soft_wrap=True)
     try:
         with _Display(console) as display:
-            device = profile(subject, runtime, config, journal, display.note, display.advance)
+            device = measure_device(subject, runtime, config, journal, display.note, display.advance)
     except KeyboardInterrupt:
         kept = f"{len(journal)} measurements are kept in {output}.part; the same command goes on from there"
         console.print(kept, highlight=False, soft_wrap=True)
@@ -92,7 +132,8 @@ def _check(runtime: Runtime, config: ProfileConfig, output: Path) -> None:
     if unknown:
         raise InputError(f"{runtime.name} cannot execute {unknown[0]}; it knows {', '.join(runtime.precisions)}.")
     if output.is_dir() or not output.parent.is_dir():
-        raise InputError(f"{output} cannot be written: name a file in an existing folder with --output.")
+        wrong = f"{output} cannot be written: name a file in an existing folder with"
+        raise InputError(f"{wrong} `output`.", f"{wrong} --output.")
 
 
 class _Display:

@@ -79,11 +79,11 @@ class ProfileConfig:
     def __post_init__(self):
         floats = [name for name in self.precisions if name not in INTEGER_BITS]
         if len(floats) != 1:
-            raise InputError(
-                f"`--precisions` must name one float precision, optionally int8 beside it, but got {', '.join(self.precisions)}."
-            )
+            wrong = f"must name one float precision, and optionally int8, but got {', '.join(self.precisions)}."
+            raise InputError(f"`precisions` {wrong}", f"`--precisions` {wrong}")
         if min(self.threads, self.batch) < 1 or min(self.fitted, self.checked) < 2 or self.seconds <= 0:
-            raise InputError("`--threads` and `--batch` must be at least 1, and there must be networks to fit to and to check.")
+            wrong = "must be at least 1, and there must be networks to fit to and to check."
+            raise InputError(f"`threads` and `batch` {wrong}", f"`--threads` and `--batch` {wrong}")
 
     @property
     def float_precision(self) -> str:

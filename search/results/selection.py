@@ -31,7 +31,10 @@ class Chosen:
 def check_selection(budget: str | None, trial: int | None, front: bool) -> None:
     """Raise InputError unless exactly one of the three is given."""
     if (budget is not None) + (trial is not None) + front != 1:
-        raise InputError("StatusCallback what to export with exactly one of --budget NAME, --trial NUMBER and --front.")
+        raise InputError(
+            "Say what to export with exactly one of budget=NAME, trial=NUMBER and front=True.",
+            "Say what to export with exactly one of --budget NAME, --trial NUMBER and --front.",
+        )
 
 
 def chosen_winner(run: Path, document: Mapping[str, Any], budget: str, output: Path | None = None) -> Chosen:

@@ -7,7 +7,7 @@ import logging
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from secateur.envs.core import InputError
-from secateur.search.config import OutputSection, SearchConfig, apply_override, parse_config
+from secateur.search.config import OutputSection, Overrides, SearchConfig, apply_overrides, parse_config
 
 fcntl: ModuleType | None
 try:
@@ -108,12 +108,12 @@ def write_manifest(run: Path, config: SearchConfig, facts: Mapping[str, Any]) ->
     os.replace(draft, run / MANIFEST)
 
 
-def load_manifest(run: str | Path, overrides: Sequence[str] = ()) -> tuple[SearchConfig, dict[str, Any]]:
+def load_manifest(run: str | os.PathLike[str], overrides: Overrides = ()) -> tuple[SearchConfig, dict[str, Any]]:
     """Return a run's configuration and its whole manifest.
 
     Args:
         run: folder of the run.
-        overrides: "section.key=value" texts that win over the recorded configuration.
+        overrides: they win over the recorded configuration; see `load_config`.
     Raises:
         InputError: if the folder is no run, or the manifest is damaged.
     """
@@ -121,7 +121,7 @@ def load_manifest(run: str | Path, overrides: Sequence[str] = ()) -> tuple[Searc
     manifest = read_json(path, "a run")
     if "config" not in manifest:
         raise InputError(f"{path} is damaged: it has no `config`.")
-    overridden = {apply_override(manifest["config"], text) for text in overrides}
+    overridden = apply_overrides(manifest["config"], overrides)
     return parse_config(manifest["config"], str(path), overridden), manifest
 
 

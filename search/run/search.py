@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from rich.console import Console
 from secateur.agents.core import Agent, Saving
 from secateur.envs.core import Actor, Episode
 from secateur.search.build import build_agent, build_front, build_problem, open_runner, prepare
-from secateur.search.config import SearchConfig
+from secateur.search.config import Overrides, SearchConfig
 from secateur.search.loop import Runner, run_loop
 from secateur.search.problem import Problem
 from secateur.search.results.document import write_front
@@ -29,7 +29,7 @@ from secateur.search.run.study import StudyRecorder, load_study
 
 
 def search(config: SearchConfig, progress: SearchProgress | None = None) -> Path:
-    """Run the search that `config` describes, and return its run folder; `progress` follows it, default: in silence.
+    """Run the search that `config` describes, and return its run folder (the engine of `secateur.search`).
 
     front.json is on disk from the start on and follows every change, and the study holds every evaluation as soon as it is
     done. Whatever ends the search early (Ctrl-C, an error) leaves both with all that was found, and `resume` goes on from there.
@@ -43,12 +43,12 @@ def search(config: SearchConfig, progress: SearchProgress | None = None) -> Path
     return _run(problem, None, None, progress)
 
 
-def resume(run: str | Path, overrides: Sequence[str] = (), progress: SearchProgress | None = None) -> Path:
+def resume(run: str | Path, overrides: Overrides = (), progress: SearchProgress | None = None) -> Path:
     """Go on with a run until its configuration's evaluations are done, as if it had never stopped (search/run/replay.py).
 
     Args:
         run: its folder.
-        overrides: "section.key=value" texts over the run's configuration, such as "search.evaluations=500".
+        overrides: changes of the run's configuration, such as {"search.evaluations": 500}.
         progress: follows it; default: in silence.
     Raises:
         InputError: if the folder is no run, another process is at it, or it would not be the same run; nothing is written then.

@@ -6,19 +6,22 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import optuna
+import pandas
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
-from optuna.trial import TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from secateur.envs.core import Budget, Episode, InputError
 from secateur.envs.policy_space import Decision, PolicySpace
+
+Study: TypeAlias = optuna.Study
 
 JOURNAL = "study.journal"
 UNLIMITED = -1.0
@@ -125,6 +128,29 @@ def load_study(run: str | Path) -> optuna.Study:
         return optuna.load_study(study_name=None, storage=JournalStorage(JournalFileBackend(str(journal))))
     except (ValueError, KeyError, AttributeError, TypeError) as error:  # what damaged lines happen to cause
         raise InputError(f"{journal} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def trials_table(study: Study) -> pandas.DataFrame:
+    """Return one row per evaluation, indexed by its number; `Run.trials` lists the columns."""
+    rows = [_row(trial) for trial in study.get_trials(deepcopy=False)]
+    columns = dict.fromkeys(["evaluation", *(name for row in rows for name in row)])
+    return pandas.DataFrame(rows, columns=list(columns)).set_index("evaluation")
+
+
+def _row(trial: FrozenTrial) -> dict[str, Any]:
+    facts = trial.user_attrs
+    return {
+        "evaluation": facts["evaluation"],
+        "state": trial.state.name,
+        "budget": facts["budget"],
+        "feasible": facts["feasible"],
+        "top1": trial.values[0] if trial.values else float("nan"),
+        **{name.removeprefix("cost/"): value for name, value in facts.items() if name.startswith("cost/")},
+        "images": facts.get("images"),
+        "seconds": facts.get("seconds"),
+        "failure": facts.get("failure"),
+        **trial.params,
+    }
 
 
 def _drop_unfinished_line(journal: Path) -> None:

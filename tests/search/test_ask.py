@@ -11,8 +11,8 @@ from secateur.search.config import parse_config
 from secateur.search.run.search import search
 
 VALUES = {
-    "model": {"factory": "secateur.envs.tasks.synthetic:synthetic_net", "weights": "trained", "input": [3, 8, 8]},
-    "data": {"name": "secateur.envs.tasks.synthetic:load", "train": 256, "calibration": 64, "validation": 200},
+    "model": {"factory": "secateur:synthetic", "weights": "trained", "input": [3, 8, 8]},
+    "data": {"name": "synthetic", "train": 256, "calibration": 64, "validation": 200},
     "space": {"prune_ratio": [0.0, 0.75]},
     "recovery": [],
     "budgets": {"half": {"macs": "<= 50%"}},

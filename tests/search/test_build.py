@@ -22,8 +22,8 @@ from secateur.search.build import build_agent, build_problem, feasibility_table,
 from secateur.search.config import parse_config
 
 VALUES = {
-    "model": {"factory": "secateur.envs.tasks.synthetic:synthetic_net", "weights": "trained", "input": [3, 8, 8]},
-    "data": {"name": "secateur.envs.tasks.synthetic:load", "train": "rest", "calibration": 64, "validation": 200},
+    "model": {"factory": "secateur:synthetic", "weights": "trained", "input": [3, 8, 8]},
+    "data": {"name": "synthetic", "train": "rest", "calibration": 64, "validation": 200},
     "search": {"agent": "random", "evaluations": 6, "workers": 0},
     "space": {"prune_ratio": [0.0, 0.75], "weight_bits": [4, 8], "activation_bits": [8]},
     "recovery": ["least_squares", "batch_norm"],
@@ -73,7 +73,7 @@ def test_an_impossible_budget_ends_the_build():
 
 
 def test_a_model_with_other_classes_than_the_data_is_refused():
-    model = {"factory": "secateur.envs.tasks.cifar_resnet:resnet20", "input": [3, 8, 8]}
+    model = {"factory": "secateur:resnet20", "input": [3, 8, 8]}
     with pytest.raises(InputError, match="10 outputs, but the data has 6 classes"):
         build(model=model)
 

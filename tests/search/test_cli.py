@@ -18,8 +18,8 @@ from secateur.search.cli import app
 from secateur.search.config import load_config
 
 CONFIG = {
-    "model": {"factory": "secateur.envs.tasks.synthetic:synthetic_net", "weights": "trained", "input": [3, 8, 8]},
-    "data": {"name": "secateur.envs.tasks.synthetic:load", "validation": 256, "train": "rest"},
+    "model": {"factory": "secateur:synthetic", "weights": "trained", "input": [3, 8, 8]},
+    "data": {"name": "synthetic", "validation": 256, "train": "rest"},
     "search": {"agent": "random", "evaluations": 12, "workers": 0},
     "space": {"weight_bits": [4, 8], "activation_bits": [8]},
     "budgets": {"phone": {"macs": "<= 60%"}, "watch": {"macs": "<= 40%", "weight_bytes": "<= 20%"}},
@@ -204,7 +204,7 @@ def test_mistakes_are_one_sentence_and_exit_code_2(folder, arguments, message):
 
 
 def test_an_interrupted_search_leaves_its_front_and_exits_130(folder, monkeypatch):
-    import secateur.search.run.search
+    from secateur.search.run import search as engine
 
     write(folder)
     finished = []
@@ -218,8 +218,8 @@ def test_an_interrupted_search_leaves_its_front_and_exits_130(folder, monkeypatc
 
         return run_loop(agent, runner, evaluations, stop_after_five, *more)
 
-    run_loop = secateur.search.run.search.run_loop
-    monkeypatch.setattr(secateur.search.run.search, "run_loop", interrupted)
+    run_loop = engine.run_loop
+    monkeypatch.setattr(engine, "run_loop", interrupted)
     done = secateur("search", "small.yaml", "--set", "output.name=stopped")
     assert done.exit_code == 130 and "run: runs/stopped" in done.stdout and "interrupted" in done.stderr
     assert json.loads((folder / "runs/stopped/front.json").read_text())["evaluations"] == 5

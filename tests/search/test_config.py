@@ -5,20 +5,23 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
+from secateur.agents import AGENTS
 from secateur.envs.calibration import CalibrationConfig
 from secateur.envs.core import InputError
 from secateur.envs.policy_space import SpaceConfig
 from secateur.envs.tasks.data import load_data
 from secateur.search.config import INSTALLED_CONFIGS, DataSection, SpaceSection, load_config, parse_config, parse_limit
+from secateur.search.starter import starter_text, write_starter
 
 MINIMAL = {
-    "model": {"factory": "secateur.envs.tasks.synthetic:synthetic_net", "input": [3, 8, 8]},
-    "data": {"name": "secateur.envs.tasks.synthetic:load", "validation": 256},
+    "model": {"factory": "secateur:synthetic", "input": [3, 8, 8]},
+    "data": {"name": "synthetic", "validation": 256},
     "budgets": {"phone": {"macs": "<= 40%"}},
 }
 
@@ -68,6 +71,20 @@ def test_the_starter_shows_the_defaults():
     for section in ("search", "space", "importance", "quantizer", "recovery", "calibration", "finalize"):
         assert getattr(starter, section) == getattr(plain, section), section
     assert starter.data.calibration == plain.data.calibration and starter.output.root == plain.output.root
+
+
+@pytest.mark.parametrize("agent", AGENTS)
+def test_the_starter_describes_every_agent_and_may_start_with_it(agent, tmp_path):
+    described = dict(re.findall(r"^  # - (\w+): (\S.{10,})$", starter_text(), flags=re.MULTILINE))
+    assert list(described) == list(AGENTS)
+    write_starter(tmp_path / "mine.yaml", agent)
+    assert load_config(tmp_path / "mine.yaml").search.agent == agent
+
+
+def test_the_starter_of_an_unknown_agent_is_not_written(tmp_path):
+    with pytest.raises(InputError, match="Did you mean `greedy`"):
+        write_starter(tmp_path / "mine.yaml", "gredy")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_dumped_configuration_reads_back_as_the_same():
@@ -306,16 +323,42 @@ def test_overrides_win_over_the_file_and_may_open_sections(tmp_path):
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("search.evaluations", "--set search.evaluations: must read section.key=value"),
-        ("=3", "--set =3: must read section.key=value"),
-        ("search..seed=3", "--set search..seed=3: must read section.key=value"),
-        ("model.factory.x=3", "--set model.factory.x=3: `factory` is not a section"),
-        ("search.seed=[", "--set search.seed=[: the value is not valid YAML"),
-        ("search.sed=3", "--set: search.sed: unknown key (got 3). Did you mean `seed`?"),
-        ("search.seed=x", "--set: search.seed: input should be a valid integer (got 'x')"),
+        ("search.evaluations", " search.evaluations: must read section.key=value"),
+        ("=3", " =3: must read section.key=value"),
+        ("search..seed=3", " search..seed=3: must read section.key=value"),
+        ("model.factory.x=3", " model.factory.x=3: `factory` is not a section"),
+        ("search.seed=[", " search.seed=[: the value is not valid YAML"),
+        ("search.sed=3", ": search.sed: unknown key (got 3). Did you mean `seed`?"),
+        ("search.seed=x", ": search.seed: input should be a valid integer (got 'x')"),
     ],
 )
-def test_mistakes_in_overrides_name_the_option(tmp_path, override, line):
+def test_mistakes_in_overrides_name_the_argument_or_the_option(tmp_path, override, line):
     with pytest.raises(InputError) as caught:
         load_config(write(tmp_path, MINIMAL), [override])
-    assert str(caught.value).startswith(line)
+    assert caught.value.command.startswith(f"--set{line}")
+    assert str(caught.value).startswith(f"overrides{line}".replace("overrides ", "overrides: "))
+
+
+def test_overrides_may_be_a_mapping_with_values_of_python(tmp_path):
+    path = write(tmp_path, MINIMAL)
+    changes = {"search.evaluations": 7, "space.weight_bits": (4, 8), "data.root": Path("some/where")}
+    config = load_config(path, changes)
+    assert config == load_config(path, ["search.evaluations=7", "space.weight_bits=[4, 8]", "data.root=some/where"])
+    with pytest.raises(InputError, match="overrides: search.sed: unknown key"):
+        load_config(path, {"search.sed": 3})
+
+
+def test_a_dict_is_read_like_a_file_and_left_as_it_was(tmp_path):
+    values = json.loads(json.dumps(MINIMAL))
+    config = load_config(values, {"search.seed": 3})
+    assert values == MINIMAL
+    assert config == load_config(write(tmp_path, MINIMAL, "search.yaml"), ["search.seed=3"])
+    with pytest.raises(InputError, match="^config: serch: unknown key"):
+        load_config({**MINIMAL, "serch": {}})
+
+
+def test_a_configuration_can_be_changed_by_overrides_only_into_another_one():
+    config = load_config(MINIMAL)
+    assert load_config(config) is config
+    other = load_config(config, {"search.seed": 3, "budgets.phone.macs": "<= 30%"})
+    assert other == load_config(MINIMAL, {"search.seed": 3, "budgets.phone.macs": "<= 30%"}) and config.search.seed == 0

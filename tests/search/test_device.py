@@ -22,8 +22,8 @@ from secateur.search.results.document import read_front
 from secateur.search.run.folder import load_manifest
 
 CONFIG = {
-    "model": {"factory": "secateur.envs.tasks.synthetic:synthetic_net", "weights": "weights.pth", "input": [3, 8, 8]},
-    "data": {"name": "secateur.envs.tasks.synthetic:load", "validation": 100, "calibration": 64},
+    "model": {"factory": "secateur:synthetic", "weights": "weights.pth", "input": [3, 8, 8]},
+    "data": {"name": "synthetic", "validation": 100, "calibration": 64},
     "search": {"agent": "random", "evaluations": 4, "workers": 0, "precision": "float32"},
     "space": {"weight_bits": [4, 8], "activation_bits": [8, 32]},
     "recovery": [],

@@ -8,8 +8,8 @@ from secateur.search.build import build_assemblers, build_model_and_graph
 from secateur.search.config import load_config, parse_config
 
 VALUES = {
-    "model": {"factory": "secateur.envs.tasks.synthetic:synthetic_net", "input": [3, 8, 8]},
-    "data": {"name": "secateur.envs.tasks.synthetic:load", "calibration": 0, "validation": 20, "test": 40},
+    "model": {"factory": "secateur:synthetic", "input": [3, 8, 8]},
+    "data": {"name": "synthetic", "calibration": 0, "validation": 20, "test": 40},
     "space": {"prune_ratio": [0.0, 0.75], "weight_bits": [4, 8]},
     "recovery": ["data_free"],
     "finalize": {"recovery": ["data_free"]},

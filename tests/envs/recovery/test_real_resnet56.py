@@ -35,7 +35,7 @@ def task(tmp_path_factory):
     root, folder = Path(os.environ["SECATEUR_DATA"]), tmp_path_factory.mktemp("cifar10")
     convert_tiles.convert(root / "data" / "cifar10", folder)
     data = load_data("cifar10", folder, calibration=512, validation=1000)
-    model = load_model("secateur.envs.tasks.cifar_resnet:resnet56", root / "weights" / "cifar10" / "resnet56.pth")
+    model = load_model("secateur:resnet56", root / "weights" / "cifar10" / "resnet56.pth")
     images, labels = data.tensors(data.calibration)
     graph = analyze(model, (images[:1],))
     known = calibrate(model, graph, images, CalibrationConfig())

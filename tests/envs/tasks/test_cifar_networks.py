@@ -22,7 +22,7 @@ def test_vgg_from_float16_weights_computes_in_float32(tmp_path):
     network = cifar_resnet.vgg16_bn().eval()
     state = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in network.state_dict().items()}
     torch.save(state, tmp_path / "half.pth")
-    loaded = load_model("secateur.envs.tasks.cifar_resnet:vgg16_bn", tmp_path / "half.pth")
+    loaded = load_model("secateur:vgg16_bn", tmp_path / "half.pth")
     assert {tensor.dtype for tensor in loaded.parameters()} == {torch.float32}
     assert torch.equal(loaded[2].weight, network[2].weight.half().float())
     assert loaded(torch.zeros(1, 3, 32, 32)).dtype == torch.float32

@@ -10,9 +10,11 @@ from torch import nn
 
 from secateur.envs.core import InputError
 from secateur.envs.tasks import synthetic
-from secateur.envs.tasks.models import find_factory, is_model_factory, load_model
+from secateur.envs.tasks.data import DATASETS
+from secateur.envs.tasks.imports import FORMER_NAMES, current_name
+from secateur.envs.tasks.models import FACTORIES, find_factory, is_model_factory, load_model
 
-FACTORY = "secateur.envs.tasks.cifar_resnet:resnet20"
+FACTORY = "secateur:resnet20"
 
 
 def make_reference():
@@ -51,6 +53,20 @@ def test_half_precision_becomes_float32_and_batch_counters_may_be_missing(tmp_pa
     model = load_model(FACTORY, tmp_path / "half.pth")
     assert model.conv1.weight.dtype == torch.float32
     assert torch.equal(model.conv1.weight, state["conv1.weight"].float())
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_built_in_networks_have_short_names(name):
+    function = find_factory(f"secateur:{name}")[0]
+    assert f"{function.__module__}:{function.__name__}" == FACTORIES[name] and is_model_factory(function)
+
+
+@pytest.mark.parametrize("former", FORMER_NAMES)
+def test_names_of_version_0_1_have_present_names(former):
+    name = current_name(former)
+    assert current_name(f"secateur.{former}") == current_name(name) == name
+    assert name in DATASETS or find_factory(former) == find_factory(name)
+    assert current_name("envs.tasks.mine:resnet56") == "envs.tasks.mine:resnet56"
 
 
 def test_torchvision_models_are_found_by_name():
@@ -104,7 +120,7 @@ def test_other_tensors_are_named(change, words, tmp_path):
 def test_other_architecture_is_named(tmp_path):
     torch.save(make_reference().state_dict(), tmp_path / "resnet20.pth")
     with pytest.raises(InputError, match="another architecture"):
-        load_model("secateur.envs.tasks.cifar_resnet:resnet32", tmp_path / "resnet20.pth")
+        load_model("secateur:resnet32", tmp_path / "resnet20.pth")
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage that is no archive", b"PK\x03\x04 half an archive", b"\x80\x02"])
@@ -134,6 +150,7 @@ def make_number():
 @pytest.mark.parametrize(
     ("factory", "arguments", "words"),
     [
+        ("secateur:resnet57", {}, "secateur has no model `resnet57`. Did you mean `resnet56`? Known: resnet20, "),
         ("secateur.envs.tasks.cifar_resnet:resnet57", {}, "Did you mean `resnet56`"),
         ("secateur.envs.tasks.cifar_resnets:resnet56", {}, "no module `secateur.envs.tasks.cifar_resnets`"),
         ("torchvision:resnet19", {}, "Did you mean `resnet1"),
@@ -141,6 +158,7 @@ def make_number():
         (FACTORY, {"classes": 10}, "classes"),
         ("test_models:fail", {}, "no such depth"),
         ("test_models:make_number", {}, "must return a torch.nn.Module"),
+        ("test_models:FACTORY", {}, "must be a function, but is str"),
     ],
 )
 def test_factory_errors_are_one_sentence(factory, arguments, words, monkeypatch):
@@ -178,12 +196,12 @@ def test_trained_weights_come_from_the_factorys_module(tmp_path, monkeypatch):
     monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path))
     epochs = []
     data = synthetic.load()
-    model = load_model("secateur.envs.tasks.synthetic:synthetic_net", "trained", {"width": 4}, data, epochs.append)
+    model = load_model("secateur:synthetic", "trained", {"width": 4}, data, epochs.append)
     images, labels = data.tensors(data.test)
     assert (model(images).argmax(1) == labels).float().mean() > 0.6
     assert [step.epoch for step in epochs] == list(range(1, synthetic.RECIPE.epochs + 1))
     with pytest.raises(InputError, match="train=.rest"):
-        load_model("secateur.envs.tasks.synthetic:synthetic_net", "trained", data=synthetic.load(train=0))
+        load_model("secateur:synthetic", "trained", data=synthetic.load(train=0))
     with pytest.raises(InputError, match="train_weights"):
         load_model(FACTORY, "trained", data=data)
     with pytest.raises(InputError, match="train_weights"):

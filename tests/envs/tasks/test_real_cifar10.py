@@ -44,7 +44,7 @@ def test_converted_pixels_are_the_original_ones(converted):
 def test_published_weights_reach_their_accuracy(name, least, root, converted):
     # The first 1,000 test images; on all 10,000 they have 91.73, 93.39 and 91.69 %.
     data = load_data("cifar10", converted[0], calibration=16, validation=1000)
-    model = load_model(f"secateur.envs.tasks.cifar_resnet:{name}", root / "weights" / "cifar10" / f"{name}.pth")
+    model = load_model(f"secateur:{name}", root / "weights" / "cifar10" / f"{name}.pth")
     images, labels = data.tensors(data.validation)
     with torch.inference_mode():
         right = [int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(250), labels.split(250), strict=True)]

@@ -10,8 +10,8 @@ from secateur.search.benchmarks.recovery_settings import calibrated_problem
 from secateur.search.config import parse_config
 
 VALUES = {
-    "model": {"factory": "secateur.envs.tasks.synthetic:synthetic_net", "weights": "trained", "input": [3, 8, 8]},
-    "data": {"name": "secateur.envs.tasks.synthetic:load", "train": 256, "calibration": 64, "validation": 200},
+    "model": {"factory": "secateur:synthetic", "weights": "trained", "input": [3, 8, 8]},
+    "data": {"name": "synthetic", "train": 256, "calibration": 64, "validation": 200},
     "search": {"agent": "random", "evaluations": 6, "workers": 0, "precision": "float32"},
     "space": {"prune_ratio": [0.0, 0.75]},
     "recovery": [],

@@ -5,8 +5,8 @@ from secateur.search.benchmarks.records import Records
 from secateur.search.config import parse_config
 
 VALUES = {
-    "model": {"factory": "secateur.envs.tasks.synthetic:synthetic_net", "input": [3, 8, 8]},
-    "data": {"name": "secateur.envs.tasks.synthetic:load", "calibration": 0, "validation": 20, "test": 40},
+    "model": {"factory": "secateur:synthetic", "input": [3, 8, 8]},
+    "data": {"name": "synthetic", "calibration": 0, "validation": 20, "test": 40},
     "recovery": ["least_squares"],
     "budgets": {"small": {"macs": "<= 50%"}},
 }

@@ -110,5 +110,5 @@ def test_an_unknown_start_is_refused():
 
 
 def test_all_images_are_for_training_where_the_configuration_names_no_number(settings):
-    everything = settings(data={"name": "secateur.envs.tasks.synthetic:load", "validation": 200})
+    everything = settings(data={"name": "synthetic", "validation": 200})
     assert len(measure.training_images(everything)) == 1024

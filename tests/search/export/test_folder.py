@@ -39,7 +39,7 @@ from secateur.search.export.folder import (
     write_export,
 )
 
-FACTORY = "secateur.envs.tasks.synthetic:synthetic_net"
+FACTORY = "secateur:synthetic"
 BUDGET = Budget("phone", {"macs": 1e5}, top1_drop=0.02)
 COSTS = {"macs": 9e4, "weight_bytes": 3e3}
 VALIDATION, TEST = Evaluation(0.8, COSTS, images=256), Evaluation(0.7, COSTS, "final", images=768)
@@ -65,7 +65,7 @@ def problem():
     finalist_assembler = replace(assembler, recoveries=recoveries)
     config = SimpleNamespace(
         model=SimpleNamespace(factory=FACTORY, args={}, input=(3, 8, 8)),
-        data=DataSection(name="secateur.envs.tasks.synthetic:load", calibration=64, validation=256, train="rest"),
+        data=DataSection(name="synthetic", calibration=64, validation=256, train="rest"),
     )
     dense = Evaluation(0.9, {"macs": 3e5, "weight_bytes": 1e4}, images=256)
     return SimpleNamespace(
@@ -139,7 +139,7 @@ def test_policy_json_says_what_was_kept_and_scored(folder, problem, policy):
     assert document["scores"]["test"] == {"top1": 0.7, "images": 768}
     assert document["costs"] == COSTS
     assert document["policy"] == json.loads(json.dumps(asdict(policy)))
-    assert document["data_config"]["name"] == "secateur.envs.tasks.synthetic:load" and document["device"] is None
+    assert document["data_config"]["name"] == "synthetic" and document["device"] is None
     assert "simulated" in document["note"]
 
 
@@ -226,7 +226,7 @@ def test_an_existing_folder_is_left_alone(folder, problem, policy):
 def test_a_place_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file" / "x", tmp_path / "file" / "x" / "y", tmp_path / ("x" * 300)):
-        with pytest.raises(InputError, match="cannot be written: .*--output"):
+        with pytest.raises(InputError, match="cannot be written: .*`output`"):
             check_free(place)
     check_free(tmp_path / "new" / "folder")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -278,7 +278,7 @@ def edit(folder, change):
         lambda d: d["layers"][0].update(activation_grid=None),
         lambda d: d["layers"].pop(0),
         lambda d: d["model"].update(factory="secateur.envs.tasks.synthetic:no_such_net"),
-        lambda d: d["model"].update(factory="secateur.envs.tasks.cifar_resnet:resnet20"),
+        lambda d: d["model"].update(factory="secateur:resnet20"),
         lambda d: d["model"].update(input=[5, 8, 8]),
         lambda d: d["model"].update(args=[1]),
     ],

@@ -29,8 +29,8 @@ from secateur.search.export.verification import (
 from secateur.search.results.finalize import finalist_scores
 
 CONFIG = {
-    "model": {"factory": "secateur.envs.tasks.synthetic:synthetic_net", "weights": "trained", "input": [3, 8, 8]},
-    "data": {"name": "secateur.envs.tasks.synthetic:load", "calibration": 64, "validation": 256, "train": "rest"},
+    "model": {"factory": "secateur:synthetic", "weights": "trained", "input": [3, 8, 8]},
+    "data": {"name": "synthetic", "calibration": 64, "validation": 256, "train": "rest"},
     "search": {"workers": 0, "precision": "float32"},
     "space": {"weight_bits": [4, 8, 32], "activation_bits": [8, 32]},
     "budgets": {"phone": {"macs": "<= 90%", "weight_bytes": "<= 90%", "top1_drop": "<= 20"}},
@@ -191,8 +191,8 @@ def test_latency_limits_are_judged_only_where_the_device_was_measured(folder):
     ("arguments", "message"),
     [
         ({"runtime": "tensorflow"}, "no runtime `tensorflow`"),
-        ({"overrides": ["data.root"]}, "--set data.root: must read data.key=value"),
-        ({"overrides": ["model.factory=x:y"]}, "must read data.key=value"),
+        ({"overrides": ["data.root"]}, "overrides: data.root: must read section.key=value"),
+        ({"overrides": ["model.factory=x:y"]}, "overrides: model.factory: must start with `data.`"),
         ({"overrides": ["data.rot=x"]}, "`data.rot`"),
         ({"overrides": ["data.validation=many"]}, "`data.validation`"),
         ({"overrides": ["data.name=cifar10", "data.root=nowhere"]}, "nowhere"),

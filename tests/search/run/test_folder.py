@@ -15,8 +15,8 @@ from secateur.search.run.folder import MANIFEST, create_run_folder, load_manifes
 def config():
     return parse_config(
         {
-            "model": {"factory": "secateur.envs.tasks.synthetic:synthetic_net", "input": [3, 8, 8]},
-            "data": {"name": "secateur.envs.tasks.synthetic:load", "validation": 256},
+            "model": {"factory": "secateur:synthetic", "input": [3, 8, 8]},
+            "data": {"name": "synthetic", "validation": 256},
             "budgets": {"phone": {"macs": "<= 40%", "weight_bytes": "<= 2.5kB", "top1_drop": "<= 2"}},
         },
         "small.yaml",

@@ -161,8 +161,8 @@ def test_a_cluster_that_is_too_small_is_an_error_and_stays_as_it_was(runner):
 # ----------------------------------------------------------------------------------------------------------- a network
 
 VALUES = {
-    "model": {"factory": "secateur.envs.tasks.synthetic:synthetic_net", "weights": "trained", "input": [3, 8, 8]},
-    "data": {"name": "secateur.envs.tasks.synthetic:load", "train": "rest", "calibration": 64, "validation": 200},
+    "model": {"factory": "secateur:synthetic", "weights": "trained", "input": [3, 8, 8]},
+    "data": {"name": "synthetic", "train": "rest", "calibration": 64, "validation": 200},
     "space": {"prune_ratio": [0.0, 0.75], "weight_bits": [4, 8], "activation_bits": [8]},
     "budgets": {"small": {"macs": "<= 50%"}},
 }

@@ -23,8 +23,8 @@ LEARNER = {"warmup": 8, "candidates": 16, "updates": 2, "planned": 4, "hidden": 
 
 def values(folder, agent="random", evaluations=20, **changes):
     return {
-        "model": {"factory": "secateur.envs.tasks.synthetic:synthetic_net", "weights": "trained", "input": [3, 8, 8]},
-        "data": {"name": "secateur.envs.tasks.synthetic:load", "train": "rest", "calibration": 64, "validation": 100},
+        "model": {"factory": "secateur:synthetic", "weights": "trained", "input": [3, 8, 8]},
+        "data": {"name": "synthetic", "train": "rest", "calibration": 64, "validation": 100},
         "search": {"agent": agent, "evaluations": evaluations, "workers": 0, "options": changes.pop("options", {})},
         "space": {"prune_ratio": [0.0, 0.75], "weight_bits": [4, 8]},
         "budgets": {"small": {"macs": "<= 50%"}, "tiny": {"macs": "<= 30%", "weight_bytes": "<= 10%"}},

@@ -1,0 +1,43 @@
+"""The configuration of a search: YAML or plain dicts, read into frozen models that report every mistake with its place.
+
+limits.py    budgets: what "<= 40%" and "<= 250kB" mean
+plugins.py   names and options of agents, importances, quantizers and recoveries
+sections.py  the sections, and the whole `SearchConfig`
+reading.py   files, dicts and overrides; the messages
+"""
+
+from __future__ import annotations
+
+from secateur.search.config.limits import BudgetConfig, Limit, parse_limit
+from secateur.search.config.plugins import PluginEntry
+from secateur.search.config.reading import (
+    INSTALLED_CONFIGS,
+    ConfigSource,
+    Overrides,
+    apply_override,
+    apply_overrides,
+    find_config,
+    load_config,
+    parse_config,
+)
+from secateur.search.config.sections import DataSection, ModelSection, OutputSection, SearchConfig, SpaceSection
+
+__all__ = [
+    "INSTALLED_CONFIGS",
+    "BudgetConfig",
+    "ConfigSource",
+    "DataSection",
+    "Limit",
+    "ModelSection",
+    "OutputSection",
+    "Overrides",
+    "PluginEntry",
+    "SearchConfig",
+    "SpaceSection",
+    "apply_override",
+    "apply_overrides",
+    "find_config",
+    "load_config",
+    "parse_config",
+    "parse_limit",
+]

@@ -1,0 +1,113 @@
+"""Budgets: named upper limits of costs, written as "<= 40%", "<= 250kB" or "<= 1.5ms"."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, ConfigDict, PlainSerializer, PlainValidator, RootModel, model_validator
+
+from secateur.cost_models.core import InputError
+from secateur.cost_models.device import DEVICE_COSTS
+from secateur.envs.tasks.imports import did_you_mean
+
+TOP1_DROP = "top1_drop"
+"""The one name in a budget that is not a cost: the largest loss of top-1, in percentage points."""
+
+_LIMIT = re.compile(r"(?:<=)?\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*(%|[A-Za-z]*)")
+_FACTORS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+_TIMES = {"us": 1e-3, "ms": 1, "s": 1e3}  # in milliseconds
+_ENERGIES = {"uJ": 1e-3, "mJ": 1, "J": 1e3}  # in millijoules
+_BYTES = {"B": 1, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_UNITS = {
+    **{unit: ("", factor) for unit, factor in _FACTORS.items()},
+    **{unit: ("bytes", factor) for unit, factor in _BYTES.items()},
+    **{unit: ("ms", factor) for unit, factor in _TIMES.items()},
+    **{unit: ("mj", factor) for unit, factor in _ENERGIES.items()},
+}
+"""{unit as the user writes it: (`Limit.unit`, factor)}."""
+_MEASURES = {"bytes": "in bytes", "ms": "in time", "mj": "in joules"}
+
+
+@dataclass(frozen=True)
+class Limit:
+    """An upper limit of one cost.
+
+    Attributes:
+        value: a fraction of the dense model's cost if `relative`, else the cost itself.
+        relative: whether the limit was given in percent.
+        unit: "%", "bytes", "ms", "mj", or "" for a plain number.
+        text: the limit as the user wrote it.
+    """
+
+    value: float
+    relative: bool
+    unit: str
+    text: str
+
+
+def parse_limit(text: Any) -> Limit:
+    """Return the limit that a text such as "<= 40%", "<= 250kB", "<= 1.5ms" or "<= 1.5 M" means; a number stands for itself.
+
+    Raises:
+        InputError: if the text is not an upper limit.
+    """
+    match = _LIMIT.fullmatch(str(text).strip()) if isinstance(text, str | int | float) else None
+    if match is None or isinstance(text, bool):
+        raise InputError(f'a limit must read like "<= 40%", "<= 250kB", "<= 1.5ms" or "<= 1.5M" (got {text!r})')
+    number, written = float(match[1]), match[2]
+    if written != "%" and written not in _UNITS:
+        raise InputError(f"unknown unit `{written}` (got {text!r}). Known: {', '.join(['%', *filter(None, _UNITS)])}")
+    if not math.isfinite(number):
+        raise InputError(f"a limit must be finite (got {text!r})")
+    if written == "%":
+        return Limit(number / 100, True, "%", str(text))
+    unit, factor = _UNITS[written]
+    return Limit(number * factor, False, unit, str(text))
+
+
+def _check_cost_name(name: str) -> str:
+    from secateur.cost_models import COST_MODELS
+
+    known = [*COST_MODELS, *DEVICE_COSTS, TOP1_DROP]
+    if name not in known:
+        raise InputError(f"unknown cost.{did_you_mean(name, known)} Known: {', '.join(known)}")
+    return name
+
+
+class BudgetConfig(
+    RootModel[
+        dict[
+            Annotated[str, AfterValidator(_check_cost_name)],
+            Annotated[Limit, PlainValidator(parse_limit), PlainSerializer(lambda limit: limit.text)],
+        ]
+    ]
+):
+    """The limits of one device: {cost: limit}, and optionally `top1_drop` in percentage points."""
+
+    model_config = ConfigDict(frozen=True)
+
+    @model_validator(mode="after")
+    def _check(self) -> BudgetConfig:
+        if not self.root:
+            raise InputError('a budget must limit something, for example macs: "<= 40%"')
+        for name, limit in self.root.items():
+            if name == TOP1_DROP and (limit.unit or limit.value > 100):
+                raise InputError(f'`top1_drop` is in percentage points: write "<= 1.5" (got {limit.text!r})')
+            if name != TOP1_DROP and limit.value <= 0:
+                raise InputError(f"the limit of `{name}` must be above zero (got {limit.text!r})")
+            if limit.unit in _MEASURES and not name.endswith(f"_{limit.unit}"):
+                raise InputError(f"`{name}` is not measured {_MEASURES[limit.unit]} (got {limit.text!r})")
+        return self
+
+    @property
+    def limits(self) -> dict[str, Limit]:
+        """{cost: limit}."""
+        return {name: limit for name, limit in self.root.items() if name != TOP1_DROP}
+
+    @property
+    def top1_drop(self) -> float | None:
+        """The largest allowed loss of top-1 as a fraction, or None."""
+        return self.root[TOP1_DROP].value / 100 if TOP1_DROP in self.root else None

@@ -1,0 +1,247 @@
+"""The sections of a configuration, and the whole of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from secateur.cost_models.core import InputError
+from secateur.cost_models.device import DEVICE_COSTS, Device, parse_device, read_device
+from secateur.envs.tasks.imports import current_name, did_you_mean
+from secateur.search.config.errors import shorten
+from secateur.search.config.limits import BudgetConfig
+from secateur.search.config.plugins import (
+    ImportanceEntry,
+    PluginEntry,
+    QuantizerEntry,
+    RecoveryEntry,
+    Section,
+    check_options,
+    check_plugin,
+    plugins_of,
+)
+
+
+def _count_or(word: str, least: int) -> PlainValidator:
+    """Accept a whole number that is at least `least`, or one word."""
+
+    def check(value: Any) -> int | str:
+        if value == word or (isinstance(value, int) and not isinstance(value, bool) and value >= least):
+            return value
+        raise InputError(f"must be a whole number from {least} on, or `{word}` (got {value!r})")
+
+    return PlainValidator(check)
+
+
+ImageCount = Annotated[int | str, _count_or("rest", 1)]
+OptionalImageCount = Annotated[int | str, _count_or("rest", 0)]
+PositiveInt = Annotated[StrictInt, Field(ge=1)]
+
+
+class ModelSection(Section):
+    """The dense model.
+
+    Attributes:
+        factory: function that returns the module: "secateur:resnet56", "torchvision:resnet18" or "package.module:function".
+        weights: safetensors or torch file of its state dict; "trained": train it first; None: as the factory returns it.
+        args: keyword arguments of the factory.
+        input: (channels, height, width) of one image.
+    """
+
+    factory: Annotated[StrictStr, AfterValidator(current_name)]
+    weights: StrictStr | None = None
+    args: dict[str, Any] = {}
+    input: tuple[PositiveInt, PositiveInt, PositiveInt]
+
+
+class DataSection(Section):
+    """The images and their splits; the attributes are the arguments of `secateur.envs.tasks.data.load_data`.
+
+    `calibration: 0` suits importances, recoveries and quantizers that need no image.
+    """
+
+    name: StrictStr
+    root: StrictStr | None = None
+    calibration: OptionalImageCount = 512
+    validation: ImageCount
+    test: ImageCount = "rest"
+    train: OptionalImageCount = 0
+    validation_from: Literal["test", "train"] = "test"
+    seed: StrictInt = 0
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        from secateur.envs.tasks.data import DATASETS
+
+        name = current_name(name)
+        if name not in DATASETS and ":" not in name:
+            known = f'Known: {", ".join(DATASETS)}, or "package.module:function"'
+            raise InputError(f"unknown data set (got {name}).{did_you_mean(name, DATASETS)} {known}")
+        return name
+
+
+class SearchSection(Section):
+    """The agent, the number of evaluations and how they run.
+
+    Attributes:
+        agent: a key of `agents.AGENTS`.
+        options: fields of the agent's own configuration.
+        evaluations: number of policies to evaluate, shared by all budgets.
+        seed: random seed of the agent and of everything else that draws random numbers.
+        workers: number of evaluations at the same time, each in a Ray worker; "auto": one per core; 0: in this process,
+            without Ray.
+        address: address of a running Ray cluster; None: the search starts a local one, and stops it at the end.
+        time_limit: seconds after which no new evaluation starts; None: no limit.
+        precision: number format of the evaluations; "auto": bfloat16 where the processor supports it and the dense model
+            keeps its top-1. Final scores are always computed in float32.
+        racing: whether the evaluation of a policy stops after the first images if it is clearly worse than an evaluated
+            one of the same cost; see envs/racing.py. With Ray, the order in which evaluations finish decides which ones stop.
+    """
+
+    agent: StrictStr = "bee_colony"
+    options: dict[str, Any] = Field({}, validate_default=True)
+    evaluations: PositiveInt = 200
+    seed: Annotated[StrictInt, Field(ge=0)] = 0
+    workers: Annotated[int | str, _count_or("auto", 0)] = "auto"
+    address: StrictStr | None = None
+    time_limit: Annotated[float, Field(gt=0)] | None = None
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    racing: StrictBool = False
+
+    @field_validator("agent")
+    @classmethod
+    def _known(cls, agent: str) -> str:
+        check_plugin(plugins_of("secateur.agents:AGENTS"), agent, {})
+        return agent
+
+    @field_validator("options")
+    @classmethod
+    def _accepted(cls, options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if "agent" in info.data:
+            check_plugin(plugins_of("secateur.agents:AGENTS"), info.data["agent"], options)
+        return options
+
+
+class SpaceSection(Section):
+    """The choices of a search; the attributes are those of `secateur.envs.policy_space.SpaceConfig`."""
+
+    prune_ratio: tuple[float, float] | None = (0.0, 0.9)
+    channel_multiple: StrictInt = 1
+    weight_bits: tuple[StrictInt, ...] | None = None
+    activation_bits: tuple[StrictInt, ...] | None = None
+    exclude: tuple[StrictStr, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> SpaceSection:
+        from secateur.envs.policy_space import SpaceConfig
+
+        SpaceConfig(**self.model_dump())
+        return self
+
+
+def _with_defaults(options: dict[str, Any]) -> dict[str, Any]:
+    """Return all options of the calibration."""
+    from secateur.envs.calibration import CalibrationConfig
+
+    return asdict(check_options(CalibrationConfig, "calibration", options))
+
+
+CalibrationOptions = Annotated[dict[str, Any], AfterValidator(_with_defaults), Field(validate_default=True)]
+"""Options of the calibration pass: fields of `secateur.envs.calibration.CalibrationConfig`."""
+
+
+class FinalizeSection(Section):
+    """The end of a search.
+
+    Attributes:
+        top: number of finalists of each budget. They are repaired by `recovery` and scored on the validation split, which
+            decides the winner, and on the test split.
+        recovery: plug-ins, as in `recovery` of the whole configuration; None: the same ones.
+        verify: whether the winner of each budget is exported and verified from its files; see search/results/winners.py.
+    """
+
+    top: PositiveInt = 3
+    verify: StrictBool = True
+    recovery: tuple[RecoveryEntry, ...] | None = (PluginEntry(name="sequential"),)
+
+
+FolderName = Annotated[StrictStr, Field(pattern=r"^[\w.-]*\w$")]
+
+
+class OutputSection(Section):
+    """The run's folder: `root`/`name`; without a name `root`/`prefix`-1, `root`/`prefix`-2, and so on."""
+
+    root: StrictStr = "runs"
+    name: FolderName | None = None
+    prefix: FolderName = "search"
+
+
+def _load_device(value: Any) -> Device | None:
+    """Return the device of a path, or of the document in a manifest."""
+    if value is None or isinstance(value, Device):
+        return value
+    if isinstance(value, Mapping):
+        return parse_device(value, "the device")
+    if isinstance(value, str):
+        return read_device(value)
+    raise InputError(f"must be the path of a device file (got {shorten(value)})")
+
+
+DeviceEntry = Annotated[Device | None, PlainValidator(_load_device), PlainSerializer(lambda device: device and device.document())]
+"""A device file. It is read here, so that a run's manifest holds the device as it was when the run started."""
+
+BudgetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+
+
+class SearchConfig(Section):
+    """A whole search. See configs/searches/ for examples with comments."""
+
+    model: ModelSection
+    data: DataSection
+    device: DeviceEntry = None
+    search: SearchSection = SearchSection.model_construct()
+    space: SpaceSection = SpaceSection.model_construct()
+    importance: ImportanceEntry = PluginEntry(name="l1_norm")
+    quantizer: QuantizerEntry = PluginEntry(name="uniform")
+    recovery: tuple[RecoveryEntry, ...] = (PluginEntry(name="least_squares"), PluginEntry(name="batch_norm"))
+    calibration: CalibrationOptions = {}
+    budgets: Annotated[dict[BudgetName, BudgetConfig], Field(min_length=1)]
+    finalize: FinalizeSection = FinalizeSection()
+    output: OutputSection = OutputSection()
+
+    @model_validator(mode="after")
+    def _device_has_the_limited_costs(self) -> SearchConfig:
+        known = () if self.device is None else tuple(self.device.cost_models())
+        for name, budget in self.budgets.items():
+            for cost in budget.limits:
+                if cost in DEVICE_COSTS and cost not in known:
+                    raise _missing_cost(f"`budgets.{name}.{cost}`", self.device, known)
+        return self
+
+
+def _missing_cost(place: str, device: Device | None, known: tuple[str, ...]) -> InputError:
+    """Return the error for a limit of a cost that the device does not have."""
+    if device is not None:
+        return InputError(
+            f"{place} is not known of the device '{device.name}', only {', '.join(known)}: name another `device`, "
+            "or leave the limit out"
+        )
+    needs = f"{place} needs a `device`: name a device file, such as configs/devices/h200.json, or one that"
+    return InputError(f"{needs} `secateur.profile` writes", f"{needs} `secateur profile` writes")

@@ -1,0 +1,98 @@
+"""What a configuration means for its model, before any search: layers, coupled groups, costs, and which budgets can be met."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from rich.table import Table
+
+from secateur.envs.calibration import LayerPlan
+from secateur.envs.core import Budget, InputError
+from secateur.envs.costs import PolicyCosts
+from secateur.envs.model_graph import ModelGraph
+from secateur.envs.projection import FeasibilityProjection
+from secateur.envs.tasks.data import TaskData
+from secateur.search.build import (
+    Feasibility,
+    build_budgets,
+    build_costs,
+    build_model_and_graph,
+    feasibility_table,
+    planned_calibration,
+)
+from secateur.search.config import ConfigSource, Overrides, SearchConfig, load_config
+from secateur.search.problem import StatusCallback
+from secateur.search.results import tables
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A configuration and its model.
+
+    Attributes:
+        config: the configuration.
+        data: the images and their splits.
+        graph: layers, coupled groups, and what is never pruned.
+        costs: the choices (`policy_space`), and the costs of the dense model (`dense`).
+        budgets: with absolute limits.
+        calibration: what the calibration would keep of each layer; None: no plug-in needs a calibration.
+    """
+
+    config: SearchConfig
+    data: TaskData
+    graph: ModelGraph
+    costs: PolicyCosts
+    budgets: tuple[Budget, ...]
+    calibration: dict[str, LayerPlan] | None
+
+    @cached_property
+    def _projection(self) -> FeasibilityProjection:
+        return FeasibilityProjection(self.costs)
+
+    @cached_property
+    def feasibility(self) -> list[Feasibility]:
+        """One row for every limit of every budget, each limit by itself."""
+        return feasibility_table(self._projection, self.budgets)
+
+    def check(self) -> None:
+        """Raise InputError unless every budget can be met with all its limits together."""
+        if not all(row.satisfiable for row in self.feasibility):
+            raise InputError("A budget cannot be met. Raise its limit, or allow stronger compression in `space`.")
+        for budget in self.budgets:
+            self._projection.check(budget)
+
+
+def inspect(config: ConfigSource, overrides: Overrides = (), status: StatusCallback = lambda text: None) -> Inspection:
+    """Return what a configuration means for its model; nothing is searched or written.
+
+    Args:
+        config: a configuration, the path of a YAML file, or its content as a dict.
+        overrides: ["space.channel_multiple=8"] or {"space.channel_multiple": 8}; they win over `config`.
+        status: called with a few words at each stage.
+    Raises:
+        InputError: if something in the configuration cannot be used.
+    """
+    settings = load_config(config, overrides)
+    data, model, graph = build_model_and_graph(settings, status)
+    costs = build_costs(settings, graph)
+    budgets, plans = build_budgets(settings, costs), planned_calibration(settings, model, graph)
+    return Inspection(settings, data, graph, costs, budgets, plans)
+
+
+def report(inspection: Inspection) -> list[Table | str]:
+    """Return the inspection for a terminal: tables, then lines."""
+    settings, graph, costs = inspection.config, inspection.graph, inspection.costs
+    most = settings.calibration["max_matrix_bytes"]
+    shown = [tables.layer_table(graph, costs.policy_space), tables.group_table(graph)]
+    optional = [tables.frozen_table(graph), tables.calibration_table(inspection.calibration or {}, most)]
+    shown += [table for table in optional if table.row_count]
+    dense = ", ".join(f"{cost} {tables.amount(cost, value)}" for cost, value in costs.dense.items())
+    images = 0 if inspection.data.calibration is None else len(inspection.data.calibration)
+    lines = [
+        f"dense: {dense}",
+        *([] if settings.device is None else [tables.device_line(settings.device)]),
+        tables.calibration_line(inspection.calibration, min(images, settings.calibration["max_images"])),
+        f"data: {inspection.data.source}",
+    ]
+    return [*shown, tables.feasibility_report(inspection.feasibility), *lines]
