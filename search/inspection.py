@@ -24,6 +24,7 @@ from secateur.search.build import (
 from secateur.search.config import ConfigSource, Overrides, SearchConfig, load_config
 from secateur.search.problem import StatusCallback
 from secateur.search.results import tables
+from secateur.search.results.formatting import amount
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def report(inspection: Inspection) -> list[Table | str]:
     shown = [tables.layer_table(graph, costs.policy_space), tables.group_table(graph)]
     optional = [tables.frozen_table(graph), tables.calibration_table(inspection.calibration or {}, most)]
     shown += [table for table in optional if table.row_count]
-    dense = ", ".join(f"{cost} {tables.amount(cost, value)}" for cost, value in costs.dense.items())
+    dense = ", ".join(f"{cost} {amount(cost, value)}" for cost, value in costs.dense.items())
     images = 0 if inspection.data.calibration is None else len(inspection.data.calibration)
     lines = [
         f"dense: {dense}",

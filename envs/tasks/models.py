@@ -27,8 +27,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from secateur.envs.core import InputError
-from secateur.envs.tasks.data import TaskData
 from secateur.envs.tasks.imports import current_name, did_you_mean, import_object
+from secateur.envs.tasks.splits import TaskData
 from secateur.envs.tasks.training import Progress
 
 OURS, TORCHVISION = "secateur:", "torchvision:"

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from secateur.cost_models.core import Count, Positive, Range, check_fields
 from secateur.envs.core import InputError
-from secateur.envs.tasks.data import Split, TaskData
+from secateur.envs.tasks.splits import Split, TaskData
 
 logger = logging.getLogger(__name__)
 

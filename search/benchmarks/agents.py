@@ -111,7 +111,7 @@ class _TimedAgent:
     def __init__(self, agent: Agent):
         self._agent, self.seconds = agent, 0.0
 
-    def ask(self, count: int) -> list[Actor]:
+    def ask(self, count: int) -> Sequence[Actor]:
         seconds, actors = timed(self._agent.ask, count)
         self.seconds += seconds
         return actors

@@ -87,7 +87,8 @@ class _Trials:
             predicted = finalist.validation.costs[LATENCY]
             outcome.rejected.append(Rejected(finalist, predicted, measured))
             self.factor = max(self.factor, measured / predicted)
-            shutil.rmtree(outcome.folder)
+            if outcome.folder is not None:
+                shutil.rmtree(outcome.folder)
             outcome.folder = outcome.verification = None
             waiting = [later for later in waiting[1:] if self._keeps(later.validation.costs)]
             if len(outcome.rejected) == MOST_REJECTED:
