@@ -18,6 +18,7 @@ import typer
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from secateur.cost_models.core import Range
 from secateur.search.benchmarks.scaffold import markdown_table
 from secateur.search.config import PluginEntry, SearchConfig
 
@@ -98,8 +99,10 @@ def type_text(annotation: Any) -> str:
 
 
 def bounds(metadata: Iterable[Any]) -> Iterator[str]:
-    """Yield the bounds in pydantic's metadata, such as " ≥ 1"."""
+    """Yield the bounds in the metadata of a type, such as " ≥ 1" or " in [0, 1]"."""
     for entry in metadata:
+        if isinstance(entry, Range):
+            yield f" {entry}"
         for part in getattr(entry, "metadata", [entry]):
             if isinstance(part, annotated_types.BaseMetadata):
                 yield from (f" {BOUNDS[name]} {getattr(part, name)}" for name in BOUNDS if hasattr(part, name))
