@@ -9,13 +9,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import yaml
+from typer.main import get_command
 
 import secateur
 from secateur.cost_models.core import InputError
+from secateur.search.benchmarks.documentation import imports, pages, picture, reference, tables
+from secateur.search.cli import app
 from secateur.search.config import parse_config
-from secateur.search.documentation import imports, pages, picture, reference, tables
 
 ROOT = Path(__file__).resolve().parents[1]
+COMMAND = get_command(app)
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|srcset)=\"([^\"]+)\"")
@@ -40,7 +43,7 @@ def page(request):
 
 
 def test_generated_parts_are_up_to_date():
-    assert list(pages.outdated(ROOT)) == [], f"run: {pages.COMMAND}"
+    assert list(pages.outdated(ROOT, COMMAND)) == [], f"run: {pages.COMMAND}"
 
 
 @pytest.fixture
@@ -58,15 +61,15 @@ def copy(tmp_path):
 def test_a_changed_number_is_found_and_written_again(copy):
     page = copy / "docs" / "results.md"
     page.write_text(page.read_text().replace("93.39 |", "99.99 |", 1))
-    assert list(pages.outdated(copy)) == [page]
-    assert pages.update(copy) == [page]
+    assert list(pages.outdated(copy, COMMAND)) == [page]
+    assert pages.update(copy, COMMAND) == [page]
     assert page.read_bytes() == (ROOT / "docs" / "results.md").read_bytes()
 
 
 def test_a_picture_with_other_numbers_is_found(copy):
     file = copy / "docs" / "top1_over_macs.svg"
     file.write_text(file.read_text().replace('"dense": 93.05', '"dense": 99.05', 1))
-    assert list(pages.outdated(copy)) == [file]
+    assert list(pages.outdated(copy, COMMAND)) == [file]
 
 
 def test_pictures_hold_their_numbers():
@@ -78,7 +81,7 @@ def test_pictures_hold_their_numbers():
 
 def test_other_folders_are_refused(tmp_path):
     with pytest.raises(InputError, match="--root"):
-        pages.outdated(tmp_path)
+        pages.outdated(tmp_path, COMMAND)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +155,9 @@ def test_every_key_and_option_has_a_meaning():
 
 
 def test_every_argument_and_option_has_a_help_text():
-    missing = [(name, one.name) for name, command in reference.commands().items() for one in command.params if not one.help]
+    missing = [
+        (name, one.name) for name, command in reference.commands(COMMAND).items() for one in command.params if not one.help
+    ]
     assert missing == []
 
 
@@ -202,7 +207,7 @@ def command_lines(page):
 
 def command_error(words):
     """What is wrong with a command line; None if nothing is."""
-    known = reference.commands()
+    known = reference.commands(COMMAND)
     name = next((name for count in (3, 2) if (name := " ".join(words[:count])) in known), None)
     if name is None:
         return None if words[-1] == "--help" and any(other.startswith(" ".join(words[:-1])) for other in known) else "unknown"
@@ -238,7 +243,7 @@ def test_wrong_commands_would_be_found(line, wrong):
 
 def test_every_command_is_in_the_reference():
     text = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
-    assert all(f"### `{name}" in text for name in reference.commands())
+    assert all(f"### `{name}" in text for name in reference.commands(COMMAND))
 
 
 def test_make_targets_exist(page):

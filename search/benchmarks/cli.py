@@ -215,10 +215,11 @@ def support(
 
 @benchmark.command("docs")
 def docs_command(
+    context: typer.Context,
     root: Annotated[Path, typer.Option(help="Folder of the repository: README.md, docs/ and results/.")] = Path("."),
     check: Annotated[bool, typer.Option("--check", help="Write nothing; exit code 1 if a file differs.")] = False,
 ) -> None:
     """Rewrite the marked blocks of README.md and docs/, and the picture: tables from results/, references from the code."""
-    from secateur.search.documentation.pages import run_docs
+    from secateur.search.benchmarks.documentation.pages import run_docs
 
-    run_docs(root.resolve(), check)
+    run_docs(root.resolve(), check, context.find_root().command)

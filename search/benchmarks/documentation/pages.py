@@ -10,18 +10,28 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from secateur.cost_models.core import InputError
-from secateur.search.documentation import imports, picture, reference, tables
+from secateur.search.benchmarks.documentation import imports, picture, reference, tables
 
 COMMAND = "secateur benchmark docs"
 BLOCK = re.compile(r"(?P<begin><!-- begin: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(?P<end><!-- end -->)", re.DOTALL)
 
 
-def contents(root: Path) -> dict[str, Callable[[], str]]:
-    """Return {name of a block: function that returns its text}; `root` is the folder of README.md."""
-    from_results = {name: partial(table, root / "results") for name, table in tables.TABLES.items()}
-    return {**from_results, **reference.REFERENCES, **{name: partial(text, root) for name, text in imports.DRAWINGS.items()}}
+def contents(root: Path, command: Any) -> dict[str, Callable[[], str]]:
+    """Return {name of a block: function that returns its text}.
+
+    Args:
+        root: folder of README.md.
+        command: the whole `secateur` command, as click has it.
+    """
+    return {
+        **{name: partial(table, root / "results") for name, table in tables.TABLES.items()},
+        **{name: partial(text, root) for name, text in imports.DRAWINGS.items()},
+        **reference.REFERENCES,
+        "commands": partial(reference.command_reference, command),
+    }
 
 
 def rewrite_blocks(text: str, page: str, generated: Mapping[str, Callable[[], str]]) -> str:
@@ -59,12 +69,12 @@ def pages(root: Path) -> list[Path]:
     return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
 
 
-def outdated(root: Path) -> dict[Path, str]:
+def outdated(root: Path, command: Any) -> dict[Path, str]:
     """Return {page or picture that differs from what the code and results/ say: its new text}; nothing is written.
 
-    Pictures are compared by the numbers in them, not by how they are drawn. Their new text is "" until `update` draws them.
+    See `contents` for the arguments. Pictures are compared by the numbers in them, not by how they are drawn. Their new text is "" until `update` draws them.
     """
-    generated = contents(root)
+    generated = contents(root, command)
     differing = {}
     for page in pages(root):
         text = page.read_text(encoding="utf-8")
@@ -74,9 +84,9 @@ def outdated(root: Path) -> dict[Path, str]:
     return {**differing, **{file: "" for file in picture.outdated(root)}}
 
 
-def update(root: Path) -> list[Path]:
+def update(root: Path, command: Any) -> list[Path]:
     """Write what `outdated` returns, and return which files these are. A deleted picture is drawn again."""
-    differing = outdated(root)
+    differing = outdated(root, command)
     drawn = picture.draw_files(root, [file for file, text in differing.items() if not text])
     for file, text in {**differing, **drawn}.items():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +94,7 @@ def update(root: Path) -> list[Path]:
     return list(differing)
 
 
-def run_docs(root: Path, check: bool) -> None:
+def run_docs(root: Path, check: bool, command: Any) -> None:
     """Write what differs and print its names, or only check.
 
     Raises:
@@ -92,8 +102,8 @@ def run_docs(root: Path, check: bool) -> None:
         SystemExit: with 1, if `check` finds a difference.
     """
     if not check:
-        for file in update(root):
+        for file in update(root, command):
             print(f"wrote {file.relative_to(root)}")
-    elif differing := outdated(root):
+    elif differing := outdated(root, command):
         names = ", ".join(str(file.relative_to(root)) for file in differing)
         sys.exit(f"not up to date: {names}. Run: {COMMAND}")

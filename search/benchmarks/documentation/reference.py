@@ -14,7 +14,6 @@ from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import annotated_types
-import typer
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
@@ -224,10 +223,8 @@ def cost_reference() -> str:
 # ------------------------------------------------------------------------------------------------------------- commands
 
 
-@cache
-def commands() -> dict[str, Any]:
-    """Return {"secateur benchmark search": its click command} of every command."""
-    from secateur.search.cli import app
+def commands(command: Any) -> dict[str, Any]:
+    """Return {"secateur benchmark search": its click command} of every command below the whole one."""
 
     def walk(name: str, command: Any) -> Iterator[tuple[str, Any]]:
         if hasattr(command, "commands"):
@@ -236,17 +233,17 @@ def commands() -> dict[str, Any]:
         else:
             yield name, command
 
-    return dict(walk("secateur", typer.main.get_command(app)))
+    return dict(walk("secateur", command))
 
 
-def command_reference() -> str:
-    """Return every command: what it does, its arguments and options."""
+def command_reference(command: Any) -> str:
+    """Return every command below the whole one: what it does, its arguments and options."""
     parts = []
-    for name, command in commands().items():
-        arguments = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
+    for name, one in commands(command).items():
+        arguments = [parameter for parameter in one.params if parameter.param_type_name == "argument"]
         usage = " ".join([name, *(argument_text(argument) for argument in arguments)])
-        parts += [f"### `{usage}`", " ".join((command.help or "").split())]
-        lines = [[f"`{label(one)}`", default_text(one), one.help or ""] for one in command.params]
+        parts += [f"### `{usage}`", " ".join((one.help or "").split())]
+        lines = [[f"`{label(parameter)}`", default_text(parameter), parameter.help or ""] for parameter in one.params]
         parts.append(escaped_table(["argument or option", "default", "meaning"], lines))
     return "\n\n".join(parts)
 
@@ -278,6 +275,5 @@ REFERENCES: Mapping[str, Callable[[], str]] = {
     "configuration": configuration_reference,
     "plugins": plugin_reference,
     "costs": cost_reference,
-    "commands": command_reference,
 }
 """{name of a block: function that returns it}."""

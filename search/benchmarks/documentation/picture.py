@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from secateur.cost_models.core import InputError
-from secateur.search.documentation.tables import by_agent, is_short, read_records, tops
+from secateur.search.benchmarks.documentation.tables import by_agent, is_short, read_records, tops
 
 RESULTS = "results/budgets"
 FILES = {"docs/top1_over_macs.svg": False, "docs/top1_over_macs_dark.svg": True}
