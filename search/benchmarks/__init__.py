@@ -14,6 +14,7 @@
 | secateur benchmark evaluator        | evaluator.py     | seconds of one evaluation, by part                                |
 | secateur benchmark costs            | costs.py         | policies per second of every cost model                           |
 | secateur benchmark speed            | speed.py         | latency, file size and memory of pruned and integer networks      |
+| secateur benchmark docs             | documentation/   | nothing: it writes tables, references and the picture of README   |
 | secateur support                    | support.py       | which torchvision classifiers are supported                       |
 
 cli.py declares the commands and their options. Each file has a function `run_…`, which a command calls. Shared: scaffold.py

@@ -211,3 +211,15 @@ def support(
     from secateur.search.benchmarks.support import run_support
 
     run_support(models or None, output)
+
+
+@benchmark.command("docs")
+def docs_command(
+    context: typer.Context,
+    root: Annotated[Path, typer.Option(help="Folder of the repository: README.md, docs/ and results/.")] = Path("."),
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; exit code 1 if a file differs.")] = False,
+) -> None:
+    """Rewrite the marked blocks of README.md and docs/, and the picture: tables from results/, references from the code."""
+    from secateur.search.benchmarks.documentation.pages import run_docs
+
+    run_docs(root.resolve(), check, context.find_root().command)

@@ -1,0 +1,1 @@
+"""Generated documentation: tables from results/, references from the code, the picture in README."""
