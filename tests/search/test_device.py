@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ CONFIG = {
     "space": {"weight_bits": [4, 8], "activation_bits": [8, 32]},
     "recovery": [],
     "budgets": {"phone": {"latency_ms": "<= 80%", "macs": "<= 90%"}},
-    "finalize": {"top": 1, "recovery": []},
+    "finalize": {"top": 1, "recovery": [], "verify": False},
 }
 
 
@@ -90,16 +91,17 @@ def test_a_search_keeps_a_measured_limit_and_its_run_needs_the_file_no_more():
 @pytest.mark.parametrize(
     ("table", "sentence"),
     [
-        ({"layers": 1}, "error: The latency table of 'other:model' has no float32 times for layer"),
-        ({"precisions": ("float32",)}, "error: The latency table of 'other:model' has no int8 times for layer"),
+        ({"layers": 1}, r"has no (float32|int8) times for layer 'conv4'"),
+        ({"precisions": ("float32",)}, "has no int8 times for layer 'conv1'"),
     ],
 )
 def test_a_table_without_such_layers_is_refused_before_anything_is_written(table, sentence):
     config = write(device=measured(**table))
     for verb in ("inspect", "search"):
         done = secateur(verb, config)
-        assert done.exit_code == 2 and done.stderr.splitlines()[-1].startswith(sentence)
-        assert "secateur profile CONFIG" in done.stderr.splitlines()[-1]
+        error = done.stderr.splitlines()[-1]
+        assert done.exit_code == 2 and re.match(f"error: The latency table of 'other:model' {sentence}", error)
+        assert "secateur profile CONFIG" in error
     assert not Path("runs").exists()
 
 
@@ -117,7 +119,7 @@ def test_inspect_says_where_latencies_come_from():
 
 
 def test_limits_that_are_met_one_by_one_but_not_together_are_refused():
-    """The least latency needs integers or the narrowest layers; a table where these exclude each other."""
+    """Here the least latency needs float32 and the fewest bytes need integers."""
     device = json.loads((INSTALLED_CONFIGS / "devices" / "arm_phone.json").read_text())
     device["roofline"]["macs_per_second"]["int8"] = 1e8  # integers are slow, and few bytes need integers
     Path("slow.json").write_text(json.dumps(device))

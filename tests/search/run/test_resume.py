@@ -1,9 +1,11 @@
-"""Runs that go on: the same as if they had never stopped."""
+"""A resumed run equals a run that was never stopped."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +13,8 @@ import torch
 
 from secateur.envs.core import InputError
 from secateur.search.config import parse_config
-from secateur.search.results.document import read_front
+from secateur.search.results.document import policy_of, read_front, winner
+from secateur.search.results.winners import verify_winners
 from secateur.search.run.folder import held
 from secateur.search.run.progress import SearchProgress
 from secateur.search.run.search import resume, search
@@ -21,14 +24,15 @@ from secateur.search.run.study import load_study
 LEARNER = {"warmup": 8, "candidates": 16, "updates": 2, "planned": 4, "hidden": 8, "critics": 2, "training_budgets": 2}
 
 
-def values(folder, agent="random", evaluations=20, **changes):
+def values(folder, agent="random", evaluations=16, **changes):
     return {
         "model": {"factory": "secateur:synthetic", "weights": "trained", "input": [3, 8, 8]},
         "data": {"name": "synthetic", "train": "rest", "calibration": 64, "validation": 100},
         "search": {"agent": agent, "evaluations": evaluations, "workers": 0, "options": changes.pop("options", {})},
         "space": {"prune_ratio": [0.0, 0.75], "weight_bits": [4, 8]},
+        "recovery": [],
         "budgets": {"small": {"macs": "<= 50%"}, "tiny": {"macs": "<= 30%", "weight_bytes": "<= 10%"}},
-        "finalize": {"top": 1, "verify": False},
+        "finalize": {"top": 1, "verify": False, "recovery": []},
         "output": {"root": str(folder)},
         **changes,
     }
@@ -62,19 +66,19 @@ OPTIONS = {"random": {}, "bee_colony": {"sources": 2}, "nsga2": {"population": 4
 
 
 @pytest.mark.parametrize("agent", OPTIONS)
-def test_an_interrupted_run_ends_as_if_it_had_never_stopped(tmp_path, agent):
+def test_a_resumed_run_equals_one_that_was_never_stopped(tmp_path, agent):
     options = OPTIONS[agent]
     straight = run(tmp_path / "straight", agent=agent, options=options)
     config = parse_config(values(tmp_path / "broken", agent=agent, options=options), "test.yaml")
-    progress = Interrupted(after=13)
+    progress = Interrupted(after=11)
     with pytest.raises(KeyboardInterrupt):
         search(config, progress)
     broken = progress.run
-    assert len(trials(broken)) == 13
+    assert len(trials(broken)) == 11
     assert resume(broken) == broken
     assert trials(broken) == trials(straight)
     documents = [read_front(folder) for folder in (broken, straight)]
-    assert documents[0] == documents[1] and documents[0]["evaluations"] == 20
+    assert documents[0] == documents[1] and documents[0]["evaluations"] == 16
     if agent == "envelope_ddpg":
         states = [json.loads((folder / "agent" / "agent.json").read_text()) for folder in (broken, straight)]
         assert states[0]["rng"] == states[1]["rng"]
@@ -84,18 +88,18 @@ def test_an_interrupted_run_ends_as_if_it_had_never_stopped(tmp_path, agent):
 
 def test_a_finished_run_takes_more_evaluations(tmp_path):
     few = {"agent": "bee_colony", "options": {"sources": 2}}
-    longer = run(tmp_path / "longer", **few, evaluations=24)
-    grown = run(tmp_path / "grown", **few, evaluations=14)
-    resume(grown, ["search.evaluations=24"])
+    longer = run(tmp_path / "longer", **few, evaluations=14)
+    grown = run(tmp_path / "grown", **few, evaluations=8)
+    resume(grown, ["search.evaluations=14"])
     assert trials(grown) == trials(longer)
     assert read_front(grown) == read_front(longer)
-    assert json.loads((grown / "manifest.json").read_text())["config"]["search"]["evaluations"] == 24
+    assert json.loads((grown / "manifest.json").read_text())["config"]["search"]["evaluations"] == 14
     before = trials(grown)
     resume(grown)
     assert trials(grown) == before, "there was nothing left to do"
 
 
-def test_what_is_known_is_not_evaluated_again(tmp_path, monkeypatch):
+def test_recorded_evaluations_are_reused(tmp_path, monkeypatch):
     folder = run(tmp_path, evaluations=8)
     from secateur.envs.evaluator import Evaluator
 
@@ -105,7 +109,7 @@ def test_what_is_known_is_not_evaluated_again(tmp_path, monkeypatch):
     assert len(counted) == 3
 
 
-def test_ctrl_c_while_it_is_played_again_loses_nothing(tmp_path, monkeypatch):
+def test_ctrl_c_during_the_replay_loses_nothing(tmp_path, monkeypatch):
     folder = run(tmp_path, agent="envelope_ddpg", options=LEARNER, evaluations=12)
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.name != "manifest.json"}
     taken = []
@@ -137,7 +141,7 @@ def test_a_run_goes_on_with_the_sensitivities_that_it_measured(tmp_path, monkeyp
     assert not (run(tmp_path, evaluations=2) / SENSITIVITIES).exists()
 
 
-def test_an_agent_that_was_lost_is_made_again(tmp_path):
+def test_a_lost_agent_is_rebuilt_by_the_replay(tmp_path):
     folder = run(tmp_path, agent="envelope_ddpg", options=LEARNER, evaluations=12)
     replay = dict(np.load(folder / "agent" / "replay.npz"))
     shutil.rmtree(folder / "agent")
@@ -148,7 +152,7 @@ def test_an_agent_that_was_lost_is_made_again(tmp_path):
     assert len(trials(folder)) == 12
 
 
-def test_failures_are_tried_again_and_stay_in_the_study(tmp_path, monkeypatch):
+def test_failed_evaluations_stay_in_the_study_and_are_not_reused(tmp_path, monkeypatch):
     from secateur.envs.evaluator import Evaluator
 
     network = Evaluator.network
@@ -169,7 +173,7 @@ def test_failures_are_tried_again_and_stay_in_the_study(tmp_path, monkeypatch):
     assert states[6:] == ["COMPLETE"] * 3 and read_front(folder)["evaluations"] == 9
 
 
-def test_a_line_that_was_cut_off_is_not_written_on(tmp_path):
+def test_a_truncated_line_of_the_journal_is_dropped(tmp_path):
     folder = run(tmp_path, evaluations=5)
     journal = folder / "study.journal"
     whole = trials(folder)
@@ -179,12 +183,28 @@ def test_a_line_that_was_cut_off_is_not_written_on(tmp_path):
     assert trials(folder)[:5] == whole and len(trials(folder)) == 8
 
 
-def test_winners_are_exported_anew(tmp_path):
-    folder = run(tmp_path, evaluations=4, finalize={"top": 1, "verify": True})
-    (folder / "exports" / "small" / "old").write_text("of the winner before")
+def test_winners_are_exported_anew(tmp_path, monkeypatch):
+    """Without real exports and checks, which take long and have tests of their own."""
+
+    def export(folder, problem, policy, *rest):
+        folder.mkdir(parents=True)
+        (folder / "policy.json").write_text(json.dumps(policy.widths))
+
+    def check(folder):
+        return SimpleNamespace(
+            limits=(), latency=SimpleNamespace(milliseconds=1.0, dense_milliseconds=2.0), passed=True, failures=(),
+            runtime="onnxruntime", runtime_version="1", threads=1,
+        )  # fmt: skip
+
+    monkeypatch.setattr("secateur.search.results.winners.write_export", export)
+    monkeypatch.setattr("secateur.search.run.search.verify_winners", partial(verify_winners, verify=check))
+    folder = run(tmp_path, evaluations=4, finalize={"top": 1, "verify": True, "recovery": []})
+    (folder / "exports" / "small" / "old").write_text("of the earlier winner")
     resume(folder, ["search.evaluations=8"])
-    assert not (folder / "exports" / "small" / "old").exists() and (folder / "exports" / "small" / "policy.json").is_file()
-    assert read_front(folder)["budgets"]["small"]["check"]["passed"] is not None
+    document = read_front(folder)
+    assert [file.name for file in (folder / "exports" / "small").iterdir()] == ["policy.json"]
+    assert json.loads((folder / "exports" / "small" / "policy.json").read_text()) == list(policy_of(winner(document, "small")).widths)
+    assert document["budgets"]["small"]["check"]["passed"]
 
 
 def test_a_run_goes_on_only_as_it_was(tmp_path):
