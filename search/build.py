@@ -1,4 +1,4 @@
-"""From a configuration to objects: the one place where names become models, data, plug-ins and budgets."""
+"""From a configuration to objects: the only place where names become models, data, plug-ins and budgets."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def build_model_and_graph(config: SearchConfig, status: StatusCallback = log.inf
 
     Args:
         config: the configuration.
-        status: told each stage in a few words; each epoch too, when the model has to be trained first.
+        status: status callback; called at each stage, and at each epoch if the model is trained first.
     Raises:
         InputError: for anything in the configuration that cannot be used.
     """
@@ -76,7 +76,7 @@ def build_model_and_graph(config: SearchConfig, status: StatusCallback = log.inf
 
 
 def _epochs_to(status: StatusCallback) -> Progress:
-    """Return a listener that tells each epoch of a training through `status`."""
+    """Return a progress callback that reports each epoch of a training through `status`."""
     return lambda at: status(
         f"training the model, epoch {at.epoch} of {at.epochs}: loss {at.loss:.3f}, top-1 {100 * at.top1:.1f} %"
     )
@@ -179,7 +179,7 @@ def build_assemblers(
 
 
 def planned_calibration(config: SearchConfig, model: nn.Module, graph: ModelGraph) -> dict[str, LayerPlan] | None:
-    """Return what the calibration would keep, by layer; None if nothing in the configuration needs one."""
+    """Return what the calibration keeps of each layer; None if the configuration needs no calibration."""
     if config.data.calibration == 0 or not _image_users(config, _Plugins.of(config)):
         return None
     return plan_calibration(model, graph, build_options(CalibrationConfig, config.calibration))
@@ -268,7 +268,7 @@ def with_sensitivities(problem: Problem, status: StatusCallback = log.info) -> P
 
 
 def make_env(problem: Problem, evaluated: Evaluated = ()) -> CompressionEnv:
-    """Return an environment of its own for one worker; what is `evaluated` is not evaluated again."""
+    """Return a separate environment for one worker; the `evaluated` policies are reused."""
     images, labels = problem.data.tensors(problem.data.validation)
     race = Race(problem.space.objectives[1:], [budget.limits for budget in problem.budgets])
     evaluator = Evaluator(
@@ -284,7 +284,7 @@ def make_env(problem: Problem, evaluated: Evaluated = ()) -> CompressionEnv:
 
 
 def open_runner(problem: Problem, evaluated: Evaluated = ()) -> Runner:
-    """Return the runner that the configuration asks for, whose workers skip what is `evaluated`; close it after use."""
+    """Return the runner that the configuration asks for, whose workers reuse the `evaluated` policies; close it after use."""
     section = problem.config.search
     if section.workers == 0:
         return LocalRunner(partial(make_env, problem, evaluated))

@@ -24,7 +24,7 @@ class Runner(Protocol):
         ...
 
     def close(self) -> None:
-        """Free what the runner started, and nothing else."""
+        """Stop and free only what the runner has started."""
         ...
 
 
@@ -41,8 +41,8 @@ def run_loop(
         agent: chooses.
         runner: evaluates.
         evaluations: number of episodes.
-        on_episode: called for each finished episode, before the agent hears of it: what is recorded is never lost.
-        out_of_time: asked before new episodes are started; those that are out are still waited for.
+        on_episode: called for each finished episode before the agent gets it, so that no evaluation is lost.
+        out_of_time: checked before new episodes start; running episodes are still awaited.
     Returns:
         The number of episodes done.
     """
@@ -50,7 +50,7 @@ def run_loop(
     ready: list[Actor] = []
     while done < evaluations:
         in_time = not out_of_time()
-        # First fill the workers, then choose what comes next while they evaluate.
+        # First fill the workers, then let the agent choose the next actors while they evaluate.
         for _ in range(2 if in_time else 0):
             while ready and out < runner.slots:
                 runner.submit(ready.pop(0))
@@ -58,7 +58,7 @@ def run_loop(
             wanted = min(2 * runner.slots, evaluations - done) - out - len(ready)
             ready += agent.ask(wanted) if wanted > 0 else []
         if not out:
-            break  # nothing is out and nothing more is asked: time is up or the agent is exhausted
+            break  # no episode is running and none is requested: time is up or the agent has no more policies
         finished = runner.wait()
         for actor, episode in finished:
             on_episode(actor, episode)

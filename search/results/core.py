@@ -15,10 +15,10 @@ class FrontPoint:
 
     Attributes:
         number: of the evaluation that found it.
-        policy: what it is.
+        policy: the policy.
         evaluation: its validation score.
-        fits: names of the budgets that it fits, whichever it was asked for.
-        affordable: names of the budgets whose cost limits it meets; it fits those whose `top1_drop` it meets as well.
+        fits: names of all budgets that it fits.
+        affordable: names of the budgets whose cost limits it meets; to fit a budget it must meet `top1_drop` too.
     """
 
     number: int
@@ -30,14 +30,14 @@ class FrontPoint:
 
 @dataclass(frozen=True)
 class Finalist:
-    """A policy that made it to the test split.
+    """A policy that is scored on the test split.
 
     Attributes:
-        budget: whose limits it meets.
-        policy: what it is.
-        proxy: its score in the search, which made it a finalist.
-        validation: its float32 score on the same images after the finalists' recovery, which chooses the winner.
-        final: its test score after the same recovery, which chose nothing.
+        budget: name of the budget whose limits it meets.
+        policy: the policy.
+        proxy: its score in the search.
+        validation: its float32 score on the same images after the finalists' recovery, used for selection.
+        final: its test score after the same recovery, not used for selection.
     """
 
     budget: str
@@ -49,7 +49,7 @@ class Finalist:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A finalist that the device proved too slow: predicted and measured milliseconds."""
+    """A finalist whose measured latency violates its budget: predicted and measured milliseconds."""
 
     finalist: Finalist
     predicted: float
@@ -58,15 +58,15 @@ class Rejected:
 
 @dataclass
 class Outcome:
-    """What the checks of one budget came to.
+    """The result of the checks of one budget.
 
     Attributes:
         budget: its name.
-        finalists: those that are left, the winner first.
+        finalists: the remaining ones, the winner first.
         rejected: in the order in which they were tried.
         folder: of the winner's export; None without a winner.
         verification: of it; None if it could not be checked.
-        note: one sentence if something is missing, else "".
+        note: one sentence if the check failed or is missing, else "".
     """
 
     budget: str

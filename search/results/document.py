@@ -29,7 +29,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 def front_csv(document: Mapping[str, Any]) -> str:
-    """Return one row per policy: when it was found, what it fits, validation and test scores apart, its choices."""
+    """Return one row per policy: when it was found, what it fits, validation and test scores in separate columns, its choices."""
     tested = {point["evaluation"]: point for point in document["final"]["points"]}
     on_front = set(document["front"])
     rows = [
@@ -88,10 +88,10 @@ def only_budget(document: Mapping[str, Any], budget: str) -> dict[str, Any]:
 
 
 def winner(document: Mapping[str, Any], budget: str) -> dict[str, Any]:
-    """Return the point to export for a budget: the best on validation, whatever the test scores say.
+    """Return the point to export for a budget: the best on validation; test scores are not used for selection.
 
     Raises:
-        InputError: if there is no such budget, or nothing fits it.
+        InputError: if there is no such budget, or no policy fits it.
     """
     check_budget(document, budget)
     tested = [point["evaluation"] for point in document["final"]["points"] if point["budget"] == budget]

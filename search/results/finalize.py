@@ -1,4 +1,4 @@
-"""The end of a search: the best policies of each budget, repaired with care and scored on images that no search saw."""
+"""Finalists: the best policies of each budget, with the finalists' recovery, scored on images that the search has not used."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def dense_test_score(problem: Problem) -> Evaluation:
 
 
 def score_finalist(problem: Problem, budget: Budget, candidate: FrontPoint) -> Finalist | None:
-    """Return a candidate as a finalist; None if it breaks the budget's `top1_drop` even after the finalists' recovery."""
+    """Return a candidate as a finalist; None if it violates the budget's `top1_drop` after the finalists' recovery."""
     validation, final = finalist_scores(problem, candidate.policy)
     return _finalist(problem, budget, candidate, validation, final)
 
@@ -33,7 +33,7 @@ def score_finalist(problem: Problem, budget: Budget, candidate: FrontPoint) -> F
 def finalize(problem: Problem, front: Front, top: int) -> list[Finalist]:
     """Return the `top` policies of every budget, best validation score first: the first of each budget is its winner.
 
-    Those that break the budget's `top1_drop` even after the finalists' recovery are left out.
+    Policies that violate the budget's `top1_drop` after the finalists' recovery are left out.
     """
     scored: dict[CompressionPolicy, tuple[Evaluation, Evaluation]] = {}
     finalists = []

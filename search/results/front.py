@@ -1,6 +1,6 @@
-"""The anytime result of a search: which policies fit which budget, and the best trade-offs among them.
+"""The anytime result of a search: the policies that fit each budget, and the Pareto-optimal ones among them.
 
-Validation scores choose; test scores are reported. The two are kept apart: a front never mixes them.
+Validation scores are used for selection; test scores are reported. A front never mixes them.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class Front:
         budgets: of the search.
         dense: validation score and costs of the dense model.
         num_classes: chance level of the hypervolume's reference point.
-        device: where latencies and energies come from (`Device.label`); None: there are none.
+        device: source of latencies and energies (`Device.label`); None: there are none.
 
     Attributes:
-        evaluations, feasible, failed: how many episodes were added, fit the budget they were asked for, had a failure.
+        evaluations, feasible, failed: number of episodes added, of those feasible for their own budget, and of failed ones.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Front:
         self._archives = {budget.name: Archive() for budget in budgets}
 
     def add(self, episode: Episode) -> bool:
-        """Count the episode; return whether any front has changed. What was stopped early is counted, and no candidate."""
+        """Count the episode; return whether any front has changed. A policy that was stopped early is on no front."""
         number = self.evaluations
         self.evaluations += 1
         self.feasible += episode.feasible
@@ -78,7 +78,7 @@ class Front:
     def best(self, budget: str, count: int) -> list[FrontPoint]:
         """Return the `count` policies with the best validation top-1 within the budget's cost limits: its finalists.
 
-        Its `top1_drop` is not asked here: finalists are repaired with more care, and judged again.
+        `top1_drop` is not checked here: finalists get another recovery, and are scored again.
         """
         fitting = [candidate for candidate in self._candidates.values() if budget in candidate.affordable]
         undominated = set(self._archives[budget].policies)  # of equal top-1, the cheaper one goes first, as in `of`
@@ -111,7 +111,7 @@ class Front:
             describe: names a policy's choices.
             finalists: policies with their test scores, winners of a budget first.
             dense_final: test score of the dense model.
-            outcomes: what the checks of the winners came to.
+            outcomes: results of the checks of the winners.
         """
         shown = {candidate.number: candidate for candidate in self.of()}
         for budget in self.budgets:
@@ -163,7 +163,7 @@ class Front:
         }
 
     def _check_document(self, outcome: Outcome) -> dict[str, Any]:
-        """What front.json says of the check of a budget's winner."""
+        """Return the entry of front.json for the check of a budget's winner."""
         found = outcome.verification
         return {
             "passed": None if found is None else found.passed,

@@ -44,7 +44,7 @@ def chosen_winner(run: Path, document: Mapping[str, Any], budget: str, output: P
         run: the run's folder.
         document: its front.json.
     Raises:
-        InputError: if there is no such budget, or nothing fits it.
+        InputError: if there is no such budget, or no policy fits it.
     """
     return Chosen(output or run / "exports" / budget, budget, winner(document, budget))
 

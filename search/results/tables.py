@@ -114,7 +114,7 @@ def check_lines(document: Mapping[str, Any]) -> list[str]:
 
 
 def _heading(cost: str, device: str | None) -> str:
-    """Return a column's name; that of a device's cost says in one word whether it was measured."""
+    """Return a column's name; for a cost of the device with the word "measured" or "analytic"."""
     words = cost.replace("_", " ")
     if device is None or cost not in DEVICE_COSTS:
         return words
@@ -127,7 +127,7 @@ def _caption(document: Mapping[str, Any], rows: int) -> str:
     images += f" and {dense_final['images']:,} test images" if dense_final is not None else " images"
     more = f" The best {MAX_ROWS} of {rows}; front.csv has all." if rows > MAX_ROWS else ""
     device = f" On the device: {document['device']}." if document.get("device") else ""
-    repaired = "Finalists are repaired with more care, then scored again."
+    repaired = "Finalists get their own recovery, then are scored again."
     return escape(f"Costs in percent of the dense model; {images}. {repaired}{device}{more}")
 
 
@@ -196,7 +196,7 @@ def calibration_table(plans: Mapping[str, LayerPlan], max_matrix_bytes: int) -> 
 def calibration_line(plans: Mapping[str, LayerPlan] | None, images: int) -> str:
     """Return what the calibration will take; `plans` are None where there is none."""
     if plans is None:
-        return "calibration: nothing in this configuration needs one"
+        return "calibration: not needed by this configuration"
     memory = amount("_bytes", sum(plan.nbytes for plan in plans.values()))
     full = sum(plan.kind == "full" for plan in plans.values())
     return f"calibration: {images:,} images, {memory}, {full} of {len(plans)} layers in full detail"

@@ -1,8 +1,8 @@
-"""The winners of a search: exported, and checked from their files in a process that knows nothing else.
+"""The winners of a search: exported, and verified by a new process that reads only their files.
 
-A latency table predicts. Where it was measured on this very machine, the check measures, and a policy whose measured latency
-breaks a limit of its budget is no winner: it is rejected, the measurement corrects what the table says of the budget's other
-policies (all by the same factor), and the best of those that keep the limit now is tried instead.
+A latency table predicts. If it was measured on this machine, verification measures the latency as well. A policy whose measured
+latency violates its budget is rejected; the predictions of the budget's other policies are corrected by the same factor, and the
+best policy that meets the limit after the correction is tried next.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 EXPORTS = "exports"
 LATENCY = "latency_ms"
 MOST_REJECTED = 5
-"""Policies of one budget that are tried before the budget is left without a winner."""
+"""Largest number of rejected policies of one budget; after that the budget has no winner."""
 
 
 def winner_folder(run: Path, budget: Budget) -> Path:
@@ -51,8 +51,8 @@ def verify_winners(
         front: everything that it found.
         finalists: of all budgets, the winners first.
         run: its folder.
-        status: told each stage.
-        verify: checks a folder; it is told the runtime and the number of threads.
+        status: status callback.
+        verify: verifies a folder; takes the runtime and the number of threads.
     """
     return [
         _Trials(problem, front, budget, run, status, verify).run([f for f in finalists if f.budget == budget.name])
@@ -98,7 +98,7 @@ class _Trials:
         if outcome.rejected:
             outcome.note = (
                 f"No policy keeps {LATENCY} of budget '{self.budget.name}' on the device: {len(outcome.rejected)} were "
-                f"measured, up to {self.factor:.2f} times slower than predicted. Profile the device anew, or search longer."
+                f"measured, up to {self.factor:.2f} times slower than predicted. Profile the device again, or search longer."
             )
         return outcome
 
@@ -115,7 +115,7 @@ class _Trials:
                 where = {"runtime": table.runtime, "threads": table.threads}
             outcome.verification = self.verify(folder, **where)
         except (InputError, RuntimeError) as error:
-            # A search of hours must not end with nothing because a winner cannot be exported or checked.
+            # A long search must not lose its results because a winner cannot be exported or verified.
             log.info("checking the winner of %s failed", self.budget.name, exc_info=True)
             outcome.note = f"The winner of budget '{self.budget.name}' was not checked: {error}"
 
@@ -123,7 +123,7 @@ class _Trials:
         return costs[LATENCY] * self.factor <= self.budget.limits[LATENCY]
 
     def _next(self, tried: set[CompressionPolicy]) -> list[Finalist]:
-        """Return the best policy of the search that keeps the limit by the corrected table, repaired and scored."""
+        """Return the best policy of the search that meets the corrected limit, as a scored finalist; empty if there is none."""
         for candidate in self.front.best(self.budget.name, self.front.evaluations):
             if candidate.policy not in tried and self._keeps(candidate.evaluation.costs):
                 self.status(f"repairing another policy for {self.budget.name}")
@@ -135,6 +135,6 @@ class _Trials:
 
 
 def _broken_latency(verification: Verification | None) -> float | None:
-    """Return the milliseconds that break the limit; None if they keep it, or nobody measured."""
+    """Return the measured milliseconds if they violate the limit; None if they meet it or were not measured."""
     limits = () if verification is None else verification.limits
     return next((limit.found for limit in limits if limit.name == LATENCY and limit.kept is False), None)

@@ -1,4 +1,4 @@
-"""The folder of a run: made once, never overwritten, with a manifest that says what was searched and with what."""
+"""The folder of a run: created once, never overwritten, with a manifest of the configuration, versions and facts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 AGENT = "agent"
-"""What a run holds: its facts, and a folder with the agent, if that can be asked later."""
+"""Files of a run: its manifest, and the folder of the stored agent, if the agent can be queried."""
 PACKAGES = ("secateur", "torch", "torchvision", "ray", "optuna", "gymnasium", "numpy", "moocore")
 
 
@@ -54,7 +54,7 @@ def create_run_folder(output: OutputSection) -> Path:
 
 
 def check_run_folder(output: OutputSection) -> None:
-    """Raise InputError if the named folder exists: better before the calibration than after it."""
+    """Raise InputError if the named folder exists, before any time is spent on the calibration."""
     if output.name is not None and (folder := Path(output.root).expanduser() / output.name).exists():
         raise _taken(folder)
 
@@ -67,12 +67,12 @@ def _taken(folder: Path) -> InputError:
 
 @contextmanager
 def held(run: Path) -> Iterator[None]:
-    """Keep other processes from searching in the same folder; the system lets go of it however this one ends.
+    """Lock the folder against other processes; the operating system releases the lock when this process ends.
 
-    Where the file system has no such locks, nothing keeps them away.
+    On file systems without such locks, the folder is not locked.
 
     Raises:
-        InputError: if another process is at it.
+        InputError: if another process searches in the folder.
     """
     if fcntl is None:
         yield

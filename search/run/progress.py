@@ -20,7 +20,7 @@ SECONDS_PER_LINE = 10.0
 
 
 class SearchProgress:
-    """Follows one search; a context manager, so that the terminal is left as it was.
+    """Follows one search; a context manager, so that the terminal is restored at the end.
 
     Args:
         console: where to show it.
@@ -53,7 +53,7 @@ class SearchProgress:
         self._status.start()
 
     def note(self, text: str) -> None:
-        """Print a line that stays, whatever is shown around it."""
+        """Print a permanent line."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def on_start(self, run: Path, front: Front, total: int, time_limit: float | None = None) -> None:
@@ -61,7 +61,7 @@ class SearchProgress:
 
         Args:
             run: folder of the search.
-            front: what the search has found; it is read anew at every episode.
+            front: of the search; it is read again at every episode.
             total: number of evaluations.
             time_limit: seconds from now on, or None.
         """
@@ -132,7 +132,7 @@ class SearchProgress:
 
 
 def duration(seconds: float) -> str:
-    """Return seconds as a reader says them: "45 s", "12 min 05 s", "3 h 20 min"."""
+    """Return seconds in the form "45 s", "12 min 05 s", "3 h 20 min"."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

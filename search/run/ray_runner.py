@@ -68,7 +68,7 @@ class RayRunner:
     """A `Runner` (search/loop.py) over Ray actors.
 
     A lost worker (it crashed, ran out of memory, or its machine went away) is replaced and its episode tried once more;
-    the second loss makes the episode a failure. Every worker knows what all of them have evaluated.
+    the second loss makes the episode a failure. All workers share their evaluations.
 
     Args:
         make_env: returns a worker's environment; sent once to Ray's object store, so it may hold the whole problem.
@@ -102,10 +102,10 @@ class RayRunner:
             raise
         self._idle = list(range(self.slots))
         self._out: dict[Any, _Task] = {}
-        # What has been evaluated so far, in order, and how much of it each worker has been told.
+        # All evaluations so far, in order, and how many of them each worker has received.
         self._evaluated: list[tuple[CompressionPolicy, Evaluation]] = []
-        self._known: set[CompressionPolicy] = set()
-        self._told = [0] * self.slots
+        self._seen: set[CompressionPolicy] = set()
+        self._received = [0] * self.slots
 
     def _wait_until_ready(self) -> None:
         try:
@@ -159,8 +159,8 @@ class RayRunner:
         self._start(_Task(actor, self._idle.pop()))
 
     def _start(self, task: _Task) -> None:
-        news = self._evaluated[self._told[task.worker] :]
-        self._told[task.worker] = len(self._evaluated)
+        news = self._evaluated[self._received[task.worker] :]
+        self._received[task.worker] = len(self._evaluated)
         self._out[self._workers[task.worker].run.remote(task.actor, news)] = task
 
     def wait(self) -> list[tuple[Actor, Episode]]:
@@ -191,15 +191,15 @@ class RayRunner:
             failure = f"worker lost twice: {_first_line(error)}"
             episode = Episode(task.actor.budget.name, None, None, failure=failure)
         self._idle.append(task.worker)
-        if episode.evaluation is not None and episode.policy not in self._known:
-            self._known.add(episode.policy)
+        if episode.evaluation is not None and episode.policy not in self._seen:
+            self._seen.add(episode.policy)
             self._evaluated.append((episode.policy, episode.evaluation))
         return [(task.actor, episode)]
 
     def _replace(self, worker: int) -> None:
         self._ray.kill(self._workers[worker])  # one that is only out of reach must not come back
         self._workers[worker] = self._new_worker()
-        self._told[worker] = 0
+        self._received[worker] = 0
 
     def close(self) -> None:
         """End the workers; leave the cluster, and end it if it was started here."""

@@ -1,11 +1,11 @@
-"""Goes on with a run that was interrupted, or has had too few evaluations, as if it had never stopped.
+"""Resumes a run that was interrupted, or that has too few evaluations, as if it had never stopped.
 
-Agents depend on their seed and on what they are told, not on when. So the search is played again from its start: what the study
-holds is answered from there, and everything after it is evaluated. The agent ends up where it was, networks and all, without any
-checkpoint that could be lost or outdated; a learning agent learns again, in a fraction of the time that the evaluations took.
+Agents depend on their seed and on the episodes they receive, not on time. So the search is replayed from its start: evaluations in
+the study are reused, and everything after them is evaluated. The agent reaches its earlier state without a checkpoint
+that could be lost or outdated; a learning agent learns again, in a fraction of the time of the evaluations.
 
-With several workers and an agent that searches every budget apart, another budget may have had its turn; what the study holds
-counts either way. With `search.racing`, new policies are compared only with those evaluated since the run went on.
+With several workers and an agent that searches each budget separately, the order of the budgets may differ in the replay; all
+recorded evaluations count. With `search.racing`, new policies are compared only with those evaluated since the run was resumed.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ MAY_CHANGE = {
     "finalize": None,
     "output": None,
 }
-"""What of a configuration may differ when a run goes on; None: all of the section. Other weights or another precision would show
-in the dense score."""
+"""What may differ in the configuration of a resumed run; None: the whole section. Other weights or another precision change the
+dense score, which is checked."""
 
 
 class Recorded:
@@ -48,11 +48,11 @@ class Recorded:
 
     @property
     def evaluated(self) -> list[tuple[CompressionPolicy, Evaluation]]:
-        """What need not be evaluated again; failures are tried anew, and are new evaluations if they succeed."""
+        """Policies whose evaluations are reused; failed ones are tried again, and count as new if they succeed."""
         return [(e.policy, e.evaluation) for e in self.episodes if e.policy is not None and e.evaluation is not None]
 
     def take(self, episode: Episode) -> bool:
-        """Return whether this episode was recorded; each recorded one is taken once."""
+        """Return whether this episode is recorded; each recorded episode is taken once."""
         taken = self._left[_key(episode)] > 0
         self._left[_key(episode)] -= taken
         return taken
@@ -77,15 +77,15 @@ def _episode(trial: Any, problem: Problem) -> Episode:
 
 
 def check_unchanged(before: SearchConfig, now: SearchConfig) -> None:
-    """Raise InputError if the run would not be the same: its first evaluations could not be played again."""
+    """Raise InputError if the run would not be the same: its first evaluations could not be replayed."""
     apart = {section: set(names) if names else True for section, names in MAY_CHANGE.items()}
     old, new = (config.model_dump(mode="json", exclude=apart) for config in (before, now))
     changed = _changes(old, new)
     allowed = [f"`{section}.{name}`".replace(".`", "`") for section, names in MAY_CHANGE.items() for name in names or [""]]
     if changed:
         raise InputError(
-            f"A run goes on only as it was, but {', '.join(f'`{name}`' for name in changed)} changed. Start another search. What "
-            f"may change: {', '.join(allowed)}."
+            f"A resumed run must have the same configuration, but {', '.join(f'`{name}`' for name in changed)} changed. Start "
+            f"another search. What may change: {', '.join(allowed)}."
         )
 
 
@@ -97,7 +97,7 @@ def _changes(old: Any, new: Any, place: str = "") -> list[str]:
 
 
 def check_evaluations(run: Path, recorded: int, config: SearchConfig) -> None:
-    """Raise InputError if fewer evaluations are asked for than the run has."""
+    """Raise InputError if fewer evaluations are requested than the run has."""
     if config.search.evaluations < recorded:
         wanted = config.search.evaluations
         raise InputError(f"`search.evaluations: {wanted}` is less than the {recorded} that {run} has already. Raise it.")

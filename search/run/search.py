@@ -1,4 +1,4 @@
-"""The main job: build the problem, search, and leave a run folder that is worth reading at any moment."""
+"""The main job: build the problem, search, and keep the run folder complete and readable at any moment."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def search(config: SearchConfig, progress: SearchProgress | None = None) -> Path
     """Run the search that `config` describes, and return its run folder (the engine of `secateur.search`).
 
     front.json is on disk from the start on and follows every change, and the study holds every evaluation as soon as it is
-    done. Whatever ends the search early (Ctrl-C, an error) leaves both with all that was found, and `resume` goes on from there.
+    done. After Ctrl-C or an error both hold everything that was found, and `resume` continues from there.
 
     Raises:
         InputError: for anything in the configuration that cannot be used; nothing is written then.
@@ -51,7 +51,7 @@ def resume(run: str | Path, overrides: Overrides = (), progress: SearchProgress 
         overrides: changes of the run's configuration, such as {"search.evaluations": 500}.
         progress: follows it; default: in silence.
     Raises:
-        InputError: if the folder is no run, another process is at it, or it would not be the same run; nothing is written then.
+        InputError: if the folder is no run, another process searches in it, or the configuration differs; nothing is written.
     """
     run, progress = Path(run), progress or SearchProgress(Console(quiet=True))
     before, manifest = load_manifest(run)
@@ -66,7 +66,7 @@ def resume(run: str | Path, overrides: Overrides = (), progress: SearchProgress 
 
 
 def _run(problem: Problem, run: Path | None, recorded: Recorded | None, progress: SearchProgress) -> Path:
-    """Search, in a new folder or in the one of a run that goes on."""
+    """Search in a new folder, or in that of a resumed run."""
     config = problem.config
     progress.note(f"evaluations in {problem.precision.dtype}: {problem.precision.reason}")
     if run is not None:
@@ -97,7 +97,7 @@ def _with_measured(problem: Problem, run: Path) -> Problem:
 def _evaluate(
     problem: Problem, agent: Agent, runner: Runner, run: Path, recorded: Recorded | None, progress: SearchProgress
 ) -> Front:
-    """Search; a run that goes on keeps its front and its agent until there is something new."""
+    """Search; a resumed run keeps its front and its agent until there is a new evaluation."""
     config, describe = problem.config, problem.space.policy_space.policy_to_choices
     write_manifest(run, config, _facts(problem))
     front, recorder = build_front(problem), _recorder(problem, run)
@@ -107,7 +107,7 @@ def _evaluate(
     if recorded is None:
         write_front(run, front.document(describe))
     elif before < config.search.evaluations:
-        progress.note(f"playing {before} recorded evaluations again")
+        progress.note(f"replaying {before} recorded evaluations")
 
     def on_episode(actor: Actor, episode: Episode) -> None:
         if recorded is not None and recorded.take(episode):
@@ -118,10 +118,10 @@ def _evaluate(
         progress.on_episode()
 
     out_of_time, total = _clock(config.search.time_limit), config.search.evaluations
-    lost = isinstance(agent, Saving) and not (run / AGENT).is_dir()  # by a process that was killed: then all is played again
+    lost = isinstance(agent, Saving) and not (run / AGENT).is_dir()  # the process was killed before: everything is replayed
 
     def enough() -> bool:
-        # With several workers another budget may have its turn this time, so what is recorded counts, not what is played.
+        # With several workers the order of the budgets may differ in a replay, so recorded episodes count, not replayed ones.
         return (front.evaluations >= total and not lost) or out_of_time()
 
     progress.on_start(run, front, total, config.search.time_limit)
@@ -166,7 +166,7 @@ def _finish(problem: Problem, front: Front, run: Path, progress: SearchProgress)
 
 
 def _facts(problem: Problem) -> dict:
-    """What the manifest says beyond the configuration and the versions."""
+    """Return the facts in the manifest besides the configuration and the versions."""
     return {
         "data": problem.data.source,
         "precision": asdict(problem.precision),

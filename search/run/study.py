@@ -32,7 +32,7 @@ class StudyRecorder:
     """Writes the study of one run.
 
     A trial's parameters are the policy's choices, its values the objectives (top1 is maximized, every cost minimized),
-    its constraints the slacks value / limit - 1 of whatever any budget limits. A failed episode is a failed trial, one that
+    its constraints the slacks value / limit - 1 of every quantity that some budget limits. A failed episode is a failed trial, one that
     was stopped early is a pruned trial.
 
     Args:
@@ -55,7 +55,7 @@ class StudyRecorder:
         self._space, self._objectives = space, tuple(objectives)
         self._distributions = {decision.name: _distribution(decision) for decision in space.decisions}
         self._limited = limited_quantities(budgets)
-        if (folder / JOURNAL).is_file():  # a run that goes on
+        if (folder / JOURNAL).is_file():  # a resumed run
             _drop_unfinished_line(folder / JOURNAL)
             self._study = load_study(folder)
             return
@@ -65,7 +65,7 @@ class StudyRecorder:
             directions=[StudyDirection.MAXIMIZE, *[StudyDirection.MINIMIZE] * (len(objectives) - 1)],
         )
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)  # worth it: else the dashboard says "Objective 0"
+            warnings.simplefilter("ignore", ExperimentalWarning)  # without names the dashboard shows "Objective 0"
             self._study.set_metric_names(list(objectives))
         described = {"objectives": list(objectives), "constraint_names": list(self._limited)}
         for name, value in {**described, **(attributes or {})}.items():
@@ -154,7 +154,7 @@ def _row(trial: FrozenTrial) -> dict[str, Any]:
 
 
 def _drop_unfinished_line(journal: Path) -> None:
-    """Remove what a killed process has left of its last line: the next one would be appended to it."""
+    """Remove the incomplete last line of a killed process; the next line would be appended to it."""
     text = journal.read_bytes()
     if not text.endswith(b"\n"):
         os.truncate(journal, text.rfind(b"\n") + 1)

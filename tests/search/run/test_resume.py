@@ -211,7 +211,7 @@ def test_a_run_goes_on_only_as_it_was(tmp_path):
     folder = run(tmp_path, evaluations=4)
     before = (folder / "manifest.json").read_text()
     for override in ("search.seed=5", "search.agent=bee_colony", "space.prune_ratio=[0.0, 0.5]", "budgets.small.macs=<= 40%"):
-        with pytest.raises(InputError, match="goes on only as it was"):
+        with pytest.raises(InputError, match="must have the same configuration"):
             resume(folder, [override])
     with pytest.raises(InputError, match="less than the 4"):
         resume(folder, ["search.evaluations=3"])
