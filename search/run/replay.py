@@ -1,7 +1,7 @@
 """Resumes a run that was interrupted, or that has too few evaluations, as if it had never stopped.
 
-Agents depend on their seed and on the episodes they receive, not on time. So the search is replayed from its start: evaluations in
-the study are reused, and everything after them is evaluated. The agent reaches its earlier state without a checkpoint
+Agents depend on their seed and on the episodes they receive, not on time. So the search is replayed from its start: evaluations
+in the study are reused, and everything after them is evaluated. The agent reaches its earlier state without a checkpoint
 that could be lost or outdated; a learning agent learns again, in a fraction of the time of the evaluations.
 
 With several workers and an agent that searches each budget separately, the order of the budgets may differ in the replay; all

@@ -32,8 +32,8 @@ class StudyRecorder:
     """Writes the study of one run.
 
     A trial's parameters are the policy's choices, its values the objectives (top1 is maximized, every cost minimized),
-    its constraints the slacks value / limit - 1 of every quantity that some budget limits. A failed episode is a failed trial, one that
-    was stopped early is a pruned trial.
+    its constraints the slacks value / limit - 1 of every quantity that some budget limits. A failed episode is a failed trial,
+    one that was stopped early is a pruned trial.
 
     Args:
         folder: the run; the journal is made in it, or gone on with.

@@ -13,7 +13,7 @@ import torch
 
 from secateur.envs.core import InputError
 from secateur.search.config import parse_config
-from secateur.search.results.document import policy_of, read_front, winner
+from secateur.search.results.document import read_front, winner
 from secateur.search.results.winners import verify_winners
 from secateur.search.run.folder import held
 from secateur.search.run.progress import SearchProgress
@@ -203,7 +203,8 @@ def test_winners_are_exported_anew(tmp_path, monkeypatch):
     resume(folder, ["search.evaluations=8"])
     document = read_front(folder)
     assert [file.name for file in (folder / "exports" / "small").iterdir()] == ["policy.json"]
-    assert json.loads((folder / "exports" / "small" / "policy.json").read_text()) == list(policy_of(winner(document, "small")).widths)
+    exported = json.loads((folder / "exports" / "small" / "policy.json").read_text())
+    assert exported == winner(document, "small")["policy"]["widths"]
     assert document["budgets"]["small"]["check"]["passed"]
 
 
