@@ -46,8 +46,8 @@ def test_recoveries(config, tmp_path):
     folder = tmp_path / "out"
     done = benchmark("recoveries", config, config, "--ratio", 0.5, "--output", folder)
     check(done, folder, "results.jsonl", 9)  # the same network twice is measured once
-    assert "synthetic_net, pruned, sequential: " in done.stdout
-    assert (folder / "results.md").read_text().count("| synthetic_net |") == 1
+    assert "synthetic, pruned, sequential: " in done.stdout
+    assert (folder / "results.md").read_text().count("| synthetic |") == 1
 
 
 def test_quantizers(config, tmp_path, monkeypatch):

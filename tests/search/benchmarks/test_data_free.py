@@ -34,13 +34,13 @@ def test_every_inner_group_loses_the_same_share(resnet_graph):
 
 def test_rows_are_measured_once_and_need_no_images(tmp_path):
     config = parse_config(VALUES, "test.yaml")
-    cases = (Case(0.5, (4, 4), {"synthetic_net": (12.34, 56.78)}), MIXED)
+    cases = (Case(0.5, (4, 4), {"synthetic": (12.34, 56.78)}), MIXED)
     for expected in (6 + 5, 0):
         records = Records(tmp_path / "results.jsonl", {"benchmark": "data_free"})
         assert len(list(compare_data_free(config, records, lambda text: None, cases))) == expected
     assert len(records.rows) == 1 + 6 + 5 and all(0 <= row["test_top1"] <= 1 for row in records.rows)
     report = data_free_report(records.rows, cases)
-    pruned, mixed = (line for line in report.splitlines() if line.startswith("| synthetic_net"))
+    pruned, mixed = (line for line in report.splitlines() if line.startswith("| synthetic "))
     assert "50 % removed, 4 bits" in pruned and pruned.endswith("| 12.34 (56.78) |")
     assert "2 bits / 6 bits in turn" in mixed and mixed.endswith("| - |")
     assert "images" not in report.splitlines()[0] and "of 40 test images" in report

@@ -48,9 +48,9 @@ def test_every_variant_is_scored_on_the_test_split(compare, problem):
 def test_finished_rows_are_not_measured_again(compare):
     first, _, _ = compare(VARIANTS[:1])
     second, rows, _ = compare(VARIANTS[:2])
-    assert [line.split(":")[0] for line in first + second] == ["synthetic_net, dense", "synthetic_net, pruned"]
+    assert [line.split(":")[0] for line in first + second] == ["synthetic, dense", "synthetic, pruned"]
     third, again, statuses = compare(VARIANTS[:2])
-    assert (third, again, statuses) == ([], rows, ["synthetic_net: measured already"])
+    assert (third, again, statuses) == ([], rows, ["synthetic: measured already"])
 
 
 def test_the_table_has_a_line_per_network_and_dashes_for_what_is_missing():
