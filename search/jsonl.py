@@ -24,7 +24,7 @@ def read_lines(path: Path) -> list[Any]:
             values.append(json.loads(line))
         except json.JSONDecodeError:
             if number < len(lines):
-                raise InputError(f"{path}: line {number} is not valid JSON. Remove it, or choose another --output.") from None
+                raise InputError(f"{path}: line {number} is not valid JSON. Remove it, or choose another file.") from None
     return values
 
 

@@ -189,7 +189,7 @@ def test_a_configuration_is_inspected_without_a_search(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = secateur.inspect(CONFIG, {"budgets.tiny": {"macs": "<= 0.1%"}})
     assert {row.budget: row.satisfiable for row in found.feasibility} == {"phone": True, "watch": True, "tiny": False}
-    assert found.space.dense_costs["macs"] == 106080 and len(found.graph.groups) == 3
+    assert found.costs.dense["macs"] == 106080 and len(found.graph.groups) == 3
     with pytest.raises(secateur.InputError, match="cannot be met"):
         found.check()
     assert not list(tmp_path.iterdir())

@@ -26,7 +26,8 @@ def choose_budget(problem: Problem, name: str | None) -> Budget:
         return problem.budgets[0]
     if name not in budgets:
         reason = f"There is no budget `{name}`" if name else "There are several budgets"
-        raise InputError(f"{reason}; choose one with --budget: {', '.join(budgets)}.")
+        known = ", ".join(budgets)
+        raise InputError(f"{reason}; choose a `budget`: {known}.", f"{reason}; choose one with --budget: {known}.")
     return budgets[name]
 
 

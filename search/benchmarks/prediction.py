@@ -91,8 +91,8 @@ def run_prediction(config: SearchConfig, budget_name: str | None, policies: int,
 def check_start(start: str) -> None:
     """Raise InputError unless `start` is a recovery setting."""
     if start not in RECOVERY_SETTINGS:
-        known = ", ".join(RECOVERY_SETTINGS)
-        raise InputError(f"There is no recovery setting `{start}` to start from; choose one with --start: {known}.")
+        known, missing = ", ".join(RECOVERY_SETTINGS), f"There is no recovery setting `{start}` to start from; choose"
+        raise InputError(f"{missing} another `start`: {known}.", f"{missing} one with --start: {known}.")
 
 
 def default_tuning(epochs: int, seed: int) -> FineTuning:

@@ -161,8 +161,8 @@ def shared_experience(runs: Sequence[Path], agents: Sequence[Queryable]) -> int:
         if agent.learned != agents[0].learned:
             raise InputError(
                 f"The agent in {run} has learned from {agent.learned} evaluations, the one in {runs[0]} from "
-                f"{agents[0].learned}. Go on with the shorter run (secateur resume RUN --set search.evaluations=N), or use "
-                "separate commands, each with an --output of its own."
+                f"{agents[0].learned}. Resume the shorter run with more `search.evaluations`, or measure the runs apart, each "
+                "with an output folder of its own."
             )
     return agents[0].learned
 

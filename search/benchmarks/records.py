@@ -14,6 +14,10 @@ from secateur.search.jsonl import append_line, as_read, read_lines, write_lines
 Row = Mapping[str, Any]
 
 
+def _choose_another(problem: str) -> InputError:
+    return InputError(f"{problem}. Choose another `output` folder.", f"{problem}. Choose another folder with --output.")
+
+
 class Records:
     """The rows of one measurement in a file of JSON lines; its first line, the header, says what is measured.
 
@@ -35,11 +39,11 @@ class Records:
             file.parent.mkdir(parents=True, exist_ok=True)
             found = read_lines(file)
             if found and (other := difference(found[0], header)):
-                raise InputError(f"{file} holds another measurement ({other}). Choose another folder with --output.")
+                raise _choose_another(f"{file} holds another measurement ({other})")
             self.rows: list[dict[str, Any]] = found[1:]
             write_lines(file, found or [header])
         except OSError as error:
-            raise InputError(f"{file} cannot be written: {error}. Choose another folder with --output.") from None
+            raise _choose_another(f"{file} cannot be written: {error}") from None
 
     def find(self, **key: Any) -> dict[str, Any] | None:
         """Return the first row with these values, or None."""

@@ -135,8 +135,8 @@ def uniform_widths(geometry: NetworkGeometry, share: float, multiple: int) -> li
     if not len(fitting):
         least = 100 * macs.total(geometry.shapes(widths[-1:]))[0] / dense
         raise InputError(
-            f"Widths that are multiples of {multiple} leave at least {least:.3g} % of the MACs. Allow more with --macs, "
-            "or a smaller --multiple."
+            f"Widths that are multiples of {multiple} leave at least {least:.3g} % of the MACs. Allow more MACs, or a smaller "
+            "multiple."
         )
     return widths[fitting[0]].tolist()
 

@@ -116,7 +116,6 @@ def support_matrix(names: Sequence[str] | None, output: Path) -> Iterator[Suppor
     Raises:
         InputError: if a name is unknown, or the file cannot be written.
     """
-    _check_writable(output)
     known = torchvision.models.list_models(module=torchvision.models)
     for name in names or ():
         if name not in known:
@@ -133,17 +132,6 @@ def check_writable(output: Path) -> None:
     existed = output.exists()
     try:
         output.open("a", encoding="utf-8").close()
-    except OSError as error:
-        raise InputError(f"The table {output} cannot be written: {error.strerror}. Choose another with --output.") from None
-    if not existed:
-        output.unlink()
-
-
-def _check_writable(output: Path) -> None:
-    """Raise InputError unless the table can be written; leave no file behind."""
-    existed = output.exists()
-    try:
-        output.open("a", encoding="utf-8").close()  # permissions show only when a file is opened
     except OSError as error:
         failed = f"The table {output} cannot be written: {error.strerror}. Choose another with"
         raise InputError(f"{failed} `output`.", f"{failed} --output.") from None

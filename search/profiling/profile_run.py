@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 from rich.table import Table
 
 from secateur.cost_models.device import Device, write_device
@@ -144,14 +144,14 @@ class _Display:
         columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[left]}")
         # Drawn only when something is said: a thread that redraws would take time from what is measured.
         self._progress = Progress(*columns, console=console, auto_refresh=False) if console.is_terminal else None
-        self._task = self._progress.add_task("", total=1.0, left="") if self._progress else None
+        self._task = self._progress.add_task("", total=1.0, left="") if self._progress else TaskID(0)
 
     def __enter__(self) -> _Display:
         if self._progress:
             self._progress.start()
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._progress:
             self._progress.stop()
 

@@ -105,7 +105,7 @@ def test_the_report_counts_policies_and_shows_what_each_setting_would_have_chose
 
 
 def test_an_unknown_start_is_refused():
-    with pytest.raises(InputError, match="no recovery setting `magic`.*--start: none"):
+    with pytest.raises(InputError, match="no recovery setting `magic`.*another `start`: none"):
         measure.check_start("magic")
 
 

@@ -33,7 +33,7 @@ def test_another_measurement_is_refused_and_the_difference_named(tmp_path):
     file = tmp_path / "rows.jsonl"
     Records(file, {"config": {"data": {"validation": 10}, "seed": 0}}).add(index=0)
     before = file.read_text()
-    with pytest.raises(InputError, match=r"`config\.data\.validation` is 10 there, 20 here.*--output"):
+    with pytest.raises(InputError, match=r"`config\.data\.validation` is 10 there, 20 here.*`output`"):
         Records(file, {"config": {"data": {"validation": 20}, "seed": 0}})
     assert file.read_text() == before
 

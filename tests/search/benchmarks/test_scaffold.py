@@ -49,7 +49,7 @@ def test_the_median_of_the_timed_calls_counts(monkeypatch):
 def test_a_budget_must_be_named_only_if_there_are_several(problem):
     assert choose_budget(problem, "third").name == "third"
     assert choose_budget(replace(problem, budgets=problem.budgets[:1]), None).name == "half"
-    with pytest.raises(InputError, match="There are several budgets; choose one with --budget: half, third"):
+    with pytest.raises(InputError, match="There are several budgets; choose a `budget`: half, third"):
         choose_budget(problem, None)
     with pytest.raises(InputError, match="no budget `quarter`"):
         choose_budget(problem, "quarter")
