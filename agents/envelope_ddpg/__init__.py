@@ -1,4 +1,6 @@
-"""The one-stage envelope DDPG agent; only its modules import torch, so this package is as cheap to import as the other agents.
+"""Envelope DDPG: actor and critics take the preference and the budget as inputs, so one run serves all of its budgets.
+
+Only the modules below import torch, so this package is as cheap to import as the other agents.
 
 config.py       options and switches
 networks.py     actor and critics, batched over the ensemble

@@ -186,7 +186,13 @@ FolderName = Annotated[StrictStr, Field(pattern=r"^[\w.-]*\w$")]
 
 
 class OutputSection(Section):
-    """The run's folder: `root`/`name`; without a name `root`/`prefix`-1, `root`/`prefix`-2, and so on."""
+    """The run's folder: `root`/`name`; without a name `root`/`prefix`-1, `root`/`prefix`-2, and so on.
+
+    Attributes:
+        root: folder that holds the runs.
+        name: name of the run's folder, which must not exist yet; None: `prefix` and the first free number.
+        prefix: start of the folder's name; by default the name of the configuration file.
+    """
 
     root: StrictStr = "runs"
     name: FolderName | None = None
@@ -211,7 +217,15 @@ BudgetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 
 
 class SearchConfig(Section):
-    """A whole search. See configs/searches/ for examples with comments."""
+    """A whole search. See configs/searches/ for examples with comments.
+
+    Attributes:
+        device: device file, measured by `secateur profile` or from data sheets; needed for limits of latency_ms and energy_mj.
+        importance: criterion by which channels are removed.
+        quantizer: how weights and inputs are rounded.
+        recovery: repairs of every candidate, in this order; []: none.
+        budgets: {name: {cost: limit}}, at least one; all limits of a budget are hard.
+    """
 
     model: ModelSection
     data: DataSection

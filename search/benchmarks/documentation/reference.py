@@ -150,11 +150,23 @@ def default_of(default: Any) -> str:
 
 def option_keys(config: type) -> list[Key]:
     """Return the options of a plug-in from its dataclass."""
-    hints, known = get_type_hints(config, include_extras=True), meanings(config)
+    hints, known = get_type_hints(config, include_extras=True), option_meanings(config)
     return [
         Key(field.name, type_text(hints[field.name]), value_text(field.default), known.get(field.name, ""))
         for field in dataclasses.fields(config)
     ]
+
+
+def option_meanings(config: type) -> dict[str, str]:
+    """Return {option: meaning}; "see `Other`" takes the meaning of that class, "the top of this file" becomes the file's name."""
+    file = f"`{config.__module__.removeprefix('secateur.').replace('.', '/')}.py`"
+    found = {}
+    for name, meaning in meanings(config).items():
+        other = re.fullmatch(r"see `(\w+)`\.", meaning)
+        if other:
+            meaning = meanings(getattr(importlib.import_module(config.__module__), other[1])).get(name, "")
+        found[name] = meaning.replace("the top of this file", file)
+    return found
 
 
 def key_table(keys: Iterable[Key], head: str) -> str:
