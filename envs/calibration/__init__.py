@@ -1,4 +1,4 @@
-"""Calibration: one pass over some images, from which refits, rounding, ranges and removal orders follow."""
+"""Calibration: one pass over some images. Refits, rounding, clipping ranges and removal orders are computed from it."""
 
 from secateur.envs.calibration.calibrate import LayerPlan, calibrate, plan_calibration
 from secateur.envs.calibration.core import Calibration, CalibrationConfig, LayerStatistics

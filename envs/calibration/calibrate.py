@@ -1,4 +1,4 @@
-"""The calibration pass: every layer's input is watched while the dense network runs once over the images."""
+"""The calibration pass: the inputs of all layers are recorded while the dense network runs once over the images."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from torch import Tensor, nn
 
 from secateur.cost_models.core import LayerShape
 from secateur.envs.calibration.core import CHANNEL, DIAGONAL, FULL, NONE, Calibration, CalibrationConfig, LayerStatistics
-from secateur.envs.calibration.patches import is_plain, num_positions, patches, sample_positions
+from secateur.envs.calibration.patches import Layer, is_plain, num_positions, patches, sample_positions
 from secateur.envs.core import InputError
 from secateur.envs.model_graph.plan import ModelGraph
 
 _FLOAT_BYTES = 4
 _STRIP = 128
-"""Rows of a matrix that are computed at once; see `_upper_moments`."""
+"""Number of rows of a matrix that are computed at once; see `_upper_moments`."""
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What the pass will keep of a layer's input.
+    """The statistics that the pass will keep of a layer's input.
 
     Attributes:
         kind: see `LayerStatistics.kind`.
-        nbytes: of the arrays.
-        matrix_bytes: of the next larger matrix, which was too large; 0 if there is none.
-        reason: why there are no moments at all; empty otherwise.
+        nbytes: memory of the arrays in bytes.
+        matrix_bytes: memory of the next larger matrix, which exceeds the limit; 0 if there is none.
+        reason: reason why there are no moments; empty if there are moments.
     """
 
     kind: str
@@ -38,18 +38,18 @@ class LayerPlan:
 
 
 def plan_calibration(model: nn.Module, graph: ModelGraph, config: CalibrationConfig) -> dict[str, LayerPlan]:
-    """Return what a calibration will keep, by layer; a layer that turns out not to run as a module will be missing."""
+    """Return the statistics that a calibration will keep, by layer; layers that do not run as modules will be missing."""
     modules = _modules(model, graph)
     return {layer.name: _planned(layer, modules[layer.name], config) for layer in graph.geometry.layers if layer.name in modules}
 
 
 def _modules(model: nn.Module, graph: ModelGraph) -> dict[str, nn.Module]:
-    """Return the layers that are modules; `named_modules` would leave out second names."""
+    """Return the layers that are modules. `named_modules` is not used because it lists each module under one name only."""
     modules = {}
     for layer in graph.geometry.layers:
         try:
             modules[layer.name] = model.get_submodule(layer.name)
-        except AttributeError:  # the weight of an operator that some other module calls
+        except AttributeError:  # the weight belongs to an operator that another module calls
             continue
     return modules
 
@@ -77,10 +77,10 @@ def calibrate(model: nn.Module, graph: ModelGraph, images: Tensor, config: Calib
     Args:
         model: the dense network, in eval mode.
         graph: its plan.
-        images: calibration images, (N, C, H, W) float32 normalised.
-        config: how much is kept.
+        images: calibration images, (N, C, H, W) float32 normalized.
+        config: how the statistics are collected.
     Raises:
-        InputError: if a layer saw NaN or infinite values.
+        InputError: if the input of a layer has NaN or infinite values.
     """
     batches = images[: config.max_images].split(config.batch_size)
     observers = _observers(model, graph, config, -(-config.samples // len(batches)))
@@ -108,15 +108,19 @@ def _observers(model: nn.Module, graph: ModelGraph, config: CalibrationConfig, s
 
 
 class _Observer:
-    """A forward pre-hook that adds up the moments of a layer's sampled inputs and follows their range.
+    """A forward pre-hook that accumulates the moments, the range and a sample of a layer's inputs.
 
     Args:
-        samples: input values to keep of every call.
+        kind: see `LayerStatistics.kind`.
+        layer: the layer.
+        config: how the statistics are collected.
+        rng: random generator for sampling positions and values.
+        samples: number of input values to keep of every call.
     """
 
     def __init__(self, kind: str, layer: nn.Module, config: CalibrationConfig, rng: np.random.Generator, samples: int) -> None:
         self.kind, self.config, self.rng, self.samples_per_call = kind, config, rng, samples
-        self.area = layer.weight[0, 0].numel() if kind != NONE else 1
+        self.area = layer.weight[0, 0].numel() if is_plain(layer) and kind != NONE else 1
         self.images = 1
         self.total: Tensor | None = None
         self.count = 0
@@ -126,20 +130,21 @@ class _Observer:
     def __call__(self, layer: nn.Module, inputs: tuple, keywords: dict[str, Tensor]) -> None:
         x = (inputs[0] if inputs else keywords["input"]).float()
         low, high = x.aminmax()
-        # numpy's minimum hands NaN on, Python's does not.
+        # numpy's minimum returns NaN if an operand is NaN; Python's does not.
         self.low, self.high = np.minimum(self.low, low.numpy()), np.maximum(self.high, high.numpy())
         self.samples.append(x.flatten()[torch.from_numpy(self.rng.integers(x.numel(), size=self.samples_per_call))])
         if self.kind != NONE:
+            assert is_plain(layer)
             rows = self._rows(layer, x)
             moments = _power_sums(rows) if self.kind == DIAGONAL else _upper_moments(rows)
             self.total = moments.double() if self.total is None else self.total.add_(moments)
             self.count += rows.shape[1]
 
-    def _rows(self, layer: nn.Module, x: Tensor) -> Tensor:
+    def _rows(self, layer: Layer, x: Tensor) -> Tensor:
         """Return sampled inputs, (conv_groups, rows, entries)."""
         most = self.config.positions
         if isinstance(layer, nn.Linear) and x.shape[0] % self.images == 0:
-            x = x.reshape(self.images, -1, layer.in_features)  # windows that were folded into the batch are tokens too
+            x = x.reshape(self.images, -1, layer.in_features)  # windows that are part of the batch axis are tokens too
         if self.kind == FULL or isinstance(layer, nn.Linear):
             picked = sample_positions(num_positions(layer, x), most, self.rng)
             return patches(layer, x, picked).flatten(0, 1).transpose(0, 1)
@@ -149,7 +154,11 @@ class _Observer:
         return rows.transpose(0, 1)
 
     def statistics(self, name: str) -> LayerStatistics:
-        """Return what was seen."""
+        """Return the statistics.
+
+        Raises:
+            InputError: if the input has NaN or infinite values.
+        """
         low, high = float(self.low), float(self.high)
         if not float("-inf") < low <= high < float("inf"):
             raise InputError(
@@ -163,7 +172,7 @@ class _Observer:
 
     def _means(self) -> np.ndarray:
         """Return `LayerStatistics.moments`."""
-        if self.kind == NONE:
+        if self.kind == NONE or self.total is None:
             return np.zeros(0, np.float32)
         means = (self.total / self.count).float()
         return (means if self.kind == DIAGONAL else means.triu() + means.triu(1).mT).numpy()
@@ -175,9 +184,9 @@ def _power_sums(rows: Tensor) -> Tensor:
 
 
 def _upper_moments(rows: Tensor) -> Tensor:
-    """Return the sum over rows of [x, 1] [x, 1]^T, (conv_groups, entries + 1, entries + 1) float32; its lower half is junk.
+    """Return the sum over rows of [x, 1] [x, 1]^T, (conv_groups, entries + 1, entries + 1) float32; only the upper half is valid.
 
-    The matrix is symmetric: strips of it that end at the diagonal take little more than half of the time.
+    The matrix is symmetric: strips that end at the diagonal take little more than half of the time.
     """
     groups, count, entries = rows.shape
     moments = rows.new_empty(groups, entries + 1, entries + 1)

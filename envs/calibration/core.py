@@ -1,4 +1,4 @@
-"""What one pass over the calibration images leaves: per layer, second moments and a sample of its inputs."""
+"""The result of a calibration pass: for each layer, second moments and a sample of its inputs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from secateur.cost_models.core import Count, Range, check_fields
 
 FULL, CHANNEL, DIAGONAL, NONE = "full", "channel", "diagonal", "none"
-"""How much is known about a layer's input; see `LayerStatistics.kind`."""
+"""Kinds of statistics; see `LayerStatistics.kind`."""
 
 
 @dataclass(frozen=True)
@@ -19,13 +19,13 @@ class CalibrationConfig:
     """How the statistics are collected.
 
     Attributes:
-        max_images: at most this many of the calibration images are used.
-        positions: output positions (of linear layers: tokens) sampled per image and layer.
-        max_matrix_bytes: a layer whose moments would take more falls back to those of its channels, and if these take
-            more as well, to mean and mean square.
-        samples: input values kept per layer, for the clipping points of activations.
+        max_images: largest number of calibration images.
+        positions: number of output positions (for linear layers: tokens) that are sampled per image and layer.
+        max_matrix_bytes: memory limit for the moments of a layer. If the full moments need more, the moments of the channels
+            are computed; if these need more too, the mean and the mean square.
+        samples: number of input values that are kept per layer, for the clipping points of activations.
         batch_size: images per forward pass.
-        seed: of the sampled positions.
+        seed: random seed for sampling positions and values.
     """
 
     max_images: Count = 1024
@@ -41,23 +41,24 @@ class CalibrationConfig:
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """What a convolution or linear layer reads. The arrays cannot be written to: torch wants a copy (`torch.tensor`).
+    """Statistics of the input of a convolution or linear layer. The arrays are read-only: torch needs a copy (`torch.tensor`).
 
-    u is what one output of one conv group reads at one position, in the order of `weight[0].flatten()`: n = input channels
-    per conv group x kernel area entries. The weight's input axis (axis 1) has `channels` = n / kernel area positions.
+    u denotes the inputs of one output of one conv group at one position, in the order of `weight[0].flatten()`. It has
+    n = input channels per conv group x kernel area entries. The weight's input axis (axis 1) has `channels` = n / kernel area
+    positions.
 
     Attributes:
-        kind: what `moments` holds, each a mean over images and sampled positions, float32:
-            "full": (conv_groups, n + 1, n + 1), of [u, 1] [u, 1]^T;
-            "channel": (conv_groups, channels + 1, channels + 1), of [x, 1] [x, 1]^T, x the channels at one pixel;
-            "diagonal": (conv_groups, 2, channels), of x and of x^2;
-            "none": (0,), for layers of other types (transposed convolutions, padding other than zeros, forward passes of
-            their own) and for weights that are used outside of their module.
+        kind: contents of `moments`; all are means over images and sampled positions, float32:
+            "full": (conv_groups, n + 1, n + 1), mean of [u, 1] [u, 1]^T;
+            "channel": (conv_groups, channels + 1, channels + 1), mean of [x, 1] [x, 1]^T, with the channels x at one pixel;
+            "diagonal": (conv_groups, 2, channels), means of x and of x^2;
+            "none": (0,), for layers of other types (transposed convolutions, padding other than zeros, custom forward
+            passes) and for weights that are used outside of their module.
         moments: see `kind`.
         low, high: smallest and largest value of the whole input.
         samples: (up to CalibrationConfig.samples,) float32, sorted: random values of the input.
         area: kernel area; 1 for linear layers.
-        count: rows behind the means.
+        count: number of rows in the means.
     """
 
     kind: str
@@ -70,7 +71,7 @@ class LayerStatistics:
 
     def __post_init__(self) -> None:
         for array in (self.moments, self.samples):
-            array.flags.writeable = False  # as in Ray's workers, which share them
+            array.flags.writeable = False  # Ray's workers share the arrays and cannot write to them
 
     @property
     def channels(self) -> int:
@@ -81,30 +82,30 @@ class LayerStatistics:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the arrays."""
+        """Memory of the arrays in bytes."""
         return self.moments.nbytes + self.samples.nbytes
 
     def mean(self) -> np.ndarray:
-        """Return the mean input, (conv_groups, n) float32; all positions of a kernel alike unless `kind` is "full".
+        """Return the mean input, (conv_groups, n) float32; unless `kind` is "full", it is equal at all positions of a kernel.
 
         Raises:
             ValueError: if `kind` is "none".
         """
         if self.kind == NONE:
-            raise ValueError("There are no moments of this layer.")
+            raise ValueError("This layer has no moments.")
         if self.kind == FULL:
             return self.moments[:, -1, :-1]
         means = self.moments[:, 0] if self.kind == DIAGONAL else self.moments[:, -1, :-1]
         return np.repeat(means, self.area, axis=1)
 
     def entries(self, kept_in: np.ndarray) -> np.ndarray:
-        """Return which rows of a "full" or "channel" matrix belong to positions of the input axis, without the constant."""
+        """Return the rows of a "full" or "channel" matrix for these positions of the input axis, without the constant."""
         if self.kind == CHANNEL:
             return np.asarray(kept_in)
         return (np.asarray(kept_in)[:, None] * self.area + np.arange(self.area)).ravel()
 
     def restricted(self, kept_in: np.ndarray, kept_conv_groups: np.ndarray | None = None) -> LayerStatistics:
-        """Return the statistics of the layer after slicing: the rows and columns that are left.
+        """Return the statistics of the layer after slicing: the kept rows and columns.
 
         Args:
             kept_in: kept positions on the weight's input axis, sorted.
@@ -121,12 +122,12 @@ class LayerStatistics:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Everything that is learned from the calibration images; immutable, shared by all candidates and workers.
+    """The statistics of all layers from the calibration images; immutable, shared by all candidates and workers.
 
     Attributes:
-        layers: statistics by layer name, for every convolution and linear layer that ran.
-        images: how many images were seen.
-        config: how.
+        layers: statistics by layer name, of every convolution and linear layer that was executed.
+        images: number of images.
+        config: configuration of the pass.
     """
 
     layers: Mapping[str, LayerStatistics]
@@ -135,9 +136,9 @@ class Calibration:
 
     @property
     def nbytes(self) -> int:
-        """Memory of all arrays."""
+        """Memory of all arrays in bytes."""
         return sum(layer.nbytes for layer in self.layers.values())
 
     def of_kind(self, kind: str) -> tuple[str, ...]:
-        """Return the names of the layers whose statistics are of this kind."""
+        """Return the names of the layers with statistics of this kind."""
         return tuple(name for name, layer in self.layers.items() if layer.kind == kind)

@@ -1,4 +1,4 @@
-"""Keeps calibrations on disk, as safetensors with a JSON header, so that the next start on the same network is quick."""
+"""Storage of calibrations on disk, as safetensors with a JSON header: they are computed once per network."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, astuple
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -23,7 +24,7 @@ from secateur.envs.model_graph.plan import ModelGraph
 logger = logging.getLogger(__name__)
 
 MAX_FOLDER_BYTES = 2_000_000_000
-"""Calibrations on disk take at most this much; those that were used longest ago go first."""
+"""Memory limit for the stored calibrations; the least recently used files are deleted first."""
 
 
 def cached_calibration(
@@ -34,14 +35,15 @@ def cached_calibration(
     folder: Path,
     status: Callable[[str], None] = logger.info,
 ) -> Calibration:
-    """Return `calibrate` of these arguments, read from `folder` if it was computed before, and kept there otherwise.
+    """Return the result of `calibrate`; it is read from `folder` if it is stored there, otherwise computed and stored.
 
-    A file that is damaged or belongs to something else is written anew. Without a folder that can be written, nothing is
-    kept, and a warning says so.
+    A file that is damaged or has another key is replaced. If the folder is not writable, nothing is stored and a warning is
+    logged.
 
     Args:
-        folder: made if it does not exist.
-        status: told what happens.
+        model, graph, images, config: arguments of `calibrate`.
+        folder: folder of the stored calibrations; it is created if it does not exist.
+        status: status callback.
     """
     key = _key(model, graph, images, config)
     path = folder / f"{key}.safetensors"
@@ -50,7 +52,7 @@ def cached_calibration(
             calibration = load_calibration(path, key)
             os.utime(path)
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            logger.warning("The calibration in %s is damaged and is computed anew: %s", path, error)
+            logger.warning("The calibration in %s is damaged and is computed again: %s", path, error)
         else:
             status(f"calibration read from {path}")
             return calibration
@@ -60,14 +62,15 @@ def cached_calibration(
         save_calibration(calibration, path, key)
         _shrink(folder, MAX_FOLDER_BYTES)
     except OSError as error:
-        logger.warning("The calibration cannot be kept in %s, so the next start computes it again: %s", folder, error)
+        logger.warning("The calibration cannot be stored in %s, so the next start computes it again: %s", folder, error)
     return calibration
 
 
 def save_calibration(calibration: Calibration, path: Path, key: str) -> None:
-    """Write a calibration; `key` says what it belongs to. Folders are made; the file appears complete or not at all."""
+    """Write a calibration with its key. Missing folders are created; the file is written completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    arrays, layers = {}, []
+    arrays: dict[str, np.ndarray] = {}
+    layers = []
     for index, (name, layer) in enumerate(calibration.layers.items()):
         arrays |= {f"{index}.moments": layer.moments, f"{index}.samples": layer.samples}
         values = {field: getattr(layer, field) for field in ("kind", "low", "high", "area", "count")}
@@ -87,13 +90,13 @@ def load_calibration(path: Path, key: str) -> Calibration:
     """Return the calibration in a file.
 
     Raises:
-        ValueError: if the file belongs to another key.
+        ValueError: if the file has another key.
         SafetensorError, OSError, ValueError, KeyError, TypeError: if it is damaged.
     """
     with safe_open(path, framework="numpy") as file:
         header = json.loads(file.metadata()["secateur"])
         if header["key"] != key:
-            raise ValueError(f"it belongs to {header['key']}")
+            raise ValueError(f"its key is {header['key']}")
         layers = {
             layer.pop("name"): LayerStatistics(
                 moments=file.get_tensor(f"{index}.moments"), samples=file.get_tensor(f"{index}.samples"), **layer
@@ -104,7 +107,7 @@ def load_calibration(path: Path, key: str) -> Calibration:
 
 
 def _key(model: nn.Module, graph: ModelGraph, images: Tensor, config: CalibrationConfig) -> str:
-    """Return a hash of all that a calibration depends on: code, architecture, weights, images, configuration."""
+    """Return a hash of everything that determines a calibration: code, architecture, weights, images, configuration."""
     digest = hashlib.blake2b(digest_size=16)
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
@@ -117,7 +120,7 @@ def _key(model: nn.Module, graph: ModelGraph, images: Tensor, config: Calibratio
 
 
 def _shrink(folder: Path, most: int) -> None:
-    """Delete the calibrations that were used longest ago until the others take at most so many bytes."""
+    """Delete the least recently used calibrations until the others need at most `most` bytes."""
     files = sorted(folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime, reverse=True)
     total = 0
     for file in files:

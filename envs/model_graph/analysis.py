@@ -1,4 +1,4 @@
-"""From a model to its frozen plan: trace it, let the channels flow, form the groups, and prove them by trying."""
+"""The analysis of a model: trace it, propagate the channel identities, form the groups, and verify them by trial runs."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from secateur.envs.pruning.slicing import share_tensors
 
 
 def analyze(model: nn.Module, example_inputs: tuple[Tensor, ...], exclude: Sequence[str] = (), verify: bool = True) -> ModelGraph:
-    """Return the network's structure: layers, coupled groups, what is frozen and why, shapes and memory.
+    """Return the network's structure: layers, coupled groups, frozen channels with the reasons, shapes and memory.
 
     Args:
-        model: any module; it is left untouched, whatever its mode.
-        example_inputs: what `model(*example_inputs)` takes; the first axis is the batch, only the first image is used.
-        exclude: shell patterns of layer names whose output channels must stay.
-        verify: remove one unit of every group from a copy, run the model's own forward pass, and freeze the groups for
-            which it fails or differs from the network with the same entries zeroed.
+        model: any module, in training or eval mode; it is not changed.
+        example_inputs: example inputs for `model(*example_inputs)`; the first axis is the batch, only the first image is used.
+        exclude: shell patterns of layer names; the output channels of these layers are never removed.
+        verify: whether one unit of every group is removed from a copy and the model's own forward pass is run; groups for
+            which it fails, or differs from the network with the same entries zeroed, are frozen.
     Raises:
         InputError: if the model cannot be copied, run or traced, or a pattern of `exclude` matches no layer.
     """

@@ -1,14 +1,14 @@
-"""Channel identities that flow through the exported graph, and the classes of channels that must go together.
+"""Coupled channels: channel identities are propagated through the exported graph.
 
 Every position on every axis of every parameter and buffer is one element of a union-find: the element of a
-convolution's weight, axis 0, position j *is* the identity of its output channel j. Each activation is shadowed by an
-integer tensor of its own shape that says which channel each of its entries belongs to. Operators that only move data
-are executed on the shadows; operators where channels meet merge the identities; a layer that reads channel x on its
-input i merges (weight, axis 1, i) with x. So a class of the union-find is a list of (tensor, axis, position): exactly
-what has to be cut together.
+convolution's weight, axis 0, position j *is* the identity of its output channel j. Each activation has a shadow: an integer
+tensor of the same shape that holds the channel of each of its entries. Operators that only move data are executed on the
+shadows; operators that combine channels merge the identities; a layer that reads channel x at its input i merges
+(weight, axis 1, i) with x. A class of the union-find is therefore a list of (tensor, axis, position): all positions that
+must be removed together.
 
-Negative entries are constants: they belong to no channel, and their width cannot change. Channels that meet one are
-frozen, and so is whatever enters an operator that mixes channels or that we do not know.
+Negative entries are constants: they belong to no channel, and their width cannot change. Channels that are combined with a
+constant are frozen. Channels that enter an operator that mixes channels, or an unknown operator, are frozen too.
 """
 
 from __future__ import annotations
@@ -24,21 +24,34 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from secateur.envs.model_graph.identities import Identities
-from secateur.envs.model_graph.trace import Trace, TracedLayer, arguments, op_name, run_with, shape_of
+from secateur.envs.model_graph.trace import (
+    Trace,
+    TracedLayer,
+    argument,
+    arguments,
+    is_pointwise,
+    op_name,
+    run_with,
+    schema_of,
+    shape_of,
+)
 
 Shadow = tuple[Tensor, ...]
-"""Identities of one value: one tensor; for a parameter one per axis, as only its use tells which one holds channels."""
+"""Identities of one value: one tensor. For a parameter one tensor per axis: only its use shows which axis holds channels."""
+
+Result = Tensor | Shadow | list[Tensor] | list[Shadow]
+"""The result of a rule: one shadow, or a list of them for operators with several results."""
 
 
 class ChannelFlow:
-    """The identities of a traced model after one walk through its graph.
+    """The identities of a traced model, from one walk through its graph.
 
     Attributes:
         identities: the union-find.
         shadows: node -> `Shadow`, or a list of them for operators with several results.
     """
 
-    def __init__(self, trace: Trace):
+    def __init__(self, trace: Trace) -> None:
         self.trace = trace
         self.identities = Identities(dict(trace.tensor_shapes))
         self.shadows: dict[Node, Shadow | list[Shadow]] = {}
@@ -68,13 +81,24 @@ class ChannelFlow:
         return (_filled(entry, value.shape if isinstance(value, Tensor) else ()),)
 
     def _shadow(self, node: Node) -> Shadow:
-        """Return the shadow of an operand; lifted constants and other things we never visited have no channels."""
+        """Return the shadow of an operand with one result.
+
+        Raises:
+            TypeError: if it has several results.
+        """
+        found = self._shadows(node)
+        if isinstance(found, list):
+            raise TypeError(f"{op_name(node)} has several results.")
+        return found
+
+    def _shadows(self, node: Node) -> Shadow | list[Shadow]:
+        """Return the shadows of a value; values that are never visited (lifted constants, for example) have no channels."""
         if node not in self.shadows:
             self.shadows[node] = self._constant(node, "a tensor that is neither a parameter nor a buffer")
         return self.shadows[node]
 
     def _single(self, node: Node) -> Tensor:
-        """Return the one shadow of an activation. A parameter with several axes stands for a constant here."""
+        """Return the one tensor of an activation's shadow. A parameter with several axes is taken as a constant."""
         shadow = self._shadow(node)
         if len(shadow) == 1:
             return shadow[0]
@@ -85,7 +109,7 @@ class ChannelFlow:
         return torch.from_numpy(self.identities.find(ids.numpy()))
 
     def _compact(self, ids: Tensor) -> Tensor:
-        """Return the representatives, with stride 0 along every axis on which they do not differ."""
+        """Return the representatives, with stride 0 along every axis on which they are equal."""
         shape, ids = ids.shape, self._roots(_narrow(ids))
         signs = torch.where(ids < 0, -1, ids)
         for axis in range(ids.dim()):
@@ -100,11 +124,11 @@ class ChannelFlow:
 
     def _freeze(self, nodes: Sequence[Node], reason: str) -> None:
         for node in nodes:
-            for ids in pytree.tree_leaves(self._shadow(node)):
+            for ids in pytree.tree_leaves(self._shadows(node)):
                 self.identities.freeze(_narrow(ids), reason)
 
     def _unify(self, ids: Tensor, axes: Sequence[int]) -> Tensor:
-        """Merge all entries along these axes, and return the shadow with size 1 there."""
+        """Merge all entries along these axes; return the shadow with size 1 on them."""
         for axis in axes:
             first = ids.narrow(axis, 0, 1)
             rest = _narrow(ids)
@@ -124,15 +148,15 @@ class ChannelFlow:
     def _visit(self, node: Node) -> Shadow | list[Shadow]:
         name = op_name(node)
         if name == "getitem":
-            found = self._shadow(node.args[0])
-            return found[node.args[1]] if isinstance(found, list) else (found[0],)
-        if getattr(node.target, "_schema", None) is None or node.meta.get("val") is None:
+            shadows = self._shadows(argument(node, 0))
+            return shadows[argument(node, 1)] if isinstance(shadows, list) else (shadows[0],)
+        if schema_of(node) is None or node.meta.get("val") is None:
             return self._unknown(node)
         if node in self.trace.layer_index:
-            rule: Callable = ChannelFlow._layer
+            rule: Rule = ChannelFlow._layer
         elif name in RULES:
             rule = RULES[name]
-        elif name in POINTWISE or torch.Tag.pointwise in node.target.tags:
+        elif is_pointwise(node):
             rule = ChannelFlow._pointwise
         elif _is_movement(node):
             rule = ChannelFlow._execute
@@ -141,20 +165,21 @@ class ChannelFlow:
         try:
             found = rule(self, node)
         except (RuntimeError, ValueError, IndexError, TypeError, KeyError):
-            # A corner of an operator that its rule does not foresee: as safe as an operator without a rule.
+            # The rule does not cover this use of the operator. It is handled like an operator without a rule, which is safe.
             return self._unknown(node)
         if isinstance(found, list):
-            return [(self._compact(ids),) for ids in found]
-        if isinstance(found, Tensor):
-            found = (found,)
-        return tuple(self._compact(ids) for ids in found)
+            return [self._compact_shadow(part) for part in found]
+        return self._compact_shadow(found)
+
+    def _compact_shadow(self, found: Tensor | Shadow) -> Shadow:
+        return tuple(self._compact(ids) for ids in ((found,) if isinstance(found, Tensor) else found))
 
     def _unknown(self, node: Node) -> Shadow | list[Shadow]:
         name = op_name(node)
         self._freeze(node.all_input_nodes, f"enters {name}, which mixes channels or is not known")
         return self._constant(node, f"the result of {name}")
 
-    def _creation(self, node: Node) -> Shadow:
+    def _creation(self, node: Node) -> Shadow | list[Shadow]:
         return self._constant(node, f"{op_name(node)} of constant width")
 
     def _layer(self, node: Node) -> Tensor:
@@ -165,15 +190,15 @@ class ChannelFlow:
         channels = self._unify(x, [d for d in range(x.dim()) if d != axis]).reshape(-1).numpy()
         outputs = self._layer_outputs(layer, channels)
         if given["bias"] is not None:
-            bias = self.shadows.get(given["bias"])
+            bias = self.shadows.get(given["bias"], ())
             if layer.bias is not None:
                 ids.merge(ids.of(layer.bias, 0), outputs)
-            elif bias is not None:
+            elif isinstance(bias, tuple) and bias:
                 outputs = self._meet([(torch.from_numpy(outputs),), bias], outputs.shape)[0].numpy()
         return _along(outputs, axis, shape_of(node))
 
     def _layer_outputs(self, layer: TracedLayer, channels: np.ndarray) -> np.ndarray:
-        """Merge the weight's input side with the channels that it reads, and return its output channels."""
+        """Merge the positions on the weight's input axis with the channels that it reads; return its output channels."""
         ids, shape = self.identities, layer.shape
         outputs, inputs = ids.of(layer.weight, layer.out_axis), ids.of(layer.weight, layer.in_axis)
         if layer.transposed and shape.conv_groups > 1:
@@ -185,22 +210,22 @@ class ChannelFlow:
             return outputs
         ids.merge(np.tile(inputs, shape.conv_groups), channels)
         parts = outputs.reshape(shape.conv_groups, -1)
-        # A convolution's groups stay, so they lose the same channels.
+        # The number of a convolution's groups does not change, so all groups lose the same channels.
         ids.merge(parts, np.broadcast_to(parts[0], parts.shape))
         return outputs
 
-    def _pointwise(self, node: Node) -> Shadow:
+    def _pointwise(self, node: Node) -> Shadow | list[Shadow]:
         operands = [self._shadow(x) for x in node.all_input_nodes]
         if not operands:
             return self._creation(node)
         return self._meet(operands, shape_of(node))
 
     def _meet(self, operands: Sequence[Shadow], shape: Sequence[int]) -> Shadow:
-        """Merge the identities of operands that are broadcast against each other, and return those of the result."""
+        """Merge the identities of operands that are broadcast against each other; return those of the result."""
         activations = [shadow[0] for shadow in operands if len(shadow) == 1]
         several = [shadow for shadow in operands if len(shadow) > 1]
         carrying = [ids for ids in activations if bool((_narrow(ids) >= 0).any())]
-        if len(several) == 1 and not carrying:  # a parameter by itself: its use is still to come
+        if len(several) == 1 and not carrying:  # one parameter alone: a later operator combines it with channels
             return tuple(ids.expand(shape) for ids in several[0])
         activations += [self._matching_axis(shadow, carrying) for shadow in several]
         aligned = [ids.reshape((1,) * (len(shape) - ids.dim()) + tuple(ids.shape)) for ids in activations]
@@ -208,9 +233,9 @@ class ChannelFlow:
         kept = []
         for i, ids in enumerate(aligned):
             broadcast = {d for d, size in enumerate(shape) if ids.size(d) == 1 and size > 1}
-            others = set().union(*(axes[j] for j in range(len(aligned)) if j != i))
+            others = {axis for j, found in enumerate(axes) if j != i for axis in found}
             if broadcast & others:
-                # One entry serves many channels: no channel of the result is its own.
+                # One entry is combined with many channels, so the result has no channel of its own for it.
                 self.identities.freeze(_narrow(ids), "is broadcast over other channels")
             else:
                 kept.append(ids.expand(shape))
@@ -221,7 +246,7 @@ class ChannelFlow:
     def _merge_entries(self, operands: Sequence[Tensor]) -> Tensor:
         """Merge shadows of equal shape entry by entry."""
         carrying = [ids for ids in operands if self._channel_axes(ids)]
-        # Where nothing but constants meet a single class, no width is at stake.
+        # If no operand has channels, no width depends on these entries.
         operands = carrying + [ids for ids in operands if not any(ids is c for c in carrying)]
         flat = [d for d in range(operands[0].dim()) if all(ids.stride(d) == 0 for ids in operands)]
         shape, small = operands[0].shape, list(operands)
@@ -237,13 +262,13 @@ class ChannelFlow:
         return torch.from_numpy(np.ascontiguousarray(result)).expand(shape)
 
     def _matching_axis(self, shadow: Shadow, carrying: Sequence[Tensor]) -> Tensor:
-        """Return the shadow of the parameter's axis that holds the channels it meets; a scalar if none does."""
+        """Return the shadow of the parameter's axis that is combined with channels; a scalar if there is none."""
         best, most = torch.tensor(self.identities.constant("a parameter without channels")), 1
         for ids in shadow:
             for axis, other in itertools.product(self._channel_axes(ids), carrying):
                 position = axis - ids.dim() + other.dim()  # shapes are aligned at the last axis
                 if position in self._channel_axes(other):
-                    count = len(self._roots(_fibre(other, position)).unique())
+                    count = len(self._roots(_along_axis(other, position)).unique())
                     if count > most:
                         best, most = ids, count
         return best
@@ -271,24 +296,24 @@ class ChannelFlow:
         return self._meet(operands, shape_of(node))
 
     def _prelu(self, node: Node) -> Shadow:
-        x, weight = node.args
+        x, weight = argument(node, 0), argument(node, 1)
         slopes = tuple(_as_axis(ids, 1, len(shape_of(node))) for ids in self._shadow(weight))
         return self._meet([self._shadow(x), slopes], shape_of(node))
 
     def _softmax(self, node: Node) -> Tensor:
-        x = self._single(node.args[0])
+        x = self._single(argument(node, 0))
         if arguments(node)["dim"] % x.dim() in self._channel_axes(x):
-            self._freeze([node.args[0]], f"{op_name(node)} runs over channels")
+            self._freeze([argument(node, 0)], f"{op_name(node)} runs over channels")
         return x
 
     def _reduce(self, node: Node) -> Tensor:
         given = arguments(node)
         x = self._single(given["self"])
-        axes = given.get("dim")
-        axes = range(x.dim()) if axes is None or axes == [] else [axes] if isinstance(axes, int) else axes
-        axes = sorted(axis % x.dim() for axis in axes)
+        dims = given.get("dim")
+        dims = range(x.dim()) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
+        axes = sorted(axis % x.dim() for axis in dims)
         if set(axes) & set(self._channel_axes(x)):
-            return self._unknown(node)[0]
+            raise ValueError(f"{op_name(node)} mixes channels.")
         for axis in axes:
             x = x.narrow(axis, 0, 1)
         if not given.get("keepdim"):
@@ -296,8 +321,8 @@ class ChannelFlow:
         return x.expand(shape_of(node))
 
     def _spatial(self, node: Node) -> Tensor | list[Tensor]:
-        """Pooling, resizing and reflecting: every output entry stays in the channel of the inputs around it."""
-        x = self._single(node.args[0])
+        """Pooling, resizing and reflection: every output entry belongs to the channel of the inputs around it."""
+        x = self._single(argument(node, 0))
         rank = next(int(c) for c in op_name(node) if c in "123")
         x = self._unify(x, range(x.dim() - rank, x.dim()))
         value = node.meta["val"]
@@ -314,7 +339,7 @@ class ChannelFlow:
             if axis not in channels:
                 x = x.narrow(axis, 0, 1).expand([*x.shape[:axis], x.size(axis) + before + after, *x.shape[axis + 1 :]])
             elif before < 0 or after < 0 or given.get("mode", "constant") != "constant":
-                return self._unknown(node)[0]
+                raise ValueError(f"{op_name(node)} cuts or fills the channel axis.")
             elif before or after:
                 sides = [_filled(entry, [*x.shape[:axis], width, *x.shape[axis + 1 :]]) for width in (before, after)]
                 x = _concatenate([sides[0], x, sides[1]], axis)
@@ -337,29 +362,29 @@ class ChannelFlow:
             ids = shadow[0] if len(shadow) == 1 else self._matching_axis(shadow, carrying)
             singles.append(ids.expand(shadow[0].shape))
         if any(set(self._channel_axes(ids)) - {axis} for ids in singles):
-            # Joined along another axis than the channels': the channels lie side by side and must stay as many.
+            # The axis is not the channels' axis: all operands must keep the same channels.
             self._merge_entries([self._unify(ids, [axis]) for ids in singles])
         return _concatenate(singles, axis)
 
     def _split(self, node: Node) -> list[Tensor]:
         given = arguments(node)
-        x = self._single(node.args[0])
+        x = self._single(argument(node, 0))
         axis = given["dim"] % x.dim()
         sizes = [value.shape[axis] for value in node.meta["val"]]
         if axis in self._channel_axes(x):
             if len(set(sizes)) == 1:
                 self._couple_parts(x, axis, len(sizes))
             else:
-                self._freeze([node.args[0]], f"{op_name(node)} cuts channels into parts of constant sizes")
+                self._freeze([argument(node, 0)], f"{op_name(node)} cuts channels into parts of constant sizes")
         return list(x.split(sizes, axis))
 
-    def _slice(self, node: Node) -> Shadow:
+    def _slice(self, node: Node) -> Shadow | list[Tensor]:
         given = arguments(node)
-        size = shape_of(node.args[0])
+        size = shape_of(argument(node, 0))
         axis = given["dim"] % len(size)
         start, end, _ = slice(given["start"], given["end"]).indices(size[axis])
         part = math.gcd(start, end, size[axis])
-        for ids in self._shadow(node.args[0]):
+        for ids in self._shadow(argument(node, 0)):
             if axis in self._channel_axes(ids) and (start, end, given["step"]) != (0, size[axis], 1):
                 if given["step"] == 1 and part > 1:
                     self._couple_parts(ids, axis, size[axis] // part)
@@ -369,20 +394,20 @@ class ChannelFlow:
 
     def _pick(self, node: Node) -> Shadow | list[Tensor]:
         given = arguments(node)
-        for ids in self._shadow(node.args[0]):
+        for ids in self._shadow(argument(node, 0)):
             axes = given.get("dim", given.get("dims", 0))
             axes = axes if isinstance(axes, (list, tuple)) else [axes]
             if {axis % ids.dim() for axis in axes} & set(self._channel_axes(ids)):
                 self.identities.freeze(_narrow(ids), f"{op_name(node)} picks channels at constant positions")
             elif op_name(node) in ("flip", "roll"):
-                return self._shadow(node.args[0])
+                return self._shadow(argument(node, 0))
         return self._execute(node)
 
     def _reshape(self, node: Node) -> Shadow:
-        """Execute a view; where it splits the channel axis, couple the parts index by index (channel shuffle)."""
+        """Execute a view; if it splits the channel axis, couple the parts index by index (channel shuffle)."""
         shape = shape_of(node)
         found = []
-        for ids in self._shadow(node.args[0]):
+        for ids in self._shadow(argument(node, 0)):
             out = self._compact(ids.reshape(shape))
             axes = self._channel_axes(out)
             if len(axes) > 1:
@@ -391,17 +416,17 @@ class ChannelFlow:
         return tuple(found)
 
     def _channel_shuffle(self, node: Node) -> Tensor:
-        x, parts = self._single(node.args[0]), node.args[1]
+        x, parts = self._single(argument(node, 0)), argument(node, 1)
         self._couple_parts(x, 1, parts)
         return x.unflatten(1, (parts, -1)).transpose(1, 2).flatten(1, 2)
 
     def _glu(self, node: Node) -> Shadow:
-        x = self._single(node.args[0])
+        x = self._single(argument(node, 0))
         axis = arguments(node)["dim"] % x.dim()
         return self._meet([(part,) for part in x.chunk(2, axis)], shape_of(node))
 
     def _execute(self, node: Node) -> Shadow | list[Tensor]:
-        """Run an operator that only moves data on the shadows."""
+        """Execute an operator that only moves data on the shadows."""
         first, *rest = node.all_input_nodes
         others = {x: self._shadow(x)[0] for x in rest}
         results = [run_with(node, {first: ids, **others}) for ids in self._shadow(first)]
@@ -413,7 +438,7 @@ def _filled(entry: int, shape: Sequence[int]) -> Tensor:
 
 
 def _along(ids: np.ndarray, axis: int, shape: Sequence[int]) -> Tensor:
-    """Return a shadow of this shape whose entries differ along one axis only."""
+    """Return a shadow of this shape whose entries differ only along one axis."""
     view = [1] * len(shape)
     view[axis] = -1
     return torch.from_numpy(np.ascontiguousarray(ids)).view(view).expand(tuple(shape))
@@ -431,7 +456,7 @@ def _narrow(ids: Tensor) -> Tensor:
     return ids
 
 
-def _fibre(ids: Tensor, axis: int) -> Tensor:
+def _along_axis(ids: Tensor, axis: int) -> Tensor:
     for other in range(ids.dim()):
         if other != axis:
             ids = ids.narrow(other, 0, 1)
@@ -439,7 +464,7 @@ def _fibre(ids: Tensor, axis: int) -> Tensor:
 
 
 def _concatenate(shadows: Sequence[Tensor], axis: int) -> Tensor:
-    """Return `torch.cat` of shadows, without spelling out the axes along which none of them differs."""
+    """Return `torch.cat` of shadows; axes along which all of them are constant keep stride 0."""
     shape = list(shadows[0].shape)
     shape[axis] = sum(ids.size(axis) for ids in shadows)
     for d in range(len(shape)):
@@ -449,27 +474,23 @@ def _concatenate(shadows: Sequence[Tensor], axis: int) -> Tensor:
 
 
 def _is_movement(node: Node) -> bool:
-    """Return whether the operator only rearranges its input: a view, by its schema, or one of the known copies."""
-    returns = node.target._schema.returns
-    if op_name(node) == "as_strided":  # its strides are those of the activation, not of the shadow
+    """Return whether the operator only rearranges its input: a view, according to its schema, or one of `_MOVEMENTS`."""
+    returns = schema_of(node).returns
+    if op_name(node) == "as_strided":  # its strides refer to the activation, not to the shadow
         return False
     aliases = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
     return aliases or op_name(node) in _MOVEMENTS
 
 
+Rule = Callable[[ChannelFlow, Node], Result]
+
 _MOVEMENTS = ("repeat", "tile", "repeat_interleave", "pixel_shuffle", "pixel_unshuffle", "lift_fresh_copy")
-# Pointwise operators that PyTorch does not tag as such, and copies of a tensor's shape.
-POINTWISE = frozenset(
-    "hardswish log_sigmoid rsub dropout feature_dropout alpha_dropout native_dropout to _to_copy type_as clone "
-    "contiguous alias detach zeros_like ones_like full_like empty_like rand_like randn_like fill zero bernoulli "
-    "float_power".split()
-)
 _CREATIONS = "zeros ones full empty arange linspace eye rand randn scalar_tensor new_zeros new_ones new_full new_empty"
 _REDUCTIONS = "mean sum amax amin prod var std logsumexp linalg_vector_norm"
 _POOLINGS = "max_pool avg_pool adaptive_max_pool adaptive_avg_pool reflection_pad replication_pad upsample_nearest"
 _UPSAMPLINGS = "_upsample_nearest_exact2d upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d"
 
-RULES: dict[str, Callable] = {
+RULES: dict[str, Rule] = {
     "batch_norm": ChannelFlow._batch_norm,
     "instance_norm": ChannelFlow._batch_norm,
     "group_norm": ChannelFlow._group_norm,
@@ -493,4 +514,4 @@ RULES: dict[str, Callable] = {
     **dict.fromkeys([f"{name}{rank}d" for name in _POOLINGS.split() for rank in (1, 2, 3)], ChannelFlow._spatial),
     **dict.fromkeys(_UPSAMPLINGS.split(), ChannelFlow._spatial),
 }
-"""Operators with a rule of their own, by plain name; all others are pointwise, moves, or unknown."""
+"""Operators with their own rule, by plain name; all others are pointwise, movements of data, or unknown."""

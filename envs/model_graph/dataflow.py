@@ -1,6 +1,6 @@
-"""What a network does to its channels, operator by operator, as plain records that outlive the trace.
+"""The effect of each operator on the channels, as plain records that do not refer to the trace.
 
-A recovery without images reads from them how the statistics in the batch norms reach the layers behind.
+Recoveries without images compute from them the statistics of each layer's inputs, starting at the batch norms.
 """
 
 from __future__ import annotations
@@ -8,13 +8,12 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from secateur.envs.model_graph.channel_flow import POINTWISE
 from secateur.envs.model_graph.plan import Operation
-from secateur.envs.model_graph.trace import Trace, arguments, op_name, shape_of
+from secateur.envs.model_graph.trace import Trace, argument, arguments, is_pointwise, op_name, schema_of, shape_of
 
 _PASSED_THROUGH = ("dropout", "feature_dropout", "clone", "contiguous", "detach", "alias", "max_pool2d", "avg_pool2d",
                    "adaptive_avg_pool2d", "adaptive_max_pool2d", "upsample_nearest2d", "upsample_bilinear2d")  # fmt: skip
-"""Operators after which a channel is about as large as before, and goes with the same others."""
+"""Operators that change the values of a channel little and keep the correlations between channels."""
 
 
 def dataflow(trace: Trace) -> tuple[Operation, ...]:
@@ -32,19 +31,19 @@ def dataflow(trace: Trace) -> tuple[Operation, ...]:
 
 
 def _operation(trace: Trace, node: Node, index: dict[Node, int]) -> Operation | int | None:
-    """Return a node's record, the index of an earlier one that stands for it, or None if it is beyond us."""
-    if getattr(node.target, "_schema", None) is None or not isinstance(node.meta.get("val"), torch.Tensor):
+    """Return a node's record, the index of an earlier record with the same statistics, or None if the operator is unknown."""
+    if schema_of(node) is None or not isinstance(node.meta.get("val"), torch.Tensor):
         return None
     if node in trace.layer_index:
         return _layer(trace, node, index)
     if node in trace.batch_norms:
-        return Operation("batch_norm", (index.get(node.args[0], -1),), trace.batch_norms[node])
+        return Operation("batch_norm", (index.get(argument(node, 0), -1),), trace.batch_norms[node])
     operands, name = node.all_input_nodes, op_name(node)
     if not operands or not all(_known(x, index) for x in operands):
         return None
     inputs = tuple(index[x] for x in operands)
     if name == "cat":
-        return Operation("cat", tuple(index[x] for x in node.args[0])) if _axis(node, "dim", 1) else None
+        return Operation("cat", tuple(index[x] for x in argument(node, 0))) if _axis(node, "dim", 1) else None
     if len(operands) == 1:
         return _of_one(node, name, operands[0], inputs[0])
     return _of_two(node, name, inputs)
@@ -56,7 +55,7 @@ def _known(node: object, index: dict[Node, int]) -> bool:
 
 def _layer(trace: Trace, node: Node, index: dict[Node, int]) -> Operation | None:
     layer = trace.layers[trace.layer_index[node]]
-    if not layer.shape.quantizable or len(layer.nodes) > 1:  # not a module of its own, or called in several places
+    if not layer.shape.quantizable or len(layer.nodes) > 1:  # no module of its own, or called several times
         return None
     x = arguments(node)["input"]
     if layer.shape.kind == "linear" and len(shape_of(x)) != 2:
@@ -64,15 +63,15 @@ def _layer(trace: Trace, node: Node, index: dict[Node, int]) -> Operation | None
     return Operation("layer", (index.get(x, -1),), layer.shape.name)
 
 
-def _axis(node: Node, argument: str, axis: int) -> bool:
-    return arguments(node)[argument] % len(shape_of(node)) == axis
+def _axis(node: Node, name: str, axis: int) -> bool:
+    return arguments(node)[name] % len(shape_of(node)) == axis
 
 
 def _of_one(node: Node, name: str, operand: Node, source: int) -> Operation | int | None:
     """Return the record of an operator with one operand."""
     before, after = shape_of(operand), shape_of(node)
     same_channels = len(after) >= 2 and after[:2] == before[:2]
-    if torch.Tag.pointwise in node.target.tags or name in POINTWISE:
+    if is_pointwise(node):
         (_, first), *given = arguments(node).items()
         plain = all(value is None or isinstance(value, (bool, int, float, str)) for _, value in given)
         return Operation("function", (source,), str(node.target), tuple(given)) if plain and first is operand else None
@@ -101,7 +100,7 @@ def _pad(node: Node, source: int, rank: int) -> Operation | int | None:
 
 
 def _of_two(node: Node, name: str, inputs: tuple[int, ...]) -> Operation | None:
-    """Return the record of a sum, or of a product such as that with the gate of a squeeze-and-excite block."""
+    """Return the record of a sum or a product (for example with the gate of a squeeze-and-excite block)."""
     if len(inputs) != 2 or any(shape_of(x)[:2] != shape_of(node)[:2] for x in node.all_input_nodes):
         return None
     if name == "add" and arguments(node)["alpha"] == 1:

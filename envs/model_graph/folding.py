@@ -1,8 +1,8 @@
-"""Batch norms folded into the layers before them, for evaluation."""
+"""Folding of batch norms into the layers before them, for evaluation."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 def fold_batch_norms(model: nn.Module, graph: ModelGraph) -> None:
     """Fold each batch norm of `graph.batch_norms` into its layer, in place; the batch norm becomes `nn.Identity`.
 
-    The layer gets new weight and bias tensors, so a model that shares the old ones stays as it is. In eval mode the
-    output is that of the model before; batch norms that are folded already are passed over.
+    The layer gets new weight and bias tensors, so a model that shares the old ones is not changed. In eval mode the output
+    is the same as before. Batch norms that have already been folded are skipped.
     """
     for layer_name, norm_name in graph.batch_norms:
-        layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
+        layer: Any = model.get_submodule(layer_name)
+        norm: Any = model.get_submodule(norm_name)
         if isinstance(norm, nn.Identity):
             continue
         weight, bias = fuse_conv_bn_weights(

@@ -13,18 +13,28 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from secateur.cost_models.core import NetworkGeometry
-from secateur.envs.model_graph.channel_flow import POINTWISE, ChannelFlow
+from secateur.envs.model_graph.channel_flow import ChannelFlow
 from secateur.envs.model_graph.plan import ChannelGroup
-from secateur.envs.model_graph.trace import Trace, arguments, op_name, run_with, shape_of
+from secateur.envs.model_graph.trace import (
+    Trace,
+    TracedLayer,
+    argument,
+    arguments,
+    is_pointwise,
+    op_name,
+    run_with,
+    schema_of,
+    shape_of,
+)
 
 
 def network_geometry(trace: Trace, flow: ChannelFlow, groups: Sequence[ChannelGroup], group_of: np.ndarray) -> NetworkGeometry:
-    """Return how the widths of the groups fix every shape of the network.
+    """Return the geometry of the network: every shape as a function of the widths of the groups.
 
     Args:
         trace, flow: the graph and the identities of its channels.
         groups: the prunable groups.
-        group_of: (elements,) index of the group that each element of the union-find belongs to, -1 for none.
+        group_of: (elements,) index of each union-find element's group; -1: no group.
     """
     multiplicity = {(s.tensor, s.axis, g): s.positions.shape[1] for g, group in enumerate(groups) for s in group.slices}
     layers, counts = trace.layers, range(len(groups))
@@ -74,7 +84,7 @@ def network_geometry(trace: Trace, flow: ChannelFlow, groups: Sequence[ChannelGr
 
 
 def _product_macs(node: Node) -> float:
-    """Return the multiply-accumulates of a product of two activations (or with a computed weight); 0 for the rest."""
+    """Return the multiply-accumulates of a product of activations or with a computed weight; 0 for other operators."""
     name = op_name(node)
     if name not in _PRODUCTS:
         return 0
@@ -85,51 +95,54 @@ def _product_macs(node: Node) -> float:
     if name == "einsum":
         return _einsum_macs(node)
     if name in ("linear", "addmm", "baddbmm"):
-        inner = shapes[0][-1] if name == "linear" else shape_of(arguments(node)[_PRODUCTS[name]])[-1]
+        factor = _PRODUCTS[name]
+        inner = shapes[0][-1] if factor is None else shape_of(arguments(node)[factor])[-1]
         return math.prod(shape_of(node)) * inner
     if name.startswith("conv"):
         weight = shape_of(arguments(node)["weight"])
         return math.prod(shape_of(node)) * math.prod(weight[1:])
-    # A square sends the same node twice, and `all_input_nodes` lists it once.
+    # If both factors are the same node, `all_input_nodes` lists it once.
     return math.prod(shape_of(node)) * shapes[0][-1]
 
 
 def _einsum_macs(node: Node) -> float:
-    equation, operands = node.args[0].replace(" ", "").split("->")[0], node.args[1]
+    equation, operands = argument(node, 0).replace(" ", "").split("->")[0], argument(node, 1)
     sizes: dict[str | int, int] = {}
     for letters, operand in zip(equation.split(","), operands, strict=True):
         shape = shape_of(operand)
         before, dots, after = letters.partition("...")
         sizes.update(zip(before, shape, strict=False))
         sizes.update(zip(reversed(after), reversed(shape), strict=False))
-        # The axes behind the dots are named by their place from the right; where one is broadcast, the other counts.
+        # The axes of the dots are numbered from the right; if one operand is broadcast, the size of the other counts.
         hidden = shape[len(before) : len(shape) - len(after)] if dots else ()
         for place, size in enumerate(reversed(hidden)):
             sizes[place] = max(size, sizes.get(place, 1))
     return math.prod(sizes.values()) if len(operands) > 1 else 0
 
 
-# Products and, where it is not the first operand, the argument whose last axis is summed over.
-_PRODUCTS = {
+_PRODUCTS: dict[str, str | None] = {
     **dict.fromkeys(("matmul", "mm", "bmm", "mv", "einsum", "scaled_dot_product_attention", "linear")),
     **dict.fromkeys(f"conv{rank}d" for rank in (1, 2, 3)),
     "addmm": "mat1",
     "baddbmm": "batch1",
 }
-# Elementwise, but what they make lies beside their input (in another layout or type).
+"""Products, and the argument whose last axis is summed over; None: the first operand."""
+
 _COPIES = ("clone", "contiguous", "to", "_to_copy", "type_as", "zeros_like", "ones_like", "full_like", "empty_like")
+"""Elementwise operators whose result is new memory, in another layout or type."""
 
 
 @dataclass
 class _Buffer:
-    """One piece of memory that activations occupy, one after the other when operators work in place.
+    """A piece of memory for activations; operators that work in place reuse it.
 
     Attributes:
-        node: the node that first fills it; `part` is the index of the result for operators with several.
-        elements: how many numbers it holds.
+        node: the node that fills it first.
+        part: index of the result, for operators with several results.
+        elements: number of elements.
         birth, death: first and last step that needs it.
-        contents: per content, the layers that read it (-1 for other operators); working in place starts a new content.
-        holders: the nodes whose values lie in it.
+        contents: for each value that is stored in it, in order, the layers that read the value (-1 for other operators).
+        holders: nodes whose values are stored in it.
         fixed: whether it may not be overwritten (the model's inputs).
     """
 
@@ -142,8 +155,8 @@ class _Buffer:
     holders: list[Node] = field(default_factory=list)
     fixed: bool = False
 
-    def quantized_readers(self, layers) -> tuple[int, ...]:
-        """Return the quantizable layers that read it, or () if anything else does."""
+    def quantized_readers(self, layers: Sequence[TracedLayer]) -> tuple[int, ...]:
+        """Return the quantizable layers that read the buffer; () if other operators read it too."""
         *earlier, last = self.contents
         if any(earlier) or -1 in last or not all(layers[reader].shape.quantizable for reader in last):
             return ()
@@ -151,13 +164,13 @@ class _Buffer:
 
 
 class _Memory:
-    """Walks through the graph once and notes which activations occupy which buffers, and when.
+    """The buffers of a network's activations and the steps at which they are needed, from one walk through the graph.
 
-    Views share their input's buffer. A pointwise operator or a batch norm works in place on an operand that nothing
-    needs afterwards. Workspace inside operators (im2col, attention scores of a fused kernel) is not counted.
+    Views share their input's buffer. A pointwise operator or a batch norm works in place on an operand that is not needed
+    afterwards. Workspace inside operators (im2col, attention scores of a fused kernel) is not counted.
     """
 
-    def __init__(self, trace: Trace):
+    def __init__(self, trace: Trace) -> None:
         self.trace = trace
         self.buffers: list[_Buffer] = []
         self.step_layer: list[int] = []
@@ -172,7 +185,7 @@ class _Memory:
                 self._read(index, -1, len(self.step_layer) - 1)
 
     def live_table(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return (live, step_layer), leaving out steps of other operators that repeat the step before."""
+        """Return (live, step_layer) without the steps of other operators whose live buffers equal those of the step before."""
         steps = np.arange(len(self.step_layer))[:, None]
         live = (steps >= [b.birth for b in self.buffers]) & (steps <= [b.death for b in self.buffers])
         layers = np.array(self.step_layer, dtype=np.int64)
@@ -185,7 +198,7 @@ class _Memory:
         if op_name(node) == "getitem":
             held = self._held.get(inputs[0], [])
             several = len(held) > 1
-            self._hold(node, [held[node.args[1]]] if several else held)
+            self._hold(node, [held[argument(node, 1)]] if several else held)
             return
         if self._is_alias(node):
             self._hold(node, self._held.get(inputs[0], []))
@@ -220,8 +233,8 @@ class _Memory:
         self._hold(node, list(range(first, len(self.buffers))))
 
     def _is_alias(self, node: Node) -> bool:
-        """Return whether the result is a view of the first operand (or dropout, which does nothing in eval mode)."""
-        schema = getattr(node.target, "_schema", None)
+        """Return whether the result is a view of the first operand, or dropout, which has no effect in eval mode."""
+        schema = schema_of(node)
         if schema is None:
             return False
         if "dropout" in schema.name:
@@ -231,11 +244,11 @@ class _Memory:
         return _shares_memory(node)
 
     def _in_place_target(self, node: Node) -> int | None:
-        schema = getattr(node.target, "_schema", None)
+        schema = schema_of(node)
         if schema is None or len(pytree.tree_leaves(node.meta.get("val"))) != 1:
             return None
         writes = any(r.alias_info is not None and r.alias_info.is_write for r in schema.returns)
-        elementwise = op_name(node) in (*POINTWISE, "batch_norm") or torch.Tag.pointwise in node.target.tags
+        elementwise = op_name(node) == "batch_norm" or is_pointwise(node)
         if not (writes or (elementwise and op_name(node) not in _COPIES)):
             return None
         for operand in node.all_input_nodes:
@@ -247,7 +260,7 @@ class _Memory:
         return None
 
     def _is_free(self, index: int, node: Node) -> bool:
-        """Return whether a buffer fits the node's result and is not needed after it."""
+        """Return whether a buffer has the size and type of the node's result and is not needed afterwards."""
         buffer = self.buffers[index]
         same_type = pytree.tree_leaves(buffer.node.meta["val"])[buffer.part].dtype == node.meta["val"].dtype
         if buffer.fixed or not same_type or buffer.elements != math.prod(shape_of(node)):
@@ -256,7 +269,7 @@ class _Memory:
 
 
 def _shares_memory(node: Node) -> bool:
-    """Run a view on an empty stand-in with the real strides and see whether it had to copy."""
+    """Return whether a view shares its operand's memory, from a run on an empty tensor with the same strides."""
     source = node.all_input_nodes[0].meta["val"]
     if not isinstance(source, Tensor):
         return True
@@ -270,7 +283,7 @@ def _shares_memory(node: Node) -> bool:
 
 
 def _elements(flow: ChannelFlow, buffer: _Buffer, group_of: np.ndarray, groups: int) -> np.ndarray:
-    """Return how many elements of a buffer belong to each group, (groups,)."""
+    """Return the number of elements of a buffer that belong to each group, (groups,)."""
     found = flow.shadows[buffer.node]
     ids = (found[buffer.part] if isinstance(found, list) else found)[0]
     for axis in range(ids.dim()):

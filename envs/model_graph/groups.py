@@ -1,4 +1,4 @@
-"""The prunable groups of a model: classes of channels with the same places in the tensors, and why the others stay."""
+"""The prunable groups of a model, and the reasons why other channels cannot be removed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from secateur.envs.model_graph.channel_flow import ChannelFlow
 from secateur.envs.model_graph.dataflow import dataflow
 from secateur.envs.model_graph.geometry import network_geometry
 from secateur.envs.model_graph.plan import ChannelGroup, FrozenChannels, ModelGraph, TensorSlice
-from secateur.envs.model_graph.trace import Trace
+from secateur.envs.model_graph.trace import Trace, argument
 
 
 def exclude_layers(trace: Trace, flow: ChannelFlow, patterns: Sequence[str]) -> None:
@@ -32,10 +32,10 @@ def exclude_layers(trace: Trace, flow: ChannelFlow, patterns: Sequence[str]) -> 
 
 
 def build_graph(trace: Trace, flow: ChannelFlow) -> ModelGraph:
-    """Return the frozen plan; `seconds` is 0."""
+    """Return the model's structure; `seconds` is 0."""
     roots = flow.identities.find(np.arange(flow.identities.starts[-1]))
     reasons = flow.identities.reasons()
-    groups = []
+    groups: list[ChannelGroup] = []
     for members in _groups(trace, flow, roots, set(reasons)):
         if len(members) > 1:
             groups.append(_channel_group(trace, flow, members, [group.producers[0] for group in groups]))
@@ -60,32 +60,34 @@ def group_elements(flow: ChannelFlow, group: ChannelGroup) -> np.ndarray:
 
 
 def _groups(trace: Trace, flow: ChannelFlow, roots: np.ndarray, frozen: set[int]) -> list[np.ndarray]:
-    """Return the elements of each group, (units, elements per unit), by first producer; units by position.
+    """Return the elements of each group, (units, elements per unit).
 
-    Classes that occupy as many positions on the same axes are units of one group.
+    Classes with equally many positions on the same axes are the units of one group. Groups are ordered by first producer,
+    units by position.
     """
-    produced: dict[int, int] = {}  # class -> rank of the first output channel that belongs to it
+    produced: dict[int, int] = {}  # class -> index of its first output channel, among the output channels of all layers
     outputs = [roots[flow.identities.of(layer.weight, layer.out_axis)] for layer in trace.layers]
-    for rank, root in enumerate(np.concatenate([*outputs, np.empty(0, int)]).tolist()):
-        produced.setdefault(root, rank)
+    for index, root in enumerate(np.concatenate([*outputs, np.empty(0, int)]).tolist()):
+        produced.setdefault(root, index)
     elements = np.flatnonzero(np.isin(roots, [root for root in produced if root not in frozen]))
     elements = elements[np.argsort(roots[elements], kind="stable")]
     keys = np.searchsorted(flow.identities.starts, elements, side="right") - 1
     bounds = [0, *(np.flatnonzero(np.diff(roots[elements])) + 1), len(elements)]
-    alike: dict[bytes, list[np.ndarray]] = {}
+    same_axes: dict[bytes, list[np.ndarray]] = {}
     for start, end in zip(bounds[:-1], bounds[1:], strict=True):
         if end > start:
-            alike.setdefault(keys[start:end].tobytes(), []).append(elements[start:end])
+            same_axes.setdefault(keys[start:end].tobytes(), []).append(elements[start:end])
 
-    def rank(unit: np.ndarray) -> int:
+    def first_output(unit: np.ndarray) -> int:
         return produced[roots[unit[0]]]
 
-    groups = [np.stack(sorted(units, key=rank)) for units in alike.values()]
-    return sorted(groups, key=lambda members: rank(members[0]))
+    ordered = [sorted(units, key=first_output) for units in same_axes.values()]
+    groups = [np.stack(units) for units in ordered]
+    return sorted(groups, key=lambda members: first_output(members[0]))
 
 
 def _channel_group(trace: Trace, flow: ChannelFlow, members: np.ndarray, taken: list[str]) -> ChannelGroup:
-    """Return the group of these elements, (units, elements per unit); `taken` lists the first producers before it."""
+    """Return the group of these elements, (units, elements per unit); `taken` lists the first producers of earlier groups."""
     keys = np.searchsorted(flow.identities.starts, members[0], side="right") - 1
     slices = []
     for key in np.unique(keys):
@@ -109,14 +111,14 @@ def _frozen(trace: Trace, flow: ChannelFlow, roots: np.ndarray, reasons: dict[in
 
 
 def _foldable(trace: Trace) -> tuple[tuple[str, str], ...]:
-    """Return (layer, batch norm) for each quantizable layer, called once, whose only reader is the batch norm."""
+    """Return (layer, batch norm) for each quantizable layer that is called once and whose only reader is a batch norm."""
     pairs = []
     for layer in trace.layers:
         node = layer.nodes[0]
         readers = list(node.users)
         if len(layer.nodes) == 1 and layer.shape.quantizable and len(readers) == 1:
             name = trace.batch_norms.get(readers[0])
-            # Without running statistics there is nothing to fold; the channels must be the axis it normalizes.
-            if name is not None and readers[0].args[3] is not None and node.meta["val"].dim() in (2, 4):
+            # Without running statistics nothing can be folded; the batch norm must normalize the axis of the channels.
+            if name is not None and argument(readers[0], 3) is not None and node.meta["val"].dim() in (2, 4):
                 pairs.append((layer.shape.name, name))
     return tuple(pairs)

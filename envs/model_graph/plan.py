@@ -1,4 +1,4 @@
-"""The frozen plan of a network: which channels must go together, where they sit in the tensors, and what cannot go."""
+"""The structure of a network: coupled channels, their positions in the tensors, and channels that cannot be removed."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from secateur.cost_models.core import NetworkGeometry
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """Where the units of a group sit in one parameter or buffer.
+    """The positions of a group's units in one parameter or buffer.
 
     Attributes:
         tensor: name as in `state_dict()`, e.g. "layer1.0.conv1.weight".
-        axis: the axis that the units live on.
-        positions: (units, multiplicity) integer; row u lists what unit u occupies on that axis.
+        axis: axis of the tensor.
+        positions: (units, multiplicity) integer; row u lists the positions of unit u on that axis.
     """
 
     tensor: str
@@ -27,14 +27,15 @@ class TensorSlice:
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Channels that can only be removed together, unit by unit, across all their tensors.
+    """Coupled channels: each unit can only be removed from all of its tensors together.
 
     Attributes:
-        name: the first layer that produces them (execution order), with "#2" and so on when that layer has several groups.
-        units: how many units the dense group has.
-        slices: every place the units occupy.
-        producers: names of the conv/linear layers whose outputs belong to the group, execution order.
-        consumers: names of the conv/linear layers that read them.
+        name: name of the first layer, in execution order, that produces the channels; with "#2" and so on if that layer has
+            several groups.
+        units: number of units of the dense group.
+        slices: all positions of the units.
+        producers: names of the conv/linear layers whose outputs belong to the group, in execution order.
+        consumers: names of the conv/linear layers that read the group's channels.
     """
 
     name: str
@@ -46,7 +47,7 @@ class ChannelGroup:
 
 @dataclass(frozen=True)
 class FrozenChannels:
-    """Output channels of a layer that are never removed, and why."""
+    """Output channels of a layer that are never removed, and the reason."""
 
     layer: str
     channels: int
@@ -55,15 +56,15 @@ class FrozenChannels:
 
 @dataclass(frozen=True)
 class Operation:
-    """What one operator does to the channels of its inputs. Spatial size, where there is one, is left out of it.
+    """The effect of one operator on the channels of its inputs; spatial sizes are not recorded.
 
     Attributes:
-        kind: "layer": a convolution or linear layer; "batch_norm"; "function": entry by entry; "add"; "mul";
-            "cat": along the channels; "pad": with `before` and `after` channels of zeros; "flatten": every channel
-            becomes `height` x `width` of them.
-        inputs: indices of earlier operations; -1: something unknown, which only layers and batch norms may read.
-        name: of the layer, the batch norm, or the function ("aten.relu.default").
-        arguments: (name, value) pairs; of a function all but its input.
+        kind: "layer": a convolution or linear layer; "batch_norm"; "function": an elementwise function; "add"; "mul";
+            "cat": concatenation along the channels; "pad": padding with `before` and `after` channels of zeros; "flatten":
+            every channel becomes `height` x `width` channels.
+        inputs: indices of earlier operations; -1: an unknown value, which only layers and batch norms may read.
+        name: name of the layer, the batch norm, or the function ("aten.relu.default").
+        arguments: (name, value) pairs; for a function, all arguments except its input.
     """
 
     kind: str
@@ -74,15 +75,15 @@ class Operation:
 
 @dataclass(frozen=True)
 class ModelGraph:
-    """Everything the search needs to know about a network's structure; no tensors, picklable.
+    """The structure of a network as the search needs it; it has no tensors and can be pickled.
 
     Attributes:
         geometry: layers, widths, memory (see `NetworkGeometry`); `geometry.group_names[i] == groups[i].name`.
-        groups: prunable groups, by first producer in execution order.
-        frozen: what is excluded, by layer.
-        batch_norms: (layer name, batch-norm name) where the batch norm is the layer's only reader: they can be folded.
-        seconds: how long the analysis took.
-        operations: what happens to the channels, in execution order; operators that mix or hide them are left out.
+        groups: prunable groups, ordered by first producer in execution order.
+        frozen: channels that are never removed, by layer.
+        batch_norms: (layer name, batch-norm name) of each batch norm that is the only reader of its layer: they can be folded.
+        seconds: duration of the analysis.
+        operations: operators in execution order, with their effect on the channels; unknown operators are left out.
     """
 
     geometry: NetworkGeometry

@@ -1,4 +1,4 @@
-"""The exported graph of a model: operators in execution order, the tensors they read, and which of them are layers."""
+"""The exported graph of a model: operators in execution order, the tensors that they read, and the layers among them."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 
 @dataclass(frozen=True)
 class TracedLayer:
-    """A convolution or linear operator that reads its weight straight from a parameter.
+    """A convolution or linear operator whose weight is a parameter.
 
     Attributes:
-        shape: the dense layer, as the cost models see it.
+        shape: the dense layer, for the cost models.
         weight: name of its weight tensor.
         bias: name of its bias parameter, or None.
         out_axis, in_axis: the weight's axes of output and input channels.
         transposed: whether it is a transposed convolution.
-        nodes: the calls, in execution order.
+        nodes: its calls, in execution order.
     """
 
     shape: LayerShape
@@ -47,18 +47,18 @@ class TracedLayer:
 
 @dataclass(frozen=True)
 class Trace:
-    """What `torch.export` saw for one image.
+    """The graph that `torch.export` recorded for one image.
 
     Attributes:
         nodes: the operators, in execution order.
         inputs: the model's own inputs.
         outputs: the nodes whose values the model returns.
-        tensors: placeholder -> name of the parameter or buffer that it stands for; tied tensors share one name.
-        tensor_shapes: the shape of each of these tensors, by name.
-        parameters: names among them that are parameters.
-        layers: the convolutions and linear layers, by first call.
-        batch_norms: batch norm node -> module path, for the `nn.BatchNorm` modules that are called once and sit in one
-            place, so that they can be replaced there.
+        tensors: placeholder -> name of its parameter or buffer; tied tensors have one name.
+        tensor_shapes: shape of each of these tensors, by name.
+        parameters: names of those that are parameters.
+        layers: the convolutions and linear layers, ordered by first call.
+        batch_norms: batch norm node -> module path, for the `nn.BatchNorm` modules that are called once and registered
+            once, so that they can be replaced.
     """
 
     nodes: tuple[Node, ...]
@@ -72,7 +72,7 @@ class Trace:
 
     @cached_property
     def layer_index(self) -> dict[Node, int]:
-        """The position in `layers` of each call of a layer."""
+        """The index in `layers` for each call of a layer."""
         return {node: index for index, layer in enumerate(self.layers) for node in layer.nodes}
 
 
@@ -81,16 +81,16 @@ def trace_model(model: nn.Module, example_inputs: Sequence[Tensor]) -> Trace:
 
     Args:
         model: in eval mode; it is not changed.
-        example_inputs: what `model(*example_inputs)` takes; the first axis is the batch.
+        example_inputs: example inputs for `model(*example_inputs)`; the first axis is the batch.
     Raises:
         InputError: if the forward pass or the export fails.
     """
     inputs = tuple(x[:1] for x in example_inputs)
     exporter_log = logging.getLogger("torch._subclasses.fake_tensor")
-    exporter_log.disabled, was_disabled = True, exporter_log.disabled  # it prints a traceback besides raising
+    exporter_log.disabled, was_disabled = True, exporter_log.disabled  # it also prints a traceback
     try:
         program = torch.export.export(model, inputs, strict=False)
-    except Exception as error:  # the exporter raises many types, and whatever the user's forward raises
+    except Exception as error:  # the exporter and the user's forward may raise any error
         _try_forward(model, inputs)
         raise InputError(
             f"`torch.export` cannot trace {type(model).__name__}: {first_line(error)}. "
@@ -103,13 +103,17 @@ def trace_model(model: nn.Module, example_inputs: Sequence[Tensor]) -> Trace:
 
 @torch.no_grad()
 def _try_forward(model: nn.Module, inputs: Sequence[Tensor]) -> None:
-    """Run the forward pass, and raise an `InputError` with its error if it fails."""
+    """Run the forward pass.
+
+    Raises:
+        InputError: if it fails; the message holds the error.
+    """
     try:
         model(*inputs)
-    except Exception as error:  # whatever the user's forward raises
+    except Exception as error:  # the user's forward may raise any error
         raise InputError(
             f"The model's forward pass fails on inputs of shape {', '.join(str(tuple(x.shape)) for x in inputs)}: "
-            f"{first_line(error)}. Check the input shape that you gave."
+            f"{first_line(error)}. Check the input shape."
         ) from error
 
 
@@ -118,20 +122,43 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
+def schema_of(node: Node) -> Any:
+    """Return an operator's schema, None if it is no operator of ATen."""
+    return getattr(node.target, "_schema", None)
+
+
 def op_name(node: Node) -> str:
     """Return the operator's plain name: "conv2d", "getitem", "relu" (also for the in-place `relu_`)."""
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node)
     if schema is None:
         return "getitem" if node.target is operator.getitem else str(node.target)
     return schema.name.split("::")[1].rstrip("_")
 
 
 def arguments(node: Node) -> dict[str, Any]:
-    """Return an operator's arguments by the names of its schema, defaults filled in."""
+    """Return an operator's arguments by the names in its schema, with default values."""
     return {
         argument.name: node.args[i] if i < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
-        for i, argument in enumerate(node.target._schema.arguments)
+        for i, argument in enumerate(schema_of(node).arguments)
     }
+
+
+def argument(node: Node, index: int) -> Any:
+    """Return a positional argument of an operator; torch allows too many types here to name them."""
+    return node.args[index]
+
+
+# Pointwise operators that PyTorch does not tag as such, and copies of a tensor's shape.
+POINTWISE = frozenset(
+    "hardswish log_sigmoid rsub dropout feature_dropout alpha_dropout native_dropout to _to_copy type_as clone "
+    "contiguous alias detach zeros_like ones_like full_like empty_like rand_like randn_like fill zero bernoulli "
+    "float_power".split()
+)
+
+
+def is_pointwise(node: Node) -> bool:
+    """Return whether each entry of an operator's result depends only on the entries of its operands at the same position."""
+    return op_name(node) in POINTWISE or torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
 def shape_of(node: Node) -> tuple[int, ...]:
@@ -140,13 +167,14 @@ def shape_of(node: Node) -> tuple[int, ...]:
 
 
 def run_with(node: Node, values: Mapping[Node, Tensor]) -> Any:
-    """Return what the node's operator gives when its operands have these values."""
+    """Return the result of the node's operator for operands with these values."""
     args, kwargs = pytree.tree_map(lambda x: values[x] if isinstance(x, Node) else x, (list(node.args), dict(node.kwargs)))
-    return node.target(*args, **kwargs)
+    operator_function: Any = node.target
+    return operator_function(*args, **kwargs)
 
 
 def _inline_regions(module: GraphModule) -> None:
-    """Put the operators of `no_grad` and `autocast` regions in their place; the exporter wraps them into submodules."""
+    """Move the operators of `no_grad` and `autocast` regions into the graph; the exporter puts them into submodules."""
     graph = module.graph
     for node in list(graph.nodes):
         regions = [x for x in node.all_input_nodes if x.op == "get_attr" and hasattr(module, x.target)]
@@ -158,9 +186,9 @@ def _inline_regions(module: GraphModule) -> None:
         operands = node.args[node.args.index(regions[0]) + 1 :]
         inside = dict(zip((x for x in region.graph.nodes if x.op == "placeholder"), operands, strict=True))
         with graph.inserting_before(node):
-            results = graph.graph_copy(region.graph, inside)
+            results: Any = graph.graph_copy(region.graph, inside)
         for reader in list(node.users):
-            reader.replace_all_uses_with(results[reader.args[1]])
+            reader.replace_all_uses_with(results[argument(reader, 1)])
             graph.erase_node(reader)
         graph.erase_node(node)
 
@@ -188,7 +216,7 @@ def _read(program: ExportedProgram, model: nn.Module) -> Trace:
 
 
 def _canonical_names(model: nn.Module) -> dict[str, str]:
-    """Return {name: first name of the same tensor} over all parameters and buffers, so that tied tensors are one."""
+    """Return {name: first name of the same tensor} of all parameters and buffers: tied tensors get one name."""
     first: dict[int, str] = {}
     names = {}
     for source in (model.named_parameters, model.named_buffers):
@@ -198,7 +226,7 @@ def _canonical_names(model: nn.Module) -> dict[str, str]:
 
 
 def _calling_module(node: Node) -> str | None:
-    """Return the path of the module whose forward ran the operator."""
+    """Return the path of the module whose forward calls the operator."""
     stack = node.meta.get("nn_module_stack")
     return list(stack.values())[-1][0] if stack else None
 
@@ -220,7 +248,7 @@ def _layer(weight: str, nodes: tuple[Node, ...], tensors: Mapping[Node, str], mo
     groups = 1 if linear else given["groups"]
     axes = (1, 0) if transposed else (0, 1)  # of the output and the input channels
     owners = {model.get_submodule(_calling_module(call) or "") for call in nodes}
-    # A module may be registered under several names; the one that its weight goes by is the layer's.
+    # A module may be registered under several names; the layer has the name that its weight has.
     home, _, attribute = weight.rpartition(".")
     owner = model.get_submodule(home)
     owned = owners == {owner} and attribute == "weight"
@@ -243,9 +271,9 @@ def _layer(weight: str, nodes: tuple[Node, ...], tensors: Mapping[Node, str], mo
 
 
 def _positions(nodes: Sequence[Node], linear: bool, transposed: bool) -> tuple[tuple[int, int], int]:
-    """Return the positions that the weight is applied at, as (height, width), and the number of calls.
+    """Return the number of positions at which the weight is applied, as (height, width), and the number of calls.
 
-    A transposed convolution applies its weight at every position of its *input*. If the calls differ in size, all
+    A transposed convolution applies its weight at every position of its *input*. If the calls have different sizes, all
     positions count as one call.
     """
     sizes = []

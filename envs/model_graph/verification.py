@@ -1,4 +1,4 @@
-"""Proof by trying: remove one unit of every group and run the model's own forward pass."""
+"""Verification of the groups: one unit of every group is removed, and the model's own forward pass is run."""
 
 from __future__ import annotations
 
@@ -16,28 +16,29 @@ from secateur.envs.model_graph.trace import Trace, first_line
 from secateur.envs.pruning.slicing import masked_model, slice_model
 
 RELATIVE_TOLERANCE = 1e-3
-"""Largest difference, relative to the largest output, that float32 rounding may cause in a deep network."""
+"""Largest difference, relative to the largest output, that is attributed to float32 rounding in a deep network."""
 
 MACS_LIMIT = 3e9
-"""Networks above this are tried on smaller images, if they take them."""
+"""Networks with more multiply-accumulates are verified on smaller images, if their forward pass accepts them."""
 
 
 def verified_graph(
     model: nn.Module, example_inputs: Sequence[Tensor], trace: Trace, flow: ChannelFlow, graph: ModelGraph
 ) -> ModelGraph:
-    """Return the plan without the groups that the model's own forward pass does not let go.
+    """Return the structure without the groups for which the model's own forward pass fails.
 
-    The analysis sees one execution. A forward pass with sizes written into it (`view(-1, 64, 7, 7)`, `x[:, :32]`) runs
-    only with the dense widths; such groups are found by halving the set of suspects, and frozen with the error.
+    The analysis sees one execution. A forward pass with constant sizes in its code (`view(-1, 64, 7, 7)`, `x[:, :32]`) runs
+    only with the dense widths. Such groups are found by bisection and frozen; the reason is the error.
 
     Args:
-        model: in eval mode, as it was traced.
-        trace, flow, graph: results of the analysis; `flow` gets the new reasons.
+        model: the traced model, in eval mode.
+        example_inputs: example inputs of the model.
+        trace, flow, graph: results of the analysis; new reasons are added to `flow`.
     """
     inputs = _test_inputs(model, example_inputs, graph)
     if _error_without(model, graph, inputs, range(len(graph.groups))) is None:
         return graph
-    if not _runs(model, inputs):  # a forward pass that takes nothing but single images
+    if not _runs(model, inputs):  # a forward pass that accepts only single images
         inputs = [x[:1] for x in inputs]
     while graph.groups:
         culprits = _culprits(model, graph, inputs, list(range(len(graph.groups))))
@@ -50,7 +51,7 @@ def verified_graph(
 
 
 def _culprits(model: nn.Module, graph: ModelGraph, inputs: Sequence[Tensor], suspects: list[int]) -> dict[int, str]:
-    """Return {group: error} of the groups whose removal breaks the forward pass, by halving."""
+    """Return {group: error} of the groups for which the forward pass fails, found by bisection."""
     error = _error_without(model, graph, inputs, suspects)
     if error is None:
         return {}
@@ -61,19 +62,19 @@ def _culprits(model: nn.Module, graph: ModelGraph, inputs: Sequence[Tensor], sus
         **_culprits(model, graph, inputs, suspects[:half]),
         **_culprits(model, graph, inputs, suspects[half:]),
     }
-    # Two halves that work alone but not together: the second one stays.
+    # Each half can be removed alone but not both together: the second half is frozen.
     return found or dict.fromkeys(suspects[half:], error)
 
 
 @torch.no_grad()
 def _error_without(model: nn.Module, graph: ModelGraph, inputs: Sequence[Tensor], removed: Sequence[int]) -> str | None:
-    """Return what goes wrong when these groups lose their middle unit, or None."""
+    """Return the error of the forward pass when the middle unit of each of these groups is removed, or None."""
     kept = [np.arange(group.units) for group in graph.groups]
     for index in removed:
         kept[index] = np.delete(kept[index], graph.groups[index].units // 2)
     try:
         outputs = slice_model(model, graph, kept)(*inputs)
-    except Exception as error:  # whatever the user's forward raises
+    except Exception as error:  # the user's forward may raise any error
         return first_line(error)
     expected = masked_model(model, graph, kept)(*inputs)
     for found, wanted in zip(pytree.tree_leaves(outputs), pytree.tree_leaves(expected), strict=True):
@@ -87,7 +88,7 @@ def _error_without(model: nn.Module, graph: ModelGraph, inputs: Sequence[Tensor]
 
 
 def _close(found: Tensor, wanted: Tensor) -> bool:
-    """Return whether two outputs agree; where both overflowed there is nothing to compare."""
+    """Return whether two outputs agree; entries that overflowed in both are not compared."""
     finite = wanted.isfinite()
     if not torch.equal(finite, found.isfinite()):
         return False
@@ -96,7 +97,7 @@ def _close(found: Tensor, wanted: Tensor) -> bool:
 
 
 def _test_inputs(model: nn.Module, example_inputs: Sequence[Tensor], graph: ModelGraph) -> list[Tensor]:
-    """Return two random images, smaller than the example's if the network is large and takes them."""
+    """Return two random images; they are smaller than the example if the network is large and accepts smaller images."""
     geometry = graph.geometry
     macs = geometry.shapes().weights[0] @ geometry.macs_per_weight
     if macs > MACS_LIMIT:
@@ -110,13 +111,13 @@ def _test_inputs(model: nn.Module, example_inputs: Sequence[Tensor], graph: Mode
 def _runs(model: nn.Module, inputs: Sequence[Tensor]) -> bool:
     try:
         model(*inputs)
-    except Exception:  # whatever the user's forward raises
+    except Exception:  # the user's forward may raise any error
         return False
     return True
 
 
 def _two_images(example: Tensor, scale: float) -> Tensor:
-    """Return a random batch of two like the example, its height and width scaled to a multiple of 32."""
+    """Return a random batch of two images; height and width are those of the example, scaled to a multiple of 32."""
     if not example.is_floating_point():
         return example[:1].expand(2, *example.shape[1:])
     size = [2, *example.shape[1:]]

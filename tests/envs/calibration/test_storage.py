@@ -122,7 +122,7 @@ def test_damaged_and_foreign_files_are_written_anew(problem, tmp_path, computed,
     computed.clear()
     with caplog.at_level(logging.WARNING, storage.__name__):
         second, third = read_twice(problem, tmp_path)
-    assert "is damaged and is computed anew" in caplog.text and len(caplog.records) == len(computed) == 1
+    assert "is damaged and is computed again" in caplog.text and len(caplog.records) == len(computed) == 1
     assert_same(first, second)
     assert_same(first, third)
 
@@ -131,7 +131,7 @@ def test_a_folder_that_cannot_be_written_costs_a_warning(problem, tmp_path, comp
     (tmp_path / "file").write_text("")
     with caplog.at_level(logging.WARNING, storage.__name__):
         found = cached_calibration(*problem, CONFIG, tmp_path / "file" / "x")
-    assert "cannot be kept" in caplog.text and len(caplog.records) == 1
+    assert "cannot be stored" in caplog.text and len(caplog.records) == 1
     assert_same(found, storage.calibrate(*problem, CONFIG))
 
 
