@@ -75,7 +75,8 @@ class AmcDdpg:
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), config.critic_rate, fused=True)
         self.baseline: float | None = None
         self.queue: EpisodeQueue[Walk, Walk] = EpisodeQueue(config.lookahead)
-        self._replay: list[tuple[np.ndarray, ...]] = []  # (state, action, reward, next state, whether there is a next step)
+        self.replay: list[tuple[np.ndarray, ...]] = []
+        """Transitions: state, action, reward, next state, whether there is a next step."""
 
     def ask(self, count: int) -> list[SequenceActor]:
         """Return at most `count` actors; fewer while the evaluations that the next choice builds on are out."""
@@ -120,16 +121,16 @@ class AmcDdpg:
         if walk is not None:
             states = np.asarray(walk.observations, np.float32)
             more, reward = np.arange(len(walk.actions)) < len(walk.actions) - 1, np.full(len(walk.actions), walk.reward)
-            self._replay += zip(states[:-1], walk.actions, reward, states[1:], more, strict=True)
-            self._replay = self._replay[-self.config.capacity :]
-        if self._replay and self.queue.learned > self.config.warmup:
+            self.replay += zip(states[:-1], walk.actions, reward, states[1:], more, strict=True)
+            self.replay = self.replay[-self.config.capacity :]
+        if self.replay and self.queue.learned > self.config.warmup:
             for _ in range(self.space.num_steps):
                 self._update()
 
     def _update(self) -> None:
         """Take one gradient step of both networks."""
-        rows = self.rng.integers(len(self._replay), size=self.config.batch)
-        columns = zip(*(self._replay[row] for row in rows), strict=True)
+        rows = self.rng.integers(len(self.replay), size=self.config.batch)
+        columns = zip(*(self.replay[row] for row in rows), strict=True)
         states, actions, rewards, following, more = (torch.from_numpy(np.array(column, np.float32)) for column in columns)
         mean = float(rewards.mean())
         self.baseline = mean if self.baseline is None else self.baseline + self.config.baseline_rate * (mean - self.baseline)

@@ -195,7 +195,7 @@ class Colony:
     def next(self) -> SequenceActor:
         """Return the next bee of the phase."""
         if not self._waiting:
-            self._waiting = self._onlookers() if self._onlookers_next else self._employed()
+            self._waiting = self.onlookers() if self._onlookers_next else self.employed()
             self._onlookers_next = not self._onlookers_next
         visit = self._waiting.pop(0)
         actor = SequenceActor(self.budget, visit.sequence, self.handed_out)
@@ -239,23 +239,26 @@ class Colony:
                 self.evaluated.append(found)
         self._back = {}
 
-    def _employed(self) -> list[Visit]:
+    def employed(self) -> list[Visit]:
+        """Return one visit per source: a move, or a scout where it is exhausted."""
         if self.handed_out == 0:
             uniform = self._visit(0, [self.space.scale_to_budget(np.where(self.space.used, 0.5, 0.0), self.budget)], scout=True)
             return [uniform, *(self._scout(slot) for slot in range(1, self.config.sources))]
-        return [self._scout(slot) if trials >= self.config.limit else self._move(slot) for slot, trials in enumerate(self.trials)]
+        return [self._scout(slot) if trials >= self.config.limit else self.move(slot) for slot, trials in enumerate(self.trials)]
 
-    def _onlookers(self) -> list[Visit]:
+    def onlookers(self) -> list[Visit]:
+        """Return as many moves as there are sources, more of those with better ranks."""
         count = self.config.sources
         best_first = sorted(range(count), key=lambda slot: self.sources[slot].rank_key)
         share = (1 - np.arange(count) / count) ** self.config.pressure
         slots = self.rng.choice(best_first, size=count, p=share / share.sum())
-        return [self._move(int(slot)) for slot in slots]
+        return [self.move(int(slot)) for slot in slots]
 
     def _scout(self, slot: int) -> Visit:
         return self._visit(slot, self._random_sequences(), scout=True)
 
-    def _move(self, slot: int) -> Visit:
+    def move(self, slot: int) -> Visit:
+        """Return the most promising of some moves of a source; a random sequence if there is no new one."""
         moves = self._new_sequences(lambda: self._neighbor(slot), self._repair, self.config.candidates)
         return self._visit(slot, moves or self._random_sequences(), scout=False)
 
@@ -273,19 +276,9 @@ class Colony:
 
     def _neighbor(self, slot: int) -> np.ndarray:
         """Return a sequence near a source, before repair."""
-        x = self.sources[slot].sequence
-        partner = self.sources[(slot + self.rng.integers(1, self.config.sources)) % self.config.sources].sequence
-        genes = np.argwhere(self.space.used)
-        count = self.rng.integers(1, max(1, round(self.config.genes * len(genes))) + 1)
-        chosen = tuple(self.rng.choice(genes, count, replace=False).T)
-        phi, psi = self.rng.uniform(-1, 1, count), self.rng.uniform(0, self.config.guidance, count)
-        moved = np.array(x, float)
-        # eq. (2)
-        moved[chosen] += phi * (x - partner)[chosen] + psi * (self.best.sequence - x)[chosen]
-        # With one kind of choice, scaling to the budget would undo a common step.
-        if self.space.used.any(axis=0).sum() > 1 and self.rng.random() < 0.5:
-            moved += self.rng.uniform(-self.config.shift, self.config.shift, self.space.action_dim)
-        return np.where(self.space.used, np.clip(moved, 0, 1), 0.0)
+        partner = self.sources[(slot + self.rng.integers(1, self.config.sources)) % self.config.sources]
+        ends = self.sources[slot].sequence, partner.sequence, self.best.sequence
+        return neighbor(*ends, self.space.used, self.config, self.rng)
 
     def _random_sequences(self) -> list[np.ndarray]:
         """Return one random sequence: a new one if possible, scaled to the budget, else projected only."""
@@ -304,13 +297,41 @@ class Colony:
     ) -> list[np.ndarray]:
         """Return at most `count` repaired draws whose policies were not chosen before."""
         sequences: list[np.ndarray] = []
-        for _ in range(self.config.redraws + count):
-            sequence = repair(draw(), self.budget)
-            if self.space.decode(sequence) not in self._chosen:
-                sequences.append(sequence)
-                if len(sequences) == count:
-                    break
+        attempts = self.config.redraws + count
+        while attempts and len(sequences) < count:
+            number = min(attempts, count - len(sequences))
+            attempts -= number
+            repaired = repair(np.stack([draw() for _ in range(number)]), self.budget)
+            sequences += [sequence for sequence in repaired if self.space.decode(sequence) not in self._chosen]
         return sequences
+
+
+def neighbor(
+    source: np.ndarray,
+    partner: np.ndarray,
+    best: np.ndarray,
+    used: np.ndarray,
+    config: BeeColonyConfig,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Return a sequence near a source, (num_steps, action_dim): the move of eq. (2), and a common step of each kind of choice.
+
+    Args:
+        source, partner, best: sequences x, x_k and best of eq. (2).
+        used: which entries are genes, (num_steps, action_dim).
+        config: options of the move.
+        rng: every random choice.
+    """
+    genes = np.argwhere(used)
+    count = rng.integers(1, max(1, round(config.genes * len(genes))) + 1)
+    chosen = tuple(rng.choice(genes, count, replace=False).T)
+    phi, psi = rng.uniform(-1, 1, count), rng.uniform(0, config.guidance, count)
+    moved = np.array(source, float)
+    moved[chosen] += phi * (source - partner)[chosen] + psi * (best - source)[chosen]
+    # With one kind of choice, scaling to the budget would undo a common step.
+    if used.any(axis=0).sum() > 1 and rng.random() < 0.5:
+        moved += rng.uniform(-config.shift, config.shift, used.shape[1])
+    return np.where(used, np.clip(moved, 0, 1), 0.0)
 
 
 def regress(genes: np.ndarray, scores: np.ndarray, wanted: np.ndarray, ridge: float) -> np.ndarray:

@@ -329,13 +329,15 @@ def test_damaged_or_foreign_agents_are_refused(toy, trained, tmp_path):
 # -------------------------------------------------------------------------------------------------------------- known fronts
 
 
-FRONTS = ["convex", "partly_concave"]
+FRONTS = {"convex": 0.89, "partly_concave": 0.84}
+"""Share of the hypervolume that 50 evaluations must find; 100 of random search find 0.89 and 0.82."""
 EXPLORER = EnvelopeDdpgConfig(
-    warmup=20, candidates=48, goals=48, updates=8, batch=32, planned=12, hidden=32, critics=3, elsewhere=1.0, sharpening=10
-)
+    warmup=16, candidates=32, training_budgets=48, updates=6, batch=32, planned=8, hidden=32, critics=3, rounds=2,
+    exploration_share=1.0,
+)  # fmt: skip
 
 
-def share_of_hypervolume(make, seed, evaluations=150, **options):
+def share_of_hypervolume(make, seed, evaluations, **options):
     space = make()
     agent = EnvelopeDdpg(replace(EXPLORER, **options), space, [Budget("any", {"cost": 0.95})], np.random.default_rng(seed))
     episodes = space.run(agent, evaluations, slots=1)
@@ -347,19 +349,20 @@ def share_of_hypervolume(make, seed, evaluations=150, **options):
 
 
 def test_the_concave_front_is_concave_somewhere(known_fronts):
-    for name, concave in zip(FRONTS, (False, True), strict=True):
+    for name, concave in (("convex", False), ("partly_concave", True)):
         costs, top1 = known_fronts[name]().front()
         assert bool((np.diff(top1, 2) > 1e-3).any()) == concave, name
 
 
 @pytest.mark.parametrize("name", FRONTS)
 def test_finds_a_known_front(known_fronts, name):
-    assert share_of_hypervolume(known_fronts[name], 0) >= 0.85
+    assert np.mean([share_of_hypervolume(known_fronts[name], seed, 50) for seed in range(2)]) >= FRONTS[name]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, INGREDIENTS], ids=["by default", "with all ingredients"])
 @pytest.mark.parametrize("name", FRONTS)
 def test_finds_a_known_front_with_most_seeds(known_fronts, name, options):
-    shares = [share_of_hypervolume(known_fronts[name], seed, **options) for seed in range(10)]
+    options = {"warmup": 20, "candidates": 48, "updates": 8, "planned": 12, "rounds": 4, **options}
+    shares = [share_of_hypervolume(known_fronts[name], seed, 150, **options) for seed in range(10)]
     assert sum(share >= 0.9 for share in shares) >= 8
