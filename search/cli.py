@@ -93,12 +93,20 @@ def inspect(config: ConfigPath, overrides: Overrides = None) -> None:
 
     settings = load_config(config, overrides or ())
     from secateur.envs.projection import FeasibilityProjection
-    from secateur.search.build import build_budgets, build_costs, build_model_and_graph, feasibility_table, planned_calibration
+    from secateur.search.build import (
+        build_budgets,
+        build_costs,
+        build_model_and_graph,
+        feasibility_table,
+        planned_calibration,
+        resolve_device,
+    )
     from secateur.search.results import tables
     from secateur.search.run.progress import SearchProgress
 
     with SearchProgress(Console(stderr=True)) as progress:
         data, model, graph = build_model_and_graph(settings, progress.status)
+        settings = resolve_device(settings, model, graph, progress.status)
         costs = build_costs(settings, graph)
         budgets, projection = build_budgets(settings, costs), FeasibilityProjection(costs)
         plans = planned_calibration(settings, model, graph)
@@ -114,7 +122,7 @@ def inspect(config: ConfigPath, overrides: Overrides = None) -> None:
     console.print(tables.feasibility_report(rows))
     dense = ", ".join(f"{cost} {tables.amount(cost, value)}" for cost, value in costs.dense.items())
     console.print(f"dense: {dense}", highlight=False)
-    if settings.device is not None:
+    if isinstance(settings.device, Device):
         console.print(tables.device_line(settings.device), highlight=False, markup=False)
     images = min(len(data.calibration), settings.calibration["max_images"])
     console.print(tables.calibration_line(plans, images), highlight=False)
@@ -289,16 +297,17 @@ def profile(
     precisions: Annotated[str, typer.Option(help="One float precision, and int8 if wanted.")] = "float32,int8",
     threads: Annotated[int, typer.Option(help="Threads of the runtime.")] = 1,
     batch: Annotated[int, typer.Option(help="Images per run.")] = 1,
+    quick: Annotated[bool, typer.Option("--quick", help="Seconds instead of minutes: fewer channel counts and repeats.")] = False,
     overrides: Overrides = None,
 ) -> None:
-    """Measure this machine with a model and write a device file. Ctrl-C keeps what was measured; run it again to go on."""
+    """Measure this machine with a model and write a device file. After Ctrl-C the same command continues."""
     if (config is None) == (model is None):
         raise InputError("Name either a configuration or a model: secateur profile CONFIG, or --model torchvision:resnet18.")
     from secateur.search.profiling import profile_run
     from secateur.search.profiling.profiler import ProfileConfig
 
     names = tuple(name.strip() for name in precisions.split(",") if name.strip())
-    settings = ProfileConfig(precisions=names, threads=threads, batch=batch)
+    settings = (ProfileConfig.quick if quick else ProfileConfig)(precisions=names, threads=threads, batch=batch)
     shape = profile_run.parse_shape(image)
     subject = profile_run.subject_of_config(config, overrides or ()) if config else profile_run.load_subject(model, shape)
     device = profile_run.profile_to_file(subject, output, runtime, settings, Console(stderr=True))

@@ -357,19 +357,57 @@ class OutputSection(Section):
     prefix: Annotated[StrictStr, Field(pattern=r"^[\w.-]*\w$")] = "search"
 
 
-def _load_device(value: Any) -> Device | None:
-    """Return the device that a path names, or that a manifest holds."""
-    if value is None or isinstance(value, Device):
+class DeviceProfile(Section):
+    """A device that is measured before the search: this machine, with the model; see search/profiling/search_device.py.
+
+    Attributes:
+        profile: "quick" takes seconds and measures few channel counts, "full" is what `secateur profile` does.
+        runtime: what executes the model, a key of `secateur.search.profiling.runtimes.RUNTIMES`.
+        threads: of the runtime.
+        batch: images per run.
+    """
+
+    profile: Literal["quick", "full"] = "quick"
+    runtime: StrictStr = "onnxruntime"
+    threads: PositiveInt = 1
+    batch: PositiveInt = 1
+
+
+def _load_device(value: Any) -> Device | DeviceProfile | None:
+    """Return the device that a path names or a manifest holds, or the profile that will measure it."""
+    if value is None or isinstance(value, (Device, DeviceProfile)):
         return value
-    if isinstance(value, Mapping):
+    if value == "profile":
+        return DeviceProfile()
+    if isinstance(value, Mapping) and "schema" in value:
         return parse_device(value, "the device")
+    if isinstance(value, Mapping):
+        return _load_profile(value)
     if isinstance(value, str):
         return read_device(value)
-    raise InputError(f"must be the path of a device file (got {_shorten(value)})")
+    raise InputError(f"must be the path of a device file, or `profile` (got {_shorten(value)})")
 
 
-DeviceEntry = Annotated[Device | None, PlainValidator(_load_device), PlainSerializer(lambda device: device and device.document())]
-"""A device file. It is resolved here, so that a run's manifest holds the device as it was when the run began."""
+def _load_profile(values: Mapping[str, Any]) -> DeviceProfile:
+    try:
+        return DeviceProfile.model_validate(values)
+    except ValidationError as errors:
+        error = errors.errors(include_url=False)[0]
+        name, known = ".".join(map(str, error["loc"])), list(DeviceProfile.model_fields)
+        if error["type"] == "extra_forbidden":
+            raise InputError(f"has no option `{name}`.{did_you_mean(name, known)} Known: {', '.join(known)}") from None
+        raise InputError(f"option `{name}`: {_reason(error)}") from None
+
+
+def _dump_device(device: Device | DeviceProfile | None) -> dict[str, Any] | None:
+    if isinstance(device, DeviceProfile):
+        return device.model_dump(mode="json")
+    return None if device is None else device.document()
+
+
+DeviceEntry = Annotated[Device | DeviceProfile | None, PlainValidator(_load_device), PlainSerializer(_dump_device)]
+"""A device file, or `profile`: this machine is measured. A file is read here, and a profile is made when the problem is built, so
+that a run's manifest holds the device as it was when the run began."""
 
 BudgetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 
@@ -397,19 +435,22 @@ class SearchConfig(Section):
 
     @model_validator(mode="after")
     def _device_knows_the_limited_costs(self) -> SearchConfig:
-        known = () if self.device is None else tuple(self.device.cost_models())
+        if isinstance(self.device, DeviceProfile):
+            known, label = ("latency_ms",), "that is profiled"
+        else:
+            known, label = ((), "") if self.device is None else (tuple(self.device.cost_models()), f"'{self.device.name}'")
         for name, budget in self.budgets.items():
             for cost in budget.limits:
                 if cost not in DEVICE_COSTS or cost in known:
                     continue
                 if self.device is None:
                     reason = (
-                        "needs a `device`: name a device file, such as configs/devices/h200.json, or one that "
-                        "`secateur profile` writes"
+                        "needs a `device`: write `device: profile` to measure this machine, or name a device file, such as "
+                        "configs/devices/h200.json or one that `secateur profile` writes"
                     )
                 else:
                     reason = (
-                        f"is not known of the device '{self.device.name}', only {', '.join(known)}: name another `device`, "
+                        f"is not known of the device {label}, only {', '.join(known)}: name another `device`, "
                         "or leave the limit out"
                     )
                 raise InputError(f"`budgets.{name}.{cost}` {reason}")

@@ -23,7 +23,7 @@ from secateur.envs.core import InputError
 from secateur.envs.model_graph import ModelGraph, analyze
 from secateur.envs.tasks.models import load_model
 from secateur.search.profiling.runtimes import Latency, Session, measure_latencies, open_session
-from secateur.search.profiling.whole_models import CompressedModels
+from secateur.search.profiling.whole_models import CompressedModels, export_dense
 
 DENSE, PRUNED, INT8, BOTH = "dense", "pruned", "int8", "pruned, int8"
 RUNS = 3
@@ -112,9 +112,10 @@ def measure_speed(
     geometry = graph.geometry
     pruned = uniform_widths(geometry, share, multiple)
     left = float(Macs().total(geometry.shapes(pruned))[0] / Macs().total(geometry.shapes())[0])
+    dense = export_dense(model, graph, image_shape)
     files: dict[str, bytes] = {}
     for integer, names in (("float32", (DENSE, PRUNED)), ("int8", (INT8, BOTH))):
-        versions = CompressedModels(model, graph, image_shape, precision=integer)
+        versions = CompressedModels(dense, graph, integer)
         files |= {name: versions.version(widths) for name, widths in zip(names, (geometry.group_units, pruned), strict=True)}
     sessions: list[Session] = [open_session(content, runtime, threads, precision) for content in files.values()]
     latencies = measure_latencies(sessions, versions.image, seconds)

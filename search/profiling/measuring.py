@@ -13,10 +13,8 @@ from secateur.search.profiling.eager import EagerLayers
 from secateur.search.profiling.layer_models import LayerPoint, conversion_model, layers_model, times_by_point
 from secateur.search.profiling.runtimes import PyTorch, Runtime, fastest
 
-ROUNDS = 2
-"""How often all points are visited: a disturbed minute does not meet a point twice."""
 CHUNK_MACS, CHUNK_WEIGHTS, CHUNK_VALUES = 2e9, 4e7, 1e8
-"""What one model of many layers may need: arithmetic, weights, inputs and outputs."""
+"""Largest arithmetic, weights, and inputs and outputs of a model of many layers."""
 REPEATS = 80
 """Timed runs per visit, at most."""
 
@@ -25,11 +23,11 @@ PointTime = tuple[float, float, int]
 
 
 class Journal:
-    """Measurements by name, on disk at once; JSON lines.
+    """Measurements by name, written to disk one by one; JSON lines.
 
     Args:
         path: the file; removed by `finish`.
-        identity: what is measured, on what; a file of another identity is started anew.
+        identity: the measured model, settings and machine; a file of another identity is replaced.
     """
 
     def __init__(self, path: Path, identity: dict[str, Any]):
@@ -38,7 +36,7 @@ class Journal:
         header = json.loads(json.dumps({"identity": identity}))
         if lines and lines[0] == header:
             self._values = {entry["name"]: entry["value"] for entry in lines[1:] if entry is not None}
-        # Written anew, because a line that a killed process left half done would swallow the next one.
+        # Written again, because a killed process may leave an incomplete line, which would corrupt the next one.
         entries = [{"name": name, "value": value} for name, value in self._values.items()]
         path.write_text("".join(json.dumps(entry) + "\n" for entry in (header, *entries)), encoding="utf-8")
 
@@ -49,7 +47,7 @@ class Journal:
         return name in self._values
 
     def get(self, name: str, measure: Callable[[], Any]) -> Any:
-        """Return what is known under this name, or measure it and keep it."""
+        """Return the measurement of this name; if there is none, measure and keep it."""
         if name not in self._values:
             self._values[name] = measure()
             with self._path.open("a", encoding="utf-8") as file:
@@ -57,7 +55,7 @@ class Journal:
         return self._values[name]
 
     def finish(self) -> None:
-        """Remove the file: everything is written elsewhere."""
+        """Remove the file, after the device file is written."""
         self._path.unlink(missing_ok=True)
 
 
@@ -72,7 +70,7 @@ class LayerTimer:
     """Times layers in a runtime.
 
     Args:
-        runtime: what executes them.
+        runtime: executes the layers.
         threads: of the runtime.
         batch: images per run.
         seconds: per visit of a chunk.
@@ -91,7 +89,7 @@ class LayerTimer:
         return [_summary(values) for values in times_by_point(times, len(points))]
 
     def conversion(self) -> float:
-        """Return the milliseconds of quantizing, or the inverse, 10^6 values; 0 if the runtime does not tell."""
+        """Return the milliseconds of quantizing or dequantizing 10^6 values; 0 if the runtime does not report them."""
         model, feeds = conversion_model()
         times = self._runtime.operator_times(model, feeds, self._threads, "float32", self._seconds, REPEATS)
         known = [fastest(values) for name, values in times.items() if "quantize" in name.lower()]
@@ -109,8 +107,8 @@ def chunks(points: Sequence[LayerPoint], batch: int = 1, weights: float = CHUNK_
 
     Args:
         batch: images per run.
-        weights: elements that the layers of a part may have together, unless one has more. As many as the networks that
-            the times are for: so the weights come from the same level of the caches.
+        weights: largest number of weights in a part, unless a single layer has more. It should be about that of the profiled
+            networks, so that weights come from the same level of the caches.
     """
     parts: list[list[LayerPoint]] = []
     load = np.full(3, np.inf)

@@ -1,8 +1,8 @@
-"""The winners of a search: exported, and checked from their files in a process that knows nothing else.
+"""The winners of a search: exported, and checked from their files by another process.
 
-A latency table predicts. Where it was measured on this very machine, the check measures, and a policy whose measured latency
-breaks a limit of its budget is no winner: it is rejected, the measurement corrects what the table says of the budget's other
-policies (all by the same factor), and the best of those that keep the limit now is tried instead.
+The search predicts latencies with a table. If the table was measured on this machine, the check measures the export, and a policy
+whose measured latency violates a limit of its budget is rejected. The measurement then corrects the predictions for the other
+policies of the budget, all by the same factor, and the best policy that keeps the limit after the correction is tried.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from secateur.envs.core import Budget, CompressionPolicy, InputError
-from secateur.search.export.verification import Verification
+from secateur.search.export.verification import LimitCheck, Verification
 from secateur.search.export.verify import verify_in_fresh_process
 from secateur.search.export.write import write_export
 from secateur.search.problem import Problem
+from secateur.search.profiling.runtimes import PyTorch
 from secateur.search.results.finalize import Finalist, score_finalist
 from secateur.search.results.front import Front
 
@@ -31,7 +32,7 @@ MOST_REJECTED = 5
 
 @dataclass(frozen=True)
 class Rejected:
-    """A finalist that the device proved too slow: predicted and measured milliseconds."""
+    """A finalist that is too slow on the device, with its predicted and measured milliseconds."""
 
     finalist: Finalist
     predicted: float
@@ -40,15 +41,15 @@ class Rejected:
 
 @dataclass
 class Outcome:
-    """What the checks of one budget came to.
+    """The result of the checks of one budget.
 
     Attributes:
         budget: its name.
-        finalists: those that are left, the winner first.
+        finalists: those that were not rejected, the winner first.
         rejected: in the order in which they were tried.
         folder: of the winner's export; None without a winner.
-        verification: of it; None if it could not be checked.
-        note: one sentence if something is missing, else "".
+        verification: of the winner; None if it could not be checked.
+        note: one sentence if there is no winner or no check, else "".
     """
 
     budget: str
@@ -76,11 +77,11 @@ def verify_winners(
 
     Args:
         problem: the search.
-        front: everything that it found.
-        finalists: of all budgets, the winners first.
+        front: the policies that it found.
+        finalists: of all budgets, the winner of each first.
         run: its folder.
-        status: told each stage.
-        verify: checks a folder; it is told the runtime and the number of threads.
+        status: called with each stage, in a few words.
+        verify: checks a folder; called with the runtime and the number of threads.
     """
     return [
         _Trials(problem, front, budget, run, status, verify).run([f for f in finalists if f.budget == budget.name])
@@ -90,7 +91,7 @@ def verify_winners(
 
 @dataclass
 class _Trials:
-    """Finds the winner of one budget; `factor` is by how much the table was too low so far."""
+    """Finds the winner of one budget; `factor` is the largest ratio of a measured to a predicted latency so far."""
 
     problem: Problem
     front: Front
@@ -108,13 +109,14 @@ class _Trials:
             finalist = waiting[0]
             tried.add(finalist.policy)
             self._check(finalist, outcome)
-            measured = _broken_latency(outcome.verification)
-            if measured is None:
+            broken = _broken_latency(outcome.verification)
+            if broken is None:
                 outcome.finalists = waiting
                 return outcome
             predicted = finalist.validation.costs[LATENCY]
-            outcome.rejected.append(Rejected(finalist, predicted, measured))
-            self.factor = max(self.factor, measured / predicted)
+            outcome.rejected.append(Rejected(finalist, predicted, broken.found))
+            # Both relative to their limits: the measured limit of a share of the dense latency follows the machine's load.
+            self.factor = max(self.factor, (broken.found / broken.limit) / (predicted / self.budget.limits[LATENCY]))
             shutil.rmtree(outcome.folder)
             outcome.folder = outcome.verification = None
             waiting = [later for later in waiting[1:] if self._keeps(later.validation.costs)]
@@ -125,7 +127,7 @@ class _Trials:
         if outcome.rejected:
             outcome.note = (
                 f"No policy keeps {LATENCY} of budget '{self.budget.name}' on the device: {len(outcome.rejected)} were "
-                f"measured, up to {self.factor:.2f} times slower than predicted. Profile the device anew, or search longer."
+                f"measured, up to {self.factor:.2f} times slower than predicted. Profile the device again, or search longer."
             )
         return outcome
 
@@ -137,8 +139,8 @@ class _Trials:
             outcome.folder = folder
             device = self.problem.device
             table = None if device is None else device.table
-            known = table is not None and table.runtime != "pytorch"
-            where = {"runtime": table.runtime, "threads": table.threads} if known else {}
+            profiled = table is not None and table.runtime != PyTorch.name  # which executes no ONNX files
+            where = {"runtime": table.runtime, "threads": table.threads} if profiled else {}
             outcome.verification = self.verify(folder, **where)
         except (InputError, RuntimeError) as error:
             # A search of hours must not end with nothing because a winner cannot be exported or checked.
@@ -160,7 +162,7 @@ class _Trials:
         return []
 
 
-def _broken_latency(verification: Verification | None) -> float | None:
-    """Return the milliseconds that break the limit; None if they keep it, or nobody measured."""
+def _broken_latency(verification: Verification | None) -> LimitCheck | None:
+    """Return the latency limit if the measurement violates it; None if it is kept, or was not measured."""
     limits = () if verification is None else verification.limits
-    return next((limit.found for limit in limits if limit.name == LATENCY and limit.kept is False), None)
+    return next((limit for limit in limits if limit.name == LATENCY and limit.kept is False), None)

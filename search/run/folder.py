@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 AGENT = "agent"
-"""What a run holds: its facts, and a folder with the agent, if that can be asked later."""
+DEVICE = "device.json"
+"""What a run holds: its facts, a folder with the agent, if that can be asked later, and the device, if there is one."""
 PACKAGES = ("secateur", "torch", "torchvision", "ray", "optuna", "gymnasium", "numpy", "moocore")
 
 
