@@ -40,7 +40,7 @@ from secateur.envs.sensitivity import IMAGES, measure_sensitivities
 from secateur.envs.tasks.data import TaskData, load_data
 from secateur.envs.tasks.models import load_model
 from secateur.envs.tasks.training import Progress, cache_directory
-from secateur.search.config import BudgetConfig, PluginEntry, SearchConfig
+from secateur.search.config import BudgetConfig, DeviceProfile, PluginEntry, SearchConfig
 from secateur.search.loop import Runner
 from secateur.search.problem import Evaluated, Problem, StatusCallback
 from secateur.search.results.front import Front
@@ -82,6 +82,16 @@ def _epochs_to(status: StatusCallback) -> Progress:
     )
 
 
+def resolve_device(config: SearchConfig, model: nn.Module, graph: ModelGraph, status: StatusCallback = log.info) -> SearchConfig:
+    """Return the configuration with a measured device in place of `device: profile`; see `with_measured_device`."""
+    if not isinstance(config.device, DeviceProfile):
+        return config
+    # Imported late: workers import this module, and a profile brings ONNX and its runtime, which take a second.
+    from secateur.search.profiling.search_device import with_measured_device
+
+    return with_measured_device(config, model, graph, status)
+
+
 def build_costs(config: SearchConfig, graph: ModelGraph) -> PolicyCosts:
     """Return the costs of the policies that the configuration allows.
 
@@ -103,7 +113,16 @@ def _every_precision(space: PolicySpace) -> np.ndarray:
 
 
 def build_cost_models(config: SearchConfig) -> dict[str, CostModel]:
-    """Return every cost model: those that hold on all devices, and those of the configuration's device."""
+    """Return every cost model: those that hold on all devices, and those of the configuration's device.
+
+    Raises:
+        InputError: if the device is a profile that was not made (`with_measured_device`).
+    """
+    if isinstance(config.device, DeviceProfile):
+        raise InputError(
+            "`device: profile` is not measured by this command. Measure the machine once with `secateur profile CONFIG --quick "
+            "--output device.json`, and name that file in `device`."
+        )
     own = {} if config.device is None else config.device.cost_models()
     return {**{name: model() for name, model in COST_MODELS.items()}, **own}
 
@@ -132,6 +151,7 @@ def build_problem(config: SearchConfig, status: StatusCallback = log.info) -> Pr
         InputError: for anything in the configuration that cannot be used, before anything is written.
     """
     data, model, graph = build_model_and_graph(config, status)
+    config = resolve_device(config, model, graph, status)
     costs = build_costs(config, graph)
     budgets, projection = build_budgets(config, costs), FeasibilityProjection(costs)
     for budget in budgets:

@@ -235,9 +235,10 @@ def profile(
     precisions: Annotated[str, typer.Option(help="One float precision, and int8 if wanted.")] = "float32,int8",
     threads: Annotated[int, typer.Option(help="Threads of the runtime.")] = 1,
     batch: Annotated[int, typer.Option(help="Images per run.")] = 1,
+    quick: Annotated[bool, typer.Option("--quick", help="Seconds instead of minutes: fewer channel counts and repeats.")] = False,
     overrides: Overrides = None,
 ) -> None:
-    """Measure this machine with a model and write a device file. Ctrl-C keeps the measurements; run it again to continue."""
+    """Measure this machine with a model and write a device file. After Ctrl-C the same command continues."""
     shape = _parse_shape(image)
     from secateur.search.profiling import profile_run
 
@@ -251,6 +252,7 @@ def profile(
         precisions=[name.strip() for name in precisions.split(",") if name.strip()],
         threads=threads,
         batch=batch,
+        quick=quick,
         progress=True,
     )
     if device.table is not None:

@@ -7,6 +7,7 @@ from functools import cached_property
 
 from rich.table import Table
 
+from secateur.cost_models.device import Device
 from secateur.envs.calibration import LayerPlan
 from secateur.envs.core import Budget, InputError
 from secateur.envs.costs import PolicyCosts
@@ -20,6 +21,7 @@ from secateur.search.build import (
     build_model_and_graph,
     feasibility_table,
     planned_calibration,
+    resolve_device,
 )
 from secateur.search.config import ConfigSource, Overrides, SearchConfig, load_config
 from secateur.search.problem import StatusCallback
@@ -76,6 +78,7 @@ def inspect(config: ConfigSource, overrides: Overrides = (), status: StatusCallb
     """
     settings = load_config(config, overrides)
     data, model, graph = build_model_and_graph(settings, status)
+    settings = resolve_device(settings, model, graph, status)
     costs = build_costs(settings, graph)
     budgets, plans = build_budgets(settings, costs), planned_calibration(settings, model, graph)
     return Inspection(settings, data, graph, costs, budgets, plans)
@@ -92,7 +95,7 @@ def report(inspection: Inspection) -> list[Table | str]:
     images = 0 if inspection.data.calibration is None else len(inspection.data.calibration)
     lines = [
         f"dense: {dense}",
-        *([] if settings.device is None else [tables.device_line(settings.device)]),
+        *([tables.device_line(settings.device)] if isinstance(settings.device, Device) else []),
         tables.calibration_line(inspection.calibration, min(images, settings.calibration["max_images"])),
         f"data: {inspection.data.source}",
     ]

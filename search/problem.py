@@ -53,4 +53,4 @@ class Problem:
     @property
     def device(self) -> Device | None:
         """The device of the latencies and energies, if the configuration names one."""
-        return self.config.device
+        return self.config.device if isinstance(self.config.device, Device) else None

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from PIL import Image, UnidentifiedImageError
+from torch.nn.functional import interpolate
 
 from secateur.envs.core import InputError
 from secateur.envs.tasks.splits import Dataset, Pool, array_pool
@@ -28,7 +30,9 @@ DIGITS_TRAIN = 1000
 
 
 def read_digits(root: str | Path | None, input_shape: tuple[int, int, int] | None) -> Dataset:
-    """Return scikit-learn's bundled handwritten digits, 1x8x8: 1,000 training and 797 test images, drawn at random.
+    """Return scikit-learn's bundled handwritten digits: 1,000 training and 797 test images, drawn at random.
+
+    They are 1x8x8; a larger `input_shape` with one channel enlarges them by bilinear interpolation.
 
     Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998 (its test part).
     """
@@ -37,7 +41,10 @@ def read_digits(root: str | Path | None, input_shape: tuple[int, int, int] | Non
     digits = load_digits()
     # The file is ordered by writer, so the parts are drawn. The draw never changes, because trained weights are cached.
     order = np.random.default_rng(0).permutation(len(digits.target))
-    images = np.round(digits.images * (255 / 16)).astype(np.uint8)[order, None]
+    pixels = torch.from_numpy(digits.images[order, None] * (255 / 16))
+    if input_shape is not None and input_shape[0] == 1 and min(input_shape[1:]) > 8:
+        pixels = interpolate(pixels, tuple(input_shape[1:]), mode="bilinear")
+    images = pixels.round().numpy().astype(np.uint8)
     labels = digits.target.astype(np.int64)[order]
     train, test = (array_pool(images[part], labels[part]) for part in (slice(DIGITS_TRAIN), slice(DIGITS_TRAIN, None)))
     return Dataset(train, test, tuple("0123456789"), mean=(0.305,), std=(0.376,))

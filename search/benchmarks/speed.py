@@ -23,7 +23,7 @@ from secateur.search.benchmarks.peak_memory import peak_memory
 from secateur.search.benchmarks.scaffold import markdown_table, show_progress
 from secateur.search.profiling.profiler import describe_machine
 from secateur.search.profiling.runtimes import Latency, find_runtime, measure_latencies, open_session
-from secateur.search.profiling.whole_models import CompressedModels
+from secateur.search.profiling.whole_models import CompressedModels, export_dense
 
 DENSE, PRUNED, INT8, BOTH = "dense", "pruned", "int8", "pruned, int8"
 HEADS = (
@@ -154,9 +154,10 @@ def measure_speed(model: nn.Module, graph: ModelGraph, size: int, runtime: str, 
     geometry = graph.geometry
     dense, pruned = geometry.group_units.tolist(), uniform_widths(geometry, config.share, config.multiple)
     macs = Macs().total(geometry.shapes(np.array([dense, pruned])))
+    exported = export_dense(model, graph, (3, size, size))
     files: dict[str, bytes] = {}
     for precision, names in (("float32", (DENSE, PRUNED)), ("int8", (INT8, BOTH))):
-        versions = CompressedModels(model, graph, (3, size, size), precision=precision)
+        versions = CompressedModels(exported, graph, precision)
         files |= {name: versions.version(widths) for name, widths in zip(names, (dense, pruned), strict=True)}
     sessions = [open_session(content, runtime, config.threads) for content in files.values()]
     latencies = measure_latencies(sessions, versions.image, config.seconds)

@@ -20,13 +20,14 @@ from secateur.search.config.reading import (
     load_config,
     parse_config,
 )
-from secateur.search.config.sections import DataSection, ModelSection, OutputSection, SearchConfig, SpaceSection
+from secateur.search.config.sections import DataSection, DeviceProfile, ModelSection, OutputSection, SearchConfig, SpaceSection
 
 __all__ = [
     "INSTALLED_CONFIGS",
     "BudgetConfig",
     "ConfigSource",
     "DataSection",
+    "DeviceProfile",
     "Limit",
     "ModelSection",
     "OutputSection",

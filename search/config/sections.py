@@ -14,6 +14,7 @@ from pydantic import (
     StrictBool,
     StrictInt,
     StrictStr,
+    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -22,7 +23,7 @@ from pydantic import (
 from secateur.cost_models.core import InputError
 from secateur.cost_models.device import DEVICE_COSTS, Device, parse_device, read_device
 from secateur.envs.tasks.imports import current_name, did_you_mean
-from secateur.search.config.errors import shorten
+from secateur.search.config.errors import reason_of, shorten
 from secateur.search.config.limits import BudgetConfig
 from secateur.search.config.plugins import (
     ImportanceEntry,
@@ -199,19 +200,57 @@ class OutputSection(Section):
     prefix: FolderName = "search"
 
 
-def _load_device(value: Any) -> Device | None:
-    """Return the device of a path, or of the document in a manifest."""
-    if value is None or isinstance(value, Device):
+class DeviceProfile(Section):
+    """A device that is measured before the search: this machine, with the model; see search/profiling/search_device.py.
+
+    Attributes:
+        profile: "quick" takes seconds and measures few channel counts, "full" is what `secateur profile` does.
+        runtime: what executes the model, a key of `secateur.search.profiling.runtimes.RUNTIMES`.
+        threads: of the runtime.
+        batch: images per run.
+    """
+
+    profile: Literal["quick", "full"] = "quick"
+    runtime: StrictStr = "onnxruntime"
+    threads: PositiveInt = 1
+    batch: PositiveInt = 1
+
+
+def _load_device(value: Any) -> Device | DeviceProfile | None:
+    """Return the device that a path names or a manifest holds, or the profile that will measure it."""
+    if value is None or isinstance(value, (Device, DeviceProfile)):
         return value
-    if isinstance(value, Mapping):
+    if value == "profile":
+        return DeviceProfile()
+    if isinstance(value, Mapping) and "schema" in value:
         return parse_device(value, "the device")
+    if isinstance(value, Mapping):
+        return _load_profile(value)
     if isinstance(value, str):
         return read_device(value)
-    raise InputError(f"must be the path of a device file (got {shorten(value)})")
+    raise InputError(f"must be the path of a device file, or `profile` (got {shorten(value)})")
 
 
-DeviceEntry = Annotated[Device | None, PlainValidator(_load_device), PlainSerializer(lambda device: device and device.document())]
-"""A device file. It is read here, so that a run's manifest holds the device as it was when the run started."""
+def _load_profile(values: Mapping[str, Any]) -> DeviceProfile:
+    try:
+        return DeviceProfile.model_validate(values)
+    except ValidationError as errors:
+        error = errors.errors(include_url=False)[0]
+        name, known = ".".join(map(str, error["loc"])), list(DeviceProfile.model_fields)
+        if error["type"] == "extra_forbidden":
+            raise InputError(f"has no option `{name}`.{did_you_mean(name, known)} Known: {', '.join(known)}") from None
+        raise InputError(f"option `{name}`: {reason_of(error)}") from None
+
+
+def _dump_device(device: Device | DeviceProfile | None) -> dict[str, Any] | None:
+    if isinstance(device, DeviceProfile):
+        return device.model_dump(mode="json")
+    return None if device is None else device.document()
+
+
+DeviceEntry = Annotated[Device | DeviceProfile | None, PlainValidator(_load_device), PlainSerializer(_dump_device)]
+"""A device file, or `profile`: this machine is measured. A file is read here, and a profile is made when the problem is built, so
+that a run's manifest holds the device as it was when the run started."""
 
 BudgetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 
@@ -220,7 +259,8 @@ class SearchConfig(Section):
     """A whole search. See configs/searches/ for examples with comments.
 
     Attributes:
-        device: device file, measured by `secateur profile` or from data sheets; needed for limits of latency_ms and energy_mj.
+        device: device file, measured by `secateur profile` or from data sheets; "profile": this machine is measured before the
+            search. Needed for limits of latency_ms and energy_mj.
         importance: criterion by which channels are removed.
         quantizer: how weights and inputs are rounded.
         recovery: repairs of every candidate, in this order; []: none.
@@ -242,7 +282,9 @@ class SearchConfig(Section):
 
     @model_validator(mode="after")
     def _device_has_the_limited_costs(self) -> SearchConfig:
-        known = () if self.device is None else tuple(self.device.cost_models())
+        known: tuple[str, ...] = ()
+        if self.device is not None:
+            known = ("latency_ms",) if isinstance(self.device, DeviceProfile) else tuple(self.device.cost_models())
         for name, budget in self.budgets.items():
             for cost in budget.limits:
                 if cost in DEVICE_COSTS and cost not in known:
@@ -250,12 +292,15 @@ class SearchConfig(Section):
         return self
 
 
-def _missing_cost(place: str, device: Device | None, known: tuple[str, ...]) -> InputError:
+def _missing_cost(place: str, device: Device | DeviceProfile | None, known: tuple[str, ...]) -> InputError:
     """Return the error for a limit of a cost that the device does not have."""
     if device is not None:
+        label = "that is profiled" if isinstance(device, DeviceProfile) else f"'{device.name}'"
         return InputError(
-            f"{place} is not known of the device '{device.name}', only {', '.join(known)}: name another `device`, "
-            "or leave the limit out"
+            f"{place} is not known of the device {label}, only {', '.join(known)}: name another `device`, or leave the limit out"
         )
-    needs = f"{place} needs a `device`: name a device file, such as configs/devices/h200.json, or one that"
+    needs = (
+        f"{place} needs a `device`: write `device: profile` to measure this machine, or name a device file, such as "
+        "configs/devices/h200.json or one that"
+    )
     return InputError(f"{needs} `secateur.profile` writes", f"{needs} `secateur profile` writes")

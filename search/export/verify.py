@@ -287,17 +287,25 @@ def _latency(
 def check_limits(
     document: Mapping[str, Any], costs: Sequence[Cost], latency: MeasuredLatency, validation_top1: float
 ) -> tuple[LimitCheck, ...]:
-    """Return every limit of the budget with the value that was found."""
+    """Return every limit of the budget with the value that was found.
+
+    A latency limit in percent is compared with the dense network, which was measured in turn with the export: whatever slows
+    the machine down at that time slows down both.
+    """
     budget = document["budget"]
     recomputed = {cost.name: cost.found for cost in costs}
+    share = budget.get("shares", {}).get("latency_ms")  # exports of earlier versions have no shares
     limits = []
     for name, limit in budget["limits"].items():
         if name != "latency_ms":
             limits.append(LimitCheck(name, limit, recomputed.get(name), "computed from the files"))
-        elif latency.measured_here:
+        elif not latency.measured_here:
+            limits.append(LimitCheck(name, limit, None, "not measured here: another processor, runtime or number of threads"))
+        elif share is None:
             limits.append(LimitCheck(name, limit, latency.milliseconds, "measured"))
         else:
-            limits.append(LimitCheck(name, limit, None, "not measured here: another processor, runtime or number of threads"))
+            how = f"measured; {percent(share, 1)} of the dense network"
+            limits.append(LimitCheck(name, share * latency.dense_milliseconds, latency.milliseconds, how))
     if budget["top1_drop"] is not None:
         drop = document["scores"]["dense_validation"]["top1"] - validation_top1
         limits.append(LimitCheck("top1_drop", budget["top1_drop"], drop, "PyTorch on the validation images"))

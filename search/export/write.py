@@ -266,7 +266,12 @@ def _document(
         },
         "classes": list(data.classes),
         "policy": policy_to_document(policy),
-        "budget": {"name": budget.name, "limits": dict(budget.limits), "top1_drop": budget.top1_drop},
+        "budget": {
+            "name": budget.name,
+            "limits": dict(budget.limits),
+            "top1_drop": budget.top1_drop,
+            "shares": _shares_of_dense(problem, budget),
+        },
         "costs": dict(validation.costs),
         "dense_costs": dict(problem.dense.costs),
         "scores": {
@@ -292,6 +297,13 @@ def _document(
         "rounded to the grid, the arithmetic is float32. In model.onnx layers of at most 8 bits compute in integers, except "
         "where `execution` in policy.json names another reason.",
     }
+
+
+def _shares_of_dense(problem: Problem, budget: Budget) -> dict[str, float]:
+    """Return {cost: share of the dense network's cost} of the limits that the configuration gives in percent."""
+    config = problem.config.budgets.get(budget.name)
+    limits = {} if config is None else config.limits
+    return {cost: limit.value for cost, limit in limits.items() if limit.relative and cost in budget.limits}
 
 
 def _write_pt2(network: nn.Module, image_shape: Sequence[int], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Layers and whole networks in eager PyTorch, for profiling what is deployed without an export."""
+"""Layers and whole networks in eager PyTorch, to profile deployments without an export."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class EagerLayers:
 
 
 class SlicedModules:
-    """The versions of one network that slicing gives, as modules with folded batch norms; arguments as `CompressedModels`."""
+    """The versions of one network that slicing gives, as modules with folded batch norms; arguments as `export_dense`."""
 
     def __init__(self, model: nn.Module, graph: ModelGraph, image_shape: Sequence[int], batch: int):
         self._model, self._graph = copy.deepcopy(model), graph

@@ -13,10 +13,8 @@ from secateur.search.profiling.eager import EagerLayers
 from secateur.search.profiling.layer_models import LayerPoint, conversion_model, layers_model, times_by_point
 from secateur.search.profiling.runtimes import PyTorch, Runtime, fastest
 
-ROUNDS = 2
-"""How often all points are visited: a disturbed minute does not meet a point twice."""
 CHUNK_MACS, CHUNK_WEIGHTS, CHUNK_VALUES = 2e9, 4e7, 1e8
-"""What one model of many layers may need: arithmetic, weights, inputs and outputs."""
+"""Largest arithmetic, weights, and inputs and outputs of a model of many layers."""
 REPEATS = 80
 """Timed runs per visit, at most."""
 
@@ -61,7 +59,7 @@ class LayerTimer:
     """Times layers in a runtime.
 
     Args:
-        runtime: what executes them.
+        runtime: executes the layers.
         threads: of the runtime.
         batch: images per run.
         seconds: per visit of a chunk.
@@ -80,7 +78,7 @@ class LayerTimer:
         return [_summary(values) for values in times_by_point(times, len(points))]
 
     def conversion(self) -> float:
-        """Return the milliseconds of quantizing, or the inverse, 10^6 values; 0 if the runtime does not tell."""
+        """Return the milliseconds of quantizing or dequantizing 10^6 values; 0 if the runtime does not report them."""
         model, feeds = conversion_model()
         times = self._runtime.operator_times(model, feeds, self._threads, "float32", self._seconds, REPEATS)
         known = [fastest(values) for name, values in times.items() if "quantize" in name.lower()]
@@ -98,8 +96,8 @@ def chunks(points: Sequence[LayerPoint], batch: int = 1, weights: float = CHUNK_
 
     Args:
         batch: images per run.
-        weights: elements that the layers of a part may have together, unless one has more. As many as the networks that
-            the times are for: so the weights come from the same level of the caches.
+        weights: largest number of weights in a part, unless a single layer has more. It should be about that of the profiled
+            networks, so that weights come from the same level of the caches.
     """
     parts: list[list[LayerPoint]] = []
     load = np.full(3, np.inf)

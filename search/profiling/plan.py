@@ -1,4 +1,4 @@
-"""What is measured for a network: which layers are scanned finely, and at which channel counts all layers are timed."""
+"""The plan of a profile: which layers are scanned finely, and at which channel counts all layers are timed."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ import numpy as np
 from secateur.cost_models.core import LayerShape, NetworkGeometry
 from secateur.cost_models.latency_table import Axis, LayerKey, Staircase, layer_family, layer_key
 from secateur.search.profiling.layer_models import LayerPoint
-from secateur.search.profiling.staircases import measured_counts
+from secateur.search.profiling.staircases import FULL, Density, measured_counts
 
-SCANNED = 72
-"""Channel counts that a scan for the staircase tries."""
 LEAST_SCANNED = 12
 """A shorter axis is measured as it is."""
 SCAN_WIDTH = 32
 """The other channel count of a scanned layer, at most."""
 COARSE_WEIGHTS = 4_000_000
-"""From this many weights on a layer is measured at few counts."""
+"""A layer with more weights is measured at few counts."""
 
 
 def scanned_layers(geometry: NetworkGeometry) -> dict[str, LayerShape]:
@@ -43,9 +41,9 @@ def scanned_layers(geometry: NetworkGeometry) -> dict[str, LayerShape]:
     return chosen
 
 
-def scan_points(geometry: NetworkGeometry, layer: LayerShape, axis: str) -> dict[int, LayerPoint]:
-    """Return {count: what to measure} along one axis of a layer, "in" or "out"; nothing where it is short or not pruned."""
-    fixed, counts = _scan_range(geometry, layer, axis)
+def scan_points(geometry: NetworkGeometry, layer: LayerShape, axis: str, scanned: int) -> dict[int, LayerPoint]:
+    """Return {count: point} of one axis of a layer, "in" or "out", up to `scanned`; empty if it is short or never pruned."""
+    fixed, counts = _scan_range(geometry, layer, axis, scanned)
     if len(counts) < LEAST_SCANNED:
         return {}
     return {count: _point(layer_key(layer), axis, count, fixed) for count in counts}
@@ -55,8 +53,8 @@ def _family(layer: LayerShape) -> str:
     return layer_family(layer.kind, layer.kernel, layer_key(layer)[4])
 
 
-def _scan_range(geometry: NetworkGeometry, layer: LayerShape, axis: str) -> tuple[int, range]:
-    """Return the other axis's count and the counts to scan; none where the axis cannot be pruned."""
+def _scan_range(geometry: NetworkGeometry, layer: LayerShape, axis: str, scanned: int) -> tuple[int, range]:
+    """Return the other axis's count and the counts to scan; no counts if the axis cannot be pruned."""
     index = geometry.layers.index(layer)
     per_unit, largest, other = (
         (geometry.in_per_unit, layer.in_channels, layer.out_channels)
@@ -65,7 +63,7 @@ def _scan_range(geometry: NetworkGeometry, layer: LayerShape, axis: str) -> tupl
     )
     if not per_unit[:, index].any() or (layer.depthwise and axis == "out"):
         return other, range(0)
-    return min(other, SCAN_WIDTH), range(1, min(largest, SCANNED) + 1)
+    return min(other, SCAN_WIDTH), range(1, min(largest, scanned) + 1)
 
 
 def _point(key: LayerKey, axis: str, count: int, other: int) -> LayerPoint:
@@ -75,7 +73,7 @@ def _point(key: LayerKey, axis: str, count: int, other: int) -> LayerPoint:
 
 
 def grid_axes(
-    geometry: NetworkGeometry, staircases: Sequence[Staircase], precisions: Sequence[str]
+    geometry: NetworkGeometry, staircases: Sequence[Staircase], precisions: Sequence[str], density: Density = FULL
 ) -> dict[tuple[LayerKey, str], tuple[Axis, Axis]]:
     """Return the channel counts to measure, {(key, precision): (in axis, out axis)}, for all layers of a network."""
     found = {(stairs.family, stairs.axis, stairs.precision): stairs for stairs in staircases}
@@ -95,17 +93,19 @@ def grid_axes(
                 if key[4] == 0 and axis == "out":
                     pair.append(Axis((max(1, layers[0].out_channels // layers[0].in_channels),)))
                 else:
-                    pair.append(_axis(dense, prunable, stairs, key[4], weights * np.prod(key[1]) > COARSE_WEIGHTS))
+                    pair.append(_axis(dense, prunable, stairs, key[4], weights * np.prod(key[1]) > COARSE_WEIGHTS, density))
             axes[key, precision] = tuple(pair)
     return axes
 
 
-def _axis(dense: Sequence[int], prunable: Sequence[int], stairs: Staircase | None, conv_groups: int, coarse: bool) -> Axis:
+def _axis(
+    dense: Sequence[int], prunable: Sequence[int], stairs: Staircase | None, conv_groups: int, coarse: bool, density: Density
+) -> Axis:
     if not prunable:
         return Axis(tuple(sorted(set(dense))))
-    if conv_groups > 1:  # counts are multiples of the groups, so a scan of layers without groups says nothing
-        counts = measured_counts(max(prunable) // conv_groups)
+    if conv_groups > 1:  # counts are multiples of the groups, so a scan of layers without groups does not apply
+        counts = measured_counts(max(prunable) // conv_groups, density=density)
         return Axis(tuple(sorted({conv_groups * count for count in counts} | set(dense))))
     multiples, step = (stairs.multiples, stairs.step) if stairs is not None and not coarse else ((), 1)
-    counts = measured_counts(max(prunable), multiples, step, coarse)
+    counts = measured_counts(max(prunable), multiples, step, coarse, density)
     return Axis(tuple(sorted({*counts, *dense})), multiples, step)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -20,8 +21,8 @@ from secateur.envs.model_graph import analyze
 from secateur.envs.tasks.models import build_model
 from secateur.search.config import ConfigSource, Overrides, load_config
 from secateur.search.profiling.measuring import Journal
-from secateur.search.profiling.profiler import ProfileConfig, Subject, describe_machine
-from secateur.search.profiling.profiler import profile as measure_device
+from secateur.search.profiling.profiler import Advance, Note, ProfileConfig, Subject, describe_machine
+from secateur.search.profiling.profiler import profile as run_profile
 from secateur.search.profiling.runtimes import Runtime, find_runtime
 from secateur.search.profiling.staircases import plot
 from secateur.search.run.progress import SECONDS_PER_LINE, duration
@@ -38,6 +39,7 @@ def profile(
     precisions: Sequence[str] = ("float32", "int8"),
     threads: int = 1,
     batch: int = 1,
+    quick: bool = False,
     progress: bool = False,
 ) -> Device:
     """Measure this machine with a model, write a device file, and return its content.
@@ -54,11 +56,13 @@ def profile(
         precisions: one float precision, and "int8" if wanted.
         threads: number of threads of the runtime.
         batch: images per run.
+        quick: True: measure in seconds instead of minutes, fewer channel counts and repeats.
         progress: True: show the progress on stderr.
     Raises:
         InputError: if the model, the output or the runtime cannot be used.
     """
-    settings = ProfileConfig(precisions=tuple(precisions), threads=threads, batch=batch)
+    make = ProfileConfig.quick if quick else ProfileConfig
+    settings = make(precisions=tuple(precisions), threads=threads, batch=batch)
     subject = _subject(config, overrides, model, image_shape)
     return profile_to_file(subject, Path(output), runtime, settings, Console(stderr=True, quiet=not progress))
 
@@ -93,56 +97,84 @@ def load_subject(
 
 
 def profile_to_file(subject: Subject, output: Path, runtime_name: str, config: ProfileConfig, console: Console) -> Device:
-    """Measure this machine, write the device file and return what it holds.
+    """Measure this machine, write the device file and return the device; `console` shows the progress.
 
-    What has been measured is kept beside the output until everything is written, and is used again when the same model is
-    profiled in the same way on the same machine.
+    Measurements are kept beside the output until the device file is written. They are used again when the same model is
+    profiled with the same settings on the same machine.
 
     Raises:
         InputError: if the output cannot be written, or the runtime is missing or cannot execute a precision.
     """
+    if output.is_dir() or not output.parent.is_dir():
+        wrong = f"{output} cannot be written: name a file in an existing folder with"
+        raise InputError(f"{wrong} `output`.", f"{wrong} --output.")
+    with _Display(console) as display:
+        try:
+            return measure_device(subject, output, runtime_name, config, display.note, display.advance, display.line)
+        except KeyboardInterrupt:
+            display.line(f"the measurements so far are kept in {_unfinished(output)}; the same command continues from there")
+            raise
+
+
+def measure_device(
+    subject: Subject,
+    output: Path,
+    runtime_name: str,
+    config: ProfileConfig,
+    note: Note,
+    advance: Advance,
+    tell: Callable[[str], None],
+) -> Device:
+    """Measure this machine, write the device file and return the device; see `profile_to_file`.
+
+    Args:
+        subject: the network.
+        output: the device file, in an existing folder.
+        runtime_name: a key of `RUNTIMES`.
+        config: how to measure.
+        note, advance: as in `profile`.
+        tell: called with a sentence if earlier measurements are used.
+    """
     runtime = find_runtime(runtime_name)
-    _check(runtime, config, output)
-    identity = {
+    runtime.version()
+    unknown = [name for name in config.precisions if name not in runtime.precisions]
+    if unknown:
+        raise InputError(f"{runtime.name} cannot execute {unknown[0]}; it knows {', '.join(runtime.precisions)}.")
+    journal = Journal(_unfinished(output), profile_identity(subject, runtime, config))
+    if len(journal):
+        tell(f"continuing: {len(journal)} measurements were kept in {_unfinished(output)}")
+    device = run_profile(subject, runtime, config, journal, note, advance)
+    draft = output.with_name(f".{output.name}.draft-{os.getpid()}")
+    write_device(device, draft)
+    os.replace(draft, output)
+    journal.finish()
+    return device
+
+
+def profile_identity(subject: Subject, runtime: Runtime, config: ProfileConfig) -> dict[str, Any]:
+    """Return what a profile depends on, JSON values: model, runtime, settings and machine."""
+    return {
         "model": subject.name,
-        "input": subject.image_shape,
+        "input": list(subject.image_shape),
+        "layers": [asdict(layer) for layer in subject.graph.geometry.layers],
         "groups": [group.units for group in subject.graph.groups],
         "runtime": [runtime.name, runtime.version()],
         "config": asdict(config),
         "machine": describe_machine(),
     }
-    journal = Journal(output.with_name(output.name + ".part"), identity)
-    if len(journal):
-        console.print(f"continuing: {len(journal)} measurements were kept in {output}.part", highlight=False, soft_wrap=True)
-    try:
-        with _Display(console) as display:
-            device = measure_device(subject, runtime, config, journal, display.note, display.advance)
-    except KeyboardInterrupt:
-        kept = f"{len(journal)} measurements are kept in {output}.part; the same command goes on from there"
-        console.print(kept, highlight=False, soft_wrap=True)
-        raise
-    write_device(device, output)
-    journal.finish()
-    return device
 
 
-def _check(runtime: Runtime, config: ProfileConfig, output: Path) -> None:
-    runtime.version()
-    unknown = [name for name in config.precisions if name not in runtime.precisions]
-    if unknown:
-        raise InputError(f"{runtime.name} cannot execute {unknown[0]}; it knows {', '.join(runtime.precisions)}.")
-    if output.is_dir() or not output.parent.is_dir():
-        wrong = f"{output} cannot be written: name a file in an existing folder with"
-        raise InputError(f"{wrong} `output`.", f"{wrong} --output.")
+def _unfinished(output: Path) -> Path:
+    return output.with_name(output.name + ".part")
 
 
 class _Display:
-    """A bar with the time left in a terminal, a line now and then anywhere else."""
+    """Shows a bar with the time left in a terminal; elsewhere a line every few seconds."""
 
     def __init__(self, console: Console):
         self._console, self._started, self._printed, self._share = console, time.monotonic(), 0.0, 0.0
         columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[left]}")
-        # Drawn only when something is said: a thread that redraws would take time from what is measured.
+        # Drawn only when the text changes: a thread that redraws would disturb the measurements.
         self._progress = Progress(*columns, console=console, auto_refresh=False) if console.is_terminal else None
         self._task = self._progress.add_task("", total=1.0, left="") if self._progress else TaskID(0)
 
@@ -155,8 +187,12 @@ class _Display:
         if self._progress:
             self._progress.stop()
 
+    def line(self, text: str) -> None:
+        """Print a line that stays."""
+        self._console.print(text, highlight=False, soft_wrap=True)
+
     def note(self, text: str) -> None:
-        """Show what is measured now."""
+        """Show the current stage."""
         if self._progress:
             self._progress.update(self._task, description=text, refresh=True)
         elif time.monotonic() - self._printed > SECONDS_PER_LINE:
@@ -164,7 +200,7 @@ class _Display:
             self._console.print(f"{100 * self._share:.0f} %, {self._left()}: {text}", highlight=False, soft_wrap=True)
 
     def advance(self, share: float) -> None:
-        """Show how much is done."""
+        """Show the finished share."""
         self._share = share
         if self._progress:
             self._progress.update(self._task, completed=share, left=self._left(), refresh=True)
@@ -175,7 +211,7 @@ class _Display:
 
 
 def staircase_lines(table: LatencyTable) -> list[str]:
-    """Return the scans as text, each with its step and what that means."""
+    """Return the scans as text, each with its preferred multiples and its step."""
     lines = []
     for stairs in table.staircases:
         faster = ", then of ".join(map(str, stairs.multiples))
@@ -188,7 +224,7 @@ def staircase_lines(table: LatencyTable) -> list[str]:
 
 
 def check_table(table: LatencyTable) -> Table:
-    """Return how far whole networks were from the predictions."""
+    """Return the errors of the predictions for whole networks."""
     shown = Table(title=f"whole networks, {table.runtime} {table.runtime_version}", title_justify="left")
     for name in ("precision", "networks", "ms", "error", "uncorrected", "rank corr."):
         shown.add_column(name, justify="left" if name == "precision" else "right")

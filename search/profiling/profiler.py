@@ -12,6 +12,7 @@ import platform
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -34,20 +35,18 @@ from secateur.envs.model_graph.plan import ModelGraph
 from secateur.search.profiling.eager import SlicedModules
 from secateur.search.profiling.fitting import check, fit_correction
 from secateur.search.profiling.layer_models import LayerPoint
-from secateur.search.profiling.measuring import ROUNDS, Journal, LayerTimer, PointTime, chunks, merged
+from secateur.search.profiling.measuring import Journal, LayerTimer, PointTime, chunks, merged
 from secateur.search.profiling.plan import grid_axes, scan_points, scanned_layers
 from secateur.search.profiling.runtimes import WARM_UP, PyTorch, Runtime, measure_latencies
-from secateur.search.profiling.staircases import find_staircase
-from secateur.search.profiling.whole_models import CompressedModels, random_widths
+from secateur.search.profiling.staircases import FULL, QUICK, Density, find_staircase
+from secateur.search.profiling.whole_models import CompressedModels, DenseExport, export_dense, random_widths
 
 INTEGER_BITS = {"int8": 8}
 """Integer precisions, and the bits that a policy must not exceed to be executed in them."""
-MIXED = 8
-"""Checked networks that are measured in mixed precision too."""
 TOGETHER_SHARE = 2.0
-"""Layers that are timed together have this share of the network's weights: each finds the caches full of other layers."""
+"""Layers that are timed together have this share of the network's weights, so that each finds other layers in the caches."""
 LEAST_WEIGHTS = 1e5
-"""Fewer are not worth a session of their own: they stay in the nearest caches anyway."""
+"""Layers with fewer weights are timed together, because all of them stay in the nearest caches."""
 TOGETHER_WEIGHTS = 6e7
 """Whole networks that take turns may have this many parameters together."""
 
@@ -63,17 +62,25 @@ class ProfileConfig:
         precisions: one float precision, and possibly "int8".
         threads: of the runtime.
         batch: images per run.
+        rounds: how often all layers are visited, so that no layer is only measured while something disturbs the machine.
         seconds: of each visit to a group of layers, and of each whole network.
+        scanned: channel counts of a scan for the staircase.
+        density: of the channel counts that are measured for every layer.
         fitted, checked: whole networks per precision that the correction is fitted to, and checked on.
-        seed: of the random networks.
+        mixed: checked networks that are measured in mixed precision too.
+        seed: random seed of the compressed networks.
     """
 
     precisions: tuple[str, ...] = ("float32", "int8")
     threads: int = 1
     batch: int = 1
+    rounds: int = 2
     seconds: float = 0.6
+    scanned: int = 72
+    density: Density = FULL
     fitted: int = 20
     checked: int = 20
+    mixed: int = 8
     seed: int = 0
 
     def __post_init__(self):
@@ -82,8 +89,13 @@ class ProfileConfig:
             wrong = f"must name one float precision, and optionally int8, but got {', '.join(self.precisions)}."
             raise InputError(f"`precisions` {wrong}", f"`--precisions` {wrong}")
         if min(self.threads, self.batch) < 1 or min(self.fitted, self.checked) < 2 or self.seconds <= 0:
-            wrong = "must be at least 1, and there must be networks to fit to and to check."
+            wrong = "must be at least 1, and at least two networks must be fitted and checked."
             raise InputError(f"`threads` and `batch` {wrong}", f"`--threads` and `--batch` {wrong}")
+
+    @classmethod
+    def quick(cls, precisions: tuple[str, ...] = ("float32", "int8"), threads: int = 1, batch: int = 1) -> ProfileConfig:
+        """Return how to measure in seconds rather than minutes: fewer channel counts, repeats and networks."""
+        return cls(precisions, threads, batch, rounds=1, seconds=0.05, scanned=40, density=QUICK, fitted=10, checked=4, mixed=0)
 
     @property
     def float_precision(self) -> str:
@@ -98,11 +110,11 @@ class ProfileConfig:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is profiled.
+    """A network to profile.
 
     Attributes:
         name: e.g. "torchvision:resnet18".
-        model: the network in eval mode; its weights do not matter.
+        model: the network in eval mode, with any weights.
         graph: its plan.
         image_shape: (channels, height, width).
     """
@@ -117,9 +129,9 @@ def profile(subject: Subject, runtime: Runtime, config: ProfileConfig, journal: 
     """Return the device that this process runs on, measured with this network.
 
     Args:
-        journal: keeps what is measured.
-        note: told what is measured, in words.
-        advance: told the share of the work that is done, in [0, 1].
+        journal: keeps the measurements.
+        note: called with the current stage, in words.
+        advance: called with the finished share of the work, in [0, 1].
     """
     return _Profiler(subject, runtime, config, journal, note, advance).device()
 
@@ -152,7 +164,7 @@ class _Profiler:
             schema=SCHEMA,
             name=f"{machine['processor']}, {config.threads} thread{'s' * (config.threads != 1)}, {self._runtime.name}",
             kind="measured",
-            sources=(f"measured by `secateur profile` with {table.model}",),
+            sources=(f"measured by `secateur profile{' --quick' * (config.density == QUICK)}` with {table.model}",),
             machine=machine,
             float_precision=config.float_precision,
             integer_bits=config.integer_bits,
@@ -173,28 +185,30 @@ class _Profiler:
         jobs = [(layer, family, axis) for family, layer in scanned_layers(geometry).items() for axis in ("in", "out")]
         for precision in self._config.precisions:
             for layer, family, axis in jobs:
-                points = scan_points(geometry, layer, axis)
+                points = scan_points(geometry, layer, axis, self._config.scanned)
                 if not points:
                     continue
                 name = f"scan/{precision}/{family}/{axis}"
                 self._note(f"scanning channel counts: {family} layers, {axis} channels, {precision}")
-                visits = [self._visit(f"{name}/{visit}", list(points.values()), precision) for visit in range(ROUNDS)]
+                visits = [
+                    self._visit(f"{name}/{visit}", list(points.values()), precision) for visit in range(self._config.rounds)
+                ]
                 milliseconds = [time for time, _, _ in merged(visits)]
-                multiples, step, _ = find_staircase(list(points), milliseconds)
+                multiples, step, _ = find_staircase(list(points), milliseconds, self._config.density)
                 words = f"{layer.name} ({_in_words(layer_key(layer))})"
                 found.append(Staircase(family, axis, precision, words, multiples, step, tuple(points), _rounded(milliseconds)))
         return tuple(found)
 
     def _grids(self, staircases: Sequence[Staircase]) -> tuple[LayerGrid, ...]:
-        geometry = self._subject.graph.geometry
-        axes = grid_axes(geometry, staircases, self._config.precisions)
+        geometry, rounds = self._subject.graph.geometry, self._config.rounds
+        axes = grid_axes(geometry, staircases, self._config.precisions, self._config.density)
         visits: dict[tuple[LayerKey, str], list[list[PointTime]]] = {plan: [] for plan in axes}
-        for visit in range(ROUNDS):
+        for visit in range(rounds):
             for number, ((key, precision), (ins, outs)) in enumerate(axes.items()):
                 points = [LayerPoint(key, i, i * o if key[4] == 0 else o) for i in ins.counts for o in outs.counts]
-                self._note(f"layers, visit {visit + 1} of {ROUNDS}: {_in_words(key)}, {precision}, {len(points)} sizes")
+                self._note(f"layers, visit {visit + 1} of {rounds}: {_in_words(key)}, {precision}, {len(points)} sizes")
                 visits[key, precision].append(self._visit(f"grid/{precision}/{key}/{visit}", points, precision))
-                self._advance((visit * len(axes) + number + 1) / (ROUNDS * len(axes)) * 0.5)
+                self._advance((visit * len(axes) + number + 1) / (rounds * len(axes)) * 0.5)
         return tuple(_grid(key, precision, *axes[key, precision], merged(times)) for (key, precision), times in visits.items())
 
     def _corrected(self, table: LatencyTable) -> LatencyTable:
@@ -217,11 +231,12 @@ class _Profiler:
             check(table, config.integer_bits, _rows(shapes[name], rest), measured[name][rest], name, config.fitted)
             for name in config.precisions
         )
-        table = replace(table, checks=checks)
-        return replace(table, checks=(*checks, self._mixed_check(table, widths[-MIXED:]))) if len(checks) > 1 else table
+        if len(checks) > 1 and config.mixed:
+            checks = (*checks, self._mixed_check(table, widths[-config.mixed :]))
+        return replace(table, checks=checks)
 
     def _mixed_check(self, table: LatencyTable, widths: Sequence[Sequence[int]]) -> WholeModelCheck:
-        """Return the check with networks of which random layers stay in the float precision; nothing is fitted to those."""
+        """Return the check with networks whose random half of layers is in the float precision; the fit excludes them."""
         config, layers = self._config, self._subject.graph.geometry.layers
         rng = np.random.default_rng(config.seed)
         bits = np.where(rng.random((len(widths), len(layers))) < 0.5, FLOAT_BITS, INTEGER_BITS["int8"])
@@ -251,7 +266,7 @@ class _Profiler:
                 models = self._versions(precision)
             milliseconds += self._journal.get(name, lambda part=part, models=models: self._together(models, part, precision))
             done = config.precisions.index(precision) + len(milliseconds) / len(widths)
-            self._advance(0.5 + 0.5 * done / len(config.precisions))  # what is left then takes seconds
+            self._advance(0.5 + 0.5 * done / len(config.precisions))
         return milliseconds
 
     def _versions(self, precision: str, floats: Sequence[str] = ()) -> CompressedModels | SlicedModules:
@@ -260,7 +275,12 @@ class _Profiler:
             return SlicedModules(subject.model, subject.graph, subject.image_shape, batch)
         # A runtime executes bfloat16 from a float32 model.
         exported = precision if precision in INTEGER_BITS else "float32"
-        return CompressedModels(subject.model, subject.graph, subject.image_shape, batch, exported, floats)
+        return CompressedModels(self._dense_export, subject.graph, exported, floats)
+
+    @cached_property
+    def _dense_export(self) -> DenseExport:
+        subject = self._subject
+        return export_dense(subject.model, subject.graph, subject.image_shape, self._config.batch)
 
     def _together(self, models: CompressedModels | SlicedModules, widths: Sequence[Sequence[int]], precision: str) -> list[float]:
         sessions = [self._runtime.open(models.version(row), self._config.threads, precision) for row in widths]
@@ -302,7 +322,7 @@ def _in_words(key: LayerKey) -> str:
 
 
 def describe_machine() -> dict[str, str]:
-    """Return processor, cores and system of this machine, as well as they can be told."""
+    """Return processor, cores and system of this machine, as far as the system tells them."""
     processor = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

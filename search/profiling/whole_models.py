@@ -1,8 +1,7 @@
-"""Compressed versions of one network as ONNX models, made in milliseconds: good for measuring speed, not for deployment.
+"""Compressed versions of one network as ONNX models, made in milliseconds: for measuring speed, not for deployment.
 
-An export of its own takes seconds for each network, so the dense network is exported once per precision and the tensors of
-the export are sliced. Where that does not give what the sliced module computes (constants that repeat a shape), every
-version is exported anew.
+An export takes seconds, so the dense network is exported once and the tensors of the export are sliced. If the result does not
+compute what the sliced module computes (because a constant repeats a shape), every version is exported.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,35 +26,54 @@ from secateur.search.export.onnx_export import INPUT, OUTPUT, quiet
 from secateur.search.profiling.runtimes import OnnxRuntimeSession
 
 TWINS = ("_quantized_zero_point", "_quantized_scale", "_zero_point", "_quantized", "_scale")
-"""What `quantize_static` appends to the name of a tensor for its codes and their scales."""
+"""Suffixes that `quantize_static` appends to the name of a tensor for its codes and their scales."""
+
+
+@dataclass(frozen=True)
+class DenseExport:
+    """A dense network in float32 as ONNX: the source of its compressed versions.
+
+    Attributes:
+        model: the network, with other weights, no two of them equal (`make_distinct`).
+        image: an input, (batch, channels, height, width) float32; the batch size is fixed.
+        onnx_model: the network with batch norms folded.
+    """
+
+    model: nn.Module
+    image: np.ndarray
+    onnx_model: onnx.ModelProto
+
+
+def export_dense(model: nn.Module, graph: ModelGraph, image_shape: Sequence[int], batch: int = 1) -> DenseExport:
+    """Return the export of a network in eval mode, which stays as it is; `image_shape` is (channels, height, width)."""
+    distinct = copy.deepcopy(model)
+    make_distinct(distinct)
+    image = np.random.default_rng(0).standard_normal((batch, *image_shape), np.float32)
+    return DenseExport(distinct, image, _folded_onnx(distinct, graph, image))
+
+
+def _folded_onnx(network: nn.Module, graph: ModelGraph, image: np.ndarray) -> onnx.ModelProto:
+    folded = copy.deepcopy(network)
+    fold_batch_norms(folded, graph)
+    return export_to_onnx(folded, torch.from_numpy(image))
 
 
 class CompressedModels:
     """The versions of one network that slicing gives, as ONNX models of one precision.
 
     Args:
-        model: the dense network in eval mode; it stays as it is. Its weights do not matter, and are not kept.
+        dense: the network.
         graph: its plan.
-        image_shape: (channels, height, width).
-        batch: images per run; the models have this batch size fixed.
         precision: "float32" or "int8" (all convolutions and linear layers, unsigned activations).
         excluded: layers that stay in float32 in spite of "int8".
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        graph: ModelGraph,
-        image_shape: Sequence[int],
-        batch: int = 1,
-        precision: str = "float32",
-        excluded: Sequence[str] = (),
-    ):
-        self._model, self._graph, self._precision = copy.deepcopy(model), graph, precision
+    def __init__(self, dense: DenseExport, graph: ModelGraph, precision: str = "float32", excluded: Sequence[str] = ()):
+        self._model, self._graph, self._precision = dense.model, graph, precision
         self._excluded = tuple(excluded)
-        self._image = np.random.default_rng(0).standard_normal((batch, *image_shape), np.float32)
-        make_distinct(self._model)
-        skeleton = self._export(self._model)
+        self._image = dense.image
+        skeleton = onnx.ModelProto()
+        skeleton.CopyFrom(self._in_precision(dense.onnx_model))
         self._tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in skeleton.graph.initializer}
         self._free_flattened_sizes(skeleton)
         self._depthwise = {f"{layer.name}.weight" for layer in graph.geometry.layers if layer.depthwise}
@@ -65,7 +84,7 @@ class CompressedModels:
 
     @property
     def image(self) -> np.ndarray:
-        """What the models are run with, (batch, channels, height, width) float32."""
+        """An input of the models, (batch, channels, height, width) float32."""
         return self._image
 
     def version(self, widths: Sequence[int]) -> bytes:
@@ -75,7 +94,7 @@ class CompressedModels:
 
     def _slice(self, kept: Sequence[np.ndarray]) -> bytes:
         positions = kept_positions(self._model, self._graph, kept)
-        # A folded batch norm gives its layer a bias that the plan does not know.
+        # A folded batch norm gives its layer a bias that is not in the plan.
         for layer, _ in self._graph.batch_norms:
             if 0 in positions.get(f"{layer}.weight", {}):
                 positions.setdefault(f"{layer}.bias", {0: positions[f"{layer}.weight"][0]})
@@ -94,7 +113,7 @@ class CompressedModels:
         return sliced.SerializeToString()
 
     def _set_groups(self, sliced: onnx.ModelProto, groups: dict[str, int]) -> None:
-        """Make depthwise convolutions have as many groups as channels are left; `groups` goes by the weight's name."""
+        """Give depthwise convolutions as many groups as they have channels left; `groups` is {name of the weight: channels}."""
         source = {node.output[0]: node.input[0] for node in sliced.graph.node if node.op_type == "DequantizeLinear"}
         for node in sliced.graph.node:
             if node.op_type != "Conv":
@@ -105,24 +124,24 @@ class CompressedModels:
                     attribute.i = count
 
     def _free_flattened_sizes(self, skeleton: onnx.ModelProto) -> None:
-        """Let every reshaping to (batch, features) find the number of features itself."""
+        """Replace the number of features in every reshaping to (batch, features) by -1, which infers it."""
         for node in skeleton.graph.node:
             if node.op_type == "Reshape" and self._tensors.get(node.input[1], np.empty(0)).shape == (2,):
                 self._tensors[node.input[1]] = np.array([len(self._image), -1])
 
     def _export_sliced(self, kept: Sequence[np.ndarray]) -> bytes:
-        return self._export(slice_model(self._model, self._graph, kept)).SerializeToString()
+        sliced = slice_model(self._model, self._graph, kept)
+        return self._in_precision(_folded_onnx(sliced, self._graph, self._image)).SerializeToString()
 
-    def _export(self, network: nn.Module) -> onnx.ModelProto:
-        network = copy.deepcopy(network)
-        fold_batch_norms(network, self._graph)
-        exported = export_to_onnx(network, torch.from_numpy(self._image))
-        if self._precision == "int8":
-            exported = quantize_to_int8(exported, self._image, self._excluded)
-        return exported
+    def _in_precision(self, exported: onnx.ModelProto) -> onnx.ModelProto:
+        if self._precision != "int8":
+            return exported
+        source = onnx.ModelProto()
+        source.CopyFrom(exported)  # the quantizer changes its argument
+        return quantize_to_int8(source, self._image, self._excluded)
 
     def _check(self) -> bool:
-        """Return whether slicing the tensors gives what the sliced module computes, or, quantized, what it costs."""
+        """Return whether the sliced ONNX model computes what the sliced module computes; of int8, only the shape is compared."""
         widths = [max(1, group.units // 2) for group in self._graph.groups]
         kept = [np.arange(width) for width in widths]
         with torch.inference_mode():
@@ -138,7 +157,7 @@ class CompressedModels:
 
 @torch.no_grad()
 def make_distinct(model: nn.Module) -> None:
-    """Give every vector of the model other values, in place: the exporter merges tensors that are equal."""
+    """Give every vector of the model distinct values, in place, because the exporter merges equal tensors."""
     generator = torch.Generator().manual_seed(0)
     for name, tensor in model.state_dict().items():
         if tensor.dim() == 1 and tensor.is_floating_point():
@@ -187,13 +206,13 @@ def quantize_to_int8(model: onnx.ModelProto, images: np.ndarray, excluded: Seque
 def random_widths(graph: ModelGraph, count: int, rng: np.random.Generator, largest_ratio: float = 0.9) -> list[list[int]]:
     """Return the widths of random compressed versions that differ widely in size.
 
-    Each has an overall strength of its own; half of them have widths rounded to multiples of 4, 8 or 16.
+    Each has an overall compression level of its own; half of them have widths rounded to multiples of 4, 8 or 16.
     """
     versions = []
     for index in range(count):
-        strength = largest_ratio * (index + rng.random()) / count
+        level = largest_ratio * (index + rng.random()) / count
         multiple = int(rng.choice([4, 8, 16])) if index % 2 else 1
-        ratios = np.clip(rng.uniform(strength - 0.3, strength + 0.3, len(graph.groups)), 0.0, largest_ratio)
+        ratios = np.clip(rng.uniform(level - 0.3, level + 0.3, len(graph.groups)), 0.0, largest_ratio)
         widths = [
             min(group.units, max(1, round(group.units * (1 - ratio) / multiple) * multiple))
             for group, ratio in zip(graph.groups, ratios, strict=True)

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from secateur.envs.core import Budget, CompressionPolicy, InputError
-from secateur.search.export.verification import Verification
+from secateur.search.export.verification import LimitCheck, Verification
 from secateur.search.export.verify import verify_in_fresh_process
 from secateur.search.export.write import write_export
 from secateur.search.problem import Problem
+from secateur.search.profiling.runtimes import PyTorch
 from secateur.search.results.core import Finalist, Outcome, Rejected
 from secateur.search.results.finalize import score_finalist
 from secateur.search.results.front import Front
@@ -48,8 +49,8 @@ def verify_winners(
 
     Args:
         problem: the search.
-        front: everything that it found.
-        finalists: of all budgets, the winners first.
+        front: the policies that it found.
+        finalists: of all budgets, the winner of each first.
         run: its folder.
         status: status callback.
         verify: verifies a folder; takes the runtime and the number of threads.
@@ -62,7 +63,7 @@ def verify_winners(
 
 @dataclass
 class _Trials:
-    """Finds the winner of one budget; `factor` is by how much the table was too low so far."""
+    """Finds the winner of one budget; `factor` is the largest ratio of a measured to a predicted latency so far."""
 
     problem: Problem
     front: Front
@@ -80,13 +81,14 @@ class _Trials:
             finalist = waiting[0]
             tried.add(finalist.policy)
             self._check(finalist, outcome)
-            measured = _broken_latency(outcome.verification)
-            if measured is None:
+            violated = _violated_latency(outcome.verification)
+            if violated is None:
                 outcome.finalists = waiting
                 return outcome
             predicted = finalist.validation.costs[LATENCY]
-            outcome.rejected.append(Rejected(finalist, predicted, measured))
-            self.factor = max(self.factor, measured / predicted)
+            outcome.rejected.append(Rejected(finalist, predicted, violated.found))
+            # Both relative to their limits: the measured limit of a share of the dense latency follows the machine's load.
+            self.factor = max(self.factor, (violated.found / violated.limit) / (predicted / self.budget.limits[LATENCY]))
             if outcome.folder is not None:
                 shutil.rmtree(outcome.folder)
             outcome.folder = outcome.verification = None
@@ -110,8 +112,9 @@ class _Trials:
             outcome.folder = folder
             device = self.problem.device
             table = None if device is None else device.table
+            # PyTorch executes no ONNX files.
             where: dict[str, Any] = {}
-            if table is not None and table.runtime != "pytorch":
+            if table is not None and table.runtime != PyTorch.name:
                 where = {"runtime": table.runtime, "threads": table.threads}
             outcome.verification = self.verify(folder, **where)
         except (InputError, RuntimeError) as error:
@@ -134,7 +137,7 @@ class _Trials:
         return []
 
 
-def _broken_latency(verification: Verification | None) -> float | None:
-    """Return the measured milliseconds if they violate the limit; None if they meet it or were not measured."""
+def _violated_latency(verification: Verification | None) -> LimitCheck | None:
+    """Return the latency limit if the measurement violates it; None if it is met, or was not measured."""
     limits = () if verification is None else verification.limits
-    return next((limit.found for limit in limits if limit.name == LATENCY and limit.kept is False), None)
+    return next((limit for limit in limits if limit.name == LATENCY and limit.kept is False), None)

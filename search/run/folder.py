@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 AGENT = "agent"
-"""Files of a run: its manifest, and the folder of the stored agent, if the agent can be queried."""
+DEVICE = "device.json"
+"""Files of a run: its manifest, the folder of the stored agent, if the agent can be queried, and its device, if there is one."""
 PACKAGES = ("secateur", "torch", "torchvision", "ray", "optuna", "gymnasium", "numpy", "moocore")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from secateur.agents.core import Agent, Saving
+from secateur.cost_models.device import write_device
 from secateur.envs.core import Actor, Episode
 from secateur.search.build import build_agent, build_front, build_problem, open_runner, prepare
 from secateur.search.config import Overrides, SearchConfig
@@ -21,7 +22,7 @@ from secateur.search.results.document import write_front
 from secateur.search.results.finalize import dense_test_score, finalize
 from secateur.search.results.front import Front
 from secateur.search.results.winners import verify_winners, winner_folder
-from secateur.search.run.folder import AGENT, check_run_folder, create_run_folder, held, load_manifest, write_manifest
+from secateur.search.run.folder import AGENT, DEVICE, check_run_folder, create_run_folder, held, load_manifest, write_manifest
 from secateur.search.run.progress import SearchProgress
 from secateur.search.run.replay import Recorded, check_evaluations, check_same_score, check_unchanged
 from secateur.search.run.sensitivities import read_sensitivities, write_sensitivities
@@ -100,6 +101,8 @@ def _evaluate(
     """Search; a resumed run keeps its front and its agent until there is a new evaluation."""
     config, describe = problem.config, problem.space.policy_space.policy_to_choices
     write_manifest(run, config, _facts(problem))
+    if problem.device is not None:
+        write_device(problem.device, run / DEVICE)
     front, recorder = build_front(problem), _recorder(problem, run)
     for episode in recorded.episodes if recorded else ():
         front.add(episode)

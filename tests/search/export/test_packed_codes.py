@@ -1,4 +1,4 @@
-"""Codes, scales and tables of levels come back from a file as they were, whichever quantizer made them."""
+"""Codes, scales and tables of levels come back from a file as they were, for every quantizer."""
 
 import copy
 import json
@@ -15,7 +15,9 @@ from secateur.envs.piece_cache import PieceCache
 from secateur.envs.quantization.fake_quantize import quantized_weight
 from secateur.envs.quantization.quantizers import QUANTIZERS
 from secateur.envs.tasks.synthetic import synthetic_net
-from secateur.search.export.folder import LEVELS, _layers, _packed_tensors, _restore
+from secateur.search.export.files import LEVELS
+from secateur.search.export.load import restore_layers
+from secateur.search.export.write import layer_entries, packed_tensors
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
@@ -34,10 +36,10 @@ def test_what_is_read_back_computes_the_same_bit_for_bit(name, tmp_path):
     candidate.quantize_weights()
     network = candidate.network
 
-    packed = _packed_tensors(network)
+    packed = packed_tensors(network)
     save_file(packed, tmp_path / "weights")
     restored = synthetic_net().eval()
-    _restore(restored, load_file(tmp_path / "weights"), json.loads(json.dumps(_layers(network))))
+    restore_layers(restored, load_file(tmp_path / "weights"), json.loads(json.dumps(layer_entries(network))))
     assert torch.equal(restored(images), network(images))
     for layer, (weight_bits, _) in bits.items():
         before, after = (quantized_weight(part.get_submodule(layer)) for part in (network, restored))

@@ -1,6 +1,7 @@
 """Profiles: staircases are found, corrections recovered, interrupted work goes on, and a device file comes out."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from secateur.search.profiling.measuring import Journal, chunks, merged
 from secateur.search.profiling.plan import grid_axes
 from secateur.search.profiling.profiler import ProfileConfig, profile
 from secateur.search.profiling.runtimes import RUNTIMES
-from secateur.search.profiling.staircases import find_staircase, measured_counts, plot
+from secateur.search.profiling.staircases import QUICK, find_staircase, measured_counts, plot
 
 SMOOTH = np.linspace(1.0, 5.0, 72)
 
@@ -154,20 +155,31 @@ def test_one_float_precision_is_needed(precisions):
         ProfileConfig(precisions=precisions)
 
 
-def test_a_device_file_is_written_and_read(subject, tmp_path):
+def test_a_quick_profile_writes_a_device_file(subject, tmp_path):
     output = tmp_path / "device.json"
-    config = ProfileConfig(seconds=0.002, fitted=3, checked=3)
+    config = replace(ProfileConfig.quick(), seconds=0.001, scanned=12, fitted=3, checked=3, mixed=1)
     device = profile_run.profile_to_file(subject, output, "onnxruntime", config, Console(quiet=True))
-    assert not (tmp_path / "device.json.part").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["device.json"]
     assert read_device(output) == device
     model = device.cost_models()["latency_ms"]
     eight = np.full((1, len(subject.graph.geometry.layers)), 8)
     assert 0 < model.total(subject.graph.geometry.shapes(None, eight, eight))[0] < 100
     assert "onnxruntime" in device.label and "1 thread" in device.label
+    assert device.sources == ("measured by `secateur profile --quick` with small at 3x12x12",)
+    assert [check.precision for check in device.table.checks] == ["float32", "int8", "mixed"]
+
+
+def test_a_quick_profile_measures_far_fewer_sizes(subject):
+    axes = {}
+    for name, config in (("full", ProfileConfig()), ("quick", ProfileConfig.quick())):
+        planned = grid_axes(subject.graph.geometry, (), config.precisions, config.density)
+        axes[name] = sum(len(ins.counts) * len(outs.counts) for ins, outs in planned.values())
+    assert axes["quick"] < axes["full"] / 2
+    assert len(measured_counts(128, (8,), 8, density=QUICK)) < len(measured_counts(128, (8,), 8)) / 1.5
 
 
 def test_eager_modules_are_profiled(subject, tmp_path):
-    config = ProfileConfig(precisions=("float32",), seconds=0.002, fitted=2, checked=2)
+    config = replace(ProfileConfig.quick(("float32",)), seconds=0.001, scanned=12, fitted=2, checked=2)
     device = profile_run.profile_to_file(subject, tmp_path / "device.json", "pytorch", config, Console(quiet=True))
     assert device.table.runtime == "pytorch" and device.integer_bits == ()
     assert device.cost_models()["latency_ms"].total(subject.graph.geometry.shapes())[0] > 0

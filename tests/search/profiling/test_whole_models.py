@@ -1,17 +1,30 @@
 """Versions of a network that are made by slicing an ONNX model."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
 from secateur.envs.pruning.slicing import slice_model
 from secateur.search.profiling.runtimes import open_session
-from secateur.search.profiling.whole_models import CompressedModels, make_distinct, random_widths
+from secateur.search.profiling.whole_models import CompressedModels, export_dense, make_distinct, random_widths
 
 
 @pytest.fixture(scope="module")
-def floats(subject):
-    return CompressedModels(subject.model, subject.graph, subject.image_shape)
+def dense(subject):
+    """The exported network; it must be left alone, like the network itself."""
+    before = {name: tensor.clone() for name, tensor in subject.model.state_dict().items()}
+    exported = export_dense(subject.model, subject.graph, subject.image_shape, batch=2)
+    content = exported.onnx_model.SerializeToString()
+    yield exported
+    assert all(torch.equal(tensor, before[name]) for name, tensor in subject.model.state_dict().items())
+    assert exported.onnx_model.SerializeToString() == content
+
+
+@pytest.fixture(scope="module")
+def floats(subject, dense):
+    return CompressedModels(dense, subject.graph)
 
 
 def sliced_logits(models, widths):
@@ -34,8 +47,8 @@ def test_where_slicing_fails_every_version_is_exported(floats, subject, monkeypa
     np.testing.assert_allclose(logits, sliced_logits(floats, widths), rtol=1e-4, atol=1e-5)
 
 
-def test_the_sliced_int8_model_stays_close_to_the_module(subject):
-    models = CompressedModels(subject.model, subject.graph, subject.image_shape, batch=2, precision="int8")
+def test_the_sliced_int8_model_stays_close_to_the_module(subject, dense):
+    models = CompressedModels(dense, subject.graph, "int8")
     assert models.sliceable
     widths = [group.units for group in subject.graph.groups]
     expected = sliced_logits(models, widths)
@@ -46,15 +59,7 @@ def test_the_sliced_int8_model_stays_close_to_the_module(subject):
     assert len(models.version(half)) < len(models.version(widths))
 
 
-def test_the_network_is_left_alone(subject):
-    before = {name: tensor.clone() for name, tensor in subject.model.state_dict().items()}
-    CompressedModels(subject.model, subject.graph, subject.image_shape)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in subject.model.state_dict().items())
-
-
 def test_equal_vectors_become_distinct(subject):
-    import copy
-
     network = copy.deepcopy(subject.model)
     make_distinct(network)
     vectors = [tuple(t.tolist()) for t in network.state_dict().values() if t.dim() == 1 and t.is_floating_point()]

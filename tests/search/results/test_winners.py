@@ -1,4 +1,4 @@
-"""Winners: exported, checked, and replaced where the device proves them too slow."""
+"""Winners: exported, checked, and replaced if they are too slow on the device."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from secateur.envs.core import Budget, CompressionPolicy, Evaluation, InputError
+from secateur.search.export.verification import LimitCheck
 from secateur.search.results import winners as module
 from secateur.search.results.core import Finalist
 from secateur.search.results.document import winner
@@ -30,7 +31,7 @@ def finalist(width, predicted):
 def checked(measured, limit=1.0, failures=()):
     """A verification in which the latency was measured."""
     latency = SimpleNamespace(milliseconds=measured, dense_milliseconds=2.0)
-    limits = (SimpleNamespace(name="latency_ms", found=measured, kept=measured <= limit),)
+    limits = (LimitCheck("latency_ms", limit, measured, "measured"),)
     return SimpleNamespace(
         limits=limits, latency=latency, passed=measured <= limit, failures=failures, runtime="onnxruntime",
         runtime_version="1", threads=1,
@@ -39,9 +40,12 @@ def checked(measured, limit=1.0, failures=()):
 
 @pytest.fixture
 def trial(tmp_path, monkeypatch):
-    """Return a function that runs the checks over finalists (width, predicted, measured) and further candidates."""
+    """Return a function that runs the checks over finalists (width, predicted, measured) and further candidates.
 
-    def run(finalists, others=(), failure=None):
+    `limit`: the limit of the check, where it is a share of a measured dense latency; the budget's is 1 ms.
+    """
+
+    def run(finalists, others=(), failure=None, limit=1.0):
         measured = {policy(width): found for width, _, found in (*finalists, *others)}
         exported = []
 
@@ -55,7 +59,7 @@ def trial(tmp_path, monkeypatch):
             if failure is not None:
                 raise failure
             assert where == {"runtime": "openvino", "threads": 2}
-            return checked(measured[policy(int((folder / "policy.json").read_text()))])
+            return checked(measured[policy(int((folder / "policy.json").read_text()))], limit)
 
         monkeypatch.setattr(module, "write_export", write)
         scored = {policy(width): finalist(width, predicted) for width, predicted, _ in others}
@@ -88,6 +92,17 @@ def test_a_measurement_corrects_the_table_and_the_next_that_fits_is_taken(trial)
     (rejected,) = outcome.rejected
     assert (rejected.predicted, rejected.measured) == (0.9, 1.2)
     assert (outcome.folder / "policy.json").read_text() == "3"
+
+
+def test_a_machine_that_is_slower_now_rejects_nothing_if_the_limit_is_a_share_of_the_dense_latency(trial):
+    outcome, exported = trial([(1, 0.9, 1.8)], limit=2.0)
+    assert exported == [1] and not outcome.rejected
+
+
+def test_the_correction_is_relative_to_a_limit_that_is_a_share_of_the_dense_latency(trial):
+    # 90 % of the limit were predicted and 110 % (2.2 of 2 ms) measured. So 80 % become 98 %, which is tried; 85 % become 104 %.
+    outcome, exported = trial([(1, 0.9, 2.2), (2, 0.85, 0.1), (3, 0.8, 1.9)], limit=2.0)
+    assert exported == [1, 3] and widths(outcome.finalists) == [3]
 
 
 def test_other_policies_of_the_search_are_repaired_when_no_finalist_is_left(trial):
