@@ -72,13 +72,8 @@ def pages(root: Path) -> list[Path]:
 def outdated(root: Path, command: Any) -> dict[Path, str]:
     """Return {page or picture that differs from what the code and results/ say: its new text}; nothing is written.
 
-    <<<<<<< HEAD
-        See `contents` for the arguments. Pictures are compared by the numbers in them, not by how they are drawn.
-        Their new text is "" until `update` draws them.
-    =======
-        See `contents` for the arguments. Pictures are compared by the numbers in them, not by how they are drawn. Their new text
-        is "" until `update` draws them.
-    >>>>>>> 6ca5064 (Line lengths)
+    See `contents` for the arguments. Pictures are compared by the numbers in them, not by how they are drawn.
+    Their new text is "" until `update` draws them.
     """
     generated = contents(root, command)
     differing = {}
