@@ -1,4 +1,4 @@
-"""Stores b-bit codes in b bits each."""
+"""Packing of b-bit codes: each code takes b bits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def pack_bits(codes: np.ndarray, bits: int) -> np.ndarray:
         codes: any shape, integer, in -2^(bits - 1) .. 2^(bits - 1) - 1; stored in two's complement.
         bits: 1..8.
     Raises:
-        ValueError: if a code does not fit.
+        ValueError: if a code is out of range.
     """
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     if codes.size and (codes.min() < low or codes.max() > high):
@@ -22,10 +22,10 @@ def pack_bits(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def unpack_bits(packed: np.ndarray, bits: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Return the codes that `pack_bits` stored, `shape`, int8.
+    """Return the codes that `pack_bits` packed, int8, in the shape `shape`.
 
     Raises:
-        ValueError: if `packed` is too short for the shape.
+        ValueError: if `packed` does not have the number of bytes for the shape.
     """
     size = int(np.prod(shape))
     if packed.size != -(-size * bits // 8):

@@ -1,4 +1,4 @@
-"""Quantizers: which grid weights and activations are put on. A new one is a file and a line in `QUANTIZERS`."""
+"""Quantizers: they choose the grids of weights and activations. A new one is a file and a line in `QUANTIZERS`."""
 
 from secateur.envs.quantization.quantizers.core import ActivationGrid, QuantizedWeight, Quantizer
 from secateur.envs.quantization.quantizers.gptq import GPTQ, GPTQConfig
@@ -7,9 +7,9 @@ from secateur.envs.quantization.quantizers.uniform import Uniform, UniformConfig
 
 __all__ = ["QUANTIZERS", "ActivationGrid", "QuantizedWeight", "Quantizer"]
 
-QUANTIZERS = {
+QUANTIZERS: dict[str, tuple[type, type]] = {
     "uniform": (UniformConfig, Uniform),
     "gptq": (GPTQConfig, GPTQ),
     "power_of_two": (PowerOfTwoConfig, PowerOfTwo),
 }
-"""Name -> (config, quantizer); a quantizer is made as `quantizer(config())`."""
+"""{name: (config class, quantizer class)}; `quantizer(config())` makes a quantizer."""

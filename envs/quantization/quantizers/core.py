@@ -1,4 +1,4 @@
-"""What a quantizer is: it puts weights and activations on grids that integers can stand for."""
+"""The interface of quantizers: they round weights and activations to values that integers represent."""
 
 from __future__ import annotations
 
@@ -11,12 +11,18 @@ from torch import Tensor
 from secateur.envs.calibration.core import LayerStatistics
 
 MIN_BITS, MAX_BITS = 2, 8
-"""Bit-widths that can be simulated; 32 everywhere else means "untouched"."""
+"""Range of the bit-widths that can be simulated; elsewhere, 32 means "not quantized"."""
 
 
 @dataclass(frozen=True)
 class ActivationGrid:
-    """2^bits evenly spaced values, one of them exactly zero: (code - zero_point) * scale, code in 0 .. 2^bits - 1."""
+    """2^bits evenly spaced values: (code - zero_point) * scale, code in 0 .. 2^bits - 1; one of them is exactly zero.
+
+    Attributes:
+        scale: distance between two values.
+        zero_point: code of the value zero.
+        bits: bits of a code.
+    """
 
     scale: float
     zero_point: int
@@ -30,13 +36,13 @@ class ActivationGrid:
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A weight as integers; `dequantize` gives the parameter that the network computes with, bit for bit.
+    """A weight as integers; `dequantize` returns exactly the parameter that the network computes with.
 
     Attributes:
         codes: shape of the weight, int8, in -2^(bits - 1) .. 2^(bits - 1) - 1.
         scale: (output channels,) float32.
-        bits: how many bits a code takes.
-        levels: (2^bits,) float32, the value of each code from the lowest on, in units of the scale; None: the code itself.
+        bits: bits of a code.
+        levels: (2^bits,) float32, values of all codes in ascending order, in units of the scale; None: the codes themselves.
     """
 
     codes: Tensor
@@ -45,7 +51,7 @@ class QuantizedWeight:
     levels: Tensor | None = None
 
     def dequantize(self) -> Tensor:
-        """Return level * scale of each output channel (axis 0), float32; the same bits on every call."""
+        """Return level * scale for each output channel (axis 0), float32; every call returns identical bits."""
         if self.levels is None:
             values = self.codes.float()
         else:
@@ -54,27 +60,31 @@ class QuantizedWeight:
 
 
 class Quantizer(Protocol):
-    """Chooses grids. Instances are made from their frozen config alone and pickle."""
+    """Chooses grids. Instances are made from a frozen config only, and can be pickled."""
 
     needs_images: ClassVar[bool]
-    """Whether `quantize_weight` needs the statistics."""
+    """Whether `quantize_weight` needs statistics."""
 
     def quantize_weight(self, weight: Tensor, bits: int, statistics: LayerStatistics | None = None) -> QuantizedWeight:
-        """Return the weight on its grid.
+        """Return the quantized weight.
 
         Args:
             weight: (outputs, inputs per conv group, ...) float32.
             bits: 2..8.
-            statistics: of the layer's input, of the weight's own size; None or of any kind, if less is known.
+            statistics: statistics of the layer's input, for the size of the weight; None if there are no statistics.
         """
         ...
 
     def activation_grid(self, statistics: LayerStatistics, bits: int) -> ActivationGrid:
-        """Return the grid for activations from what calibration saw (`low`, `high`, `samples`)."""
+        """Return the grid for a layer's input, from the calibration's `low`, `high` and `samples`."""
         ...
 
 
 def check_bits(bits: int) -> None:
-    """Raise ValueError unless `bits` can be simulated."""
+    """Check a bit-width.
+
+    Raises:
+        ValueError: if it cannot be simulated.
+    """
     if not MIN_BITS <= bits <= MAX_BITS:
-        raise ValueError(f"Bit-widths must be in {MIN_BITS}..{MAX_BITS} (or 32, for untouched), but got {bits}.")
+        raise ValueError(f"Bit-widths must be in {MIN_BITS}..{MAX_BITS}, or 32 for no quantization, but got {bits}.")

@@ -1,26 +1,26 @@
-"""Error-compensated rounding: what one column of a weight loses is made up for by the columns that follow.
+"""Error-compensated rounding: the rounding error of a column of a weight is compensated by the columns after it.
 
-For rows w (one per output channel), an input u with H = E[u u^T], and columns in an order fixed beforehand, factor
+For rows w (one per output channel), inputs u with H = E[u u^T], and columns in a fixed order, factor
 
     P H P^T + lambda I = (I + U) D (I + U)^T,   U strictly upper triangular, D diagonal                               (1)
 
-and round column after column, e the errors so far:
+and round column after column, with the errors e of the columns before:
 
     q_k = nearest(w_k + e_{<k} U_{<k,k}),   e_k = w_k - q_k                                                           (2)
 
-The squared error of the layer's outputs, e H e^T, is then sum_k D_k (w_k + e_{<k} U_{<k,k} - q_k)^2: each step takes the
-least of its term.
+The squared error of the layer's outputs, e H e^T, is then sum_k D_k (w_k + e_{<k} U_{<k,k} - q_k)^2: each step minimizes
+its own term.
 
 Source: Frantar et al. 2023 (GPTQ), arXiv:2210.17323, after Frantar & Alistarh 2022 (OBQ), arXiv:2208.11580. Eq. (1)-(2)
 are the same procedure without an inverse of H: Chee et al. 2023 (QuIP), arXiv:2307.13304, LDLQ.
 
 Where we differ and why (figures: CIFAR ResNet-56, top-1 93.5 %, all convolutions but the first at 4, 3 and 2 bits, 250
 calibration images, no recovery, 8,000 test images: 93.6, 93.1 and 92.0 %; `uniform`: 92.5, 88.1 and 24.4 %):
-1. At 2 bits the grid is -1.5, -0.5, 0.5, 1.5 unless -1, 0, 1 has the smaller error in this layer; with -1, 0, 1 alone,
-   where one code of four is wasted: 90.4 %.
-2. The scale is that of the quantizer `uniform`, corrected for shrinking.
-3. A channel that compensation has not helped (clipping can do that) is rounded plainly.
-4. H is not centered: the mean of an output is kept as well, so nothing hangs on a bias correction afterwards.
+1. At 2 bits the grid is -1.5, -0.5, 0.5, 1.5, unless -1, 0, 1 has the smaller error in this layer. With -1, 0, 1 only,
+   which does not use one of four codes: 90.4 %.
+2. The scale is the corrected scale of the quantizer `uniform`.
+3. A channel whose error is larger with compensation (because of clipping) is rounded without compensation.
+4. H is not centered: the mean of an output is preserved too, so no bias correction is needed afterwards.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ from secateur.envs.quantization.quantizers.core import ActivationGrid, Quantized
 from secateur.envs.quantization.quantizers.uniform import Uniform
 
 BLOCK = 64
-"""Columns whose errors reach the later ones in one matrix product."""
+"""Number of columns whose errors are propagated to later columns in one matrix product."""
 
 
 @dataclass(frozen=True)
 class GPTQConfig(ActivationGridConfig):
-    """How weights are compensated.
+    """Configuration of the compensation.
 
     Attributes:
-        damping: lambda over the mean of H's diagonal.
+        damping: lambda, relative to the mean of H's diagonal.
         activations, percentile: see `ActivationGridConfig`.
     """
 
@@ -66,7 +66,7 @@ class GPTQConfig(ActivationGridConfig):
 
 @dataclass(frozen=True)
 class GPTQ:
-    """See the top of this file. Layers whose inputs are known by their diagonal at most are rounded as by `uniform`."""
+    """The quantizer `gptq`; see the top of this file. Layers without a matrix of moments are rounded as by `uniform`."""
 
     config: GPTQConfig = GPTQConfig()
     needs_images: ClassVar[bool] = True
@@ -77,7 +77,7 @@ class GPTQ:
         if statistics is None or statistics.kind not in (FULL, CHANNEL) or not statistics.moments[:, :-1, :-1].any():
             return Uniform().quantize_weight(weight, bits)
         curvature = _curvature(statistics, self.config.damping)
-        # One kernel position at a time if the moments are those of a pixel: H is taken as block-diagonal then.
+        # If the moments are those of one pixel, H is taken as block-diagonal: each kernel position is rounded separately.
         area = statistics.area if statistics.kind == CHANNEL else 1
         relative = relative_rows(weight)
         grids = [symmetric_grid(bits), half_step_grid(bits)] if bits == 2 else [symmetric_grid(bits)]
@@ -92,12 +92,12 @@ class GPTQ:
 
 @dataclass(frozen=True)
 class Curvature:
-    """What the error of a layer's outputs depends on.
+    """The quadratic form of the error of a layer's outputs.
 
     Attributes:
-        matrix: H + lambda I, (conv groups, n, n) float32, over the mean of H's diagonal.
-        order: columns, those that weigh most first, (conv groups, n).
-        feedback: (I + U)^T of eq. (1) in this order, (conv groups, n, n) float32.
+        matrix: H + lambda I, (conv groups, n, n) float32, relative to the mean of H's diagonal.
+        order: columns by descending diagonal, (conv groups, n).
+        feedback: (I + U)^T of eq. (1) for this order, (conv groups, n, n) float32.
     """
 
     matrix: Tensor
@@ -105,15 +105,15 @@ class Curvature:
     feedback: Tensor
 
     def error(self, errors: Tensor) -> Tensor:
-        """Return e H e^T of every row of (conv groups, rows, n)."""
+        """Return e H e^T for every row of (conv groups, rows, n)."""
         return (errors @ self.matrix * errors).sum(2)
 
 
 def _curvature(statistics: LayerStatistics, damping: float) -> Curvature:
-    """Return the curvature of a layer; lambda belongs to the conv group."""
+    """Return the curvature of a layer; each conv group has its own lambda."""
     matrix = torch.tensor(statistics.moments[:, :-1, :-1], dtype=torch.float64)
     means = matrix.diagonal(dim1=1, dim2=2).mean(1)
-    means = torch.where(means > 0, means, means.mean())[:, None, None]  # a group may read nothing but zeros
+    means = torch.where(means > 0, means, means.mean())[:, None, None]  # the inputs of a group may all be zero
     matrix = (matrix + damping * means * torch.eye(matrix.shape[1], dtype=torch.float64)) / means.mean()
     order = matrix.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
     sorted_matrix = matrix[torch.arange(len(order))[:, None, None], order[:, :, None], order[:, None]]
@@ -125,7 +125,7 @@ def _curvature(statistics: LayerStatistics, damping: float) -> Curvature:
 def _rounded(
     relative: RelativeRows, grid: WeightGrid, curvature: Curvature, area: int
 ) -> tuple[Tensor, Tensor, WeightGrid, float]:
-    """Return grid values (outputs, entries), scale (outputs,), the grid, and the layer's error."""
+    """Return grid values (outputs, entries), scales (outputs,), the grid, and the layer's error."""
     outputs, scale = len(relative.rows), choose_scale(relative.rows, grid, "mse")
     rows = _columns(relative.rows, len(curvature.order), area)
     scales = scale.repeat_interleave(area).view(*rows.shape[:2], 1)
@@ -133,7 +133,7 @@ def _rounded(
     plain, compensated = (curvature.error(rows - values * scales).view(outputs, area).sum(1) for values in both)
     worse = (compensated > plain).repeat_interleave(area).view_as(scales)
     values = torch.where(worse, *both).view(outputs, area, -1).transpose(1, 2).reshape(outputs, -1)
-    # In units of the weight, because channels count by what they add to the output.
+    # In units of the weight, so that all channels are measured by their contribution to the output.
     error = (torch.minimum(plain, compensated).double() * relative.largest.double().square()).sum()
     return values, scale, grid, float(error)
 
@@ -145,7 +145,7 @@ def _columns(rows: Tensor, groups: int, area: int) -> Tensor:
 
 
 def _compensate(rows: Tensor, grid: WeightGrid, curvature: Curvature) -> Tensor:
-    """Return eq. (2), (conv groups, rows, n), of rows in units of their scales."""
+    """Return eq. (2), (conv groups, rows, n); rows are in units of their scales."""
     feedback = curvature.feedback
     columns = curvature.order[:, :, None].expand(-1, -1, rows.shape[1])
     wanted = rows.transpose(1, 2).gather(1, columns)  # (conv groups, n, rows): a column is contiguous

@@ -1,13 +1,14 @@
-"""Weights are zero or plus/minus a power of two times their channel's scale: multiplications become shifts.
+"""Power-of-two quantization: weights are zero or plus/minus a power of two times the scale, so products become shifts.
 
 The levels of b bits are 0 and +-2^-i, i = 0 .. 2^(b-1) - 2; the scale belongs to the output channel.
 
 Source: Chen et al. 2020, n-BQ-NN, IEEE TNNLS.
 
 Where we differ and why:
-1. One scale per output channel, with the clipping point of least squared error, corrected so that the channel does not
-   shrink (see weight_grids.py); the paper trains its weights towards the levels, here they are only rounded.
-2. Exponents end at -23, so from 6 bits on some codes stay unused: smaller weights vanish beside the largest in float32.
+1. Each output channel has one scale: the clipping point with the least squared error, corrected so that the weights do not
+   become smaller (see common/weight_grids.py). The paper trains its weights towards the levels; here they are only rounded.
+2. The smallest exponent is -23, so with 6 or more bits some codes are not used: next to the largest weight, smaller weights
+   are lost in float32.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from secateur.envs.quantization.quantizers.core import ActivationGrid, Quantized
 
 @dataclass(frozen=True)
 class PowerOfTwoConfig(ActivationGridConfig):
-    """How scales are chosen.
+    """Configuration of the scales.
 
     Attributes:
-        clip: "mse": least squared error, then unshrunk; "max": the largest weight of the channel is on the grid.
+        clip: "mse": clipping point with the least squared error, with the corrected scale of common/weight_grids.py; "max":
+            the largest weight of the channel is the end of the grid.
         activations, percentile: see `ActivationGridConfig`.
     """
 
@@ -41,7 +43,7 @@ class PowerOfTwoConfig(ActivationGridConfig):
 
 @dataclass(frozen=True)
 class PowerOfTwo:
-    """See the top of this file."""
+    """The quantizer `power_of_two`; see the top of this file."""
 
     config: PowerOfTwoConfig = PowerOfTwoConfig()
     needs_images: ClassVar[bool] = False

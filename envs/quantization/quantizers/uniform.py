@@ -4,11 +4,11 @@ Source: Jacob et al. 2018, arXiv:1712.05877, eq. (1); per-channel weights: Krish
 section 3.
 
 Where we differ and why (figures: CIFAR ResNet-56, weights at 3 bits, no recovery, 1,000 images):
-1. Signed codes are -(2^(b-1) - 1) .. 2^(b-1) - 1. The one code more on the negative side would pull the mean of a
-   clipped channel down: top-1 88.8 -> 82.4 %.
-2. `clip: mse` (default) does not let one outlier stretch a channel's grid: it takes the clipping point with the least
-   squared error.
-3. The scale is corrected for the shrinking that least error brings, see weight_grids.py: top-1 67.2 -> 88.8 %.
+1. Signed codes are -(2^(b-1) - 1) .. 2^(b-1) - 1. One more negative code would lower the mean of a clipped channel:
+   top-1 88.8 -> 82.4 %.
+2. With `clip: mse` (default), outliers do not determine a channel's grid: the clipping point has the least squared error.
+3. Least squared error makes weights smaller; the scale is corrected for this, see common/weight_grids.py: top-1 67.2 ->
+   88.8 %.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from secateur.envs.quantization.quantizers.core import ActivationGrid, Quantized
 
 @dataclass(frozen=True)
 class UniformConfig(ActivationGridConfig):
-    """How scales are chosen.
+    """Configuration of the scales.
 
     Attributes:
-        clip: "mse": least squared error, then unshrunk; "max": the largest weight of the channel is on the grid.
+        clip: "mse": clipping point with the least squared error, with the corrected scale of common/weight_grids.py; "max":
+            the largest weight of the channel is the end of the grid.
         activations, percentile: see `ActivationGridConfig`.
     """
 
@@ -42,7 +43,7 @@ class UniformConfig(ActivationGridConfig):
 
 @dataclass(frozen=True)
 class Uniform:
-    """See the top of this file."""
+    """The quantizer `uniform`; see the top of this file."""
 
     config: UniformConfig = UniformConfig()
     needs_images: ClassVar[bool] = False

@@ -1,11 +1,11 @@
-"""The values that weights may take, and the scale of each output channel.
+"""The grids of weights, and the scale of each output channel.
 
-`choose_scale` takes the clipping point with the least squared error and then corrects the scale to
+`choose_scale` searches the clipping point with the least squared error and then corrects the scale to
 
     s = <w, w> / <w, q>                                                                                            (1)
 
-q the rounded channel in units of s: least error shrinks, s <w, q> < <w, w>, and over many layers the signal fades;
-eq. (1) leaves an error orthogonal to w.
+where q is the rounded channel in units of s. Least squared error makes the channel smaller, s <w, q> < <w, w>, and over many
+layers the signal becomes weak; with eq. (1), the error is orthogonal to w.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from secateur.envs.quantization.quantizers.core import QuantizedWeight
 Clip = Literal["mse", "max"]
 
 CLIPPING_POINTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
-"""Shares of a channel's largest weight among which the search chooses."""
+"""Clipping points that are tried, relative to a channel's largest weight."""
 
 GAIN_CORRECTIONS = 3
-"""Rounds of correcting the scale and rounding again."""
+"""Number of times that the scale is corrected and the channel is rounded again."""
 
 MAX_SHIFT = 23
-"""The smallest power of two in a grid is 2^-23, float32's last bit: beside the largest weight anything below vanishes."""
+"""The smallest power of two in a grid is 2^-23, the last bit of float32: relative to the largest weight, less is lost."""
 
 
 @dataclass(frozen=True)
 class WeightGrid:
-    """The values of a channel in units of its scale.
+    """The allowed values of a channel, in units of its scale.
 
     Attributes:
-        values: (at most 2^bits,) float32, increasing; code `first_code` means the first, and so on.
+        values: (at most 2^bits,) float32, increasing; the first value has the code `first_code`, the next one the next code.
         first_code: the smallest code.
-        bits: of a code.
-        offset: the values are `offset` plus all integers between the ends; None: they are spaced otherwise.
+        bits: bits of a code.
+        offset: the values are `offset` plus all integers between the ends; None: they are not evenly spaced.
     """
 
     values: Tensor
@@ -53,7 +53,7 @@ class WeightGrid:
         return (x - self.offset).round_().add_(self.offset).clamp_(float(self.values[0]), float(self.values[-1]))
 
     def quantized(self, values: Tensor, scale: Tensor, shape: torch.Size) -> QuantizedWeight:
-        """Return values of the grid, (outputs, ...), as codes of this shape; scale: (outputs,)."""
+        """Return values of the grid, (outputs, ...), as a quantized weight of this shape; scale: (outputs,)."""
         codes = (torch.searchsorted(self.values, values.contiguous()) + self.first_code).to(torch.int8).view(shape)
         levels = None
         if self.offset != 0:
@@ -64,13 +64,13 @@ class WeightGrid:
 
 
 def symmetric_grid(bits: int) -> WeightGrid:
-    """Return the integers from -(2^(bits - 1) - 1) to 2^(bits - 1) - 1: as many below zero as above."""
+    """Return the integers from -(2^(bits - 1) - 1) to 2^(bits - 1) - 1, which are symmetric around zero."""
     largest = 2 ** (bits - 1) - 1
     return WeightGrid(torch.arange(-largest, largest + 1.0), -largest, bits, 0)
 
 
 def half_step_grid(bits: int) -> WeightGrid:
-    """Return -(2^(bits - 1) - 1/2), ..., -1/2, 1/2, ..., 2^(bits - 1) - 1/2: symmetric with all 2^bits codes, without zero."""
+    """Return -(2^(bits - 1) - 1/2), ..., -1/2, 1/2, ..., 2^(bits - 1) - 1/2: symmetric, with all 2^bits codes, without zero."""
     count = 2 ** (bits - 1)
     return WeightGrid(torch.arange(-count, count) + 0.5, -count, bits, 0.5)
 
@@ -84,21 +84,25 @@ def power_of_two_grid(bits: int) -> WeightGrid:
 
 @dataclass(frozen=True)
 class RelativeRows:
-    """A weight by output channel: (outputs, entries) in units of each channel's largest, (outputs,).
+    """A weight relative to the largest weight of each channel.
 
-    Squares of very small weights would vanish in float32, so everything is computed with these.
+    All computations use relative weights, because squares of very small weights are zero in float32.
+
+    Attributes:
+        rows: (outputs, entries), relative to the largest absolute weight of each row.
+        largest: (outputs,), the largest absolute weight of each row.
     """
 
     rows: Tensor
     largest: Tensor
 
     def scales(self, relative: Tensor) -> Tensor:
-        """Return scales in units of the weight; an all-zero channel gets 0, and so stays zero on a grid without zero."""
+        """Return scales in units of the weight; an all-zero channel gets 0 and stays zero even on a grid without zero."""
         return relative * self.largest
 
 
 def relative_rows(weight: Tensor) -> RelativeRows:
-    """Return a weight, (outputs, ...), in units of each channel's largest; all-zero channels stay zero."""
+    """Return a weight, (outputs, ...), relative to each channel's largest weight; all-zero channels stay zero."""
     rows = weight.detach().float().flatten(1)
     largest = rows.abs().amax(1)
     return RelativeRows(rows / largest.clamp_min(torch.finfo(torch.float32).tiny)[:, None], largest)
@@ -108,14 +112,14 @@ def choose_scale(rows: Tensor, grid: WeightGrid, clip: Clip) -> Tensor:
     """Return the scale of each channel, (channels,).
 
     Args:
-        rows: of `RelativeRows`, (channels, elements).
-        grid: what they are rounded to.
-        clip: "mse": see the top of this file; "max": the largest weight is on the grid.
+        rows: relative weights of `RelativeRows`, (channels, elements).
+        grid: allowed values of the rounded weights.
+        clip: "mse": see the top of this file; "max": the largest weight is the end of the grid.
     """
     widest = torch.full_like(rows[:, 0], 1 / float(grid.values[-1]))
     if clip == "max":
         return widest
-    return _without_shrinking(rows, _least_error_scale(rows, widest, grid), widest, grid)
+    return _corrected_scale(rows, _least_error_scale(rows, widest, grid), widest, grid)
 
 
 def _least_error_scale(rows: Tensor, widest: Tensor, grid: WeightGrid) -> Tensor:
@@ -124,12 +128,12 @@ def _least_error_scale(rows: Tensor, widest: Tensor, grid: WeightGrid) -> Tensor
     return scales.gather(0, errors.argmin(0, keepdim=True))[0]
 
 
-def _without_shrinking(rows: Tensor, scale: Tensor, widest: Tensor, grid: WeightGrid) -> Tensor:
+def _corrected_scale(rows: Tensor, scale: Tensor, widest: Tensor, grid: WeightGrid) -> Tensor:
     """Return the scale of eq. (1), at most `widest`."""
     for _ in range(GAIN_CORRECTIONS):
         product = (rows * grid.round(rows / scale[:, None])).sum(1)
         corrected = torch.minimum(rows.square().sum(1) / product, widest)
-        scale = torch.where(product > 0, corrected, scale)  # all codes 0: nothing to correct
+        scale = torch.where(product > 0, corrected, scale)  # if all codes are 0, the scale is not corrected
     return scale
 
 
