@@ -15,7 +15,7 @@ WIDTHS = tuple(range(100, 0, -1))
 RATIOS = tuple(1 - width / 100 for width in WIDTHS)
 SPACE = SimpleNamespace(
     decisions=(Decision("prune_ratio/conv", "prune_ratio", 0, WIDTHS, RATIOS, np.linspace(0, 1, 100)),),
-    describe=lambda policy: {"prune_ratio/conv": 1 - policy.widths[0] / 100},
+    policy_to_choices=lambda policy: {"prune_ratio/conv": 1 - policy.widths[0] / 100},
 )
 
 
@@ -30,7 +30,7 @@ def test_a_stopped_policy_is_counted_but_neither_on_a_front_nor_a_finalist():
     assert not front.add(episode(30, 0.85, stopped=True)), "even if its estimate looks good"
     assert [candidate.number for candidate in front.of()] == [0] == [c.number for c in front.best("half", 5)]
     assert (front.evaluations, front.feasible, front.failed) == (2, 2, 0)
-    document = front.document(SPACE.describe)
+    document = front.document(SPACE.policy_to_choices)
     assert [point["evaluation"] for point in document["points"]] == [0]
     assert not {"correct", "stopped"} & set(document["points"][0])
 
