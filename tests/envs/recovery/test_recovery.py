@@ -1,4 +1,4 @@
-"""What every recovery keeps to: the dense network, names and shapes stay, and accuracy comes back."""
+"""The contract of recoveries: the dense network, names and shapes stay, and the outputs come back."""
 
 import copy
 import pickle
@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from secateur.envs.assembler import Assembler
@@ -15,19 +16,39 @@ from secateur.envs.model_graph import analyze
 from secateur.envs.quantization.quantizers.uniform import Uniform
 from secateur.envs.recovery import RECOVERIES
 from secateur.envs.tasks import synthetic
-from secateur.envs.tasks.training import Recipe, train
+
+
+def constructed_network(images):
+    """Return an untrained network in which every second channel of `conv2` is large and nearly constant.
+
+    The next batch norm subtracts what these channels add. Without them its inputs, and with them all outputs, are far off.
+    """
+    torch.manual_seed(1)
+    model = synthetic.synthetic_net()
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias, 0, 0.3)
+        norm.momentum = None  # the plain average
+    model.bn2.bias.data[1::2] += 3
+    nn.init.normal_(model.linear.weight)
+    with torch.no_grad():
+        model.train()(images)
+    for norm in norms:
+        norm.momentum = 0.1
+    return model.eval()
 
 
 @pytest.fixture(scope="module")
 def task():
     """Data, calibration images, and an assembler without recoveries that keeps every other unit first."""
     data = synthetic.load(calibration=256)
-    model = train(synthetic.synthetic_net(), data, synthetic.RECIPE)
     images, _ = data.tensors(data.calibration)
+    model = constructed_network(images)
     graph = analyze(model, (images[:1],))
     scores = tuple(np.arange(group.units) % 2 == 0 for group in graph.groups)
-    known = calibrate(model, graph, images, CalibrationConfig())
-    return data, Assembler(model, graph, tuple(s.astype(float) for s in scores), Uniform(), (), known, images)
+    calibration = calibrate(model, graph, images, CalibrationConfig())
+    return data, Assembler(model, graph, tuple(s.astype(float) for s in scores), Uniform(), (), calibration, images)
 
 
 def policy(assembler, groups=None, share=0.5, bits=(32, 32)):
@@ -44,16 +65,19 @@ def recovered(assembler, chosen, *names):
     return Assembler(**fields, recoveries=recoveries).assemble(chosen)
 
 
-def top1(model, data):
-    images, labels = data.tensors(data.test)
-    with torch.inference_mode():
-        return float((model(images).argmax(1) == labels).float().mean())
+@torch.no_grad()
+def error(network, task):
+    """Return the mean squared error of the outputs on other images, relative to the variance of the dense outputs."""
+    data, assembler = task
+    images, _ = data.tensors(data.test)
+    dense = assembler.model(images)
+    return float((network(images) - dense).square().mean() / dense.var(0).mean())
 
 
 @pytest.mark.parametrize("bits", [(32, 32), (4, 8)])
 @pytest.mark.parametrize("name", RECOVERIES)
 def test_contract(name, bits, task):
-    data, assembler = task
+    _, assembler = task
     config, make = RECOVERIES[name]
     recovery = pickle.loads(pickle.dumps(make(config())))
     assert isinstance(recovery.after_quantization, bool) and isinstance(recovery.needs_images, bool)
@@ -73,27 +97,26 @@ def test_contract(name, bits, task):
 
 @pytest.mark.parametrize("name", RECOVERIES)
 def test_nothing_removed_means_nothing_changed(name, task):
-    data, assembler = task
+    _, assembler = task
     network = recovered(assembler, policy(assembler, share=1.0), name)
-    assert top1(network, data) == pytest.approx(top1(assembler.model, data), abs=0.01)
-    if name != "batch_norm":
+    if name == "batch_norm":  # it recomputes the statistics from batches
+        assert error(network, task) < 0.01
+    else:
         assert torch.equal(network(assembler.images), assembler.model(assembler.images))
 
 
-def test_recoveries_recover(task):
-    data, assembler = task
-    half = policy(assembler, {"conv2", "conv4"})
-    none, *others = (
-        top1(recovered(assembler, half, name), data) for name in ("none", "batch_norm", "least_squares", "sequential")
-    )
-    assert all(top1 > none + 0.2 for top1 in others)
+@pytest.mark.numerics
+@pytest.mark.parametrize("name", ["batch_norm", "least_squares", "sequential", "data_free"])
+def test_recoveries_bring_the_outputs_back(name, task):
+    _, assembler = task
+    half = policy(assembler, {"conv2"})
+    assert error(recovered(assembler, half, name), task) < 0.5 * error(recovered(assembler, half, "none"), task)
 
 
 @pytest.mark.parametrize("name", RECOVERIES)
-def test_training_goes_on_after_recovery(name, task):
+def test_gradients_reach_every_parameter_after_recovery(name, task):
     data, assembler = task
     network = recovered(assembler, policy(assembler), name)
     images, labels = data.tensors(data.calibration)
     F.cross_entropy(network.train()(images), labels).backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
-    assert train(network, data, Recipe(epochs=1)) is not network

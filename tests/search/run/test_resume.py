@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from secateur.envs.core import InputError
+from secateur.envs.policy_space import policy_to_document
 from secateur.search.config import parse_config
 from secateur.search.results.document import read_front, winner
 from secateur.search.results.winners import verify_winners
@@ -188,7 +189,7 @@ def test_winners_are_exported_anew(tmp_path, monkeypatch):
 
     def export(folder, problem, policy, *rest):
         folder.mkdir(parents=True)
-        (folder / "policy.json").write_text(json.dumps(policy.widths))
+        (folder / "policy.json").write_text(json.dumps(policy_to_document(policy)))
 
     def check(folder):
         return SimpleNamespace(
@@ -204,7 +205,7 @@ def test_winners_are_exported_anew(tmp_path, monkeypatch):
     document = read_front(folder)
     assert [file.name for file in (folder / "exports" / "small").iterdir()] == ["policy.json"]
     exported = json.loads((folder / "exports" / "small" / "policy.json").read_text())
-    assert exported == winner(document, "small")["policy"]["widths"]
+    assert exported == winner(document, "small")["policy"]
     assert document["budgets"]["small"]["check"]["passed"]
 
 
