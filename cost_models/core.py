@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Annotated, Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 FLOAT_BITS = 32
 """The bit-width of a tensor that is left alone."""
@@ -222,7 +223,9 @@ class NetworkGeometry:
         """(L,) float, 0 or 1."""
         return np.array([layer.has_bias for layer in self.layers], float)
 
-    def shapes(self, widths=None, weight_bits=None, activation_bits=None) -> LayerShapes:
+    def shapes(
+        self, widths: ArrayLike | None = None, weight_bits: ArrayLike | None = None, activation_bits: ArrayLike | None = None
+    ) -> LayerShapes:
         """Return the shapes of a population.
 
         Args:
@@ -231,15 +234,15 @@ class NetworkGeometry:
         Raises:
             ValueError: if the sizes disagree.
         """
-        widths = np.atleast_2d(self.group_units if widths is None else widths)
-        full = (len(widths), len(self.layers))
-        bits = [np.full(full, FLOAT_BITS) if b is None else np.atleast_2d(b) for b in (weight_bits, activation_bits)]
-        if widths.shape[1] != len(self.group_units) or any(b.shape != full for b in bits):
+        kept = np.atleast_2d(self.group_units if widths is None else np.asarray(widths))
+        full = (len(kept), len(self.layers))
+        bits = [np.full(full, FLOAT_BITS) if b is None else np.atleast_2d(np.asarray(b)) for b in (weight_bits, activation_bits)]
+        if kept.shape[1] != len(self.group_units) or any(b.shape != full for b in bits):
             raise ValueError(
                 f"`widths` must be (population, {len(self.group_units)}) and bits (population, {len(self.layers)}), "
-                f"but got {widths.shape}, {bits[0].shape} and {bits[1].shape}."
+                f"but got {kept.shape}, {bits[0].shape} and {bits[1].shape}."
             )
-        return LayerShapes(self, widths, *bits)
+        return LayerShapes(self, kept, *bits)
 
 
 @dataclass(frozen=True)
@@ -294,8 +297,10 @@ class LayerShapes:
 class CostModel(Protocol):
     """One cost of a network, smaller is better. Models are small frozen objects; what they need comes with the shapes."""
 
-    name: str
-    """The cost's name with its unit, e.g. "weight_bytes"."""
+    @property
+    def name(self) -> str:
+        """The cost's name with its unit, e.g. "weight_bytes"."""
+        ...
 
     def per_layer(self, shapes: LayerShapes) -> np.ndarray:
         """Return each layer's share, (population, L)."""

@@ -25,6 +25,10 @@ SHIPPED = Path(__file__).resolve().parents[1] / "configs" / "devices"
 """The analytic devices that are installed with the package."""
 
 
+FloatPrecision = Literal["float32", "float16", "bfloat16"]
+"""Number format of layers that are not in integers."""
+
+
 @dataclass(frozen=True)
 class Device:
     """What is known of a device.
@@ -48,7 +52,7 @@ class Device:
     name: str
     kind: Literal["measured", "analytic"]
     sources: tuple[str, ...]
-    float_precision: Literal["float32", "float16", "bfloat16"]
+    float_precision: FloatPrecision
     integer_bits: Annotated[tuple[int, ...], Range(least=2, most=FLOAT_BITS - 1)] = ()
     machine: dict[str, str] = field(default_factory=dict)
     table: LatencyTable | None = None

@@ -7,7 +7,7 @@ kernel. So each axis of a table knows the staircase that a fine scan has shown (
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar
@@ -29,10 +29,15 @@ LayerKey = tuple[str, tuple[int, int], tuple[int, int], tuple[int, int], int]
 depthwise, one per channel)."""
 
 
+def _pair(size: Sequence[int]) -> tuple[int, int]:
+    height, width = size  # lists, where the table comes from JSON
+    return height, width
+
+
 def layer_key(layer: LayerShape) -> LayerKey:
     """Return the key of the grid that a layer's times are in."""
     groups = 0 if layer.depthwise else layer.conv_groups
-    return layer.kind, tuple(layer.kernel), tuple(layer.stride), tuple(layer.out_hw), groups
+    return layer.kind, _pair(layer.kernel), _pair(layer.stride), _pair(layer.out_hw), groups
 
 
 def layer_family(kind: str, kernel: tuple[int, int], conv_groups: int) -> str:
@@ -117,7 +122,7 @@ class LayerGrid:
     spread: tuple[tuple[float, ...], ...] = ()
     repeats: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if len(self.milliseconds) != len(self.in_axis.counts) or {len(row) for row in self.milliseconds} != {
             len(self.out_axis.counts)
         }:
@@ -126,7 +131,7 @@ class LayerGrid:
     @property
     def key(self) -> LayerKey:
         """What `layer_key` says of its layers."""
-        return self.kind, tuple(self.kernel), tuple(self.stride), tuple(self.out_hw), self.conv_groups
+        return self.kind, _pair(self.kernel), _pair(self.stride), _pair(self.out_hw), self.conv_groups
 
     @property
     def family(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -67,12 +67,12 @@ class CandidateNetwork:
     float_weights: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
-    def layers(self) -> dict[str, nn.Module]:
+    def layers(self) -> dict[str, Any]:
         """Modules of the network by name."""
         return dict(self.network.named_modules())
 
     @cached_property
-    def dense_layers(self) -> dict[str, nn.Module]:
+    def dense_layers(self) -> dict[str, Any]:
         """Modules of the dense model by name."""
         return dict(self.dense_model.named_modules())
 
@@ -104,9 +104,9 @@ class CandidateNetwork:
         axes = self.kept_axes(name)
         return known.restricted(axes.inputs, axes.conv_groups if len(known.moments) > 1 else None)
 
-    def norm(self, name: str) -> nn.Module | None:
+    def norm(self, name: str) -> Any:
         """Return the batch norm that is a layer's only reader, if there is one and it is not folded."""
-        norm = self.layers.get(self.batch_norms.get(name))
+        norm = self.layers.get(self.batch_norms.get(name, ""))
         return norm if getattr(norm, "running_mean", None) is not None else None
 
     def has_intercept(self, name: str) -> bool:
@@ -170,8 +170,8 @@ class CandidateNetwork:
             if self.calibration is None or name not in self.calibration.layers:
                 raise ValueError(f"The input of layer `{name}` was not calibrated.")
             key = ("activation_grid", name, bits)
-            known = self.calibration.layers[name]
-            grid = self.cache.get(key, lambda known=known, bits=bits: self.quantizer.activation_grid(known, bits))
+            statistics = self.calibration.layers[name]
+            grid = self.cache.get(key, partial(self.quantizer.activation_grid, statistics, bits))
             set_activation_grid(self.layers[name], grid)
 
 

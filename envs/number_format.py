@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ def convert_network(network: nn.Module, dtype: torch.dtype, keep: Collection[nn.
     for module in network.modules():
         if module in keep:
             continue
-        for tensors in (module._parameters, module._buffers):
+        for tensors in cast(tuple[dict[str, Any], ...], (module._parameters, module._buffers)):
             for name, tensor in tensors.items():
                 if tensor is not None and tensor.is_floating_point():
                     if id(tensor) not in converted:

@@ -31,6 +31,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import onnx
@@ -165,7 +166,7 @@ def _batch_norm_gains(network: nn.Module, graph: ModelGraph) -> dict[str, np.nda
     """Return {layer: (outputs,) factors} by which folding multiplies the channels of the layers that have a batch norm."""
     gains = {}
     for layer, name in graph.batch_norms:
-        norm = network.get_submodule(name)
+        norm: Any = network.get_submodule(name)
         if not isinstance(norm, nn.Identity):
             gain = (norm.running_var + norm.eps).rsqrt()
             gains[layer] = (gain if norm.weight is None else gain * norm.weight.detach()).numpy()
@@ -175,7 +176,7 @@ def _batch_norm_gains(network: nn.Module, graph: ModelGraph) -> dict[str, np.nda
 # ---------------------------------------------------------------------------------------------------------------- layers
 
 
-def _integer_layer(weight: QuantizedWeight, gain: np.ndarray | None, folded: nn.Module, grid: ActivationGrid) -> _IntegerLayer:
+def _integer_layer(weight: QuantizedWeight, gain: np.ndarray | None, folded: Any, grid: ActivationGrid) -> _IntegerLayer:
     """Return a layer as the file has it; `folded` is its module after batch norm was folded."""
     scale = weight.scale.numpy().astype(np.float64) * (1.0 if gain is None else gain)
     codes, step = _integer_levels(weight)
@@ -203,8 +204,8 @@ def _integer_levels(weight: QuantizedWeight) -> tuple[np.ndarray, float]:
     if weight.levels is None:
         return codes, 1.0
     values = weight.levels.numpy().astype(np.float64)[weight.codes.numpy().astype(int) + 2 ** (weight.bits - 1)]
-    largest = max(float(np.abs(values).max()), np.finfo(np.float32).tiny)
-    for step in 2.0 ** -np.arange(INTEGER_BITS):
+    largest = max(float(np.abs(values).max()), float(np.finfo(np.float32).tiny))
+    for step in (2.0**-power for power in range(INTEGER_BITS)):
         if largest / step <= LARGEST_CODE and np.array_equal(values / step, np.rint(values / step)):
             return values / step, step
     return values / (largest / LARGEST_CODE), largest / LARGEST_CODE
@@ -259,6 +260,7 @@ def _float_model(network: nn.Module, image_shape: Sequence[int]) -> onnx.ModelPr
                 external_data=False,
                 verbose=False,
             )
+            assert program is not None, "the exporter based on dynamo returns a program"
             return program.model_proto
     except Exception as error:  # the exporter runs the user's forward and many passes of its own
         reason = str(error).strip().splitlines() or [""]
@@ -277,7 +279,7 @@ def _layer_nodes(model: onnx.ModelProto, network: nn.Module, graph: ModelGraph) 
             continue
         # Transposed weights have names of their own; the metadata of the exporter name the module that made the node.
         for name in (node.input[1].removesuffix(".weight"), _module_of(node)):
-            if name in layers and sorted(constants[node.input[1]]) == sorted(network.get_submodule(name).weight.shape):
+            if name in layers and sorted(constants[node.input[1]]) == sorted(network.get_parameter(f"{name}.weight").shape):
                 nodes.setdefault(name, []).append(node)
                 break
     return nodes
@@ -297,7 +299,9 @@ def _save(model: onnx.ModelProto, path: Path) -> None:
     for value in (*model.graph.input, *model.graph.output):
         del value.metadata_props[:]
     large = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > MAX_ONE_FILE
-    data = {"save_as_external_data": True, "location": path.name + DATA_SUFFIX, "size_threshold": 1024} if large else {}
+    data: dict[str, Any] = (
+        {"save_as_external_data": True, "location": path.name + DATA_SUFFIX, "size_threshold": 1024} if large else {}
+    )
     onnx.save(model, path, **data)
     onnx.checker.check_model(path, full_check=True)
 

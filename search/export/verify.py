@@ -257,9 +257,10 @@ def _latency(
 ) -> MeasuredLatency:
     """Measure the export and the dense network in float32, in turns. Times do not depend on the values of weights."""
     table = None if device is None else device.table
-    same = table is not None and (table.runtime, table.threads) == (runtime, threads)
-    precision = device.float_precision if same else "float32"
-    images = data.tensors(data.test)[0][: table.batch if same else 1]
+    precision, batch, here = "float32", 1, False
+    if device is not None and table is not None and (table.runtime, table.threads) == (runtime, threads):
+        precision, batch, here = device.float_precision, table.batch, device.machine == describe_machine()
+    images = data.tensors(data.test)[0][:batch]
     with TemporaryDirectory() as temporary:
         dense = build_dense(document["model"]).float().eval()
         shape = document["model"]["input"]
@@ -277,7 +278,7 @@ def _latency(
         theirs.high,
         ours.repeats,
         document["costs"].get("latency_ms"),
-        same and device.machine == describe_machine(),
+        here,
     )
 
 

@@ -54,6 +54,7 @@ class SlicedModules:
 
 def _module(point: LayerPoint) -> nn.Module:
     kind, kernel, stride, _, _ = point.key
+    layer: nn.Module
     if kind == "linear":
         layer = nn.Linear(point.in_channels, point.out_channels)
     else:

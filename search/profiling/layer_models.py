@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -46,7 +47,8 @@ class LayerPoint:
     @property
     def padding(self) -> tuple[int, int]:
         """Padding at both ends of height and width: "same" for odd kernels, none for even ones."""
-        return tuple(size // 2 if size % 2 else 0 for size in self.key[1])
+        height, width = (size // 2 if size % 2 else 0 for size in self.key[1])
+        return height, width
 
     def input_shape(self, batch: int) -> tuple[int, ...]:
         """(batch, channels, height, width), or (batch, tokens, features)."""
@@ -83,7 +85,7 @@ def layers_model(points: Sequence[LayerPoint], precision: str, batch: int = 1) -
 
 def conversion_model(shape: tuple[int, ...] = (1, 64, 28, 28)) -> tuple[bytes, dict[str, np.ndarray]]:
     """Return a model that quantizes one input and dequantizes another, and its inputs."""
-    values = {"scale": np.array(0.05, np.float32), "zero": np.array(0, np.uint8)}
+    values: dict[str, np.ndarray] = {"scale": np.array(0.05, np.float32), "zero": np.array(0, np.uint8)}
     constants = [numpy_helper.from_array(value, name) for name, value in values.items()]
     graph = helper.make_graph(
         [
@@ -119,7 +121,7 @@ def times_by_point(times: dict[str, np.ndarray], count: int) -> list[np.ndarray]
 class _FloatGraph:
     """Collects the operators of float32 layers."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.inputs: list[onnx.ValueInfoProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
@@ -128,7 +130,8 @@ class _FloatGraph:
         self.constant("first", np.array([0]))
         self.constant("second", np.array([1]))
 
-    value_type, dtype = TensorProto.FLOAT, np.float32
+    value_type: int = TensorProto.FLOAT
+    dtype: type[np.generic] = np.float32
 
     def add(self, index: int, point: LayerPoint, batch: int) -> None:
         """Add point `index`."""
@@ -154,7 +157,12 @@ class _FloatGraph:
         kind, kernel, stride, _, _ = point.key
         value = f"{name}_value"
         if kind == "conv":
-            attributes = {"kernel_shape": kernel, "strides": stride, "pads": point.padding * 2, "group": point.conv_groups}
+            attributes: dict[str, Any] = {
+                "kernel_shape": kernel,
+                "strides": stride,
+                "pads": point.padding * 2,
+                "group": point.conv_groups,
+            }
             self.nodes.append(helper.make_node("Conv", [source, weight, bias], [value], name=name, **attributes))
         elif point.tokens == 1:
             self.nodes.append(helper.make_node("Gemm", [source, weight, bias], [value], name=name, transB=1))
@@ -172,9 +180,10 @@ class _FloatGraph:
 class _QuantizedGraph(_FloatGraph):
     """Collects the operators of layers with unsigned 8-bit inputs and outputs and signed 8-bit weights."""
 
-    value_type, dtype = TensorProto.UINT8, np.uint8
+    value_type: int = TensorProto.UINT8
+    dtype: type[np.generic] = np.uint8
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.constant("scale", np.array(0.05, np.float32))
         self.constant("zero", np.array(0, np.uint8))

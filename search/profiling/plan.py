@@ -85,7 +85,7 @@ def grid_axes(
         layers = [geometry.layers[index] for index in indices]
         weights = max(shape.in_channels * shape.out_channels // shape.conv_groups for shape in layers)
         for precision in precisions:
-            pair = []
+            pair: list[Axis] = []
             for axis, per_unit in (("in", geometry.in_per_unit), ("out", geometry.out_per_unit)):
                 dense = [shape.in_channels if axis == "in" else shape.out_channels for shape in layers]
                 prunable = [count for count, index in zip(dense, indices, strict=True) if per_unit[:, index].any()]
@@ -93,8 +93,8 @@ def grid_axes(
                 if key[4] == 0 and axis == "out":
                     pair.append(Axis((max(1, layers[0].out_channels // layers[0].in_channels),)))
                 else:
-                    pair.append(_axis(dense, prunable, stairs, key[4], weights * np.prod(key[1]) > COARSE_WEIGHTS, density))
-            axes[key, precision] = tuple(pair)
+                    pair.append(_axis(dense, prunable, stairs, key[4], bool(weights * np.prod(key[1]) > COARSE_WEIGHTS), density))
+            axes[key, precision] = (pair[0], pair[1])
     return axes
 
 

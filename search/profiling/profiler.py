@@ -12,14 +12,15 @@ import platform
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from torch import nn
 
 from secateur.cost_models.core import FLOAT_BITS, LayerShapes
-from secateur.cost_models.device import SCHEMA, Device
+from secateur.cost_models.device import SCHEMA, Device, FloatPrecision
 from secateur.cost_models.latency_table import (
     Axis,
     LatencyTable,
@@ -83,7 +84,7 @@ class ProfileConfig:
     mixed: int = 8
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         floats = [name for name in self.precisions if name not in INTEGER_BITS]
         if len(floats) != 1:
             wrong = f"must name one float precision, and optionally int8, but got {', '.join(self.precisions)}."
@@ -166,7 +167,7 @@ class _Profiler:
             kind="measured",
             sources=(f"measured by `secateur profile{' --quick' * (config.density == QUICK)}` with {table.model}",),
             machine=machine,
-            float_precision=config.float_precision,
+            float_precision=cast(FloatPrecision, config.float_precision),
             integer_bits=config.integer_bits,
             table=self._corrected(table),
         )
@@ -176,8 +177,8 @@ class _Profiler:
         times: list[PointTime] = []
         for index, chunk in enumerate(chunks(points, self._config.batch, self._weights)):
             entry = f"{name}/{index}/{zlib.crc32(repr(chunk).encode()):08x}"  # other points are other measurements
-            times += self._journal.get(entry, lambda chunk=chunk: self._timer.times(chunk, precision))
-        return [tuple(time) for time in times]
+            times += self._journal.get(entry, partial(self._timer.times, chunk, precision))
+        return [(fast, low, int(repeats)) for fast, low, repeats in times]
 
     def _staircases(self) -> tuple[Staircase, ...]:
         found = []
@@ -246,7 +247,7 @@ class _Profiler:
             floats = [layer.name for layer, b in zip(layers, row_bits, strict=True) if b == FLOAT_BITS]
             milliseconds += self._journal.get(
                 f"mixed/{index}",
-                lambda row=row, floats=floats: self._together(self._versions("int8", floats), [row], config.float_precision),
+                partial(self._mixed_milliseconds, row, floats),
             )
         shapes = self._subject.graph.geometry.shapes(np.array(widths), bits, bits)
         return check(table, config.integer_bits, shapes, milliseconds, "mixed", 0)
@@ -264,7 +265,7 @@ class _Profiler:
             name = f"whole/{precision}/{start}"
             if name not in self._journal and models is None:
                 models = self._versions(precision)
-            milliseconds += self._journal.get(name, lambda part=part, models=models: self._together(models, part, precision))
+            milliseconds += self._journal.get(name, partial(self._together, models, part, precision))
             done = config.precisions.index(precision) + len(milliseconds) / len(widths)
             self._advance(0.5 + 0.5 * done / len(config.precisions))
         return milliseconds
@@ -282,7 +283,13 @@ class _Profiler:
         subject = self._subject
         return export_dense(subject.model, subject.graph, subject.image_shape, self._config.batch)
 
-    def _together(self, models: CompressedModels | SlicedModules, widths: Sequence[Sequence[int]], precision: str) -> list[float]:
+    def _mixed_milliseconds(self, widths: Sequence[int], floats: Sequence[str]) -> list[float]:
+        return self._together(self._versions("int8", floats), [widths], self._config.float_precision)
+
+    def _together(
+        self, models: CompressedModels | SlicedModules | None, widths: Sequence[Sequence[int]], precision: str
+    ) -> list[float]:
+        assert models is not None, "made by the caller where the journal lacks the times"
         sessions = [self._runtime.open(models.version(row), self._config.threads, precision) for row in widths]
         return [latency.milliseconds for latency in measure_latencies(sessions, models.image, self._config.seconds / 2)]
 

@@ -7,17 +7,17 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from secateur.envs.core import InputError
 
 FASTEST_SHARE = 0.5
-"""The part of an operator's repeats that its time is the mean of: whatever disturbed the others is no property of it."""
+"""An operator's time is the mean of this share of its repeats, the fastest ones; the others were disturbed."""
 WARM_UP = 2
 """Runs that are not timed."""
 LEAST_REPEATS = 4
@@ -57,16 +57,22 @@ class Latency:
 class Runtime(Protocol):
     """A library that executes ONNX models."""
 
-    name: str
-    precisions: tuple[str, ...]
-    """What it executes: "float32", "int8", ..."""
+    @property
+    def name(self) -> str:
+        """Its key in `RUNTIMES`."""
+        ...
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """What it executes: "float32", "int8", ..."""
+        ...
 
     def version(self) -> str:
         """Return the version of the library; InputError if it is not installed."""
         ...
 
-    def open(self, model: str | Path | bytes, threads: int, precision: str) -> Session:
-        """Return a session for a file or a serialised model.
+    def open(self, model: Any, threads: int, precision: str) -> Session:
+        """Return a session for the path or the bytes of a model; PyTorch takes a module.
 
         Raises:
             InputError: if the library is not installed or cannot load the model.
@@ -205,7 +211,7 @@ class OpenVino:
 class EagerSession:
     """A module, called as it is."""
 
-    def __init__(self, network, threads: int, precision: str):
+    def __init__(self, network: Any, threads: int, precision: str):
         import torch
 
         torch.set_num_threads(threads)
@@ -217,7 +223,8 @@ class EagerSession:
         import torch
 
         with torch.inference_mode():
-            return self._network(torch.from_numpy(images).to(self._dtype)).float().numpy()
+            scores: np.ndarray = self._network(torch.from_numpy(images).to(self._dtype)).float().numpy()
+            return scores
 
 
 class PyTorch:
@@ -232,7 +239,7 @@ class PyTorch:
 
         return torch.__version__
 
-    def open(self, model, threads: int, precision: str) -> EagerSession:
+    def open(self, model: Any, threads: int, precision: str) -> EagerSession:
         """Return a session for a module; InputError for a file."""
         if isinstance(model, (str, Path, bytes)):
             raise InputError(f"pytorch executes modules, but {_named(model)} is an ONNX model: choose onnxruntime or openvino.")
@@ -245,7 +252,8 @@ class PyTorch:
         raise InputError("pytorch has no operator times of ONNX models: choose onnxruntime or openvino.")
 
 
-RUNTIMES: dict[str, Runtime] = {runtime.name: runtime for runtime in (OnnxRuntime(), OpenVino(), PyTorch())}
+_ALL: tuple[Runtime, ...] = (OnnxRuntime(), OpenVino(), PyTorch())
+RUNTIMES: dict[str, Runtime] = {runtime.name: runtime for runtime in _ALL}
 """Every runtime by name."""
 
 
@@ -285,7 +293,7 @@ def measure_latency(session: Session, image: np.ndarray, seconds: float = 1.0, l
 def measure_latencies(
     sessions: Sequence[Session], image: np.ndarray, seconds: float = 1.0, least_repeats: int = 10
 ) -> list[Latency]:
-    """Return how long one run of each session takes; all take turns, so that what disturbs one minute disturbs all alike.
+    """Return how long one run of each session takes; all take turns, so that disturbances of the machine affect all of them.
 
     Args:
         seconds: for each session.
@@ -299,7 +307,8 @@ def measure_latencies(
         times.append([_turn(session, image) for session in sessions])
     milliseconds = 1e3 * np.array(times).swapaxes(0, 1).reshape(len(sessions), -1)
     low, median, high = np.quantile(milliseconds, [0.1, 0.5, 0.9], axis=1)
-    return [Latency(*map(float, values), milliseconds.shape[1]) for values in zip(median, low, high, strict=True)]
+    repeats = milliseconds.shape[1]
+    return [Latency(float(m), float(lo), float(hi), repeats) for m, lo, hi in zip(median, low, high, strict=True)]
 
 
 def _turn(session: Session, image: np.ndarray) -> list[float]:
@@ -323,7 +332,7 @@ def _timed(session: Session, image: np.ndarray) -> float:
     return min(wall, processor) if session.threads == 1 and sys.platform == "linux" else wall
 
 
-def _repeat(run, seconds: float, repeats: int) -> None:
+def _repeat(run: Callable[[], object], seconds: float, repeats: int) -> None:
     for _ in range(WARM_UP):
         run()
     started = _clock()
@@ -334,11 +343,11 @@ def _repeat(run, seconds: float, repeats: int) -> None:
 
 
 def _clock() -> float:
-    """Return seconds that this process has had a processor for: on a busy machine measuring takes longer, not less care."""
+    """Return the processor seconds of this process: on a busy machine a measurement takes longer, and is as precise."""
     return time.process_time()
 
 
-def _openvino():
+def _openvino() -> Any:
     try:
         import openvino
     except ImportError:

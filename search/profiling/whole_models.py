@@ -169,6 +169,7 @@ def export_to_onnx(network: nn.Module, images: torch.Tensor) -> onnx.ModelProto:
     """Return the network as an ONNX model with a fixed batch; the initializers keep the names of its tensors."""
     with quiet():
         program = torch.onnx.export(network, (images,), dynamo=True, input_names=[INPUT], output_names=[OUTPUT], verbose=False)
+    assert program is not None, "the exporter based on dynamo returns a program"
     return program.model_proto
 
 
@@ -181,10 +182,10 @@ def quantize_to_int8(model: onnx.ModelProto, images: np.ndarray, excluded: Seque
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Images(CalibrationDataReader):
-        def __init__(self):
+        def __init__(self) -> None:
             self._feeds = iter([{INPUT: images}])
 
-        def get_next(self):
+        def get_next(self) -> dict[str, np.ndarray] | None:
             return next(self._feeds, None)
 
     weights = {f"{layer}.weight" for layer in excluded}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.envs.core import Budget, CompressionPolicy, InputError
-from secateur.search.export.verification import LimitCheck, Verification
+from secateur.search.export.verification import Verification
 from secateur.search.export.verify import verify_in_fresh_process
 from secateur.search.export.write import write_export
 from secateur.search.problem import Problem
@@ -86,9 +86,10 @@ class _Trials:
                 outcome.finalists = waiting
                 return outcome
             predicted = finalist.validation.costs[LATENCY]
-            outcome.rejected.append(Rejected(finalist, predicted, violated.found))
+            measured, limit = violated
+            outcome.rejected.append(Rejected(finalist, predicted, measured))
             # Both relative to their limits: the measured limit of a share of the dense latency follows the machine's load.
-            self.factor = max(self.factor, (violated.found / violated.limit) / (predicted / self.budget.limits[LATENCY]))
+            self.factor = max(self.factor, (measured / limit) / (predicted / self.budget.limits[LATENCY]))
             if outcome.folder is not None:
                 shutil.rmtree(outcome.folder)
             outcome.folder = outcome.verification = None
@@ -137,7 +138,8 @@ class _Trials:
         return []
 
 
-def _violated_latency(verification: Verification | None) -> LimitCheck | None:
-    """Return the latency limit if the measurement violates it; None if it is met, or was not measured."""
+def _violated_latency(verification: Verification | None) -> tuple[float, float] | None:
+    """Return the measured latency and its limit if it violates the limit; None if it is met, or was not measured."""
     limits = () if verification is None else verification.limits
-    return next((limit for limit in limits if limit.name == LATENCY and limit.kept is False), None)
+    violated = next((limit for limit in limits if limit.name == LATENCY and limit.kept is False), None)
+    return None if violated is None or violated.found is None else (violated.found, violated.limit)
