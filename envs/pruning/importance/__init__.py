@@ -1,4 +1,4 @@
-"""Channel importances: which units of a group go first. A new one is a file and a line in `IMPORTANCES`."""
+"""Channel importances: the order in which the units of a group are removed. A new one is a file and a line in `IMPORTANCES`."""
 
 from secateur.envs.pruning.importance.bn_scale import BnScale, BnScaleConfig
 from secateur.envs.pruning.importance.clr_rnf import ClrRnf, ClrRnfConfig
@@ -14,7 +14,7 @@ from secateur.envs.pruning.importance.white_box import WhiteBox, WhiteBoxConfig
 
 __all__ = ["IMPORTANCES", "Importance"]
 
-IMPORTANCES = {
+IMPORTANCES: dict[str, tuple[type, type]] = {
     "l1_norm": (L1NormConfig, L1Norm),
     "l2_norm": (L2NormConfig, L2Norm),
     "bn_scale": (BnScaleConfig, BnScale),
@@ -26,4 +26,4 @@ IMPORTANCES = {
     "white_box": (WhiteBoxConfig, WhiteBox),
     "random": (RandomConfig, Random),
 }
-"""Name -> (config, importance); an importance is made as `importance(config())`."""
+"""{name: (config class, importance class)}; `importance(config())` makes an importance."""

@@ -1,23 +1,24 @@
-"""Reciprocal nearest filters: of each layer those filters are kept that all filters have among their nearest neighbours.
+"""Reciprocal nearest filters: the filters that are among the nearest neighbors of all filters of a layer are kept.
 
-Each filter lists all filters by distance, itself first. With k growing, filter j enters the intersection of all lists' first
-k entries when k reaches the largest place that j has in any list. To keep m filters, k grows until m are in:
+Each filter has a list of all filters, ordered by distance; the first entry is the filter itself. With increasing k, filter j
+enters the intersection of all lists' first k entries when k reaches the largest place that j has in any list. To keep m
+filters, k is increased until the intersection has m filters:
 
     score_j = - max over i of (place of j in the list of i)                                                      (1)
 
-ranks the filters in the order in which they enter, for every m at once.
+ranks the filters in the order in which they enter, for all m at once.
 
 Source: Lin et al. 2022 (CLR-RNF), TNNLS, the k-reciprocal nearest filter selection.
 
 Where we differ and why:
-1. Where several filters enter at the same k, those with the smaller mean place come first.
-2. Coupled channels are compared by the weights of all their producers, each producer divided by the norm of all its
-   filters together, because they can only be removed together.
-Filters near the origin are near to all others, so that small ones tend to stay: this is a criterion for networks that are
-fine-tuned (ResNet-56 on CIFAR-10, half of every block's inner channels removed and refitted, 8,000 test images: 31.7 %, where
+1. If several filters enter at the same k, those with the smaller mean place come first.
+2. Coupled channels are compared by the weights of all of their producers, because they can only be removed together. The
+   weights of each producer are divided by the norm of all of its filters together.
+Small filters are near to all others and are therefore often kept: this criterion is for networks that are fine-tuned
+afterwards (ResNet-56 on CIFAR-10, half of every block's inner channels removed and refitted, 8,000 test images: 31.7 %, while
 the L1 norm has 85.4 %).
 
-The paper's other half, how many filters each layer keeps, is the agent `clr_rnf`.
+The paper's other part, the number of filters that each layer keeps, is the agent `clr_rnf`.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ from secateur.envs.pruning.importance.core import DenseModel
 
 @dataclass(frozen=True)
 class ClrRnfConfig:
-    """Nothing to set."""
+    """No options."""
 
 
 @dataclass(frozen=True)
 class ClrRnf:
-    """Minus the largest place among every filter's neighbours."""
+    """Minus the largest place in the lists of nearest neighbors."""
 
     config: ClrRnfConfig = ClrRnfConfig()
     needs_images: ClassVar[bool] = False
@@ -52,20 +53,20 @@ class ClrRnf:
 
 
 def _filters(model: nn.Module, group: ChannelGroup) -> Tensor:
-    """Return what produces each unit, (units, elements)."""
+    """Return the weights that produce each unit, (units, elements)."""
     parameters = named_parameters(model)
     per_producer = [unit_rows(parameters[place.tensor], place) for place in producer_weights(model, group)]
     return torch.cat([rows / rows.norm().clamp_min(torch.finfo(rows.dtype).tiny) for rows in per_producer], dim=1)
 
 
 def reciprocal_scores(filters: Tensor) -> np.ndarray:
-    """Return eq. (1), (units,): units - 1 minus the largest place, and less than 1 for a small mean place.
+    """Return eq. (1) plus units - 1, plus a number below 1 that is larger for a smaller mean place, (units,).
 
     Args:
         filters: (units, elements) float64.
     """
     units = len(filters)
-    # Differences, not products: equal filters are at distance 0 exactly.
+    # Computed from differences, not from products, so the distance of equal filters is exactly 0.
     distances = torch.cdist(filters, filters, compute_mode="donot_use_mm_for_euclid_dist")
     distances.fill_diagonal_(-1.0)
     order = distances.argsort(dim=1, stable=True)

@@ -1,4 +1,4 @@
-"""What an importance is: a score per prunable unit of every group, from the dense network."""
+"""The interface of importances: a score for each prunable unit of every group, from the dense network."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from secateur.envs.model_graph.plan import ModelGraph
 
 @dataclass(frozen=True)
 class DenseModel:
-    """What an importance may look at.
+    """The input of an importance.
 
     Attributes:
         model: the dense network, in eval mode.
         graph: its plan.
         calibration: statistics of every layer's input; None if the importance does not need images.
-        images, labels: calibration images (N, C, H, W) float32 normalised and their classes (N,); None likewise.
+        images, labels: calibration images (N, C, H, W) float32 normalized and their classes (N,); None if the importance does
+            not need images.
         rng: the only source of randomness.
     """
 
@@ -31,16 +32,36 @@ class DenseModel:
     labels: Tensor | None
     rng: np.random.Generator
 
+    def require_calibration(self) -> Calibration:
+        """Return the calibration.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        if self.calibration is None:
+            raise ValueError("This importance needs a calibration, but there are no calibration images.")
+        return self.calibration
+
+    def require_images(self, most: int) -> tuple[Tensor, Tensor]:
+        """Return the first calibration images and their labels, at most `most`.
+
+        Raises:
+            ValueError: if there are none.
+        """
+        if self.images is None or self.labels is None:
+            raise ValueError("This importance needs images and labels, but there are no calibration images.")
+        return self.images[:most], self.labels[:most]
+
 
 class Importance(Protocol):
     """Ranks the units of each group; scores of different groups are not compared with each other.
 
-    Instances are made from their frozen config alone, pickle, and leave the model and its gradients as they were.
+    Instances are made from a frozen config only and can be pickled. They do not change the model or its gradients.
     """
 
     needs_images: ClassVar[bool]
     """Whether it uses `calibration`, `images` or `labels`."""
 
     def scores(self, dense: DenseModel) -> tuple[np.ndarray, ...]:
-        """Return one float64 array (units,) per group, in the order of `graph.groups`; larger = keep."""
+        """Return one float64 array (units,) per group, in the order of `graph.groups`; units with larger scores are kept."""
         ...

@@ -3,11 +3,11 @@
 Source: Lin et al. 2020, arXiv:2002.10179, eq. (5)-(6).
 
 Where we differ and why:
-1. The maps are those that the group's first reader sees, behind the nonlinearity: a coupled group has one such map per
-   unit, but several producers.
-2. What is no map of at least 2 x 2 (features of linear layers, tokens, sequences, pooled maps) has rank 0 or 1. There the
-   score is the share of entries that are not zero.
-3. A unit that is several channels of its reader (grouped convolutions) gets the mean over them.
+1. The maps are the inputs of the group's first reader, after the nonlinearity: a coupled group has one such map per unit,
+   but several producers.
+2. Features of linear layers, tokens, sequences and maps smaller than 2 x 2 have rank 0 or 1. Their score is the share of
+   nonzero entries.
+3. A unit that is several channels of its reader (grouped convolutions) gets the mean over these channels.
 4. Groups that no layer module reads are ranked by the L1 norm of their producers.
 """
 
@@ -23,16 +23,16 @@ from torch import Tensor, nn
 
 from secateur.cost_models.core import Count, check_fields
 from secateur.envs.pruning.importance.common.readers import input_channels
-from secateur.envs.pruning.importance.common.unit_slices import mean_over_producers
+from secateur.envs.pruning.importance.common.unit_slices import mean_l1_norm
 from secateur.envs.pruning.importance.core import DenseModel
 
 
 @dataclass(frozen=True)
 class HRankConfig:
-    """How many maps are looked at.
+    """Images for the feature maps.
 
     Attributes:
-        max_images: at most this many of the calibration images are used.
+        max_images: largest number of calibration images.
         batch_size: images per forward pass.
     """
 
@@ -52,24 +52,24 @@ class HRank:
 
     def scores(self, dense: DenseModel) -> tuple[np.ndarray, ...]:
         """See `Importance.scores`; runs the network once over the images."""
+        images, _ = dense.require_images(self.config.max_images)
         totals: list[Tensor | None] = [None] * len(dense.graph.groups)
         hooks = []
         for index, group in enumerate(dense.graph.groups):
-            seen = ((name, input_channels(dense.model, group, name)) for name in group.consumers)
-            name, channels = next(((name, found) for name, found in seen if found is not None), (None, None))
-            if name is not None:
-                hook = _adder(totals, index, channels)
-                hooks.append(dense.model.get_submodule(name).register_forward_pre_hook(hook))
+            readers = ((name, input_channels(dense.model, group, name)) for name in group.consumers)
+            name, channels = next(((name, found) for name, found in readers if found is not None), ("", None))
+            if channels is not None:
+                adder = _adder(totals, index, channels)
+                hooks.append(dense.model.get_submodule(name).register_forward_pre_hook(adder))
         try:
             with torch.inference_mode():
-                for batch in dense.images[: self.config.max_images].split(self.config.batch_size):
+                for batch in images.split(self.config.batch_size):
                     dense.model(batch)
         finally:
             for hook in hooks:
                 hook.remove()
-        images = min(self.config.max_images, len(dense.images))
         return tuple(
-            mean_over_producers(dense.model, group, lambda rows: rows.abs().sum(1)) if total is None else total.numpy() / images
+            mean_l1_norm(dense.model, group) if total is None else total.numpy() / len(images)
             for group, total in zip(dense.graph.groups, totals, strict=True)
         )
 
@@ -78,18 +78,18 @@ def _adder(totals: list[Tensor | None], index: int, channels: Tensor) -> Callabl
     """Return a forward pre-hook that adds the ranks of a batch to `totals[index]`."""
 
     def add(layer: nn.Module, inputs: tuple) -> None:
-        ranks = map_ranks(layer, inputs[0], channels).sum(0)
-        totals[index] = ranks if totals[index] is None else totals[index] + ranks
+        ranks, total = map_ranks(layer, inputs[0], channels).sum(0), totals[index]
+        totals[index] = ranks if total is None else total + ranks
 
     return add
 
 
 def map_ranks(layer: nn.Module, x: Tensor, channels: Tensor) -> Tensor:
-    """Return the rank of each unit's map in a layer's input, (images, units) float64; see the module for what is no map.
+    """Return the rank of each unit's feature map in a layer's input, (images, units) float64; see the top of this file.
 
     Args:
-        layer: that reads x.
-        x: its input.
+        layer: the layer that reads x.
+        x: input of the layer.
         channels: (units, channels per unit), see `input_channels`.
     """
     if isinstance(layer, nn.Linear):

@@ -1,4 +1,4 @@
-"""L1 norm: how large the weights are that produce a channel.
+"""L1 norm of the weights that produce a channel.
 
 Source: Li et al. 2017, arXiv:1608.08710, section 3.1.
 
@@ -13,13 +13,13 @@ from typing import ClassVar
 
 import numpy as np
 
-from secateur.envs.pruning.importance.common.unit_slices import mean_over_producers
+from secateur.envs.pruning.importance.common.unit_slices import mean_l1_norm
 from secateur.envs.pruning.importance.core import DenseModel
 
 
 @dataclass(frozen=True)
 class L1NormConfig:
-    """Nothing to set."""
+    """No options."""
 
 
 @dataclass(frozen=True)
@@ -31,4 +31,4 @@ class L1Norm:
 
     def scores(self, dense: DenseModel) -> tuple[np.ndarray, ...]:
         """See `Importance.scores`; reads the weights only."""
-        return tuple(mean_over_producers(dense.model, group, lambda rows: rows.abs().sum(1)) for group in dense.graph.groups)
+        return tuple(mean_l1_norm(dense.model, group) for group in dense.graph.groups)

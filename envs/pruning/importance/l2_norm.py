@@ -1,4 +1,4 @@
-"""L2 norm: the Euclidean length of the weights that produce a channel.
+"""L2 norm of the weights that produce a channel.
 
 Source: the l2 criterion of He et al. 2018 (soft filter pruning), arXiv:1808.06866, eq. (2) with p = 2.
 
@@ -19,7 +19,7 @@ from secateur.envs.pruning.importance.core import DenseModel
 
 @dataclass(frozen=True)
 class L2NormConfig:
-    """Nothing to set."""
+    """No options."""
 
 
 @dataclass(frozen=True)

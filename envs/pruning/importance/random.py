@@ -1,4 +1,4 @@
-"""Random importance: the baseline that every criterion has to beat."""
+"""Random importance: the baseline for all other importances."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from secateur.envs.pruning.importance.core import DenseModel
 
 @dataclass(frozen=True)
 class RandomConfig:
-    """Nothing to set."""
+    """No options."""
 
 
 @dataclass(frozen=True)

@@ -1,34 +1,34 @@
-"""Second-order removal: units go one by one, always the one whose loss the layers behind it repair best.
+"""Second-order removal: units are removed one by one; each step removes the unit with the smallest error after a refit.
 
-A layer with weight W reads the entries u of its input, C = E[u u^T] around the mean. With H = C + lambda I, the least
-squared error that is left after unit j (entries j) is removed and all other weights are refitted, and that refit, are
+A layer with weight W reads the entries u of its input, C = E[u u^T] around the mean. With H = C + lambda I, the smallest
+squared error after unit j (entries j) is removed and all other weights are refitted, and this refit, are
 
     cost_j = tr(W_j [H^-1]_jj^-1 W_j^T)                                                                          (1)
     W     <- W - W_j [H^-1]_jj^-1 [H^-1]_j:                                                                      (2)
     H^-1  <- H^-1 - [H^-1]_:j [H^-1]_jj^-1 [H^-1]_j:                                                             (3)
 
-In each step the unit with the least cost, added up over the layers that read it, is removed. A unit's score is its rank in
-this order. Both W and H^-1 stay up to date, so of two channels that say the same only one is cheap.
+In each step the unit with the smallest cost, summed over the layers that read it, is removed. A unit's score is its rank in
+this order. Both W and H^-1 are updated, so if two channels are redundant, only one of them has a small cost.
 
 Source: Hassibi and Stork 1993 (optimal brain surgeon), eq. (5); Frantar and Alistarh 2022 (optimal brain compression),
 arXiv:2208.11580, section 4, eq. (4) and lemma 1, for a layer's squared error; Kurtic et al. 2023 (ZipLM), arXiv:2302.04089,
 section 3.1, for structures of several entries.
 
 Where we differ and why:
-1. The constant 1 is one of the entries and is never removed, where a bias or batch norm can take it up: C is then the
-   covariance. Eliminating the constant first gives the same.
-2. From (1) the damping's own share lambda |W_j|^2 (dense W) is taken off. What is left is exactly the growth of
-   E|W' u - W u|^2 + lambda |W' - W|^2 over the entries that stay, which the recovery `least_squares` minimises, and a dead
-   channel costs nothing however large its weights are.
+1. If the layer has a bias or a batch norm, the constant 1 is one of the entries and is never removed: C is then the
+   covariance. Eliminating the constant first gives the same result.
+2. The damping's own share lambda |W_j|^2 (dense W) is subtracted from (1). The result is exactly the increase of
+   E|W' u - W u|^2 + lambda |W' - W|^2 over the remaining entries, which the recovery `least_squares` minimizes. A dead
+   channel has no cost, whatever its weights are.
 3. Coupled channels are removed from all of their readers at once. Each reader's error is divided by the energy of its
-   output, so that they are comparable.
-4. Errors count as the batch norm behind the reader scales them, where that is the reader's only reader (ResNet-56 on
+   output, so that the errors of different readers are comparable.
+4. If a batch norm is the only reader of a layer, the layer's errors are scaled by this batch norm (ResNet-56 on
    CIFAR-10, half of every block's inner channels removed and refitted, 8,000 test images: 85.9 %, unscaled 85.2 %).
-5. Depthwise convolutions mix nothing and are no readers; the layer behind them is. Grouped convolutions and layers of
-   which only variances are known are not refitted: they add a fixed cost per unit, as `output_energy` has it. Groups
-   without any calibrated reader are ranked by the L1 norm of their producers.
-6. Only the rows of (2) and (3) that are needed are computed at once; the rest is done for a panel of removals at a time
-   by matrix products. Instead of W, W^T W is updated: (1) needs nothing else.
+5. Depthwise convolutions do not mix channels and do not count as readers; the layer after them does. Grouped convolutions and
+   layers with only known variances are not refitted: they add a fixed cost per unit, the `output_energy`. Groups without a
+   calibrated reader are ranked by the L1 norm of their producers.
+6. Only the required rows of (2) and (3) are computed in each step; the other rows are computed by matrix products for a
+   panel of several removals. W^T W is updated instead of W, because (1) needs nothing else.
 """
 
 from __future__ import annotations
@@ -44,18 +44,19 @@ from torch import Tensor
 from secateur.cost_models.core import Positive, check_fields
 from secateur.envs.model_graph.plan import ChannelGroup
 from secateur.envs.pruning.importance.common.readers import Reader, reader, unit_energy, unit_entries
-from secateur.envs.pruning.importance.common.unit_slices import mean_over_producers
+from secateur.envs.pruning.importance.common.unit_slices import mean_l1_norm
 from secateur.envs.pruning.importance.core import DenseModel
 
-_PANEL = 128  # entries eliminated between two updates of the whole matrices
+_PANEL = 128
+"""Number of entries that are eliminated between two updates of the whole matrices."""
 
 
 @dataclass(frozen=True)
 class SecondOrderConfig:
-    """How errors are weighed.
+    """Configuration of the errors.
 
     Attributes:
-        damping: lambda over the mean of C's diagonal.
+        damping: lambda, relative to the mean of C's diagonal.
     """
 
     damping: Positive = 1e-3
@@ -66,7 +67,7 @@ class SecondOrderConfig:
 
 @dataclass(frozen=True)
 class SecondOrder:
-    """Rank in the order of greedy removal with refit."""
+    """Rank in the order of greedy removal with refits."""
 
     config: SecondOrderConfig = SecondOrderConfig()
     needs_images: ClassVar[bool] = True
@@ -79,7 +80,7 @@ class SecondOrder:
     def _group_scores(self, dense: DenseModel, group: ChannelGroup, blocks: _Blocks) -> np.ndarray:
         parts = [part for name in group.consumers if (part := blocks.of(name, group)) is not None]
         if not parts:
-            return mean_over_producers(dense.model, group, lambda rows: rows.abs().sum(1))
+            return mean_l1_norm(dense.model, group)
         fixed = sum((part for part in parts if isinstance(part, np.ndarray)), np.zeros(group.units))
         order = removal_order(fixed, [part for part in parts if isinstance(part, Elimination)])
         scores = np.empty(group.units)
@@ -90,7 +91,7 @@ class SecondOrder:
 class _Blocks:
     """The parts of each reader's matrices that belong to each of its groups.
 
-    A reader's matrix is inverted once: a dense block's layers read many groups.
+    A reader's matrix is inverted once, although a layer of a dense block reads many groups.
     """
 
     def __init__(self, dense: DenseModel, damping: float) -> None:
@@ -98,9 +99,9 @@ class _Blocks:
         self.waiting: dict[tuple[str, str], Elimination | np.ndarray | None] = {}
 
     def of(self, name: str, group: ChannelGroup) -> Elimination | np.ndarray | None:
-        """Return a reader's share of a group's removal: refitted, or fixed costs (units,); None if nothing is known.
+        """Return a reader's part of a group's removal: with refits, or fixed costs (units,); None without statistics.
 
-        To be asked once for each.
+        Each pair of reader and group can be requested once.
         """
         if (name, group.name) not in self.waiting:
             self._compute(name)
@@ -114,7 +115,10 @@ class _Blocks:
             matrices = damped_inverse(found.moments[0], self.damping), found.energy
         for group in groups:
             entries = None if found is None else unit_entries(self.dense, group, name)
-            self.waiting[name, group.name] = None if entries is None else _share(found, entries, matrices)
+            if found is None or entries is None:
+                self.waiting[name, group.name] = None
+            else:
+                self.waiting[name, group.name] = _share(found, entries, matrices)
 
 
 def _share(found: Reader, entries: np.ndarray, matrices: tuple | None) -> Elimination | np.ndarray:
@@ -127,7 +131,7 @@ def _share(found: Reader, entries: np.ndarray, matrices: tuple | None) -> Elimin
 
 
 def damped_inverse(moments: Tensor, damping: float) -> tuple[Tensor, float]:
-    """Return H^-1 (entries, entries) and lambda; lambda grows tenfold where rounding left H indefinite."""
+    """Return H^-1 (entries, entries) and lambda; lambda is multiplied by ten while rounding errors make H indefinite."""
     damping *= max(float(moments.diagonal().mean()), 1e-12)
     while True:
         factor, failed = torch.linalg.cholesky_ex(moments + damping * torch.eye(len(moments), dtype=moments.dtype))
@@ -137,10 +141,10 @@ def damped_inverse(moments: Tensor, damping: float) -> tuple[Tensor, float]:
 
 
 class Elimination:
-    """One reader's side of the removal: H^-1 and W^T W among the units that are left.
+    """One reader during the removal: H^-1 and W^T W of the remaining units.
 
     Args:
-        inverse: H^-1 of the group's entries, (units * block, units * block), unit by unit.
+        inverse: H^-1 of the group's entries, (units * block, units * block), ordered by unit.
         gram: W^T W of the same entries.
         damping: lambda.
         block: entries per unit.
@@ -161,7 +165,7 @@ class Elimination:
         self.rows, self.steps, self.turns = empty, empty, empty
 
     def costs(self) -> np.ndarray:
-        """Return eq. (1) without the damping's share, (units left,); meaningless for units removed in this panel."""
+        """Return eq. (1) without the damping's share, (remaining units,); not valid for units that were removed in this panel."""
         if self.block == 1:
             costs = (self.gram_blocks / self.inverse_blocks).view(-1)
         else:
@@ -169,10 +173,10 @@ class Elimination:
         return (costs - self.own).numpy()
 
     def remove(self, unit: int) -> None:
-        """Remove one of the units left.
+        """Remove one of the remaining units.
 
-        With K = [H^-1]_jj^-1 [H^-1]_j:, eq. (2) is W (I - E_j K), so that M = W^T W loses K^T V + V^T K,
-        V = M_j: - M_jj K / 2, and eq. (3) takes K^T [H^-1]_j: off H^-1.
+        With K = [H^-1]_jj^-1 [H^-1]_j:, eq. (2) is W (I - E_j K). Therefore M = W^T W is reduced by K^T V + V^T K with
+        V = M_j: - M_jj K / 2, and eq. (3) subtracts K^T [H^-1]_j: from H^-1.
         """
         own = slice(unit * self.block, (unit + 1) * self.block)
         row = self.inverse[own] - self.steps[:, own].T @ self.rows
@@ -188,7 +192,7 @@ class Elimination:
         self.inverse_blocks[unit] = torch.eye(self.block, dtype=self.inverse.dtype)
 
     def end_panel(self, left: Tensor) -> None:
-        """Bring the matrices of the units that are left up to date and forget the others."""
+        """Update the matrices of the remaining units and drop those of the others."""
         entries = (left[:, None] * self.block + torch.arange(self.block)).flatten()
         rows, steps, turns = (buffer[:, entries] for buffer in (self.rows, self.steps, self.turns))
         change = steps.T @ turns
@@ -199,13 +203,13 @@ class Elimination:
 
 
 def removal_order(fixed: np.ndarray, readers: Sequence[Elimination]) -> np.ndarray:
-    """Return the units from the first removed to the one that stays, (units,).
+    """Return the units in the order of their removal, the remaining one last, (units,).
 
     Args:
-        fixed: (units,) what each removal costs apart from the readers.
-        readers: their shares; used up.
+        fixed: (units,) cost of each removal that does not depend on earlier removals.
+        readers: the readers that are refitted; they are changed in place.
     """
-    units, order = np.arange(len(fixed)), []
+    units, order = np.arange(len(fixed)), np.empty(0, int)
     panel = max(1, _PANEL // max((part.block for part in readers), default=1))
     while len(units) > 1:
         gone: list[int] = []
@@ -215,9 +219,9 @@ def removal_order(fixed: np.ndarray, readers: Sequence[Elimination]) -> np.ndarr
             gone.append(int(costs.argmin()))
             for part in readers:
                 part.remove(gone[-1])
-        order.extend(units[gone])
+        order = np.append(order, units[gone])
         left = np.delete(np.arange(len(units)), gone)
         for part in readers:
             part.end_panel(torch.from_numpy(left))
         units = units[left]
-    return np.array([*order, *units])
+    return np.append(order, units)

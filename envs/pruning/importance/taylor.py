@@ -3,10 +3,10 @@
 Source: Molchanov et al. 2019, arXiv:1906.10771, eq. (8): I_S = (sum over s in S of g_s w_s)^2, averaged over batches.
 
 Where we differ and why:
-1. S is the scale and shift of the batch norms on a channel, where there are any: the paper's gate behind the batch
-   norm, since x * dloss/dx summed over a channel x = gamma * x^ + beta equals gamma * g_gamma + beta * g_beta.
-2. Otherwise S is what the unit occupies on the *output* side of its group (weights and biases), and not what reads it:
-   the reader's weights would count the same removal a second time.
+1. If a channel has batch norms, S is their scale and shift. This equals the paper's gate after the batch norm, because
+   x * dloss/dx summed over a channel x = gamma * x^ + beta equals gamma * g_gamma + beta * g_beta.
+2. Otherwise S is the unit's weights and biases in the layers that *produce* it. The weights of the layers that read it are
+   not in S, because they would count the same removal a second time.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from secateur.envs.pruning.importance.core import DenseModel
 
 @dataclass(frozen=True)
 class TaylorConfig:
-    """How the gradient is sampled.
+    """Batches for the gradient.
 
     Attributes:
-        batch_size: images per gradient; the square is taken per batch, so it is part of the criterion.
-        max_images: at most this many of the calibration images are used.
+        batch_size: images per gradient; it changes the scores, because the square is taken per batch.
+        max_images: largest number of calibration images.
     """
 
     batch_size: Count = 32
@@ -45,19 +45,20 @@ class TaylorConfig:
 
 @dataclass(frozen=True)
 class Taylor:
-    """Mean over batches of (sum w * dloss/dw)^2 over each unit's scales and shifts, or its own weights."""
+    """Mean over batches of (sum w * dloss/dw)^2 over each unit's scales and shifts, or over its weights."""
 
     config: TaylorConfig = TaylorConfig()
     needs_images: ClassVar[bool] = True
 
     def scores(self, dense: DenseModel) -> tuple[np.ndarray, ...]:
-        """See `Importance.scores`; cross-entropy in eval mode, so that batch statistics play no part."""
+        """See `Importance.scores`; the loss is the cross-entropy in eval mode, so batch statistics have no effect."""
         model = copy.deepcopy(dense.model).eval().requires_grad_(True)
         parameters = named_parameters(model)
         places = [_gates(model, group) for group in dense.graph.groups]
         totals = [np.zeros(group.units) for group in dense.graph.groups]
-        count = self.config.max_images
-        batches = list(zip(*(part[:count].split(self.config.batch_size) for part in (dense.images, dense.labels)), strict=True))
+        images, labels = dense.require_images(self.config.max_images)
+        size = self.config.batch_size
+        batches = list(zip(images.split(size), labels.split(size), strict=True))
         for batch_images, batch_labels in batches:
             model.zero_grad()
             F.cross_entropy(model(batch_images), batch_labels).backward()
@@ -67,7 +68,7 @@ class Taylor:
 
 
 def _gates(model: nn.Module, group: ChannelGroup) -> list[TensorSlice]:
-    """Return the set S of the group's units, see the top of this file."""
+    """Return the positions of the set S of the group's units, see the top of this file."""
     modules, parameters = dict(model.named_modules()), named_parameters(model)
     vectors = [p for p in group.slices if p.tensor in parameters and parameters[p.tensor].dim() == 1]
     scales = [p for p in vectors if isinstance(modules.get(p.tensor.rpartition(".")[0]), _BatchNorm)]
@@ -77,6 +78,9 @@ def _gates(model: nn.Module, group: ChannelGroup) -> list[TensorSlice]:
 
 def _first_order(parameters: dict[str, nn.Parameter], places: list[TensorSlice]) -> np.ndarray:
     """Return sum of w * g over each unit's elements, (units,)."""
-    used = [place for place in places if parameters[place.tensor].grad is not None]
-    products = [unit_rows(parameters[place.tensor] * parameters[place.tensor].grad, place).sum(1) for place in used]
+    products = []
+    for place in places:
+        parameter = parameters[place.tensor]
+        if parameter.grad is not None:
+            products.append(unit_rows(parameter * parameter.grad, place).sum(1))
     return torch.stack(products).sum(0).numpy()

@@ -1,21 +1,21 @@
-"""White-Box: a mask per class and channel is trained; channels whose masks fall matter to no class.
+"""White-Box: a mask per class and channel is trained; channels with small masks are important for no class.
 
-With M (classes, units) initialised at 1, the activations of an image of class y are multiplied by
+With M (classes, units) initialized to 1, the activations of an image of class y are multiplied by
 
     M_y + sum over other classes c of e_c M_c,  e_c drawn from U(0, 1)                                           (1)
 
-and M alone is trained with cross-entropy + sparsity * |sum over classes M|. The score is |sum over classes M|.
+and only M is trained, with the loss cross-entropy + sparsity * |sum over classes M|. The score is |sum over classes M|.
 
 Source: Zhang et al. 2022 (White-Box), TNNLS, the class-wise mask and its score.
 
 Where we differ and why:
-1. (1) is divided by the sum of its coefficients, so that masks of 1 leave the network as it is: batch norms keep their
-   statistics, where in the paper they adapt during tens of epochs.
-2. The mask acts on what the readers of a group get, behind batch norm and nonlinearity: a coupled group has one such
+1. (1) is divided by the sum of its coefficients, so masks of 1 do not change the network: batch norms keep their statistics,
+   while in the paper they adapt during tens of epochs.
+2. The mask is applied to the inputs of a group's readers, after batch norm and nonlinearity: a coupled group has one such
    activation per unit, but several producers.
-3. A few epochs of Adam on calibration images instead of the paper's whole training: the weights are frozen here as there.
-   Steps of equal size make the few that there are count in every layer.
-4. Scores and sparsity are means over the classes (and units), not sums, so that settings carry over between networks.
+3. The masks are trained for a few epochs with Adam on calibration images, not for the paper's whole training; the weights are
+   frozen in both. Adam's steps have equal size in all layers, so a few steps are enough.
+4. Scores and sparsity are means over the classes (and units), not sums, so the same settings work for different networks.
 5. Groups that no layer module reads are ranked by the L1 norm of their producers.
 """
 
@@ -33,21 +33,21 @@ from torch.nn import functional as F
 
 from secateur.cost_models.core import Count, NonNegative, Positive, check_fields
 from secateur.envs.pruning.importance.common.readers import input_channels
-from secateur.envs.pruning.importance.common.unit_slices import mean_over_producers
+from secateur.envs.pruning.importance.common.unit_slices import mean_l1_norm
 from secateur.envs.pruning.importance.core import DenseModel
 
 
 @dataclass(frozen=True)
 class WhiteBoxConfig:
-    """How the masks are trained.
+    """Training of the masks.
 
     Attributes:
         epochs: passes over the images.
-        learning_rate: of Adam.
-        sparsity: weight of the mean |mask| in the loss. A trained network has next to no loss on the images that it knows, so
-            that without it the masks learn nothing (ResNet-56 on CIFAR-10, half of every block's inner channels removed
+        learning_rate: learning rate of Adam.
+        sparsity: weight of the mean |mask| in the loss. A trained network has almost no loss on its training images, so the
+            masks do not change without this term (ResNet-56 on CIFAR-10, half of every block's inner channels removed
             and refitted, 8,000 test images, at a learning rate of 0.02: 62.5 % with 0, 80.0 with 1, 82.1 with 5).
-        max_images: at most this many of the calibration images are used.
+        max_images: largest number of calibration images.
         batch_size: images per step.
     """
 
@@ -63,7 +63,7 @@ class WhiteBoxConfig:
 
 @dataclass(frozen=True)
 class WhiteBox:
-    """Mean over the classes of each unit's trained masks, without sign."""
+    """Absolute value of the mean over the classes of each unit's trained masks."""
 
     config: WhiteBoxConfig = WhiteBoxConfig()
     needs_images: ClassVar[bool] = True
@@ -76,13 +76,13 @@ class WhiteBox:
         return tuple(
             masked.masks[group.name].detach().double().mean(0).abs().numpy()
             if group.name in masked.masks
-            else mean_over_producers(dense.model, group, lambda rows: rows.abs().sum(1))
+            else mean_l1_norm(dense.model, group)
             for group in dense.graph.groups
         )
 
     def _train(self, masked: _MaskedModel, dense: DenseModel) -> None:
         generator = torch.Generator().manual_seed(int(dense.rng.integers(2**63)))
-        images, labels = (part[: self.config.max_images] for part in (dense.images, dense.labels))
+        images, labels = dense.require_images(self.config.max_images)
         masks = list(masked.masks.values())
         optimizer = torch.optim.Adam(masks, self.config.learning_rate)
         for _ in range(self.config.epochs):
@@ -96,13 +96,13 @@ class WhiteBox:
 
 
 class _MaskedModel:
-    """A copy of the dense model whose readers get masked inputs; `coefficients` (images, classes) are set per batch."""
+    """A copy of the dense model with masked inputs of all readers; `coefficients` (images, classes) are set for each batch."""
 
     def __init__(self, dense: DenseModel) -> None:
         self.model = copy.deepcopy(dense.model).eval().requires_grad_(False)
         with torch.no_grad():
-            self.classes = self.model(dense.images[:1]).shape[1]
-        self.coefficients: Tensor | None = None
+            self.classes = self.model(dense.require_images(1)[0]).shape[1]
+        self.coefficients = torch.empty(0, self.classes)
         self.masks: dict[str, Tensor] = {}
         for group in dense.graph.groups:
             for name in group.consumers:
@@ -127,6 +127,6 @@ class _MaskedModel:
 
 
 def class_coefficients(labels: Tensor, classes: int, generator: torch.Generator) -> Tensor:
-    """Return the coefficients of eq. (1) over their sum, (images, classes): 1 for the own class, U(0, 1) for the others."""
+    """Return the coefficients of eq. (1) over their sum, (images, classes): 1 for the image's class, U(0, 1) for the others."""
     drawn = torch.rand(len(labels), classes, generator=generator).scatter(1, labels[:, None], 1.0)
     return drawn / drawn.sum(1, keepdim=True)

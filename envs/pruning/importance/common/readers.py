@@ -1,9 +1,10 @@
-"""What the consumers of a group read of its units: second moments, and the channels themselves where a hook can see them."""
+"""The inputs of a group's consumers: second moments, and the channels of each unit."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,14 +21,14 @@ _ROUNDING = 1e-6
 
 @dataclass(frozen=True)
 class Reader:
-    """A layer, seen as outputs = weight times entries of its input.
+    """A layer as a product: outputs = weight times entries of its input.
 
     Attributes:
-        weight: (conv_groups, rows, entries) float64. Where only moments of channels are known, each position of the kernel
-            has rows of its own: errors at different positions of a kernel are added as if they were independent.
-        moments: of the entries, float64: (conv_groups, entries, entries), or where only variances are known
-            (conv_groups, entries). Around the mean, if the layer's output can be shifted: then a constant 1 is among the
-            entries that are never removed, and eliminating it from E[[u, 1] [u, 1]^T] leaves the covariance.
+        weight: (conv_groups, rows, entries) float64. If only moments of channels are known, each position of the kernel has
+            its own rows: errors at different positions of a kernel are added as if they were independent.
+        moments: moments of the entries, float64: (conv_groups, entries, entries), or (conv_groups, entries) if only variances
+            are known. They are taken around the mean if the layer's output can be shifted: a constant 1 is then one of the
+            entries that are never removed, and its elimination from E[[u, 1] [u, 1]^T] gives the covariance.
         squares: (conv_groups, entries) float64: mean squares of the entries.
     """
 
@@ -37,33 +38,34 @@ class Reader:
 
     @property
     def diagonal(self) -> bool:
-        """Whether nothing is known about how the entries go together."""
+        """Whether only variances are known, no covariances."""
         return self.moments.dim() == 2
 
     @cached_property
     def energy(self) -> float:
-        """The mean square of all outputs (around their means), added up; positive."""
+        """The sum of the mean squares of all outputs (around their means); positive."""
         if self.diagonal:
             energy = (self.weight.square().sum(1) * self.moments).sum()
         else:
             energy = ((self.weight @ self.moments) * self.weight).sum()
-        # Moments are kept in float32: what is left of a constant output is rounding, and nothing to compare with.
+        # Moments are stored in float32: the energy of a constant output would be a rounding error.
         least = _ROUNDING * (self.weight.square().sum(1) * self.squares).sum()
         return float(torch.maximum(energy, least)) or 1.0
 
 
 def reader(dense: DenseModel, name: str, after_norm: bool = False) -> Reader | None:
-    """Return how a layer reads its input; None if its inputs were not calibrated.
+    """Return a layer as a product; None if its inputs were not calibrated.
 
     Args:
         dense: the network.
-        name: of the layer.
-        after_norm: whether each output is scaled as the batch norm behind the layer does, if that is its only reader.
+        name: name of the layer.
+        after_norm: whether each output is scaled by the batch norm after the layer, if this is the layer's only reader.
     """
-    statistics = dense.calibration.layers.get(name)
+    statistics = dense.require_calibration().layers.get(name)
     if statistics is None or statistics.kind == NONE:
         return None
-    layer, norm = dict(dense.model.named_modules())[name], _norm(dense, name)
+    layer: Any = dict(dense.model.named_modules())[name]
+    norm = _norm(dense, name)
     weight = layer.weight.detach().double()
     if after_norm and norm is not None:
         scale = torch.rsqrt(norm.running_var + norm.eps) * (1 if norm.weight is None else norm.weight)
@@ -77,22 +79,22 @@ def reader(dense: DenseModel, name: str, after_norm: bool = False) -> Reader | N
 
 
 def unit_entries(dense: DenseModel, group: ChannelGroup, name: str) -> np.ndarray | None:
-    """Return which entries of a consumer's `Reader` each unit is, (units, block); None if none of its input axis."""
+    """Return the entries of each unit in a consumer's `Reader`, (units, block); None if the units are not on its input axis."""
     place = input_place(dense.model, group, name)
     if place is None or place.axis != 1:
         return None
-    statistics = dense.calibration.layers[name]
+    statistics = dense.require_calibration().layers[name]
     if statistics.kind == DIAGONAL:
         return place.positions
     return statistics.entries(place.positions.ravel()).reshape(group.units, -1)
 
 
 def unit_energy(found: Reader, entries: np.ndarray) -> np.ndarray:
-    """Return what each unit contributes to the energy of all outputs, as a share, (units,); see `output_energy`, eq. (1).
+    """Return each unit's share of the energy of all outputs, (units,); eq. (1) of the importance `output_energy`.
 
     Args:
-        found: how the layer reads its input.
-        entries: those of each unit, (units, block).
+        found: the layer that reads the units.
+        entries: entries of each unit, (units, block).
     """
     rows = found.weight[:, :, torch.tensor(entries)]  # (conv groups, rows, units, block)
     if found.diagonal:
@@ -104,9 +106,9 @@ def unit_energy(found: Reader, entries: np.ndarray) -> np.ndarray:
 
 
 def input_place(model: nn.Module, group: ChannelGroup, name: str) -> TensorSlice | None:
-    """Return where a group's units sit on the input axis of a consumer's weight; None if it is no layer module.
+    """Return the positions of a group's units on the input axis of a consumer's weight; None if it is no layer module.
 
-    The plan may know a tied weight by another layer's name.
+    The graph may use another layer's name for a tied weight.
     """
     layer = dict(model.named_modules()).get(name)
     if not isinstance(layer, (nn.Linear, _ConvNd)):
@@ -118,22 +120,22 @@ def input_place(model: nn.Module, group: ChannelGroup, name: str) -> TensorSlice
 
 
 def input_channels(model: nn.Module, group: ChannelGroup, name: str) -> Tensor | None:
-    """Return which channels of a consumer's input each unit is, (units, channels per unit); None if it is no layer module.
+    """Return the channels of each unit in a consumer's input, (units, channels per unit); None if it is no layer module.
 
-    Channels are axis 1 of a convolution's input and the last axis of a linear layer's.
+    The channel axis is axis 1 of a convolution's input and the last axis of a linear layer's input.
     """
     place = input_place(model, group, name)
     if place is None:
         return None
-    layer = model.get_submodule(name)
+    layer: Any = model.get_submodule(name)
     conv_groups = getattr(layer, "groups", 1) if place.axis == 1 else 1
     first = np.arange(conv_groups) * layer.weight.shape[1]
     return torch.from_numpy((first[:, None] + place.positions[:, None]).reshape(group.units, -1))
 
 
-def _norm(dense: DenseModel, name: str) -> nn.Module | None:
-    """Return the batch norm that is a layer's only reader, if there is one with running statistics."""
-    norm = dict(dense.model.named_modules()).get(dict(dense.graph.batch_norms).get(name))
+def _norm(dense: DenseModel, name: str) -> Any:
+    """Return the batch norm that is a layer's only reader and has running statistics, or None."""
+    norm = dict(dense.model.named_modules()).get(dict(dense.graph.batch_norms).get(name, ""))
     return norm if getattr(norm, "running_mean", None) is not None else None
 
 

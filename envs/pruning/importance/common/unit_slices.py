@@ -1,4 +1,4 @@
-"""Reads what the units of a group occupy in the model's tensors."""
+"""The entries of a group's units in the model's tensors."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from secateur.envs.model_graph.plan import ChannelGroup, TensorSlice
 
 
 def unit_rows(tensor: Tensor, place: TensorSlice) -> Tensor:
-    """Return everything that each unit occupies in one tensor: (units, elements), float64."""
+    """Return all entries of each unit in one tensor, (units, elements) float64."""
     positions = torch.as_tensor(place.positions)
     picked = tensor.detach().double().movedim(place.axis, 0)[positions.reshape(-1)]
     return picked.reshape(len(positions), -1)
 
 
 def producer_weights(model: nn.Module, group: ChannelGroup) -> list[TensorSlice]:
-    """Return where the group's units sit on the output axis of its producers' weights.
+    """Return the positions of a group's units on the output axis of its producers' weights.
 
-    A weight can appear twice in a group, on its output and its input axis. Where no weight bears a producer's name (a
-    tied one, known to the plan by another of its names), every parameter of the group counts.
+    A weight can appear twice in a group, with its output and its input axis. If no weight has the name of a producer (a tied
+    weight has another name in the graph), all parameters of the group are returned.
     """
     modules, parameters = dict(model.named_modules()), set(named_parameters(model))
     places = [place for place in group.slices if place.tensor in parameters]
@@ -37,7 +37,7 @@ def producer_weights(model: nn.Module, group: ChannelGroup) -> list[TensorSlice]
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return all parameters by all of their names: a plan uses one name of a tied tensor."""
+    """Return all parameters by all of their names: the graph uses one name of a tied tensor."""
     return dict(model.named_parameters(remove_duplicate=False))
 
 
@@ -50,3 +50,8 @@ def mean_over_producers(model: nn.Module, group: ChannelGroup, norm: Callable[[T
     parameters = named_parameters(model)
     per_producer = [norm(unit_rows(parameters[place.tensor], place)) for place in producer_weights(model, group)]
     return torch.stack(per_producer).mean(0).numpy()
+
+
+def mean_l1_norm(model: nn.Module, group: ChannelGroup) -> np.ndarray:
+    """Return the mean over the producers of the L1 norm of each unit's weights, (units,) float64."""
+    return mean_over_producers(model, group, lambda rows: rows.abs().sum(1))
