@@ -138,7 +138,3 @@ class Calibration:
     def nbytes(self) -> int:
         """Memory of all arrays in bytes."""
         return sum(layer.nbytes for layer in self.layers.values())
-
-    def of_kind(self, kind: str) -> tuple[str, ...]:
-        """Return the names of the layers with statistics of this kind."""
-        return tuple(name for name, layer in self.layers.items() if layer.kind == kind)

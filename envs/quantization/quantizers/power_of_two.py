@@ -6,7 +6,7 @@ Source: Chen et al. 2020, n-BQ-NN, IEEE TNNLS.
 
 Where we differ and why:
 1. Each output channel has one scale: the clipping point with the least squared error, corrected so that the weights do not
-   become smaller (see common/weight_grids.py). The paper trains its weights towards the levels; here they are only rounded.
+   become smaller (see common/weight_grids.py). The paper trains its weights toward the levels; here they are only rounded.
 2. The smallest exponent is -23, so with 6 or more bits some codes are not used: next to the largest weight, smaller weights
    are lost in float32.
 """
