@@ -165,7 +165,7 @@ def test_times_and_energies_have_units(cost, text, value):
         (
             None,
             {"latency_ms": "<= 1.5ms"},
-            "small.yaml: `budgets.phone.latency_ms` needs a `device`: name a device file, such as configs/devices/h200.json, or",
+            "small.yaml: `budgets.phone.latency_ms` needs a `device`: write `device: profile` to measure this machine, or",
         ),
         (
             "configs/devices/h200.json",
@@ -175,7 +175,7 @@ def test_times_and_energies_have_units(cost, text, value):
         ("configs/devices/h200.json", {"latency_ms": "<= 3kB"}, "small.yaml: budgets.phone: `latency_ms` is not measured in"),
         ("configs/devices/h200.json", {"macs": "<= 3ms"}, "small.yaml: budgets.phone: `macs` is not measured in time"),
         ("h20.json", {"macs": "<= 40%"}, "small.yaml: device: h20.json: there is no such device file."),
-        (3, {"macs": "<= 40%"}, "small.yaml: device: must be the path of a device file (got 3)"),
+        (3, {"macs": "<= 40%"}, "small.yaml: device: must be the path of a device file, or `profile` (got 3)"),
     ],
 )
 def test_mistakes_about_the_device(device, budget, line):

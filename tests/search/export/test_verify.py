@@ -284,7 +284,8 @@ def test_layers_that_are_faster_in_float_are_executed_so_and_predicted_so(tmp_pa
     latency = float(device.cost_models()["latency_ms"].total(shapes)[0])
     validation, test = finalist_scores(problem, policy)
     validation = replace(validation, costs={**validation.costs, "latency_ms": latency})
-    profiled = replace(problem, config=problem.config.model_copy(update={"device": device}))
+    dense = replace(problem.dense, costs={**problem.dense.costs, "latency_ms": 5.0})
+    profiled = replace(problem, config=problem.config.model_copy(update={"device": device}), dense=dense)
     write_export(tmp_path / "phone", profiled, policy, problem.budgets[0], validation, test)
     execution = read_export(tmp_path / "phone")["execution"]
     expected = {"conv1": "float32", "conv2": "int8", "conv3": "float32", "conv4": "float32", "linear": "float32"}

@@ -157,7 +157,7 @@ def test_one_float_precision_is_needed(precisions):
 
 def test_a_quick_profile_writes_a_device_file(subject, tmp_path):
     output = tmp_path / "device.json"
-    config = replace(ProfileConfig.quick(), seconds=0.001, scanned=12, fitted=3, checked=3, mixed=1)
+    config = replace(ProfileConfig.quick(), seconds=0.001, scanned=12, fitted=3, checked=3, mixed=2)
     device = profile_run.profile_to_file(subject, output, "onnxruntime", config, Console(quiet=True))
     assert [path.name for path in tmp_path.iterdir()] == ["device.json"]
     assert read_device(output) == device

@@ -112,7 +112,7 @@ def test_other_policies_of_the_search_are_repaired_when_no_finalist_is_left(tria
 
 def test_no_winner_is_better_than_one_that_breaks_the_budget(trial, tmp_path):
     outcome, exported = trial([(width, 0.9 / 2**width, 9.0) for width in range(8)])
-    assert not outcome.finalists and outcome.folder is None and "Profile the device anew" in outcome.note
+    assert not outcome.finalists and outcome.folder is None and "Profile the device again" in outcome.note
     assert exported == [0, 4] and not (tmp_path / "exports" / "phone").exists()
 
 
