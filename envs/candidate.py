@@ -66,6 +66,18 @@ class CandidateNetwork:
     dtype: torch.dtype = torch.float32
     float_weights: dict[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def required_calibration(self) -> Calibration:
+        """The statistics of the dense network, for plug-ins with `needs_images`."""
+        assert self.calibration is not None, "plug-ins with `needs_images` get a calibration"
+        return self.calibration
+
+    @property
+    def required_images(self) -> Tensor:
+        """The calibration images, for plug-ins with `needs_images`."""
+        assert self.images is not None, "plug-ins with `needs_images` get images"
+        return self.images
+
     @cached_property
     def layers(self) -> dict[str, Any]:
         """Modules of the network by name."""

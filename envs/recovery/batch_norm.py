@@ -14,7 +14,7 @@ Where we differ and why:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ class BatchNorm:
     def _statistics(self, candidate: CandidateNetwork, names: list[str]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         """Return the new buffers of the batch norms; a copy of the network is run, so that nothing else changes."""
         network = share_tensors(candidate.network)
-        norms = {name: network.get_submodule(name) for name in names}
+        norms: dict[str, Any] = {name: network.get_submodule(name) for name in names}
         convert_network(network, candidate.dtype, keep=tuple(norms.values()))
         for norm in norms.values():
             # New tensors: the old ones are shared with the candidate, and perhaps with the dense model.
@@ -72,7 +72,7 @@ class BatchNorm:
             norm.num_batches_tracked = torch.zeros_like(norm.num_batches_tracked)
             norm.train()
             norm.momentum = None
-        images = prepare_images(candidate.images[: self.config.max_images], candidate.dtype)
+        images = prepare_images(candidate.required_images[: self.config.max_images], candidate.dtype)
         with torch.inference_mode():
             # Batches of equal size, because each counts the same in the average.
             for batch in images.tensor_split(-(-len(images) // self.config.batch_size)):

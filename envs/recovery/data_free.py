@@ -41,7 +41,7 @@ from torch import Tensor
 from secateur.cost_models.core import NonNegative, Positive, Range, check_fields
 from secateur.envs.calibration.patches import is_plain
 from secateur.envs.candidate import CandidateNetwork
-from secateur.envs.model_graph.plan import ChannelGroup
+from secateur.envs.model_graph.plan import ChannelGroup, TensorSlice
 from secateur.envs.pruning.importance.common.unit_slices import unit_rows
 from secateur.envs.recovery.common.channel_scales import (
     ScaleBook,
@@ -126,7 +126,7 @@ class _Compensation:
     def __post_init__(self) -> None:
         self.book = ScaleBook(self.config.alpha2)
         self.moments = cached_moments(self.candidate, self.config.spatial_correlation)
-        self.readings: dict[str, list[tuple[int, np.ndarray]]] = {}
+        self.readings: dict[str, list[tuple[int, TensorSlice]]] = {}
         for index, group in enumerate(self.candidate.graph.groups):
             for name, place in reading_places(self.candidate, group):
                 self.readings.setdefault(name, []).append((index, place))

@@ -63,7 +63,7 @@ class LeastSquares:
         """See `Recovery.apply`."""
         readers = dict.fromkeys(name for group in candidate.graph.groups for name in group.consumers)
         for name in readers:
-            statistics = candidate.calibration.layers.get(name)
+            statistics = candidate.required_calibration.layers.get(name)
             if statistics is None or statistics.kind == NONE:
                 continue
             axes = candidate.kept_axes(name)

@@ -42,7 +42,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -147,8 +147,8 @@ class DenseTargets:
 def dense_targets(candidate: CandidateNetwork, config: SequentialConfig) -> DenseTargets:
     """Return the dense network's values, from one pass over the images."""
     model, modules, hidden = candidate.dense_model, candidate.dense_layers, _computing(candidate, candidate.dense_layers)
-    plan = plan_forward(model, _refittable(candidate), hidden, candidate.images[:1])
-    images = candidate.images[: _images_at_once(candidate, config)]
+    plan = plan_forward(model, _refittable(candidate), hidden, candidate.required_images[:1])
+    images = candidate.required_images[: _images_at_once(candidate, config)]
     chunks = images.split(_IMAGES_PER_CHUNK)
     rng = np.random.default_rng(config.seed)
     positions = {
@@ -178,7 +178,7 @@ def _computing(candidate: CandidateNetwork, modules: Mapping[str, nn.Module]) ->
 
 def _refittable(candidate: CandidateNetwork) -> dict[str, str | None]:
     """Return {layer: its batch norm or None} of the layers that can be refitted if they run once."""
-    known = [name for name, layer in candidate.calibration.layers.items() if layer.kind != NONE]
+    known = [name for name, layer in candidate.required_calibration.layers.items() if layer.kind != NONE]
     return {name: candidate.batch_norms.get(name) if candidate.norm(name) is not None else None for name in known}
 
 
@@ -187,7 +187,7 @@ def _images_at_once(candidate: CandidateNetwork, config: SequentialConfig) -> in
     geometry = candidate.graph.geometry
     elements = geometry.buffer_fixed + geometry.group_units @ geometry.buffer_per_unit
     peak = 2 * _FLOAT_BYTES * float((geometry.live @ elements).max(initial=1.0))
-    return max(1, min(config.max_images, len(candidate.images), int(config.max_bytes / peak)))
+    return max(1, min(config.max_images, len(candidate.required_images), int(config.max_bytes / peak)))
 
 
 def _num_positions(layer: nn.Module, target: Target) -> int:
@@ -196,7 +196,7 @@ def _num_positions(layer: nn.Module, target: Target) -> int:
     return int(np.prod(shape[1:-1] if isinstance(layer, nn.Linear) else shape[2:]))
 
 
-def _sample_sizes(modules: Mapping[str, nn.Module], plan: ForwardPlan, images: int, config: SequentialConfig) -> list[int]:
+def _sample_sizes(modules: Mapping[str, Any], plan: ForwardPlan, images: int, config: SequentialConfig) -> list[int]:
     """Return how many positions of each layer are sampled per entry of the first axis.
 
     Where memory is short, layers with many unknowns keep the more: a share of samples per unknown, the same for all.
@@ -208,11 +208,12 @@ def _sample_sizes(modules: Mapping[str, nn.Module], plan: ForwardPlan, images: i
         patch_bytes = _FLOAT_BYTES * unknowns * getattr(layer, "groups", 1)
         most = min(config.samples, entries * _num_positions(layer, target), _MAX_PATCH_BYTES / patch_bytes)
         sizes.append((entries, _FLOAT_BYTES * layer.weight.shape[0], most, unknowns + _FREE_UNKNOWNS))
-    entries, target_bytes, most, unknowns = np.array(sizes, dtype=float).reshape(-1, 4).T
+    all_entries, target_bytes, largest, all_unknowns = np.array(sizes, dtype=float).reshape(-1, 4).T
     per_unknown = config.samples / _FREE_UNKNOWNS
-    while target_bytes @ np.minimum(most, per_unknown * unknowns) > config.max_target_bytes and per_unknown > 1e-3:
+    while target_bytes @ np.minimum(largest, per_unknown * all_unknowns) > config.max_target_bytes and per_unknown > 1e-3:
         per_unknown *= 0.9
-    return np.ceil(np.minimum(most, per_unknown * unknowns) / entries).astype(int).tolist()
+    counts: list[int] = np.ceil(np.minimum(largest, per_unknown * all_unknowns) / all_entries).astype(int).tolist()
+    return counts
 
 
 def _by_value(numbers: Mapping[str, int | None]) -> dict[int, list[str]]:
@@ -243,7 +244,7 @@ class _Pass:
 
     def run(self) -> None:
         """Refit."""
-        layers, images = self.candidate.layers, self.candidate.images[: self.dense.images]
+        layers, images = self.candidate.layers, self.candidate.required_images[: self.dense.images]
         # After the pre-hooks that are there already, so the input is on its grid.
         hooks = [layers[name].register_forward_pre_hook(partial(self.refit, name)) for name in self.targets]
         try:
@@ -266,7 +267,7 @@ class _Pass:
     def _chunks(self, name: str, x: Tensor) -> tuple[Tensor, ...]:
         return x.split(_IMAGES_PER_CHUNK * len(self.targets[name].sample))
 
-    def refit(self, name: str, layer: nn.Module, inputs: tuple) -> None:
+    def refit(self, name: str, layer: Any, inputs: tuple) -> None:
         """Give a layer, about to run on these inputs, its new weight and intercept."""
         target = self.targets[name]
         if not self.tap.agrees or (target.other is not None and name not in self.others):
@@ -285,7 +286,7 @@ class _Pass:
         if fit.inputs.shape[2] <= self.config.max_inputs:
             fit.solve(self.config.damping, target.clip, self.config.clip_rounds)
             candidate.set_weight(name, fit.weight.float().reshape(layer.weight.shape))
-            statistics = fit.statistics(candidate.calibration.layers.get(name))
+            statistics = fit.statistics(candidate.required_calibration.layers.get(name))
         else:
             fit.move_center()
         if quantized:
@@ -308,9 +309,7 @@ class _LayerFit:
         has_intercept: whether there is an intercept.
     """
 
-    def __init__(
-        self, layer: nn.Module, norm: nn.Module | None, rows: Tensor, wanted: Tensor, other: Tensor | None, has_intercept: bool
-    ) -> None:
+    def __init__(self, layer: Any, norm: Any, rows: Tensor, wanted: Tensor, other: Tensor | None, has_intercept: bool) -> None:
         self.norm, self.wanted, self.other, self.has_intercept = norm, wanted, other, has_intercept
         groups = rows.shape[1]
         self.weight = layer.weight.detach().view(groups, -1, rows.shape[2]).double()

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ class Filters:
     offsets: Tensor
 
 
-def filters(layer: nn.Module, norm: nn.Module) -> Filters:
+def filters(layer: Any, norm: Any) -> Filters:
     """Return X and y of a layer and the batch norm behind it, as they are."""
     beta, gamma, bias = (None if tensor is None else tensor.detach().double() for tensor in (norm.bias, norm.weight, layer.bias))
     scale = (1 if gamma is None else gamma) / (norm.running_var.double() + norm.eps).sqrt()

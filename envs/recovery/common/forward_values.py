@@ -115,7 +115,9 @@ def plan_forward(
     """
     modules = dict(model.named_modules())
     recorder = _Recorder()
-    calls, first_value, output = Counter(), {}, {}
+    calls: Counter[str] = Counter()
+    first_value: dict[str, Any] = {}
+    output: dict[str, Any] = {}
 
     def enter(name: str) -> None:
         calls[name] += 1
@@ -170,7 +172,7 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         arguments = [argument for argument in _tensors((args, kwargs)) if id(argument) in self.known]
-        numbers = [self.number(argument) for argument in arguments]
+        numbers: list[Any] = [self.number(argument) for argument in arguments]
         plain_sum = function in _ADDITIONS and not kwargs and len(arguments) == 2 and args[0].shape == args[1].shape
         result = function(*args, **(kwargs or {}))
         values = [] if self.paused else _tensors(result)

@@ -22,6 +22,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,7 +86,7 @@ def input_moments(model: nn.Module, graph: ModelGraph, spatial_correlation: floa
         elif operation.kind == "batch_norm":
             values.append(_batch_norm(modules[operation.name], inputs[0]))
         elif all(value is not None and value.known for value in inputs):
-            values.append(_RULES[operation.kind](operation, inputs))
+            values.append(_RULES[operation.kind](operation, [value for value in inputs if value is not None]))
         else:
             values.append(None)
     return found
@@ -112,7 +114,8 @@ def output_moments(layer: nn.Module, weight: Tensor, moments: Moments, spatial_c
     picked = torch.arange(groups)
     blocks = moments.covariance.view(groups, channels, groups, channels)[picked, :, picked]
     mean = torch.einsum("goip,gi->go", rows, moments.mean.view(groups, channels))
-    variance = sum((part @ blocks * part).sum(2) for part in _decorrelated(rows, layer, moments.size, spatial_correlation))
+    parts = _decorrelated(rows, layer, moments.size, spatial_correlation)
+    variance = reduce(torch.add, [(part @ blocks * part).sum(2) for part in parts])
     return mean.flatten(), variance.flatten()
 
 
@@ -163,7 +166,7 @@ def _layer(layer: nn.Module, moments: Moments | None, r: float) -> Moments | Non
     return Moments(mean + bias, covariance, moments.known)
 
 
-def _batch_norm(norm: nn.Module, moments: Moments | None) -> Moments | None:
+def _batch_norm(norm: Any, moments: Moments | None) -> Moments | None:
     if norm.running_mean is None:
         return None
     mean = torch.zeros_like(norm.running_mean) if norm.bias is None else norm.bias.detach().float()
@@ -243,7 +246,7 @@ def _flatten(operation: Operation, inputs: list[Moments]) -> Moments:
 _RULES = {"function": _function, "add": _add, "mul": _mul, "cat": _cat, "pad": _pad, "flatten": _flatten}
 
 
-def synthetic_statistics(layer: nn.Module, moments: Moments, spatial_correlation: float) -> LayerStatistics | None:
+def synthetic_statistics(layer: Any, moments: Moments, spatial_correlation: float) -> LayerStatistics | None:
     """Return in the form of calibration what a layer's weight needs to be rounded with compensation; None if too large.
 
     The range and the samples are empty: nothing here tells them.
