@@ -50,7 +50,7 @@ def test_nearly_the_best_of_all_policies(space, shares):
     assert harm(space, levels) - best < 0.05 * (worst - best)
 
 
-def test_nothing_can_be_given_back(space):
+def test_no_step_can_be_undone(space):
     (budget,) = budgets(space, macs=0.4)
     sequence = allocate(space, space.sensitivities, budget, 0.75)
     levels = space.policy_space.sequence_to_levels(sequence)
@@ -69,7 +69,7 @@ def test_curves_need_not_rise(space):
         assert levels.min() >= 0 and space.projection.slack(levels[None], budget)[0] <= 0
 
 
-def test_what_no_step_alone_saves_is_left_to_the_wall(toy, monkeypatch):
+def test_costs_that_no_single_step_saves_are_left_to_the_projection(toy, monkeypatch):
     # A cost that only falls when everything is compressed.
     monkeypatch.setattr(
         toy, "cost_shares", lambda sequences: np.where((sequences[:, toy.used] == 1).all(axis=1), 0.0, 1.0)[:, None]
@@ -78,20 +78,20 @@ def test_what_no_step_alone_saves_is_left_to_the_wall(toy, monkeypatch):
     assert (toy.execute(sequence, Budget("all", {"cost": 0.1})) == sequence).all() and toy.cost(sequence) <= 0.1
 
 
-def test_what_is_free_goes_first(space):
+def test_choices_without_harm_are_compressed_first(space):
     free = [decision.name for decision in space.policy_space.decisions].index("prune_ratio/conv2")
     space.sensitivities.curves[free] = 0
     sequence = allocate(space, space.sensitivities, *budgets(space, macs=0.8), 0.75)
     assert space.decode(sequence).widths[1] < 8 and space.decode(sequence).widths[::2] == (8, 16)
 
 
-def test_only_what_saves_is_compressed(space):
+def test_only_choices_that_save_are_compressed(space):
     sequence = allocate(space, space.sensitivities, *budgets(space, macs=0.5), 0.75)
     assert set(space.decode(sequence).weight_bits) == {8}  # bits save no multiply-accumulates
     assert not allocate(space, space.sensitivities, *budgets(space, macs=1.0), 0.75).any()
 
 
-def test_powers_are_walked_and_equal_policies_handed_out_once(toy):
+def test_powers_are_tried_in_turn_and_equal_policies_handed_out_once(toy):
     agent = Greedy(GreedyConfig(powers=(1.0, 1.0, 3.0)), toy, toy.budgets, np.random.default_rng(0))
     actors = agent.ask(100)
     assert agent.ask(1) == [] and len(toy.budgets) < len(actors) <= 2 * len(toy.budgets)
