@@ -14,7 +14,7 @@ POPULATION = 40
 
 
 def random_geometry(rng: np.random.Generator) -> NetworkGeometry:
-    """A made-up network: nothing fits together as in a real one, but every quantity is affine in the widths."""
+    """A random geometry: unlike in a network its layers do not fit together, but every quantity is affine in the widths."""
     num_layers, num_groups, num_buffers, num_steps = rng.integers(1, 7, 4)
 
     def counts(*shape, high=4):
@@ -109,7 +109,7 @@ def test_is_named_as_registered_and_pickles():
         assert pickle.loads(pickle.dumps(model)) == model
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("name", MONOTONE)
 def test_never_cheaper_with_more_channels_or_bits(name, seed):
     rng = np.random.default_rng(seed)
@@ -124,7 +124,7 @@ def test_never_cheaper_with_more_channels_or_bits(name, seed):
         assert np.all(model.total(low) <= model.total(high) * (1 + 1e-12))
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_a_row_does_not_depend_on_the_rest_of_the_population(model_of, seed):
     rng = np.random.default_rng(seed)
     geometry = random_geometry(rng)

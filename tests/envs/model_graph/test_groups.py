@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from secateur.cost_models.core import InputError
 from secateur.envs.model_graph import analyze
+from tests.envs.small_networks import SMALL_NETWORKS
 
 
 def image_of(size):
@@ -30,12 +31,12 @@ def total_parameters(graph):
     return shapes.weights[0].sum() + biases + shapes.other_parameters[0]
 
 
-@pytest.mark.parametrize("name", ["resnet18", "vgg11"])
+@pytest.mark.parametrize("make", [torchvision.models.resnet18, SMALL_NETWORKS["vgg"]], ids=["resnet", "vgg"])
 @pytest.mark.filterwarnings("ignore")
-def test_torch_pruning_finds_the_same_groups(name):
+def test_torch_pruning_finds_the_same_groups(make):
     import torch_pruning  # slow to import
 
-    model = torchvision.models.get_model(name).eval()
+    model = make().eval()
     graph = analyze(model, image_of(64), verify=False)
     dependencies = torch_pruning.DependencyGraph().build_dependency(model, image_of(64)[0])
     names = {module: path for path, module in model.named_modules()}
@@ -47,11 +48,10 @@ def test_torch_pruning_finds_the_same_groups(name):
     assert {frozenset(group.producers) for group in graph.groups} == theirs
 
 
-@pytest.mark.parametrize(
-    ("name", "giga_macs"), [("resnet18", 1.814), ("resnet50", 4.089), ("mobilenet_v2", 0.301), ("vgg16", 15.470)]
-)
+@pytest.mark.parametrize(("name", "giga_macs"), [("resnet18", 1.814), ("mobilenet_v2", 0.301), ("vgg16", 15.470)])
 def test_totals_of_published_networks(name, giga_macs):
-    model = torchvision.models.get_model(name)
+    arguments = {"init_weights": False} if name == "vgg16" else {}  # 138 M random numbers take a second
+    model = torchvision.models.get_model(name, **arguments)
     graph = analyze(model, image_of(224), verify=False)
     assert total_macs(graph) == pytest.approx(giga_macs * 1e9, rel=1e-3)
     assert total_parameters(graph) == sum(p.numel() for p in model.parameters())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-import torchvision
 from torch import nn
 from torch.nn import functional as F
 
@@ -18,7 +17,8 @@ from secateur.envs.policy_space import PolicySpace, SpaceConfig
 from secateur.envs.pruning.slicing import masked_model, resize_model, slice_model
 from secateur.envs.quantization.quantizers.uniform import Uniform
 from secateur.envs.recovery.least_squares import LeastSquares
-from secateur.search.benchmarks.support import randomize
+from secateur.search.benchmarks.support import slicing_error
+from tests.envs.small_networks import SMALL_NETWORKS, small_network
 
 
 def conv(inputs, outputs, kernel=3, **options):
@@ -349,38 +349,14 @@ def test_kept_must_fit_the_groups():
             slice_model(model, graph, [np.array(wrong, dtype=int), *full[1:]])
 
 
-FAMILIES = (
-    "shufflenet_v2_x0_5 mobilenet_v3_small squeezenet1_1 mnasnet0_5 regnet_y_400mf densenet121 efficientnet_b0 "
-    "googlenet convnext_tiny swin_t"
-)
-
-
-@pytest.mark.parametrize("name", FAMILIES.split())
-def test_torchvision_families_are_sliced_exactly(name):
-    arguments = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
-    torch.manual_seed(0)
-    _check_slices(torchvision.models.get_model(name, **arguments), 64)
-
-
-def test_vision_transformer_loses_mlp_widths_exactly():
-    torch.manual_seed(0)
-    model = torchvision.models.VisionTransformer(
-        image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=24, num_classes=5
-    )
-    graph = _check_slices(model, 32)
-    assert [group.units for group in graph.groups] == [24, 24]
-
-
-@torch.no_grad()
-def _check_slices(model, size):
-    randomize(model.eval(), torch.Generator().manual_seed(0))
-    graph = analyze(model, (torch.zeros(1, 3, size, size),), verify=False)
-    kept = [np.arange(max(1, round(group.units * 0.7))) for group in graph.groups]
-    inputs = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
-    expected, found = masked_model(model, graph, kept)(inputs), slice_model(model, graph, kept)(inputs)
-    assert graph.groups
-    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
-    return graph
+@pytest.mark.numerics
+@pytest.mark.parametrize("name", SMALL_NETWORKS)
+def test_families_of_networks_are_sliced_exactly(name):
+    found = small_network(name)
+    kept = [np.arange(max(1, round(group.units * 0.7))) for group in found.graph.groups]
+    if name == "vit":
+        assert [group.units for group in found.graph.groups] == [24, 24], "only the MLP widths"
+    assert found.graph.groups and slicing_error(found.model, found.graph, kept, found.size) <= 1e-5
 
 
 def test_layers_go_by_the_names_of_their_weights():

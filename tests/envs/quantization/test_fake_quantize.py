@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import cache
 
 import numpy as np
 import pytest
@@ -31,9 +32,15 @@ def images():
     return torch.randn(20, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
+@cache
+def synthetic_graph():
+    """Return the plan of the network, which does not depend on its weights."""
+    return analyze(synthetic_net().eval(), (torch.zeros(1, 3, 8, 8),))
+
+
 def make_candidate(model, bits, images, quantizer=None, network=None):
     """Return a candidate from which nothing is removed."""
-    graph = analyze(model, (images[:1],))
+    graph = synthetic_graph()
     calibration = calibrate(model, graph, images, CalibrationConfig())
     kept = [np.arange(group.units) for group in graph.groups]
     network = copy.deepcopy(model) if network is None else network

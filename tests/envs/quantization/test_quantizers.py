@@ -67,8 +67,7 @@ def output_error(weight, quantized, statistics):
 # ------------------------------------------------------------------------------------------------------------- contract
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("bits", "kind"), [*((bits, FULL) for bits in BITS), *((3, kind) for kind in KINDS[1:])])
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_contract(name, bits, kind):
     config, make = QUANTIZERS[name]
@@ -172,8 +171,9 @@ def test_powers_of_two_are_the_nearest_ones(bits):
 # ----------------------------------------------------------------------------------------------------------------- gptq
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 8])
 @pytest.mark.parametrize(("kind", "groups"), [(FULL, 1), (CHANNEL, 1), (FULL, 6), (FULL, 2), (CHANNEL, 3)])
 def test_compensation_never_adds_error_and_mostly_removes_a_lot(bits, kind, groups, seed):
     weight, statistics = make_weight(seed), make_statistics(kind, groups=groups, seed=seed)
@@ -269,7 +269,7 @@ def spread(low, high, samples=None):
 
 
 @pytest.mark.parametrize("activations", ["max", "mse", "percentile"])
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", [2, 5, 8])
 @pytest.mark.parametrize(("low", "high"), [(-1.3, 2.9), (0.0, 5.0), (0.4, 7.0), (-3.0, -1.0), (0.0, 0.0), (-1e-30, 1e-30)])
 def test_activation_grid_holds_zero_and_stays_in_the_range(bits, low, high, activations):
     grid = choose_activation_grid(spread(low, high), bits, ActivationGridConfig(activations=activations))
@@ -290,12 +290,12 @@ def rounding_error(grid, samples):
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("shape", ["normal", "relu", "negative"])
 def test_least_error_is_close_to_a_fine_search(bits, shape):
-    samples = np.random.default_rng(0).normal(size=4000) + 0.5
+    samples = np.random.default_rng(0).normal(size=1000) + 0.5
     samples = {"normal": samples, "relu": samples.clip(0), "negative": -samples.clip(0)}[shape]
     statistics = spread(float(samples.min()), float(samples.max()), samples)
     found = choose_activation_grid(statistics, bits, ActivationGridConfig(activations="mse"))
     maximal = choose_activation_grid(statistics, bits, ActivationGridConfig(activations="max"))
-    ends = [np.linspace(0.1, 1, 40) * end for end in (samples.min(), samples.max())]
+    ends = [np.linspace(0.1, 1, 20) * end for end in (samples.min(), samples.max())]
     best = min(
         rounding_error(choose_activation_grid(spread(low, high, samples), bits, ActivationGridConfig(activations="max")), samples)
         for low in np.unique(ends[0])
@@ -347,7 +347,7 @@ def test_mse_clipping_is_close_to_a_fine_search_and_pays_at_few_bits(bits):
         scale = share * largest / (2 ** (bits - 1) - 1)
         codes = (weight / scale[:, None]).round().clamp(-(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1)
         best = torch.minimum(best, (codes * scale[:, None] - weight).square().sum(1))
-    # Not shrinking costs some of the error at few bits; at many, the fine search gains a little by luck.
+    # Not shrinking costs some of the error at few bits; at many, the fine search gains a little.
     assert errors["mse"] <= (1.1 if bits > 2 else 1.5) * best.mean()
     if bits <= 4:
         assert errors["mse"] < 0.8 * errors["max"]

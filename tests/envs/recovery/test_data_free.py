@@ -74,8 +74,19 @@ class Plain(nn.Module):
         return self.c(F.relu(self.b(F.relu(self.a(x)))).flatten(1))
 
 
+_PLANS = {}
+"""Plans by the printed network and the size of its images: a plan does not depend on the weights."""
+
+
+def plan(model, size=8):
+    """Return the plan of the model."""
+    if (key := (repr(model), size)) not in _PLANS:
+        _PLANS[key] = analyze(model, (torch.zeros(1, 3, size, size),))
+    return _PLANS[key]
+
+
 def assembler(model, fit="moments", scores=None, size=8, **options):
-    graph = analyze(model, (torch.zeros(1, 3, size, size),))
+    graph = plan(model, size)
     if scores is None:
         scores = tuple(np.random.default_rng(0).permutation(group.units).astype(float) for group in graph.groups)
     recoveries = [DataFree(DataFreeConfig(fit=fit, **options))] if fit else []
