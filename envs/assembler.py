@@ -1,10 +1,11 @@
-"""From a policy to a network: slice, recover, quantize. The original model is never touched."""
+"""Assembly of a policy's network: slice, recover, quantize. The dense model is never changed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,18 +24,18 @@ from secateur.envs.recovery.core import Recovery
 
 @dataclass(frozen=True)
 class Assembler:
-    """Everything that is computed once per search and needed for each candidate. Picklable, shared with the workers.
+    """Assembles the networks of policies. It holds everything that is computed once per search, and can be pickled.
 
     Attributes:
-        model: the dense network, eval mode.
-        graph: its plan.
-        scores: importance of every unit, one array (units,) per group; the largest are kept.
+        model: the dense network, in eval mode.
+        graph: structure of the dense network.
+        scores: importance of every unit, one array (units,) per group; units with the largest scores are kept.
         quantizer: plug-in of envs/quantization/quantizers.
         recoveries: plug-ins of envs/recovery, applied in this order.
-        calibration: statistics of every layer's input; None if nothing needs images.
-        images: normalised calibration images, (N, C, H, W) float32; None likewise.
-        cache: pieces that candidates have in common; every process fills its own.
-        dtype: number format in which recoveries may run images; see `CandidateNetwork`.
+        calibration: statistics of every layer's input; None if no plug-in needs images.
+        images: normalized calibration images, (N, C, H, W) float32; None if no plug-in needs images.
+        cache: cache of pieces that several candidates need; every process fills its own cache.
+        dtype: number format of the recoveries' forward passes; see `CandidateNetwork`.
     """
 
     model: nn.Module
@@ -51,22 +52,22 @@ class Assembler:
     def _slicer(self) -> Slicer:
         return Slicer(self.model, self.graph)
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_slicer"}
 
     def kept(self, policy: CompressionPolicy) -> list[np.ndarray]:
-        """Return the kept unit indices of every group, sorted; ties go to the lower index."""
+        """Return the kept unit indices of every group, sorted; of units with equal scores, those with lower indices are kept."""
         return [
             np.sort(np.argsort(-scores, kind="stable")[:width]) for scores, width in zip(self.scores, policy.widths, strict=True)
         ]
 
     def layer_bits(self, policy: CompressionPolicy) -> dict[str, tuple[int, int]]:
-        """Return {layer: (weight_bits, activation_bits)} of the layers that are quantized at all."""
+        """Return {layer: (weight_bits, activation_bits)} of the quantized layers."""
         layers = zip(self.graph.geometry.layers, policy.weight_bits, policy.activation_bits, strict=True)
         return {layer.name: (weight, act) for layer, weight, act in layers if min(weight, act) < FLOAT_BITS}
 
     def candidate(self, policy: CompressionPolicy) -> CandidateNetwork:
-        """Return the policy's sliced network, nothing quantized or repaired."""
+        """Return the policy's sliced network before quantization and recovery."""
         kept = self.kept(policy)
         network, positions = self._slicer.slice(kept)
         return CandidateNetwork(
@@ -84,10 +85,10 @@ class Assembler:
         )
 
     def assemble(self, policy: CompressionPolicy) -> nn.Module:
-        """Return the compressed network, float32, eval mode, batch norms in place, quantization simulated.
+        """Return the compressed network: float32, eval mode, batch norms not folded, quantization simulated.
 
-        Order: slice; inputs on their grids; recoveries that rewrite weights; weights on their grids; the other recoveries.
-        So nothing that a recovery writes leaves the grid, and the last ones see the whole error.
+        Order: slicing; quantization of inputs; recoveries that change weights; quantization of weights; the other recoveries.
+        No recovery changes a quantized weight, and the recoveries at the end can correct the whole error.
         """
         candidate = self.candidate(policy)
         for _, step in self.steps():
@@ -95,7 +96,7 @@ class Assembler:
         return candidate.network.eval()
 
     def steps(self) -> list[tuple[str, Callable[[CandidateNetwork], None]]]:
-        """Return what happens to a sliced candidate, by name and in order."""
+        """Return the steps after slicing, with their names and in order."""
         before, after = (
             [(type(recovery).__name__, recovery.apply) for recovery in self.recoveries if recovery.after_quantization is late]
             for late in (False, True)

@@ -1,4 +1,4 @@
-"""A network on its way from dense to compressed: what recoveries and the quantizer work on."""
+"""The network of one candidate policy: recoveries and the quantizer change it step by step."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from secateur.envs.model_graph.plan import ModelGraph
 from secateur.envs.piece_cache import PieceCache
 from secateur.envs.pruning.slicing import Positions, kept_positions
 from secateur.envs.quantization.fake_quantize import is_quantized, set_activation_grid, set_quantized_weight
+from secateur.envs.quantization.quantizers.core import Quantizer
 
 
 @dataclass(frozen=True)
 class KeptAxes:
-    """What slicing leaves of a layer's dense weight.
+    """The kept part of a layer's dense weight after slicing.
 
     Attributes:
         outputs, inputs: kept positions of axis 0 and axis 1, sorted.
-        conv_groups: kept conv groups, sorted; a depthwise convolution loses one with each channel.
+        conv_groups: kept conv groups, sorted; a depthwise convolution loses one conv group with each channel.
     """
 
     outputs: np.ndarray
@@ -36,20 +37,20 @@ class KeptAxes:
 
 @dataclass
 class CandidateNetwork:
-    """One policy's network, sliced, and everything that its repair may use. Lives for one evaluation.
+    """The sliced network of one policy, and everything that recoveries may use. It is used for one evaluation.
 
     Attributes:
-        network: changed in place, module by module; its tensors are replaced, never written into.
-        dense_model: the original; never touched.
-        graph: its plan.
+        network: the sliced network; recoveries replace its tensors and never write into a tensor.
+        dense_model: the dense model; it is never changed.
+        graph: structure of the dense model.
         kept: kept units of every group, sorted.
-        layer_bits: {layer: (weight_bits, activation_bits)} of the layers that are quantized at all; 32 = untouched.
+        layer_bits: {layer: (weight_bits, activation_bits)} of the quantized layers; 32: not quantized.
         quantizer: plug-in of envs/quantization/quantizers.
-        calibration: statistics of the dense network; None where nothing needs images.
-        images: calibration images, (N, C, H, W) float32 normalised; None likewise.
-        cache: of computed pieces, shared by the candidates of this process.
-        positions: what slicing left of the dense tensors; None: found when it is needed.
-        dtype: number format in which recoveries may run images through the network, if they only estimate something.
+        calibration: statistics of the dense network; None if no plug-in needs images.
+        images: calibration images, (N, C, H, W) float32 normalized; None if no plug-in needs images.
+        cache: cache of computed pieces, shared by all candidates of a process.
+        positions: kept positions of the dense tensors; None: they are computed when they are needed.
+        dtype: number format of forward passes in which recoveries only estimate statistics.
         float_weights: {layer: weight before it was quantized}, filled by `quantize`.
     """
 
@@ -58,7 +59,7 @@ class CandidateNetwork:
     graph: ModelGraph
     kept: Sequence[np.ndarray]
     layer_bits: Mapping[str, tuple[int, int]]
-    quantizer: Any
+    quantizer: Quantizer
     calibration: Calibration | None
     images: Tensor | None
     cache: PieceCache
@@ -66,31 +67,19 @@ class CandidateNetwork:
     dtype: torch.dtype = torch.float32
     float_weights: dict[str, Tensor] = field(default_factory=dict)
 
-    @property
-    def required_calibration(self) -> Calibration:
-        """The statistics of the dense network, for plug-ins with `needs_images`."""
-        assert self.calibration is not None, "plug-ins with `needs_images` get a calibration"
-        return self.calibration
-
-    @property
-    def required_images(self) -> Tensor:
-        """The calibration images, for plug-ins with `needs_images`."""
-        assert self.images is not None, "plug-ins with `needs_images` get images"
-        return self.images
-
     @cached_property
     def layers(self) -> dict[str, Any]:
-        """Modules of the network by name."""
+        """Modules of the network by name; the type is Any because torch has no types for the attributes of modules."""
         return dict(self.network.named_modules())
 
     @cached_property
     def dense_layers(self) -> dict[str, Any]:
-        """Modules of the dense model by name."""
+        """Modules of the dense model by name; see `layers`."""
         return dict(self.dense_model.named_modules())
 
     @cached_property
     def batch_norms(self) -> dict[str, str]:
-        """{layer: batch norm that is its only reader}."""
+        """{layer: the batch norm that is its only reader}."""
         return dict(self.graph.batch_norms)
 
     @cached_property
@@ -100,7 +89,7 @@ class CandidateNetwork:
         return kept_positions(self.dense_model, self.graph, self.kept)
 
     def kept_axes(self, name: str) -> KeptAxes:
-        """Return what is left of a layer's weight."""
+        """Return the kept part of a layer's weight."""
         dense = self.dense_layers[name]
         axes = self._axes.get(f"{name}.weight", {})
         outputs, inputs = (axes.get(axis, np.arange(dense.weight.shape[axis])) for axis in (0, 1))
@@ -109,29 +98,49 @@ class CandidateNetwork:
         return KeptAxes(outputs, inputs, np.unique(outputs // per_group) if conv_groups > 1 else np.zeros(1, int))
 
     def statistics(self, name: str) -> LayerStatistics | None:
-        """Return what the dense network's calibration knows about the kept inputs of a layer, if anything."""
-        known = None if self.calibration is None else self.calibration.layers.get(name)
-        if known is None or known.kind == NONE:
-            return known
+        """Return the dense network's statistics of a layer's kept inputs, None if there are none."""
+        dense = None if self.calibration is None else self.calibration.layers.get(name)
+        if dense is None or dense.kind == NONE:
+            return dense
         axes = self.kept_axes(name)
-        return known.restricted(axes.inputs, axes.conv_groups if len(known.moments) > 1 else None)
+        return dense.restricted(axes.inputs, axes.conv_groups if len(dense.moments) > 1 else None)
+
+    def require_calibration(self) -> Calibration:
+        """Return the calibration.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        if self.calibration is None:
+            raise ValueError("This recovery needs a calibration, but there are no calibration images.")
+        return self.calibration
+
+    def require_images(self) -> Tensor:
+        """Return the calibration images.
+
+        Raises:
+            ValueError: if there are none.
+        """
+        if self.images is None:
+            raise ValueError("This recovery needs calibration images, but there are none.")
+        return self.images
 
     def norm(self, name: str) -> Any:
-        """Return the batch norm that is a layer's only reader, if there is one and it is not folded."""
+        """Return the batch norm that is a layer's only reader and is not folded, or None."""
         norm = self.layers.get(self.batch_norms.get(name, ""))
         return norm if getattr(norm, "running_mean", None) is not None else None
 
     def has_intercept(self, name: str) -> bool:
-        """Whether a layer's output can be shifted: by its bias, or by the batch norm behind it."""
+        """Return whether a layer's output can be shifted: by its bias, or by the batch norm after it."""
         return self.layers[name].bias is not None or self.norm(name) is not None
 
     def set_weight(self, name: str, weight: Tensor) -> None:
-        """Give a layer another weight, of the shape it has."""
+        """Replace a layer's weight by a weight of the same shape."""
         layer = self.layers[name]
         layer.weight = nn.Parameter(weight.detach(), layer.weight.requires_grad)
 
     def shift(self, name: str, shift: Tensor) -> None:
-        """Add (outputs,) to a layer's output, in its bias or the running mean of the batch norm behind it."""
+        """Add `shift`, (outputs,), to a layer's output, by its bias or the running mean of the batch norm after it."""
         layer, norm = self.layers[name], self.norm(name)
         if layer.bias is not None:
             layer.bias = nn.Parameter(layer.bias.detach() + shift, layer.bias.requires_grad)
@@ -141,11 +150,11 @@ class CandidateNetwork:
             raise ValueError(f"The output of layer `{name}` cannot be shifted.")
 
     def quantize(self, name: str, statistics: LayerStatistics | None = None) -> None:
-        """Put a layer's weight on the grid of its bits, once; nothing happens if it is to stay in float.
+        """Quantize a layer's weight, unless it has no weight bits or is already quantized.
 
         Args:
-            name: of the layer.
-            statistics: of its input as it is now; None: those of the dense network.
+            name: name of the layer.
+            statistics: statistics of the layer's current input; None: those of the dense network.
         """
         bits, layer = self.layer_bits.get(name, (FLOAT_BITS, FLOAT_BITS))[0], self.layers[name]
         if bits == FLOAT_BITS or name in self.float_weights:
@@ -164,26 +173,25 @@ class CandidateNetwork:
         return self.statistics(name) if self.quantizer.needs_images else None
 
     def quantize_weights(self) -> None:
-        """Quantize every weight that has bits and is in float still."""
+        """Quantize all weights that have weight bits and are not yet quantized."""
         for name in self.layer_bits:
             self.quantize(name)
 
     def quantize_inputs(self) -> None:
-        """Put the inputs of all layers that have activation bits on their grids.
+        """Quantize the inputs of all layers that have activation bits.
 
         Raises:
-            ValueError: if a layer is quantized already or was not calibrated.
+            ValueError: if a layer is already quantized or was not calibrated.
         """
         for name, (_, bits) in self.layer_bits.items():
             if bits == FLOAT_BITS:
                 continue
             if is_quantized(self.layers[name]):
-                raise ValueError(f"Layer `{name}` is quantized already; start from the float network.")
+                raise ValueError(f"Layer `{name}` is already quantized; start from the float network.")
             if self.calibration is None or name not in self.calibration.layers:
                 raise ValueError(f"The input of layer `{name}` was not calibrated.")
-            key = ("activation_grid", name, bits)
-            statistics = self.calibration.layers[name]
-            grid = self.cache.get(key, partial(self.quantizer.activation_grid, statistics, bits))
+            make = partial(self.quantizer.activation_grid, self.calibration.layers[name], bits)
+            grid = self.cache.get(("activation_grid", name, bits), make)
             set_activation_grid(self.layers[name], grid)
 
 

@@ -1,9 +1,9 @@
-"""Networks and images in the number format and memory layout in which they run fastest."""
+"""Conversion of networks and images to a number format and to the memory layout with the fastest forward passes."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,18 +15,19 @@ def prepare_images(images: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def convert_network(network: nn.Module, dtype: torch.dtype, keep: Collection[nn.Module] = ()) -> None:
-    """Give a network new tensors, in place: channels last, in `dtype`; the old tensors stay as they are.
+    """Replace a network's tensors, in place, by tensors in `dtype` with channels last; the old tensors are not changed.
 
     Args:
-        network: its own modules, with tensors that others may share.
-        dtype: of parameters and floating buffers.
-        keep: modules whose own tensors are left alone.
+        network: the network; other networks may share its tensors, but not its modules.
+        dtype: number format of parameters and floating-point buffers.
+        keep: modules whose own tensors are not replaced.
     """
     converted: dict[int, Tensor] = {}  # tied tensors stay tied
     for module in network.modules():
         if module in keep:
             continue
-        for tensors in cast(tuple[dict[str, Any], ...], (module._parameters, module._buffers)):
+        own: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in own:
             for name, tensor in tensors.items():
                 if tensor is not None and tensor.is_floating_point():
                     if id(tensor) not in converted:

@@ -1,4 +1,4 @@
-"""Remembers computed pieces of candidates (refits, rounded weights) within a bound of memory."""
+"""Cache of computed pieces of candidates (refitted and rounded weights) with a memory limit."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 
 
 class PieceCache:
-    """A dictionary of tensors and arrays that forgets what was used longest ago; every process has its own.
+    """A least-recently-used cache of tensors and arrays; every process has its own.
 
     Args:
-        max_bytes: the values take at most this much memory together.
+        max_bytes: memory limit for all values together, in bytes.
     """
 
-    def __init__(self, max_bytes: int = 512_000_000):
+    def __init__(self, max_bytes: int = 512_000_000) -> None:
         self.max_bytes = max_bytes
         self._pieces: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
         self._bytes = 0
 
     def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """Return the piece `key`, made now if it is not known. Pieces are shared: never write into one."""
+        """Return the piece `key`; if it is not cached, `make` computes it. Pieces are shared: never write into a piece."""
         if key in self._pieces:
             self._pieces.move_to_end(key)
             return self._pieces[key][0]
@@ -38,7 +38,7 @@ class PieceCache:
         return piece
 
     def __reduce__(self) -> tuple:
-        return PieceCache, (self.max_bytes,)  # the pieces stay at home
+        return PieceCache, (self.max_bytes,)  # a pickled cache is empty
 
     def __deepcopy__(self, memo: dict) -> PieceCache:
         return PieceCache(self.max_bytes)

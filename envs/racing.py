@@ -1,29 +1,29 @@
-"""Racing: a candidate that is clearly worse than a known policy is not scored on all images.
+"""Racing: a candidate that is clearly worse than an evaluated policy is not scored on all images.
 
-Images come in a fixed random order. After about 1/8, 1/4 and 1/2 of them a candidate c is compared with one reference r,
-on the images that both have seen. Let w be the images that r has correct and c wrong, b those that c has correct and r wrong;
-the others say nothing. Were c at least as good as r on all images, every one of the w + b would fall to r with a chance of
-at most 1/2, so that
+Images are processed in a fixed random order. After about 1/8, 1/4 and 1/2 of them, a candidate c is compared with one
+reference r on the processed images. Let w be the number of images that r classifies correctly and c does not, and b the number
+of images that c classifies correctly and r does not; the other images give no information. If c is at least as good as r on
+all images, each of the w + b images is one that only r classifies correctly with a probability of at most 1/2. Therefore
 
     p = P[Binomial(w + b, 1/2) >= w]                                                                               (1)
 
-is the chance of a difference like this one or larger: McNemar's test, exact and one-sided. The candidate is stopped where
-p <= ERROR_RATE / 3, one third for each look (Bonferroni). Hence: a policy that would score at least as well as its
-reference on all images is stopped with a probability of at most ERROR_RATE, over the order of the images.
+is the probability of a difference of at least this size: McNemar's test, exact and one-sided. The candidate is stopped if
+p <= ERROR_RATE / 3, one third for each comparison (Bonferroni). A policy that would score at least as well as its reference
+on all images is therefore stopped with a probability of at most ERROR_RATE, over the order of the images.
 
 The reference is the policy with the best score among those that were scored on all images, meet every limit that the
-candidate meets, and cost at most `COST_TOLERANCE` more in every objective. So what is stopped is no loss to any budget, and
-off every front, but for a difference in cost below the tolerance.
+candidate meets, and cost at most `COST_TOLERANCE` more in every objective. A stopped policy is therefore not needed for any
+budget, and not on any Pareto front, except for differences in cost below the tolerance.
 
-Source: McNemar 1947 for the test. Maron and Moore 1993 (Hoeffding races) for stopping what is clearly worse.
+Source: McNemar 1947 for the test. Maron and Moore 1993 (Hoeffding races) for stopping clearly worse candidates.
 
 Where we differ and why:
-1. Pairs instead of Hoeffding's bound on each score: two compressions of one network are wrong on much the same images, so
-   the difference is known long before the scores are.
-2. One reference, chosen by its score on all images: that choice does not depend on the order of the images, and every
-   further reference would take its share of the error rate.
-3. Images are drawn without replacement, so that w given w + b is hypergeometric. Its tail is below that of (1): checked
-   for all w > b while at most 80 images of the split tell the two policies apart.
+1. Images are compared in pairs; there is no Hoeffding bound on each score. Two compressions of one network are wrong on
+   mostly the same images, so their difference is known with fewer images than their scores.
+2. There is one reference, chosen by its score on all images. This choice does not depend on the order of the images, and
+   further references would need their own part of the error rate.
+3. Images are drawn without replacement, so w given w + b is hypergeometric. Its tail is below that of (1): this was checked
+   for all w > b while at most 80 images of the split distinguish the two policies.
 """
 
 from __future__ import annotations
@@ -36,36 +36,36 @@ import numpy as np
 from secateur.envs.core import Evaluation
 
 ERROR_RATE = 0.001
-"""Largest probability of stopping a policy that is as good as its reference."""
+"""Largest probability that a policy is stopped although it is as good as its reference."""
 
 LOOKS = (1 / 8, 1 / 4, 1 / 2)
-"""Shares of the images after which candidates are compared."""
+"""Shares of the images after which a candidate is compared with its reference."""
 
 COST_TOLERANCE = 0.01
-"""A reference may cost this share more than the candidate."""
+"""Relative difference by which a reference may cost more than the candidate."""
 
 
 @dataclass(frozen=True)
 class Race:
-    """Who is compared with whom.
+    """The choice of a reference for each candidate.
 
     Attributes:
-        objectives: names of the costs that are traded against top-1.
+        objectives: names of the costs among the objectives.
         limits: {cost: limit} of each budget.
     """
 
     objectives: Sequence[str]
     limits: Sequence[Mapping[str, float]]
 
-    def reference(self, costs: Mapping[str, float], known: Iterable[Evaluation]) -> np.ndarray | None:
-        """Return which images the candidate's reference has correct, (images,) bool; None if nothing is comparable.
+    def reference(self, costs: Mapping[str, float], evaluated: Iterable[Evaluation]) -> np.ndarray | None:
+        """Return which images the candidate's reference classifies correctly, (images,) bool; None if there is no reference.
 
         Args:
-            costs: of the candidate.
-            known: what has been evaluated.
+            costs: costs of the candidate.
+            evaluated: evaluations of other policies.
         """
         met = [limits for limits in self.limits if _meets(costs, limits)]
-        best = max((e for e in known if self._comparable(e, costs, met)), key=lambda e: e.top1, default=None)
+        best = max((e for e in evaluated if self._comparable(e, costs, met)), key=lambda e: e.top1, default=None)
         return None if best is None or best.correct is None else unpack(best.correct, best.images)
 
     def _comparable(self, other: Evaluation, costs: Mapping[str, float], met: Sequence[Mapping[str, float]]) -> bool:
@@ -81,11 +81,11 @@ def _meets(costs: Mapping[str, float], limits: Mapping[str, float]) -> bool:
 
 
 def is_clearly_worse(correct: np.ndarray, reference: np.ndarray) -> bool:
-    """Return whether eq. (1) is at most one look's share of the error rate.
+    """Return whether eq. (1) is at most one comparison's share of the error rate.
 
     Args:
-        correct: which of the first images the candidate has correct, (seen,) bool.
-        reference: the same of the reference, (at least seen,) bool.
+        correct: which of the processed images the candidate classifies correctly, (processed,) bool.
+        reference: the same for the reference, (at least processed,) bool.
     """
     reference = reference[: len(correct)]
     worse, better = int((reference & ~correct).sum()), int((correct & ~reference).sum())
@@ -93,8 +93,8 @@ def is_clearly_worse(correct: np.ndarray, reference: np.ndarray) -> bool:
 
 
 def binomial_tail(trials: int, successes: int) -> float:
-    """Return P[Binomial(trials, 1/2) >= successes], exactly but for the last rounding."""
-    term, total = 1, 0  # C(trials, k) from k = trials down
+    """Return P[Binomial(trials, 1/2) >= successes], exact except for the final rounding."""
+    term, total = 1, 0  # term is C(trials, k), with k descending from trials
     for k in range(trials, successes - 1, -1):
         total += term
         term = term * k // (trials - k + 1)
@@ -102,10 +102,10 @@ def binomial_tail(trials: int, successes: int) -> float:
 
 
 def pack(correct: np.ndarray) -> bytes:
-    """Return the bits of (images,) bool."""
+    """Return (images,) bool as packed bits."""
     return np.packbits(correct).tobytes()
 
 
 def unpack(bits: bytes, images: int) -> np.ndarray:
-    """Return (images,) bool."""
+    """Return (images,) bool from packed bits."""
     return np.unpackbits(np.frombuffer(bits, np.uint8), count=images).astype(bool)

@@ -1,4 +1,4 @@
-"""Recoveries: repair without training. A new one is a file and a line in `RECOVERIES`."""
+"""Recoveries: they reduce the error of compression without training. A new one is a file and a line in `RECOVERIES`."""
 
 from secateur.envs.recovery.batch_norm import BatchNorm, BatchNormConfig
 from secateur.envs.recovery.bias_correction import BiasCorrection, BiasCorrectionConfig
@@ -11,7 +11,7 @@ from secateur.envs.recovery.sequential import Sequential, SequentialConfig
 
 __all__ = ["RECOVERIES", "Recovery"]
 
-RECOVERIES = {
+RECOVERIES: dict[str, tuple[type, type]] = {
     "none": (NoRecoveryConfig, NoRecovery),
     "batch_norm": (BatchNormConfig, BatchNorm),
     "bias_correction": (BiasCorrectionConfig, BiasCorrection),
@@ -20,4 +20,4 @@ RECOVERIES = {
     "df_mpc": (DFMPCConfig, DFMPC),
     "sequential": (SequentialConfig, Sequential),
 }
-"""Name -> (config, recovery); a recovery is made as `recovery(config())`."""
+"""{name: (config class, recovery class)}; `recovery(config())` makes a recovery."""

@@ -3,12 +3,12 @@
 Source: Li et al. 2020 (EagleEye), arXiv:2007.02491, section 3.3 ("adaptive batch normalization").
 
 Where we differ and why:
-1. Statistics are the plain average over all batches (momentum None), not an exponential one: the last batches count no
-   more than the first, and nothing is left of the dense network's statistics.
-2. In a search, images run in the number format of the scores, channels last. Sums, means and variances are float32
-   throughout, and two formats differ less than two batch sizes do: CIFAR ResNet-56 at half the multiply-accumulates,
-   512 images, bfloat16 instead of float32 moves means by at most 0.007 standard deviations and variances by 1.4 %
-   (batches of 64 instead of 256: 0.008 and 3.5 %).
+1. Statistics are the mean over all batches (momentum None), not an exponential average: all batches have equal weight, and
+   the dense network's statistics have no effect.
+2. In a search, the forward passes use the number format of the evaluations, with channels last. Sums, means and variances are
+   always float32. The difference between two number formats is smaller than between two batch sizes: CIFAR ResNet-56 at half
+   the multiply-accumulates, 512 images, bfloat16 instead of float32 changes means by at most 0.007 standard deviations and
+   variances by 1.4 % (batches of 64 instead of 256: 0.008 and 3.5 %).
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from secateur.envs.pruning.slicing import share_tensors
 
 @dataclass(frozen=True)
 class BatchNormConfig:
-    """How the statistics are estimated.
+    """Batches for the statistics.
 
     Attributes:
-        batch_size: images per batch; the variance is that within batches, so small batches underestimate it.
-        max_images: at most this many of the calibration images are used.
+        batch_size: images per batch; the variance is taken within batches, so small batches underestimate it.
+        max_images: largest number of calibration images.
     """
 
     batch_size: Annotated[int, Range(least=2)] = 128
@@ -44,7 +44,7 @@ class BatchNormConfig:
 
 @dataclass(frozen=True)
 class BatchNorm:
-    """Re-estimates mean and variance of every batch norm; does nothing to a network without any."""
+    """Estimates mean and variance of every batch norm again; a network without batch norms is not changed."""
 
     config: BatchNormConfig = BatchNormConfig()
     after_quantization: ClassVar[bool] = True
@@ -61,20 +61,20 @@ class BatchNorm:
             norm.running_mean, norm.running_var, norm.num_batches_tracked = found[name]
 
     def _statistics(self, candidate: CandidateNetwork, names: list[str]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-        """Return the new buffers of the batch norms; a copy of the network is run, so that nothing else changes."""
+        """Return the new buffers of the batch norms, from forward passes of a copy of the network."""
         network = share_tensors(candidate.network)
         norms: dict[str, Any] = {name: network.get_submodule(name) for name in names}
         convert_network(network, candidate.dtype, keep=tuple(norms.values()))
         for norm in norms.values():
-            # New tensors: the old ones are shared with the candidate, and perhaps with the dense model.
+            # New tensors, because the old ones are shared with the candidate and possibly with the dense model.
             norm.running_mean = torch.zeros_like(norm.running_mean)
             norm.running_var = torch.ones_like(norm.running_var)
             norm.num_batches_tracked = torch.zeros_like(norm.num_batches_tracked)
             norm.train()
             norm.momentum = None
-        images = prepare_images(candidate.required_images[: self.config.max_images], candidate.dtype)
+        images = prepare_images(candidate.require_images()[: self.config.max_images], candidate.dtype)
         with torch.inference_mode():
-            # Batches of equal size, because each counts the same in the average.
+            # Batches of equal size, because all batches have equal weight in the mean.
             for batch in images.tensor_split(-(-len(images) // self.config.batch_size)):
                 network(batch)
         return {name: (norm.running_mean, norm.running_var, norm.num_batches_tracked) for name, norm in norms.items()}

@@ -1,14 +1,16 @@
-"""Bias correction: rounding a weight moves the mean of the layer's outputs, and its bias moves it back.
+"""Bias correction: the layer's bias compensates the shift of the mean output that rounding the weight causes.
 
     shift = E[(W - Q(W)) u] = (W - Q(W)) E[u]                                                                         (1)
 
-goes to the layer's bias, or to the running mean of the batch norm behind it.
+is added to the layer's bias, or subtracted from the running mean of the batch norm after it.
 
 Source: Nagel et al. 2019 (data-free quantization), arXiv:1906.04721, section 4.2, with measured means.
 
 Where we differ and why:
-1. E[u] is the dense network's, from the calibration images: one product per layer, nothing runs through the network.
-2. Away from borders only, where a layer's statistics are those of its channels (see `LayerStatistics.mean`).
+1. E[u] is the dense network's mean on the calibration images: the correction is one product per layer, without a forward
+   pass.
+2. If a layer has only statistics of its channels, the correction is exact only away from the borders (see
+   `LayerStatistics.mean`).
 """
 
 from __future__ import annotations
@@ -24,12 +26,12 @@ from secateur.envs.candidate import CandidateNetwork
 
 @dataclass(frozen=True)
 class BiasCorrectionConfig:
-    """Nothing to set."""
+    """No options."""
 
 
 @dataclass(frozen=True)
 class BiasCorrection:
-    """Corrects every quantized layer that has an intercept and whose inputs are known."""
+    """Corrects every quantized layer that has an intercept and statistics of its inputs."""
 
     config: BiasCorrectionConfig = BiasCorrectionConfig()
     after_quantization: ClassVar[bool] = True

@@ -1,4 +1,4 @@
-"""What a recovery is: a repair of the compressed network without training."""
+"""The interface of recoveries: they reduce the error of compression without training."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from secateur.envs.candidate import CandidateNetwork
 
 
 class Recovery(Protocol):
-    """Repairs a candidate. Instances are made from their frozen config alone, pickle, and are deterministic."""
+    """Repairs a candidate. Instances are made from a frozen config only, can be pickled, and are deterministic."""
 
     after_quantization: ClassVar[bool]
-    """False for recoveries that rewrite weights: they see the sliced float network (inputs are on their grids already)
-    and may quantize single layers themselves; what they leave in float is quantized after them. True for those that
-    leave weights alone and repair what quantization did."""
+    """False for recoveries that change weights: they run on the sliced float network, whose inputs are already quantized,
+    and may quantize layers themselves; the other layers are quantized afterwards. True for recoveries that do not change
+    weights and reduce the error of quantization."""
 
     needs_images: ClassVar[bool]
-    """Whether it uses `candidate.calibration` or `candidate.images`."""
+    """Whether the recovery uses `candidate.calibration` or `candidate.images`."""
 
     def apply(self, candidate: CandidateNetwork) -> None:
-        """Repair `candidate.network` in place; never write into a tensor, which the dense model may share: replace it."""
+        """Repair `candidate.network` in place. Tensors are replaced, never written into: the dense model may share them."""
         ...

@@ -1,29 +1,30 @@
-"""Data-free compensation: what reads pruned or quantized channels is rewritten from weights and batch norms alone.
+"""Data-free compensation: readers of pruned or quantized channels get new weights, computed from weights and batch norms.
 
-Each removed channel j of a group is predicted from the kept ones, x_j ~ sum_i s_ij x_i, and its readers take it over:
-W[:, i] += s_ij W[:, j] at every position of the kernel. How s is found is the `fit`:
+Each removed channel j of a group is predicted from the kept channels, x_j ~ sum_i s_ij x_i. Its readers compensate the
+removal by W[:, i] += s_ij W[:, j] at every position of the kernel. The option `fit` selects the computation of s:
 
     "closed_form"  s_j = (Q^T Q + alpha_1 P^T P)^-1 (Q^T V_j + alpha_1 P^T K_j)                                         (1)
-    "nonnegative"  the minimiser of the same |Q s - V_j|^2 + alpha_1 (P s - K_j)^2, but over s >= 0                     (2)
+    "nonnegative"  the minimizer of the same |Q s - V_j|^2 + alpha_1 (P s - K_j)^2, but over s >= 0                     (2)
     "moments"      s_j = (C_SS + delta I)^-1 C_Sj, C the channels' covariance by envs/recovery/common/moments.py               (3)
 
-with the filters gamma W / sigma of the kept channels as the columns of Q, and V_j that of the removed one, and the offsets
-K = beta - gamma mu / sigma, P those of the kept channels. In the first two, a channel that was quantized is also scaled in its
-readers, by eq. (1) of envs/recovery/common/channel_scales.py with lambda_1 = alpha_2. Layers are taken in the order in which they
-run, and each is quantized after it has been rewritten.
+The columns of Q are the filters gamma W / sigma of the kept channels, V_j is the filter of the removed channel, P are the
+offsets beta - gamma mu / sigma of the kept channels, and K_j is the offset of the removed channel. With the first two, the
+weights of a quantized channel's readers are also multiplied by a scale, eq. (1) of envs/recovery/common/channel_scales.py with
+lambda_1 = alpha_2. Layers are processed in execution order, and each layer is quantized after it gets its new weight.
 
-Source: Bai et al. 2023 (UDFC), arXiv:2308.07209, its closed forms for s and the scale; eq. (2) and (3) are ours.
+Source: Bai et al. 2023 (UDFC), arXiv:2308.07209, the closed forms for s and the scale; eq. (2) and (3) are new.
 
 Where we differ and why (figures: CIFAR ResNet-56, dense 93.5 %, all weights at 4 bits, 30 / 40 / 50 % of the inner channels of
-every block removed by l1 norm, top-1 on 8,000 test images; nothing repaired: 79.2 / 53.3 / 30.0 %):
-1. The filters are not divided by gamma_j / sigma_j of the removed channel: as gamma_j goes to 0, that blows up.
+every block removed by l1 norm, top-1 on 8,000 test images; without recovery: 79.2 / 53.3 / 30.0 %):
+1. The filters are not divided by gamma_j / sigma_j of the removed channel, because the result diverges if gamma_j goes to 0.
    Closed form: 83.2 / 63.1 / 40.5 %.
-2. Behind a ReLU a channel cannot stand for another's negative: with s >= 0, 83.8 / 75.0 / 50.5 %.
-3. What is not predicted is missing in the variance that the next batch norm expects, layer after layer. The batch norms get
-   the mean and variance that the moments promise: with s >= 0, 88.7 / 85.7 / 75.5 %.
-4. Where the moments are known (default), s is a regression on the covariance of the channels themselves, after their activation
-   and with the correlations of what the filters read: 90.6 / 87.3 / 78.6 %. Quantized channels are not scaled then.
-5. The systems of all producers of a residual stream are stacked. A group of which no producer has a batch norm is left alone.
+2. After a ReLU, a channel cannot replace the negative of another channel: with s >= 0, 83.8 / 75.0 / 50.5 %.
+3. The prediction error reduces the variance at the next batch norm, and the reduction accumulates over layers. The batch norms
+   therefore get the mean and variance that are computed from the moments: with s >= 0, 88.7 / 85.7 / 75.5 %.
+4. If the moments are known (default), s is a regression on the covariance of the channels themselves, after their activation
+   and with the correlations of the filters' inputs: 90.6 / 87.3 / 78.6 %. Quantized channels are then not scaled.
+5. The systems of all producers of a residual stream are stacked. A group without batch norms after its producers is not
+   changed.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from secateur.envs.candidate import CandidateNetwork
 from secateur.envs.model_graph.plan import ChannelGroup, TensorSlice
 from secateur.envs.pruning.importance.common.unit_slices import unit_rows
 from secateur.envs.recovery.common.channel_scales import (
-    ScaleBook,
+    ScaleEstimator,
     filters,
     is_depthwise,
     normed_producers,
@@ -52,7 +53,7 @@ from secateur.envs.recovery.common.channel_scales import (
     scale_inputs,
 )
 from secateur.envs.recovery.common.moments import (
-    Before,
+    LayerState,
     Moments,
     cached_moments,
     current_state,
@@ -64,16 +65,16 @@ from secateur.envs.recovery.common.moments import (
 
 @dataclass(frozen=True)
 class DataFreeConfig:
-    """How channels are compensated.
+    """Configuration of the compensation.
 
     Attributes:
-        fit: "moments", "nonnegative" or "closed_form"; see the top of this file. "moments" falls back to "nonnegative"
-            where the moments of a layer's input are not known.
-        statistics: whether the batch norms behind changed layers get the statistics that the moments promise.
+        fit: "moments", "nonnegative" or "closed_form"; see the top of this file. "moments" uses "nonnegative" for layers whose
+            input has unknown moments.
+        statistics: whether the batch norms after changed layers get the statistics that are computed from the moments.
         alpha1: weight of the offsets in the prediction of removed channels.
         alpha2: weight of the offsets in the scale of quantized channels.
-        damping: delta over the mean variance of the kept channels.
-        spatial_correlation: of neighbouring pixels, in [0, 1).
+        damping: delta, relative to the mean variance of the kept channels.
+        spatial_correlation: correlation of neighboring pixels, in [0, 1).
     """
 
     fit: Literal["moments", "nonnegative", "closed_form"] = "moments"
@@ -89,7 +90,7 @@ class DataFreeConfig:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Input positions of one layer that are predicted from others: removed = kept @ coefficients.
+    """The prediction of removed input positions of a layer: removed = kept @ coefficients.
 
     Attributes:
         kept, removed: (units, multiplicity) positions on the dense weight's input axis.
@@ -103,12 +104,12 @@ class Prediction:
 
 @dataclass(frozen=True)
 class DataFree:
-    """Rewrites ordinary convolutions and linear layers; others are quantized and otherwise left alone."""
+    """Changes the weights of plain convolutions and linear layers; other layers are only quantized."""
 
     config: DataFreeConfig = DataFreeConfig()
     after_quantization: ClassVar[bool] = False
     needs_images: ClassVar[bool] = False
-    makes_statistics: ClassVar[bool] = True  # for a quantizer that needs some, where there are no images
+    makes_statistics: ClassVar[bool] = True  # for a quantizer that needs statistics, if there are no images
 
     def apply(self, candidate: CandidateNetwork) -> None:
         """See `Recovery.apply`."""
@@ -117,14 +118,14 @@ class DataFree:
 
 @dataclass
 class _Compensation:
-    """One run over a candidate's layers."""
+    """The compensation of one candidate, layer by layer."""
 
     candidate: CandidateNetwork
     config: DataFreeConfig
-    book: ScaleBook = field(init=False)
+    estimator: ScaleEstimator = field(init=False)
 
     def __post_init__(self) -> None:
-        self.book = ScaleBook(self.config.alpha2)
+        self.estimator = ScaleEstimator(self.config.alpha2)
         self.moments = cached_moments(self.candidate, self.config.spatial_correlation)
         self.readings: dict[str, list[tuple[int, TensorSlice]]] = {}
         for index, group in enumerate(self.candidate.graph.groups):
@@ -132,6 +133,7 @@ class _Compensation:
                 self.readings.setdefault(name, []).append((index, place))
 
     def run(self) -> None:
+        """Compensate and quantize all layers in execution order."""
         for layer in self.candidate.graph.geometry.layers:
             if getattr(self.candidate.layers.get(layer.name), "weight", None) is not None:
                 self._visit(layer.name)
@@ -141,7 +143,7 @@ class _Compensation:
         predictions = list(self._predictions(name, moments))
         if predictions:
             before = dense_state(candidate, name, moments)
-            candidate.set_weight(name, taken_over(candidate, name, predictions))
+            candidate.set_weight(name, compensated_weight(candidate, name, predictions))
             self._restate(name, before, moments)
         before = current_state(candidate, name, moments)
         if self.config.fit != "moments":
@@ -153,18 +155,19 @@ class _Compensation:
             return
         self._restate(name, before, moments)
         if rounded_from is not None:
-            self.book.before[name], self.book.after[name] = rounded_from, filters(candidate.layers[name], norm)
+            self.estimator.before[name], self.estimator.after[name] = rounded_from, filters(candidate.layers[name], norm)
 
-    def _restate(self, name: str, before: Before, moments: Moments | None) -> None:
+    def _restate(self, name: str, before: LayerState, moments: Moments | None) -> None:
         if self.config.statistics:
             restate_statistics(self.candidate, name, before, moments, self.config.spatial_correlation)
 
     def _scale(self, name: str) -> None:
         for index, place in self.readings.get(name, ()):
             group, kept = self.candidate.graph.groups[index], self.candidate.kept[index]
-            quantized = [producer for producer in group.producers if producer in self.book.after]
+            quantized = [producer for producer in group.producers if producer in self.estimator.after]
             if quantized:
-                scale_inputs(self.candidate, name, place, kept, self.book.scales(self.candidate, group, kept, quantized))
+                scales = self.estimator.scales(self.candidate, group, kept, quantized)
+                scale_inputs(self.candidate, name, place, kept, scales)
 
     # Prediction of removed channels ----------------------------------------------------------------------------------
 
@@ -185,7 +188,7 @@ class _Compensation:
         return np.setdiff1d(np.arange(self.candidate.graph.groups[index].units), self.candidate.kept[index])
 
     def _from_moments(self, name: str, moments: Moments) -> Prediction:
-        """Return eq. (3) for all channels that a layer reads."""
+        """Return the prediction by eq. (3) of all channels that a layer reads."""
         area = math.prod(moments.size)
         kept = np.unique(self.candidate.kept_axes(name).inputs // area)
         removed = np.setdiff1d(np.arange(len(moments.mean)), kept)
@@ -195,7 +198,7 @@ class _Compensation:
         return Prediction(kept[:, None] * area + inside, removed[:, None] * area + inside, coefficients)
 
     def _from_filters(self, index: int) -> Tensor | None:
-        """Return eq. (1) or (2) for a group, None if none of its layers has a batch norm."""
+        """Return eq. (1) or (2) for a group, None if its producers have no batch norms."""
         candidate, group, kept = self.candidate, self.candidate.graph.groups[index], self.candidate.kept[index]
         nonnegative = self.config.fit != "closed_form"
         key = ("data_free", group.name, self.config.alpha1)
@@ -208,10 +211,10 @@ class _Compensation:
 
 
 def filter_gram(candidate: CandidateNetwork, group: ChannelGroup, alpha1: float) -> Tensor:
-    """Return [Q, V]^T [Q, V] + alpha_1 [P, K]^T [P, K] over the units of a group, (units, units) or (0, 0) without batch norm.
+    """Return [Q, V]^T [Q, V] + alpha_1 [P, K]^T [P, K] for the units of a group, (units, units) or (0, 0) without batch norm.
 
-    The systems of several producers are stacked, which adds them up. A depthwise convolution's filters multiply those before
-    it: the Gram matrix of all products of entries is the product of the Gram matrices.
+    The systems of several producers are stacked: their Gram matrices are added. The filters of a depthwise convolution are
+    multiplied with the filters before it: the Gram matrix of all products of entries is the product of the Gram matrices.
     """
     total = torch.zeros(0, 0, dtype=torch.float64)
     for name, place in normed_producers(candidate, group):
@@ -227,7 +230,7 @@ def filter_gram(candidate: CandidateNetwork, group: ChannelGroup, alpha1: float)
 
 
 def from_gram(gram: Tensor, kept: np.ndarray, removed: np.ndarray) -> Tensor:
-    """Return eq. (1), (kept, removed); the smallest solution if several predict alike."""
+    """Return eq. (1), (kept, removed); if there are several solutions, the one with the smallest norm."""
     matrix = gram.numpy()
     return torch.from_numpy(np.linalg.lstsq(matrix[np.ix_(kept, kept)], matrix[np.ix_(kept, removed)], rcond=1e-10)[0])
 
@@ -248,15 +251,15 @@ def from_covariance(moments: Moments, kept: np.ndarray, removed: np.ndarray, dam
     return torch.linalg.solve(matrix + delta * torch.eye(len(kept)), cross)
 
 
-def taken_over(candidate: CandidateNetwork, name: str, predictions: list[Prediction]) -> Tensor:
-    """Return a sliced layer's weight that does the work of the removed inputs too."""
+def compensated_weight(candidate: CandidateNetwork, name: str, predictions: list[Prediction]) -> Tensor:
+    """Return a sliced layer's weight that compensates the removed inputs."""
     axes, dense = candidate.kept_axes(name), candidate.dense_layers[name].weight.detach()
     weight = dense[torch.from_numpy(axes.outputs)].double()
     weight = weight.reshape(*weight.shape[:2], -1)  # (outputs, inputs, area)
     result = weight.clone()
     for prediction in predictions:
-        work = weight[:, torch.from_numpy(prediction.removed)]  # (outputs, units, multiplicity, area)
-        change = torch.einsum("oruk,sr->osuk", work, prediction.coefficients)
+        removed = weight[:, torch.from_numpy(prediction.removed)]  # (outputs, units, multiplicity, area)
+        change = torch.einsum("oruk,sr->osuk", removed, prediction.coefficients)
         result[:, torch.from_numpy(prediction.kept)] += change
     kept = result[:, torch.from_numpy(axes.inputs)].float()
     return kept.reshape(len(axes.outputs), len(axes.inputs), *dense.shape[2:]).contiguous()

@@ -1,26 +1,26 @@
-"""Least squares: what reads pruned channels is refitted on the channels that are left.
+"""Least squares: layers that read pruned channels are refitted on the kept channels.
 
-For a layer with weight W on the (unfolded) input u of the dense network, split into kept entries S (with a constant 1
+For a layer with weight W and the (unfolded) input u of the dense network, with kept entries S (including a constant 1
 for the intercept) and removed entries R, and A = E[u u^T] over the calibration images, the refitted weight is
 
     W'_S = W_S + W_R A_RS (A_SS + lambda I)^-1                                                                   (1)
 
-the minimiser of E|W' u_S - W u|^2 + lambda |W' - W_S|^2. The intercept goes to the layer's bias, or to the running mean
-of the batch norm behind it.
+the minimizer of E|W' u_S - W u|^2 + lambda |W' - W_S|^2. The intercept is added to the layer's bias, or subtracted from the
+running mean of the batch norm after it.
 
 Source: He et al. 2017 (channel pruning), arXiv:1707.06168, eq. (1)-(3), the reconstruction step.
 
 Where we differ and why:
-1. Targets and inputs are those of the dense network ("independent"): A is computed once and a candidate costs one small
-   solve per layer. Errors made by earlier layers are not absorbed.
-2. Damping pulls towards the old weights instead of zero, so that a nearly constant input changes nothing. The
+1. Targets and inputs are those of the dense network ("independent"): A is computed once, and a candidate needs one small
+   linear system per layer. Errors of earlier layers are not corrected.
+2. The damping term keeps the weights near the old weights, not near zero, so nearly constant inputs do not change them. The
    intercept is not damped.
-3. A comes from a sample of output positions: neighbouring patches say nearly the same. Where it would be too large, it
-   is that of the channels at one pixel, and a channel is predicted alike at every position of the kernel; where this is
-   too large as well, only the mean of what was removed is made up for.
+3. A is estimated from a sample of output positions, because neighboring patches are similar. If it would be too large, A is
+   the matrix of the channels at one pixel, and a channel is predicted equally at all positions of the kernel. If this is too
+   large too, only the mean of the removed inputs is compensated.
 
-The groups of a grouped convolution are refitted one by one. A depthwise convolution loses outputs with its inputs: there
-is nothing to refit.
+The groups of a grouped convolution are refitted separately. A depthwise convolution loses its outputs together with its
+inputs, so it is not refitted.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from secateur.envs.candidate import CandidateNetwork, KeptAxes
 
 @dataclass(frozen=True)
 class LeastSquaresConfig:
-    """How the layers are refitted.
+    """Configuration of the refits.
 
     Attributes:
-        damping: lambda over the mean of A's diagonal.
+        damping: lambda, relative to the mean of A's diagonal.
     """
 
     damping: Positive = 1e-3
@@ -53,7 +53,7 @@ class LeastSquaresConfig:
 
 @dataclass(frozen=True)
 class LeastSquares:
-    """Refits convolutions and linear layers that lost inputs."""
+    """Refits convolutions and linear layers from which inputs were removed."""
 
     config: LeastSquaresConfig = LeastSquaresConfig()
     after_quantization: ClassVar[bool] = False
@@ -63,7 +63,7 @@ class LeastSquares:
         """See `Recovery.apply`."""
         readers = dict.fromkeys(name for group in candidate.graph.groups for name in group.consumers)
         for name in readers:
-            statistics = candidate.required_calibration.layers.get(name)
+            statistics = candidate.require_calibration().layers.get(name)
             if statistics is None or statistics.kind == NONE:
                 continue
             axes = candidate.kept_axes(name)
@@ -77,7 +77,7 @@ class LeastSquares:
     def _refitted(
         self, candidate: CandidateNetwork, name: str, statistics: LayerStatistics, axes: KeptAxes
     ) -> tuple[Tensor, Tensor]:
-        """Return weight and shift of the kept outputs; all outputs are solved at once and remembered by kept inputs."""
+        """Return weight and shift of the kept outputs; the solution for all outputs is cached, by kept inputs."""
         intercept = candidate.has_intercept(name)
         key = ("least_squares", name, self.config.damping, intercept, axes.inputs.tobytes())
         dense = candidate.dense_layers[name].weight.detach()
@@ -101,12 +101,12 @@ def refit(
     """Return eq. (1) and the intercept: (outputs, kept inputs, ...) and (outputs,), float32.
 
     Args:
-        weight: dense weight, (outputs, inputs, ...), of one conv group.
+        weight: dense weight of one conv group, (outputs, inputs, ...).
         kept_in: kept positions on the input axis.
-        statistics: of the dense input; of kind "channel": x is predicted alike at every position of the kernel;
-            "diagonal": only the mean of what was removed is kept, in the intercept.
-        damping: lambda over the mean diagonal.
-        intercept: whether there is one; without it, its result is zero.
+        statistics: statistics of the dense input. With kind "channel", a channel is predicted equally at all positions of the
+            kernel; with kind "diagonal", only the mean of the removed inputs is compensated, by the intercept.
+        damping: lambda, relative to the mean of the diagonal.
+        intercept: whether there is an intercept; without it, the second result is zero.
     """
     removed_in = np.setdiff1d(np.arange(weight.shape[1]), kept_in)
     rows = weight.double().reshape(*weight.shape[:2], -1)  # (outputs, inputs, area)

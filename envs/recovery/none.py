@@ -1,4 +1,4 @@
-"""No recovery: the network is judged as compression left it."""
+"""No recovery: the network is evaluated without changes after compression."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from secateur.envs.candidate import CandidateNetwork
 
 @dataclass(frozen=True)
 class NoRecoveryConfig:
-    """Nothing to set."""
+    """No options."""
 
 
 @dataclass(frozen=True)
 class NoRecovery:
-    """Does nothing."""
+    """Does not change the network."""
 
     config: NoRecoveryConfig = NoRecoveryConfig()
     after_quantization: ClassVar[bool] = False

@@ -1,39 +1,41 @@
-"""Least squares in sequence: each layer is refitted on what it really reads, towards what the dense network has there.
+"""Least squares in sequence: each layer is refitted on its inputs in the compressed network, with the dense network's targets.
 
-One forward pass of the compressed network over the calibration images. Just before a layer runs, its weight W and its
-intercept become those that bring its output next to the dense one; the pass goes on with them. With u' what the layer
-reads at sampled positions (after pruning, refits and rounding of all earlier layers, its own input on its grid) and t
-the dense network's value there,
+There is one forward pass of the compressed network over the calibration images. Just before a layer runs, its weight W and
+its intercept are replaced by those with the smallest error to the dense output; the pass continues with them. With the layer's
+inputs u' at sampled positions (after pruning, refits and rounding of all earlier layers, and after the quantization of the
+layer's own input) and the dense network's value t at the same positions,
 
     W' = W + E[e u'^T] (E[u' u'^T] + lambda I)^-1,    e = t - W u',    u', e centered,                              (1)
 
-the minimiser of E|W' u' - t|^2 + lambda |W' - W|^2 with a free intercept. So the error that earlier layers made is
-absorbed, not added up. A layer with weight bits is quantized at once, with the moments of u' for quantizers that round
-with compensation, and the intercept takes up the mean error of rounding. Then
+the minimizer of E|W' u' - t|^2 + lambda |W' - W|^2 with a free intercept. The refit compensates the errors of earlier layers;
+they do not accumulate. A layer with weight bits is quantized immediately (quantizers that round with compensation get the
+moments of u'), and the intercept compensates the mean rounding error. In addition:
 
-- sums: if the layer's output (or its batch norm's) goes into a sum only, whose other operand is known already, the target
-  is the dense SUM less the compressed network's other operand: the error of a residual stream is absorbed as well;
-- clipping: if only a ReLU or ReLU6 reads the target, an error that it hides is none. The squared error behind it is
-  lowered by turns: with W' fixed, what is clipped in both networks gets the present value for its target; then eq. (1).
+- sums: if the only reader of the layer's output (or its batch norm's output) is a sum whose other operand is already computed,
+  the target is the dense SUM minus the compressed network's other operand: the error of a residual stream is compensated too;
+- clipping: if the only reader of the target is a ReLU or ReLU6, errors of clipped values do not count. The squared error after
+  clipping is reduced in alternating steps: with W' fixed, values that are clipped in both networks get the current value as
+  their target; then eq. (1) is solved again.
 
-Source: He et al. 2017 (channel pruning), arXiv:1707.06168 (whole-model pruning: inputs of the compressed, targets of the
-dense network; the same for residual branches); Zhang et al. 2015, arXiv:1505.06798 (the asymmetric reconstruction with
-nonlinearity, solved by turns).
+Source: He et al. 2017 (channel pruning), arXiv:1707.06168 (whole-model pruning: inputs of the compressed network, targets of
+the dense network; the same for residual branches); Zhang et al. 2015, arXiv:1505.06798 (the asymmetric reconstruction with
+nonlinearity, solved in alternating steps).
 
 Where we differ and why:
-1. All layers are refitted, not only readers of pruned channels: any layer can absorb what came before it.
-2. Damping pulls to the present weights; the intercept is free. Of a few dampings, that one is taken which, solved on
-   four fifths of the samples, has the least error on the last fifth; a weight that none improves there stays. So fewer
-   samples than unknowns (a classifier reads one position per image) do no harm.
-3. No penalty between target and auxiliary variable as in Zhang et al.: clipped entries that agree are let go at once.
-4. The last operand of a sum to be computed absorbs (a convolution on a shortcut that runs after the branch, status).
-5. One batch, because every layer needs the refitted inputs of all images. Its memory is bounded by `max_bytes`: networks
-   with large activations get fewer images, but more positions of each, so that a layer has the same number of samples.
+1. All layers are refitted, not only readers of pruned channels, because every layer can compensate errors of earlier layers.
+2. The damping term keeps the weights near the current weights; the intercept is free. Several dampings are tried on four
+   fifths of the samples, and the one with the smallest error on the last fifth is used; if no damping reduces this error, the
+   weight is kept. Fewer samples than unknowns (a classifier has one position per image) are therefore no problem.
+3. There is no penalty between target and auxiliary variable as in Zhang et al.: clipped entries that agree have no error.
+4. In a sum, the operand that is computed last compensates the error (for example a convolution on a shortcut that runs after
+   the branch).
+5. There is one batch, because every layer needs the refitted inputs of all images. `max_bytes` limits its memory: networks
+   with large activations use fewer images and more positions of each image, so a layer has the same number of samples.
 
-Left as they are: layers that run never or several times, layers of which calibration has no moments (transposed
-convolutions, padding other than zeros, weights that something else uses too), layers whose first axis is not that of the
-images. Of layers with more than `max_inputs` unknowns per output only the intercept is refitted. If the forward pass of a
-candidate calls other functions than the dense network's, layers after the difference are left alone.
+Layers that are not refitted: layers that run several times or never, layers without moments in the calibration (transposed
+convolutions, padding other than zeros, weights with several users), layers whose first axis is not the axis of the images. For
+layers with more than `max_inputs` unknowns per output, only the intercept is refitted. If the forward pass of a candidate calls
+other functions than the dense network's, layers after the difference are not refitted.
 """
 
 from __future__ import annotations
@@ -53,49 +55,50 @@ from secateur.cost_models.core import FLOAT_BITS, Count, Positive, Range, check_
 from secateur.envs.calibration.core import FULL, NONE, LayerStatistics
 from secateur.envs.calibration.patches import outputs_at, patches, sample_positions
 from secateur.envs.candidate import CandidateNetwork
-from secateur.envs.recovery.common.forward_values import ForwardPlan, Target, ValueTap, counting, plan_forward
+from secateur.envs.recovery.common.forward_values import ForwardPlan, Target, ValueObserver, observing, plan_forward
 
 log = logging.getLogger(__name__)
 
 _FLOAT_BYTES = 4
 _IMAGES_PER_CHUNK = 64
-"""Images that share sampled positions, and pass through the dense network together."""
+"""Number of images with the same sampled positions; they are one batch of the dense network."""
 
 _ROUNDING = 1e-5
-"""Errors below this share of the largest value come from float32 arithmetic: the layer is left as it is."""
+"""If all errors are below this share of the largest value, they are rounding errors, and the layer is not refitted."""
 
 _FREE_UNKNOWNS = 100
-"""Added to a layer's unknowns where samples are short, so that depthwise convolutions get some."""
+"""Added to a layer's number of unknowns when the number of samples is limited, so that depthwise convolutions get samples."""
 
 _MAX_PATCH_BYTES = 256_000_000
-"""Of what one layer reads at the sampled positions; bounds the samples."""
+"""Memory limit for the inputs of one layer at the sampled positions, in bytes; it limits the samples."""
 
 _DAMPING_STEPS = (1, 30, 1000)
-"""Multiples of the least damping among which a part of the samples, unseen by the fit, decides."""
+"""Multiples of the smallest damping; the held-out samples decide which one is used."""
 
-_UNSEEN = 5
-"""One in so many samples."""
+_HELD_OUT = 5
+"""One of this many samples is held out."""
 
 _STRIP = 64
-"""Products of fewer columns are not worth splitting."""
+"""Products with fewer columns than four times this are not split."""
 
 _LEAST_SLOPE = 1e-3
-"""Outputs that batch norm multiplies by less than this share of the largest factor are not refitted."""
+"""Outputs whose batch-norm factor is below this share of the largest factor are not refitted."""
 
 
 @dataclass(frozen=True)
 class SequentialConfig:
-    """How the layers are refitted.
+    """Configuration of the refits.
 
     Attributes:
-        damping: the least lambda over the mean of the diagonal of E[u' u'^T].
-        max_images: at most this many of the calibration images are used.
-        samples: sampled positions per layer, over all images.
-        clip_rounds: how often eq. (1) is solved again for what ReLU lets through; 0: never.
-        max_inputs: largest number of unknowns per output that is solved for.
-        max_bytes: of the activations of the pass, about; bounds the number of images.
-        max_target_bytes: of the dense network's values, which are kept for all candidates; bounds the samples.
-        seed: of the sampled positions.
+        damping: the smallest lambda, relative to the mean of the diagonal of E[u' u'^T].
+        max_images: largest number of calibration images.
+        samples: number of sampled positions per layer, over all images.
+        clip_rounds: number of further solutions of eq. (1) for targets that ReLU clips.
+        max_inputs: largest number of unknowns per output for which weights are refitted.
+        max_bytes: approximate memory limit for the activations of the pass, in bytes; it limits the number of images.
+        max_target_bytes: memory limit for the dense network's values, which are stored for all candidates; it limits the
+            samples.
+        seed: random seed for sampling positions.
     """
 
     damping: Positive = 1e-3
@@ -113,7 +116,7 @@ class SequentialConfig:
 
 @dataclass(frozen=True)
 class Sequential:
-    """Refits convolutions of any grouping and linear layers in one pass; see the top of this file."""
+    """Refits convolutions, with any number of groups, and linear layers in one pass; see the top of this file."""
 
     config: SequentialConfig = SequentialConfig()
     after_quantization: ClassVar[bool] = False
@@ -121,7 +124,7 @@ class Sequential:
 
     def apply(self, candidate: CandidateNetwork) -> None:
         """See `Recovery.apply`."""
-        # New parameters must be ordinary ones, which training can go on with, whoever calls.
+        # The caller may be in inference mode, but new parameters must be trainable later.
         with torch.inference_mode(False), torch.no_grad():
             targets = candidate.cache.get(("sequential", self.config), lambda: dense_targets(candidate, self.config))
             _Pass(candidate, targets, self.config).run()
@@ -129,13 +132,13 @@ class Sequential:
 
 @dataclass(frozen=True)
 class DenseTargets:
-    """What the refits aim at.
+    """The targets of the refits.
 
     Attributes:
-        plan: where it was found.
+        plan: functions and targets of the dense network's forward pass.
         positions: {layer: sampled output positions of each chunk of images}.
-        values: {layer: (samples, dense outputs) float32}, images in order.
-        images: how many images were used.
+        values: {layer: (samples, dense outputs) float32}, ordered by image.
+        images: number of images.
     """
 
     plan: ForwardPlan
@@ -146,9 +149,10 @@ class DenseTargets:
 
 def dense_targets(candidate: CandidateNetwork, config: SequentialConfig) -> DenseTargets:
     """Return the dense network's values, from one pass over the images."""
-    model, modules, hidden = candidate.dense_model, candidate.dense_layers, _computing(candidate, candidate.dense_layers)
-    plan = plan_forward(model, _refittable(candidate), hidden, candidate.required_images[:1])
-    images = candidate.required_images[: _images_at_once(candidate, config)]
+    model, modules, hidden = candidate.dense_model, candidate.dense_layers, _layer_modules(candidate, candidate.dense_layers)
+    all_images = candidate.require_images()
+    plan = plan_forward(model, _refittable(candidate), hidden, all_images[:1])
+    images = all_images[: _images_at_once(candidate, config)]
     chunks = images.split(_IMAGES_PER_CHUNK)
     rng = np.random.default_rng(config.seed)
     positions = {
@@ -161,45 +165,49 @@ def dense_targets(candidate: CandidateNetwork, config: SequentialConfig) -> Dens
 
         def take(number: int, value: Tensor, index: int = index, images: int = len(chunk)) -> None:
             for name in readers.get(number, ()):
-                if _goes_by_image(value, plan.targets[name].sample, images, check=index == 0):
+                if _is_per_image(value, plan.targets[name].sample, images, check=index == 0):
                     values[name].append(outputs_at(modules[name], value, positions[name][index]).flatten(0, 1))
 
-        tap = ValueTap(plan.functions, take)
-        with counting(tap, hidden):
+        observer = ValueObserver(plan.functions, take)
+        with observing(observer, hidden):
             model(chunk)
     complete = {name: torch.cat(parts) for name, parts in values.items() if len(parts) == len(chunks)}
     return DenseTargets(plan, {name: positions[name] for name in complete}, complete, len(images))
 
 
-def _computing(candidate: CandidateNetwork, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Return the modules of the layers, which may have a pre-hook that rounds their input."""
+def _layer_modules(candidate: CandidateNetwork, modules: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the modules of the layers; they may have a pre-hook that quantizes their input."""
     return {layer.name: modules[layer.name] for layer in candidate.graph.geometry.layers if layer.name in modules}
 
 
 def _refittable(candidate: CandidateNetwork) -> dict[str, str | None]:
     """Return {layer: its batch norm or None} of the layers that can be refitted if they run once."""
-    known = [name for name, layer in candidate.required_calibration.layers.items() if layer.kind != NONE]
+    calibrated = candidate.require_calibration().layers
+    known = [name for name, layer in calibrated.items() if layer.kind != NONE]
     return {name: candidate.batch_norms.get(name) if candidate.norm(name) is not None else None for name in known}
 
 
 def _images_at_once(candidate: CandidateNetwork, config: SequentialConfig) -> int:
-    """Return how many images' activations fit; eager layers hold twice what the plan's buffers do, batch norms being apart."""
+    """Return the number of images for which the activations fit into memory.
+
+    Eager layers need twice the memory of the geometry's buffers, because batch norms do not work in place.
+    """
     geometry = candidate.graph.geometry
     elements = geometry.buffer_fixed + geometry.group_units @ geometry.buffer_per_unit
     peak = 2 * _FLOAT_BYTES * float((geometry.live @ elements).max(initial=1.0))
-    return max(1, min(config.max_images, len(candidate.required_images), int(config.max_bytes / peak)))
+    return max(1, min(config.max_images, len(candidate.require_images()), int(config.max_bytes / peak)))
 
 
 def _num_positions(layer: nn.Module, target: Target) -> int:
-    """Return how many positions (tokens) there are on the first axis of one image's value, each."""
+    """Return the number of positions (tokens) for each entry of the first axis of one image's value."""
     shape = target.sample.shape
     return int(np.prod(shape[1:-1] if isinstance(layer, nn.Linear) else shape[2:]))
 
 
 def _sample_sizes(modules: Mapping[str, Any], plan: ForwardPlan, images: int, config: SequentialConfig) -> list[int]:
-    """Return how many positions of each layer are sampled per entry of the first axis.
+    """Return the number of sampled positions of each layer per entry of the first axis.
 
-    Where memory is short, layers with many unknowns keep the more: a share of samples per unknown, the same for all.
+    If memory is limited, the number of samples per unknown is equal for all layers: layers with more unknowns get more samples.
     """
     sizes = []
     for name, target in plan.targets.items():
@@ -208,12 +216,12 @@ def _sample_sizes(modules: Mapping[str, Any], plan: ForwardPlan, images: int, co
         patch_bytes = _FLOAT_BYTES * unknowns * getattr(layer, "groups", 1)
         most = min(config.samples, entries * _num_positions(layer, target), _MAX_PATCH_BYTES / patch_bytes)
         sizes.append((entries, _FLOAT_BYTES * layer.weight.shape[0], most, unknowns + _FREE_UNKNOWNS))
-    all_entries, target_bytes, largest, all_unknowns = np.array(sizes, dtype=float).reshape(-1, 4).T
+    table = np.array(sizes, dtype=float).reshape(-1, 4)
+    all_entries, target_bytes, limits, weights = table.T
     per_unknown = config.samples / _FREE_UNKNOWNS
-    while target_bytes @ np.minimum(largest, per_unknown * all_unknowns) > config.max_target_bytes and per_unknown > 1e-3:
+    while target_bytes @ np.minimum(limits, per_unknown * weights) > config.max_target_bytes and per_unknown > 1e-3:
         per_unknown *= 0.9
-    counts: list[int] = np.ceil(np.minimum(largest, per_unknown * all_unknowns) / all_entries).astype(int).tolist()
-    return counts
+    return np.ceil(np.minimum(limits, per_unknown * weights) / all_entries).astype(int).tolist()
 
 
 def _by_value(numbers: Mapping[str, int | None]) -> dict[int, list[str]]:
@@ -225,39 +233,39 @@ def _by_value(numbers: Mapping[str, int | None]) -> dict[int, list[str]]:
     return layers
 
 
-def _goes_by_image(value: Tensor, sample: Tensor, images: int, check: bool) -> bool:
-    """Whether the first axis of a value runs through the images (and parts of them), one after the other."""
+def _is_per_image(value: Tensor, sample: Tensor, images: int, check: bool) -> bool:
+    """Return whether the first axis of a value is the axis of the images, possibly with several entries per image."""
     if len(value) != images * len(sample) or value.shape[1:] != sample.shape[1:]:
         return False
     return not check or bool((value[: len(sample)] - sample).abs().max() <= 1e-2 * sample.abs().max())
 
 
 class _Pass:
-    """The forward pass of the compressed network in which every layer is refitted before it runs."""
+    """The forward pass of the compressed network; every layer is refitted before it runs."""
 
     def __init__(self, candidate: CandidateNetwork, dense: DenseTargets, config: SequentialConfig) -> None:
         self.candidate, self.dense, self.config = candidate, dense, config
         self.targets = {name: dense.plan.targets[name] for name in dense.values}
         self.waiting = _by_value({name: target.other for name, target in self.targets.items()})
         self.others: dict[str, Tensor] = {}
-        self.tap = ValueTap(dense.plan.functions, self.keep)
+        self.observer = ValueObserver(dense.plan.functions, self.keep)
 
     def run(self) -> None:
-        """Refit."""
-        layers, images = self.candidate.layers, self.candidate.required_images[: self.dense.images]
-        # After the pre-hooks that are there already, so the input is on its grid.
+        """Refit all layers."""
+        layers, images = self.candidate.layers, self.candidate.require_images()[: self.dense.images]
+        # These hooks run after the existing pre-hooks, so the input is already quantized.
         hooks = [layers[name].register_forward_pre_hook(partial(self.refit, name)) for name in self.targets]
         try:
-            with counting(self.tap, _computing(self.candidate, layers)):
+            with observing(self.observer, _layer_modules(self.candidate, layers)):
                 self.candidate.network(images)
         finally:
             for hook in hooks:
                 hook.remove()
-        if not self.tap.agrees:
+        if not self.observer.agrees:
             log.warning("the compressed network's forward pass differs from the dense one's: some layers were not refitted")
 
     def keep(self, number: int, value: Tensor) -> None:
-        """Keep what will be added to the outputs of layers that are yet to run."""
+        """Store values that will be added to the outputs of layers that have not yet run."""
         for name in self.waiting.get(number, ()):
             parts = zip(self._chunks(name, value), self.dense.positions[name], strict=True)
             self.others[name] = torch.cat(
@@ -267,10 +275,10 @@ class _Pass:
     def _chunks(self, name: str, x: Tensor) -> tuple[Tensor, ...]:
         return x.split(_IMAGES_PER_CHUNK * len(self.targets[name].sample))
 
-    def refit(self, name: str, layer: Any, inputs: tuple) -> None:
-        """Give a layer, about to run on these inputs, its new weight and intercept."""
+    def refit(self, name: str, layer: Any, inputs: tuple[Tensor, ...]) -> None:
+        """Replace the weight and intercept of a layer that is about to run on these inputs."""
         target = self.targets[name]
-        if not self.tap.agrees or (target.other is not None and name not in self.others):
+        if not self.observer.agrees or (target.other is not None and name not in self.others):
             return
         candidate = self.candidate
         parts = zip(self._chunks(name, inputs[0]), self.dense.positions[name], strict=True)
@@ -286,27 +294,27 @@ class _Pass:
         if fit.inputs.shape[2] <= self.config.max_inputs:
             fit.solve(self.config.damping, target.clip, self.config.clip_rounds)
             candidate.set_weight(name, fit.weight.float().reshape(layer.weight.shape))
-            statistics = fit.statistics(candidate.required_calibration.layers.get(name))
+            statistics = fit.statistics(candidate.require_calibration().layers.get(name))
         else:
             fit.move_center()
         if quantized:
             candidate.quantize(name, statistics)
         if fit.has_intercept:
             candidate.shift(name, fit.shift(layer.weight))
-            if quantized:  # the mean error of rounding is made up for: a correction of biases finds nothing left
+            if quantized:  # the mean rounding error is compensated; a bias correction must not correct it again
                 candidate.float_weights[name] = layer.weight.detach()
 
 
 class _LayerFit:
-    """The regression of one layer: its weight (conv_groups, outputs per group, n), its inputs and what its value should be.
+    """The regression of one layer: its weight (conv_groups, outputs per group, n), its inputs and its target.
 
     Args:
-        layer: as it is before.
-        norm: the batch norm behind it, if any.
-        rows: what it reads, (samples, conv_groups, n).
-        wanted: the dense network's value, (samples, outputs).
-        other: what is added to the layer's output before that value, likewise; None: nothing.
-        has_intercept: whether there is an intercept.
+        layer: the layer before the refit.
+        norm: the batch norm after it, or None.
+        rows: inputs of the layer, (samples, conv_groups, n).
+        wanted: target, the dense network's value, (samples, outputs).
+        other: other operand of the sum if the target is a sum, (samples, outputs); None: the target is no sum.
+        has_intercept: whether the layer's output can be shifted.
     """
 
     def __init__(self, layer: Any, norm: Any, rows: Tensor, wanted: Tensor, other: Tensor | None, has_intercept: bool) -> None:
@@ -317,18 +325,18 @@ class _LayerFit:
         inputs = rows.transpose(0, 1)  # (conv_groups, samples, n)
         mean = inputs.mean(1, keepdim=True) if has_intercept else torch.zeros(groups, 1, rows.shape[2])
         self.inputs, self.mean = inputs - mean, mean[:, 0].double()
-        self.center = self._product(self.weight) + self.bias  # the output at the mean input
+        self.center = self._product(self.weight) + self.bias  # output for the mean input
         self.slope = torch.ones(self.weight.shape[:2].numel())
         if norm is not None:
             self.slope = torch.rsqrt(norm.running_var + norm.eps) * (1.0 if norm.weight is None else norm.weight)
         self.covariance: Tensor | None = None
 
     def _product(self, weight: Tensor) -> Tensor:
-        """Return what the mean input makes of a weight, (conv_groups, outputs per group)."""
+        """Return the product of a weight and the mean input, (conv_groups, outputs per group)."""
         return (weight @ self.mean[:, :, None])[:, :, 0]
 
     def value(self) -> Tensor:
-        """Return the value with the weight and the center as they are, (samples, outputs)."""
+        """Return the value with the current weight and center, (samples, outputs)."""
         outputs = torch.baddbmm(self.center.float()[:, None], self.inputs, self.weight.float().transpose(1, 2))
         value = outputs.transpose(0, 1).flatten(1)
         if (norm := self.norm) is not None:
@@ -336,14 +344,14 @@ class _LayerFit:
         return value if self.other is None else value + self.other
 
     def is_exact(self) -> bool:
-        """Whether there is nothing to repair."""
+        """Return whether the value differs from the target by rounding errors only."""
         return bool((self.wanted - self.value()).abs().max() <= _ROUNDING * self.wanted.abs().max())
 
     def error(self, clip: tuple[float, float] | None) -> Tensor:
-        """Return by how much the layer's outputs should be larger, (conv_groups, samples, outputs per group).
+        """Return target minus value for the layer's outputs, (conv_groups, samples, outputs per group).
 
         Args:
-            clip: what lies outside is not seen; None: everything is.
+            clip: range of the values after clipping; differences outside of it do not count. None: no clipping.
         """
         value, wanted = self.value(), self.wanted
         if clip is not None:
@@ -355,18 +363,18 @@ class _LayerFit:
         return error.view(len(error), len(self.weight), -1).transpose(0, 1)
 
     def solve(self, damping: float, clip: tuple[float, float] | None, clip_rounds: int) -> None:
-        """Move weight and center by eq. (1), and again for what is clipped.
+        """Change weight and center by eq. (1), and solve it again for the clipped values.
 
         Args:
-            damping: the least, over the mean diagonal.
-            clip: see `error`; None: nothing is clipped.
-            clip_rounds: how often it is solved again.
+            damping: the smallest lambda, relative to the mean diagonal.
+            clip: see `error`.
+            clip_rounds: number of further solutions.
         """
         samples = self.inputs.shape[1]
-        seen = samples - samples // _UNSEEN
+        fitted = samples - samples // _HELD_OUT
         error = self._centered(self.error(None))
-        first = _moments(self.inputs[:, :seen], error[:, :seen])
-        rest = _moments(self.inputs[:, seen:], error[:, seen:])
+        first = _moments(self.inputs[:, :fitted], error[:, :fitted])
+        rest = _moments(self.inputs[:, fitted:], error[:, fitted:])
         covariance, cross = ((a + b).double() / samples for a, b in zip(first, rest, strict=True))
         if not (covariance.isfinite().all() and cross.isfinite().all()):
             return
@@ -374,10 +382,10 @@ class _LayerFit:
         scale = covariance.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float32).tiny)
         dampings = [step * damping * scale for step in _DAMPING_STEPS]
         importance = self.slope.square().view(len(covariance), -1)
-        gram, target = (sums / seen for sums in first)  # float32 is enough for a choice
-        unseen = [_unseen_error(_solution(gram, step.float())(target), *rest, importance) for step in dampings]
-        best = int(np.argmin(unseen))
-        if unseen[best] >= 0:  # no refit is better than none where it has not looked
+        gram, target = (sums / fitted for sums in first)  # float32 is enough for the choice of the damping
+        held_out = [_held_out_error(_solution(gram, step.float())(target), *rest, importance) for step in dampings]
+        best = int(np.argmin(held_out))
+        if held_out[best] >= 0:  # no refit reduces the error on the held-out samples
             return
         solution = _solution(covariance, dampings[best])
         self.weight = self.weight + solution(cross)
@@ -386,43 +394,43 @@ class _LayerFit:
             self.weight = self.weight + solution((self.inputs.transpose(1, 2) @ error).double() / samples)
 
     def move_center(self) -> None:
-        """Make up for the mean error alone."""
+        """Compensate the mean error only."""
         self._centered(self.error(None))
 
     def _centered(self, error: Tensor) -> Tensor:
-        """Return the error without its mean, which the center takes over."""
+        """Return the error without its mean; the mean is added to the center."""
         if not self.has_intercept:
             return error
         mean = error.mean(1, keepdim=True)
         self.center = self.center + mean[:, 0]
         return error - mean
 
-    def statistics(self, known: LayerStatistics | None) -> LayerStatistics | None:
-        """Return the moments of the inputs, in place of those of the dense network."""
-        if known is None or self.covariance is None:
+    def statistics(self, dense: LayerStatistics | None) -> LayerStatistics | None:
+        """Return the dense network's statistics with the moments of the current inputs."""
+        if dense is None or self.covariance is None:
             return None
         extended = F.pad(self.mean, (0, 1), value=1.0)
         moments = extended[:, :, None] * extended[:, None]
         moments[:, :-1, :-1] += self.covariance
-        return replace(known, kind=FULL, moments=moments.float().numpy(), count=self.inputs.shape[1])
+        return replace(dense, kind=FULL, moments=moments.float().numpy(), count=self.inputs.shape[1])
 
     def shift(self, weight: Tensor) -> Tensor:
-        """Return what must be added to the layer's output so that it is `center` at the mean input, (outputs,)."""
+        """Return the shift of the layer's output, (outputs,), with which it equals `center` for the mean input."""
         return (self.center - self._product(weight.detach().view(self.weight.shape).double()) - self.bias).flatten().float()
 
 
 def _solution(covariance: Tensor, damping: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return what makes of E[u e^T] the change of the weight, (conv_groups, n, outputs) -> (conv_groups, outputs, n)."""
+    """Return the function from E[u e^T], (conv_groups, n, outputs), to the change of the weight, (conv_groups, outputs, n)."""
     damped = covariance.clone()
     damped.diagonal(dim1=1, dim2=2).add_(damping[:, None])
     factor, failed = torch.linalg.cholesky_ex(damped)
-    if failed.any():  # float32 sums may be off by more than a small damping: no change
+    if failed.any():  # rounding errors of float32 may exceed a small damping; the weight is then not changed
         return lambda cross: torch.zeros_like(cross).transpose(1, 2)
     return lambda cross: torch.cholesky_solve(cross, factor).transpose(1, 2)
 
 
-def _unseen_error(change: Tensor, gram: Tensor, cross: Tensor, importance: Tensor) -> float:
-    """Return how much larger a change of the weight makes the squared error of samples with these sums."""
+def _held_out_error(change: Tensor, gram: Tensor, cross: Tensor, importance: Tensor) -> float:
+    """Return the increase of the squared error that a change of the weight causes, for samples with these sums."""
     per_output = ((change @ gram) * change).sum(2) - 2 * (change * cross.transpose(1, 2)).sum(2)
     return float((importance * per_output).sum())
 
@@ -433,7 +441,7 @@ def _moments(inputs: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gram(inputs: Tensor) -> Tensor:
-    """Return inputs^T inputs of each conv group, (conv_groups, n, n); large ones by strips, because it is symmetric."""
+    """Return inputs^T inputs of each conv group, (conv_groups, n, n); large matrices are computed in strips (symmetry)."""
     n = inputs.shape[2]
     if n < 4 * _STRIP:
         return inputs.transpose(1, 2) @ inputs

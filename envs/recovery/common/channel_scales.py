@@ -1,17 +1,17 @@
-"""How the channels of a group compare with what they were: filters with the batch norms behind them, before and after.
+"""Scales of quantized channels: the filters of a layer and its batch norm are compared before and after quantization.
 
-A channel is x = gamma W u / sigma + (beta - gamma mu / sigma), u its layer's input. With X = gamma W / sigma and
-y = beta - gamma mu / sigma, and hats for the layer after quantization, a reader does best to scale it by
+A channel is x = gamma W u / sigma + (beta - gamma mu / sigma), where u is its layer's input. With X = gamma W / sigma and
+y = beta - gamma mu / sigma, and X^, y^ for the layer after quantization, a reader multiplies the channel by
 
     c = (<X^, X> + lambda_1 y^ y) / (|X^|^2 + lambda_1 y^2 + lambda_2)                                                 (1)
 
-which minimises |c X^ - X|^2 + lambda_1 (c y^ - y)^2 + lambda_2 c^2.
+which minimizes |c X^ - X|^2 + lambda_1 (c y^ - y)^2 + lambda_2 c^2.
 
 Source: Chen et al. 2023 (DF-MPC), arXiv:2307.00498, eq. (27) for one channel; with mu^ = mu, sigma^ = sigma, lambda_2 = 0 it
 is the scale of Bai et al. 2023 (UDFC), arXiv:2308.07209, eq. (21).
 
-Channels that several layers produce: of a sum, all the filters are stacked; a depthwise convolution comes behind the others, so
-its own scale is a factor.
+If several layers produce a channel: for a sum, the filters of all layers are stacked; a depthwise convolution follows the other
+layers, so its own scale is a factor.
 """
 
 from __future__ import annotations
@@ -32,14 +32,19 @@ from secateur.envs.pruning.importance.common.unit_slices import producer_weights
 
 @dataclass(frozen=True)
 class Filters:
-    """A layer's filters and offsets as its batch norm leaves them: X (outputs, entries) and y (outputs,), float64."""
+    """A layer's filters and offsets after its batch norm.
+
+    Attributes:
+        rows: X, (outputs, entries) float64.
+        offsets: y, (outputs,) float64.
+    """
 
     rows: Tensor
     offsets: Tensor
 
 
 def filters(layer: Any, norm: Any) -> Filters:
-    """Return X and y of a layer and the batch norm behind it, as they are."""
+    """Return X and y of a layer and the batch norm after it."""
     beta, gamma, bias = (None if tensor is None else tensor.detach().double() for tensor in (norm.bias, norm.weight, layer.bias))
     scale = (1 if gamma is None else gamma) / (norm.running_var.double() + norm.eps).sqrt()
     offsets = (0 if beta is None else beta) - scale * (norm.running_mean.double() - (0 if bias is None else bias))
@@ -47,12 +52,12 @@ def filters(layer: Any, norm: Any) -> Filters:
 
 
 def is_depthwise(layer: nn.Module) -> bool:
-    """Whether every conv group has one input channel."""
+    """Return whether every conv group has one input channel."""
     return isinstance(layer, nn.Conv2d) and layer.groups > 1 and layer.groups == layer.in_channels
 
 
 def normed_producers(candidate: CandidateNetwork, group: ChannelGroup) -> Iterator[tuple[str, TensorSlice]]:
-    """Yield (layer, place of the group's units) of the producers with a batch norm behind them."""
+    """Yield (layer, positions of the group's units) of the producers that are followed by a batch norm."""
     for place in producer_weights(candidate.dense_model, group):
         name = place.tensor.removesuffix(".weight")
         if is_plain(candidate.layers.get(name)) and place.axis == 0 and candidate.norm(name) is not None:
@@ -60,7 +65,7 @@ def normed_producers(candidate: CandidateNetwork, group: ChannelGroup) -> Iterat
 
 
 def reading_places(candidate: CandidateNetwork, group: ChannelGroup) -> Iterator[tuple[str, TensorSlice]]:
-    """Yield (layer, place of the group's units) of the ordinary layers that read them."""
+    """Yield (layer, positions of the group's units) of the plain layers, without conv groups, that read them."""
     for place in group.slices:
         name = place.tensor.removesuffix(".weight")
         layer = candidate.layers.get(name)
@@ -69,12 +74,12 @@ def reading_places(candidate: CandidateNetwork, group: ChannelGroup) -> Iterator
 
 
 @dataclass
-class ScaleBook:
-    """Remembers the filters of layers around their quantization, and what scales follow for those behind.
+class ScaleEstimator:
+    """Computes the scales of quantized channels from the filters before and after quantization.
 
     Attributes:
-        lambda1, lambda2: of eq. (1).
-        before, after: by layer.
+        lambda1, lambda2: weights in eq. (1).
+        before, after: {layer: filters} before and after the quantization of the layer.
     """
 
     lambda1: float
@@ -83,10 +88,13 @@ class ScaleBook:
     after: dict[str, Filters] = field(default_factory=dict)
 
     def scales(self, candidate: CandidateNetwork, group: ChannelGroup, kept: np.ndarray, producers: list[str]) -> Tensor:
-        """Return c of the kept units, (units,) float64, at least 0.
+        """Return the scales c of the kept units, (units,) float64, at least 0.
 
         Args:
-            producers: the layers among the group's producers that have been quantized.
+            candidate: the candidate.
+            group: a channel group.
+            kept: kept units of the group.
+            producers: the quantized layers among the group's producers.
         """
         product, square = torch.zeros(len(kept)).double(), torch.zeros(len(kept)).double()
         factor = torch.ones(len(kept)).double()
@@ -102,7 +110,7 @@ class ScaleBook:
         return factor * self._ratio(product, square)
 
     def _sums(self, before: Filters, after: Filters, units: TensorSlice) -> tuple[Tensor, Tensor]:
-        """Return numerator and denominator of eq. (1) without lambda_2, (units,) each."""
+        """Return numerator and denominator of eq. (1) without lambda_2, each (units,)."""
         rows, rows_after = unit_rows(before.rows, units), unit_rows(after.rows, units)
         y, y_after = unit_rows(before.offsets, units), unit_rows(after.offsets, units)
         product = (rows_after * rows).sum(1) + self.lambda1 * (y_after * y).sum(1)
@@ -114,7 +122,7 @@ class ScaleBook:
 
 
 def scale_inputs(candidate: CandidateNetwork, name: str, place: TensorSlice, kept: np.ndarray, scales: Tensor) -> None:
-    """Scale what a layer reads of a group's kept units."""
+    """Multiply a layer's weights for a group's kept units by the scales, (units,)."""
     weight = candidate.layers[name].weight.detach()
     factors = torch.ones(weight.shape[1])
     positions = np.searchsorted(candidate.kept_axes(name).inputs, place.positions[kept])

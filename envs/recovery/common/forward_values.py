@@ -1,7 +1,7 @@
-"""The values of a forward pass, numbered in the order in which torch's functions return them, whatever the architecture.
+"""The values of a forward pass, numbered in the order in which torch's functions return them.
 
-A pruned network runs the code of the dense one, so a value has the same number in both: what is found out once about the
-dense network says where to look in every candidate.
+A pruned network runs the same code as the dense network, so a value has the same number in both: one run of the dense network
+shows which values to use in every candidate.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _CLIPS = {
 
 @dataclass(frozen=True)
 class Target:
-    """Where the error of a layer is seen.
+    """The value at which the error of a layer is measured.
 
     Attributes:
-        value: number of the layer's output, behind its batch norm if there is one; or of the sum that it goes into.
-        other: number of what is added to it, if `value` is a sum; it is known before the layer runs.
-        clip: (lowest, highest) that the only reader of the value lets through; None: it lets everything through.
-        sample: the value for the first image, of the dense network.
+        value: number of the layer's output (after its batch norm, if it has one), or of a sum with this output.
+        other: number of the other operand if `value` is a sum; it is computed before the layer runs.
+        clip: (lowest, highest) value after the only reader, a ReLU for example; None: the values are not clipped.
+        sample: the value for the first image in the dense network.
     """
 
     value: int
@@ -44,23 +44,23 @@ class Target:
 
 @dataclass(frozen=True)
 class ForwardPlan:
-    """What one run of the dense network tells about all others.
+    """The functions and targets of a forward pass, from one run of the dense network.
 
     Attributes:
-        functions: those that returned tensors, in the order in which they ran.
-        targets: by layer name, of the layers that ran once.
+        functions: functions that return tensors, in execution order.
+        targets: targets by layer name, for the layers that run once.
     """
 
     functions: tuple[Callable, ...]
     targets: Mapping[str, Target]
 
 
-class ValueTap(TorchFunctionMode):
-    """Shows the values of a forward pass to a function, before anything can overwrite them.
+class ValueObserver(TorchFunctionMode):
+    """Passes the values of a forward pass to a function before they can be overwritten.
 
     Args:
-        functions: of the plan. From the first other function on, nothing is shown and `agrees` is False.
-        on_value: takes number and value.
+        functions: functions of the plan. After the first different function, no values are passed and `agrees` is False.
+        on_value: function of number and value.
     """
 
     def __init__(self, functions: tuple[Callable, ...], on_value: Callable[[int, Tensor], None]) -> None:
@@ -82,8 +82,8 @@ class ValueTap(TorchFunctionMode):
 
 
 @contextmanager
-def counting(mode: ValueTap | _Recorder, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Let a mode see a forward pass, but not what pre-hooks of these modules do: a quantized layer has one more."""
+def observing(mode: ValueObserver | _Recorder, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Observe a forward pass, except the pre-hooks of these modules, because quantized layers have an additional pre-hook."""
     hooks = []
 
     def pause(paused: bool) -> Callable:
@@ -105,19 +105,19 @@ def counting(mode: ValueTap | _Recorder, modules: Mapping[str, nn.Module]) -> It
 def plan_forward(
     model: nn.Module, layers: Mapping[str, str | None], hidden: Mapping[str, nn.Module], image: Tensor
 ) -> ForwardPlan:
-    """Return where the errors of layers are seen.
+    """Return the targets of the layers.
 
     Args:
         model: the dense network, in eval mode.
-        layers: {layer: batch norm that is its only reader, or None} of the layers in question.
-        hidden: modules whose pre-hooks are not counted.
+        layers: {layer: batch norm that is its only reader, or None}.
+        hidden: modules whose pre-hooks are not observed.
         image: one image as a batch.
     """
     modules = dict(model.named_modules())
     recorder = _Recorder()
     calls: Counter[str] = Counter()
-    first_value: dict[str, Any] = {}
-    output: dict[str, Any] = {}
+    first_value: dict[str, int] = {}
+    output: dict[str, int | None] = {}
 
     def enter(name: str) -> None:
         calls[name] += 1
@@ -129,9 +129,9 @@ def plan_forward(
     watched = {*layers, *filter(None, layers.values())}
     hooks = [modules[name].register_forward_pre_hook(lambda *_, name=name: enter(name)) for name in watched]
     hooks += [modules[name].register_forward_hook(lambda *args, name=name: leave(name, args[2])) for name in watched]
-    image = image.clone()  # a tensor without versions (made in inference mode) becomes one that has them
+    image = image.clone()  # tensors made in inference mode have no versions, their clones do
     try:
-        with counting(recorder, hidden):
+        with observing(recorder, hidden):
             model(image)
     finally:
         for hook in hooks:
@@ -145,25 +145,25 @@ def plan_forward(
 
 
 class _Recorder(TorchFunctionMode):
-    """Numbers all values and notes which are added to which, and which are clipped."""
+    """Numbers all values, and records sums and clipping."""
 
     def __init__(self) -> None:
         super().__init__()
         self.functions: list[Callable] = []
         self.copies: list[Tensor] = []
-        self.known: dict[int, tuple[int, int, Tensor]] = {}  # by id, which the tensor in it keeps from being used again
+        self.known: dict[int, tuple[int, int, Tensor]] = {}  # by id; the stored tensor keeps its id from being reused
         self.readers: Counter[int] = Counter()
         self.sums: dict[int, tuple[int, int]] = {}
         self.clips: dict[int, tuple[float, float]] = {}
         self.paused = False
 
     def number(self, tensor: Tensor) -> int | None:
-        """Return a value's number; None if no function returned it, or if it was overwritten since."""
+        """Return a value's number; None if no function returned it, or if it was overwritten afterwards."""
         number, version, _ = self.known.get(id(tensor), (None, None, None))
         return number if number is not None and tensor._version == version else None
 
     def target(self, value: int, before: int) -> Target:
-        """Return the target of a layer whose output is `value` and that runs when `before` values are known."""
+        """Return the target of a layer; `value` is its output, and `before` values were computed before it runs."""
         total, other = self.sums.get(value, (value, None))
         if other is None or other >= before or self.readers[value] > 1:
             total, other = value, None
@@ -172,18 +172,19 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         arguments = [argument for argument in _tensors((args, kwargs)) if id(argument) in self.known]
-        numbers: list[Any] = [self.number(argument) for argument in arguments]
+        numbers = [self.number(argument) for argument in arguments]
         plain_sum = function in _ADDITIONS and not kwargs and len(arguments) == 2 and args[0].shape == args[1].shape
         result = function(*args, **(kwargs or {}))
         values = [] if self.paused else _tensors(result)
         if not values:
             return result
         self.functions.append(function)
-        self.readers.update(set(numbers) - {None})
-        if plain_sum and None not in numbers:
-            self.sums |= {numbers[0]: (len(self.copies), numbers[1]), numbers[1]: (len(self.copies), numbers[0])}
-        if function in _CLIPS and len(numbers) == 1:
-            self.clips[numbers[0]] = _CLIPS[function]
+        known = [number for number in numbers if number is not None]
+        self.readers.update(set(known))
+        if plain_sum and len(known) == 2:
+            self.sums |= {known[0]: (len(self.copies), known[1]), known[1]: (len(self.copies), known[0])}
+        if function in _CLIPS and len(numbers) == len(known) == 1:
+            self.clips[known[0]] = _CLIPS[function]
         for value in values:
             self.known[id(value)] = len(self.copies), value._version, value
             self.copies.append(value.clone())

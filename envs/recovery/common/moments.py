@@ -1,20 +1,20 @@
-"""What a network's batch norms and weights say about the inputs of its layers, without any image.
+"""Means and covariances of the layers' inputs, computed from batch norms and weights without images.
 
-A batch norm's output has mean beta and standard deviation |gamma| in every channel. From there means and covariances of
-the channels are followed through the recorded operators (`ModelGraph.operations`):
+A batch norm's output has mean beta and standard deviation |gamma| in every channel. Means and covariances of the channels
+are propagated from there through the recorded operators (`ModelGraph.operations`):
 
     function f       E f(z_i) f(z_j) = sum_n rho_ij^n a_n(i) a_n(j), a_n(i) = E f(beta_i + |gamma_i| t) h_n(t)          (1)
     layer            mean W m + b, covariance W (C x S) W^T, S_pq = r^|p - q| between the positions p, q of the kernel  (2)
-    batch norm       the correlations of its input with the signs of gamma, and its own means and variances             (3)
-    sum              means and covariances add up; product: second moments multiply                                     (4)
+    batch norm       correlations of its input times the signs of gamma, and its own means and variances                (3)
+    sum              means and covariances are added; product: second moments are multiplied                            (4)
 
 with t standard normal, h_n the normalised Hermite polynomials, rho_ij the correlation of the Gaussians z_i and z_j.
 
 Source: (1) is Mehler's formula; the means of rectified batch-norm outputs are those of Nagel et al. 2019 (data-free
 quantization), arXiv:1906.04721, section 4.2.1. The rest is ours.
 
-Approximations: every input of a function is Gaussian; operands of sums and products are independent; neighbouring
-pixels correlate alike in all channels; the image is white; pooling changes nothing.
+Approximations: all inputs of functions are Gaussian; operands of sums and products are independent; the correlation of
+neighboring pixels is equal in all channels; the image is white noise; pooling does not change the moments.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -30,18 +29,18 @@ import torch
 from torch import Tensor, nn
 
 from secateur.envs.calibration.core import FULL, LayerStatistics
-from secateur.envs.calibration.patches import is_plain
+from secateur.envs.calibration.patches import Layer, is_plain
 from secateur.envs.candidate import CandidateNetwork
 from secateur.envs.model_graph.plan import ModelGraph, Operation
 
 HERMITE_TERMS = 12
-"""Terms of eq. (1); what is cut off goes to the variances, so that the matrix stays positive."""
+"""Number of terms of eq. (1); the truncated terms are added to the variances, so that the matrix stays positive."""
 
 MAX_STATISTICS_BYTES = 256_000_000
-"""Layers whose synthetic statistics would be larger are quantized without."""
+"""Layers with larger synthetic statistics are quantized without statistics."""
 
 _GRID = torch.linspace(-6, 6, 241, dtype=torch.float64)
-"""Points t at which the expectations of eq. (1) are taken."""
+"""Points t of the numerical integration in eq. (1)."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,8 @@ class Moments:
     Attributes:
         mean: (channels,) float32.
         covariance: (channels, channels) float32.
-        known: False: the input was unknown and taken as white noise, so that only correlations mean anything.
-        size: (height, width) if each channel has been flattened into so many.
+        known: False if the moments follow from an unknown input, taken as white noise: then only correlations are valid.
+        size: (height, width) if each channel was flattened into height x width channels.
     """
 
     mean: Tensor
@@ -67,26 +66,27 @@ class Moments:
 
 
 def input_moments(model: nn.Module, graph: ModelGraph, spatial_correlation: float) -> dict[str, Moments]:
-    """Return the moments of what the layers read, as far as they are known, by layer name.
+    """Return the moments of the layers' inputs by layer name; layers with unknown inputs are missing.
 
     Args:
         model: the dense network.
-        graph: its plan.
-        spatial_correlation: r in eq. (2), of neighbouring pixels, in [0, 1).
+        graph: structure of the dense network.
+        spatial_correlation: r in eq. (2), the correlation of neighboring pixels, in [0, 1).
     """
     modules = dict(model.named_modules())
     values: list[Moments | None] = []
-    found = {}
+    found: dict[str, Moments] = {}
     for operation in graph.operations:
         inputs = [values[i] if i >= 0 else None for i in operation.inputs]
+        known = [value for value in inputs if value is not None and value.known]
         if operation.kind == "layer":
-            if inputs[0] is not None and inputs[0].known and is_plain(modules[operation.name]):
-                found[operation.name] = inputs[0]
+            if known and is_plain(modules[operation.name]):
+                found[operation.name] = known[0]
             values.append(_layer(modules[operation.name], inputs[0], spatial_correlation))
         elif operation.kind == "batch_norm":
             values.append(_batch_norm(modules[operation.name], inputs[0]))
-        elif all(value is not None and value.known for value in inputs):
-            values.append(_RULES[operation.kind](operation, [value for value in inputs if value is not None]))
+        elif len(known) == len(inputs):
+            values.append(_RULES[operation.kind](operation, known))
         else:
             values.append(None)
     return found
@@ -100,22 +100,23 @@ def cached_moments(candidate: CandidateNetwork, spatial_correlation: float) -> d
     )
 
 
-def output_moments(layer: nn.Module, weight: Tensor, moments: Moments, spatial_correlation: float) -> tuple[Tensor, Tensor]:
+def output_moments(layer: Layer, weight: Tensor, moments: Moments, spatial_correlation: float) -> tuple[Tensor, Tensor]:
     """Return mean (without the bias) and variance of a layer's outputs by eq. (2), (outputs,) each.
 
     Args:
-        layer: for which `is_plain` holds.
-        weight: of its shape.
-        moments: of its input.
-        spatial_correlation: r.
+        layer: a layer with `is_plain(layer)`.
+        weight: weight of the layer's shape.
+        moments: moments of its input.
+        spatial_correlation: r in eq. (2).
     """
     rows = _grouped(layer, weight, moments.size)
     groups, _, channels, _ = rows.shape
     picked = torch.arange(groups)
     blocks = moments.covariance.view(groups, channels, groups, channels)[picked, :, picked]
     mean = torch.einsum("goip,gi->go", rows, moments.mean.view(groups, channels))
-    parts = _decorrelated(rows, layer, moments.size, spatial_correlation)
-    variance = reduce(torch.add, [(part @ blocks * part).sum(2) for part in parts])
+    variance = torch.zeros_like(mean)
+    for part in _decorrelated(rows, layer, moments.size, spatial_correlation):
+        variance += (part @ blocks * part).sum(2)
     return mean.flatten(), variance.flatten()
 
 
@@ -131,14 +132,14 @@ def kept_moments(candidate: CandidateNetwork, name: str, moments: Moments) -> Mo
 
 
 def _grouped(layer: nn.Module, weight: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return a weight as (conv groups, outputs, channels, positions) float32, whatever `size` a channel is flattened to."""
+    """Return a weight as (conv groups, outputs, channels, positions) float32; `size` as in `Moments`."""
     groups = getattr(layer, "groups", 1)
     channels = weight.shape[1] // math.prod(size)
     return weight.detach().float().reshape(groups, len(weight) // groups, channels, -1)
 
 
 def _decorrelated(rows: Tensor, layer: nn.Module, size: tuple[int, int], r: float) -> tuple[Tensor, ...]:
-    """Return W L with S = L L^T, by position: parts (conv groups, outputs, channels) over which eq. (2) is a sum."""
+    """Return W L with S = L L^T for each position, (conv groups, outputs, channels): eq. (2) is the sum over these parts."""
     return (rows @ torch.linalg.cholesky(_spatial(layer, size, r)).float()).unbind(3)
 
 
@@ -190,7 +191,7 @@ def _function(operation: Operation, inputs: list[Moments]) -> Moments | None:
     density = torch.exp(-_GRID.square() / 2)
     density = density / density.sum()
     y = function((x.mean.double()[:, None] + deviation[:, None] * _GRID).float()).double()  # (channels, points)
-    if not y.isfinite().all():  # a logarithm, say
+    if not y.isfinite().all():  # for example a logarithm
         return None
     coefficients = y * density @ torch.from_numpy(_hermite()).T  # a_n, (channels, terms)
     correlation = _correlation(x.covariance).double()
@@ -210,7 +211,7 @@ def _operator(operation: Operation) -> Callable[[Tensor], Tensor]:
 
 
 def _hermite() -> np.ndarray:
-    """Return the normalised Hermite polynomials at the grid, (terms, points)."""
+    """Return the normalized Hermite polynomials on the grid, (terms, points)."""
     rows = np.eye(HERMITE_TERMS) / np.sqrt([math.factorial(n) for n in range(HERMITE_TERMS)])
     return np.stack([np.polynomial.hermite_e.hermeval(_GRID.numpy(), row) for row in rows])
 
@@ -247,9 +248,9 @@ _RULES = {"function": _function, "add": _add, "mul": _mul, "cat": _cat, "pad": _
 
 
 def synthetic_statistics(layer: Any, moments: Moments, spatial_correlation: float) -> LayerStatistics | None:
-    """Return in the form of calibration what a layer's weight needs to be rounded with compensation; None if too large.
+    """Return moments in the form of calibration statistics, for rounding with compensation; None if they are too large.
 
-    The range and the samples are empty: nothing here tells them.
+    Range and samples are empty, because moments do not determine them.
     """
     groups, area = getattr(layer, "groups", 1), 1 if isinstance(layer, nn.Linear) else layer.weight[0, 0].numel()
     spatial = _spatial(layer, moments.size, spatial_correlation)
@@ -268,7 +269,7 @@ def synthetic_statistics(layer: Any, moments: Moments, spatial_correlation: floa
 
 
 def quantize_in_place(candidate: CandidateNetwork, name: str, moments: Moments | None, spatial_correlation: float) -> None:
-    """Quantize a layer; a quantizer that asks for statistics gets those of the moments if there was no calibration."""
+    """Quantize a layer; if the quantizer needs statistics and there is no calibration, it gets synthetic statistics."""
     statistics = None
     if candidate.quantizer.needs_images and candidate.calibration is None and moments is not None:
         kept = kept_moments(candidate, name, moments)
@@ -276,47 +277,53 @@ def quantize_in_place(candidate: CandidateNetwork, name: str, moments: Moments |
     candidate.quantize(name, statistics)
 
 
-# ------------------------------------------------------------------------------------------ batch norms told of a change
+# -------------------------------------------------------------------------------- statistics of batch norms after a change
 
 VARIANCE_RATIOS = (0.05, 20.0)
-"""A variance is never restated by more: beyond, the estimate says more about itself than about the layer."""
+"""Limits for the change of a variance; estimates outside of these limits are not reliable."""
 
 
 @dataclass(frozen=True)
-class Before:
-    """A layer's weight as it was, and the moments of what it read then; None: unknown."""
+class LayerState:
+    """A layer's weight and the moments of its input at some time.
+
+    Attributes:
+        weight: weight of the layer.
+        moments: moments of its input; None: unknown.
+    """
 
     weight: Tensor
     moments: Moments | None
 
 
-def dense_state(candidate: CandidateNetwork, name: str, moments: Moments | None) -> Before:
-    """Return a layer's state before its inputs were removed: the dense weight of the outputs that are left."""
+def dense_state(candidate: CandidateNetwork, name: str, moments: Moments | None) -> LayerState:
+    """Return a layer's state before its inputs were removed: the dense weight of the kept outputs."""
     axes, dense = candidate.kept_axes(name), candidate.dense_layers[name]
     if moments is not None:
         per_group = len(moments.mean) // getattr(dense, "groups", 1)
         moments = moments.restricted((axes.conv_groups[:, None] * per_group + np.arange(per_group)).ravel())
-    return Before(dense.weight.detach()[torch.from_numpy(axes.outputs)], moments)
+    return LayerState(dense.weight.detach()[torch.from_numpy(axes.outputs)], moments)
 
 
-def current_state(candidate: CandidateNetwork, name: str, moments: Moments | None) -> Before:
-    """Return a layer's state as it is; `moments` are those of its dense input."""
-    return Before(candidate.layers[name].weight.detach(), moments and kept_moments(candidate, name, moments))
+def current_state(candidate: CandidateNetwork, name: str, moments: Moments | None) -> LayerState:
+    """Return a layer's current state; `moments` are those of its dense input."""
+    return LayerState(candidate.layers[name].weight.detach(), moments and kept_moments(candidate, name, moments))
 
 
 def restate_statistics(
-    candidate: CandidateNetwork, name: str, before: Before, moments: Moments | None, spatial_correlation: float
+    candidate: CandidateNetwork, name: str, before: LayerState, moments: Moments | None, spatial_correlation: float
 ) -> None:
-    """Give the batch norm behind a layer the statistics that its new weight leads to; without one, correct the bias.
+    """Change the statistics of the batch norm after a layer to those of the layer's new weight; without one, change the bias.
 
-    The mean moves by the difference of what the moments say before and after, the variance by the ratio. Unknown inputs
-    count as white noise if they are as many as before, and the mean stays.
+    The mean is shifted by the difference between the computed means before and after, the variance is multiplied by the ratio
+    of the computed variances. Unknown inputs are taken as white noise if their number did not change; the mean is then kept.
 
     Args:
-        name: of the layer, whose weight has been replaced.
-        before: what it was.
-        moments: of its dense input; None: unknown.
-        spatial_correlation: r of eq. (2).
+        candidate: the candidate.
+        name: name of the layer, whose weight was replaced.
+        before: state of the layer before.
+        moments: moments of its dense input; None: unknown.
+        spatial_correlation: r in eq. (2).
     """
     layer, norm = candidate.layers[name], candidate.norm(name)
     after = current_state(candidate, name, moments)

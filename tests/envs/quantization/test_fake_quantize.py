@@ -150,7 +150,7 @@ def test_a_layer_is_quantized_once_from_the_statistics_that_are_given(images):
 
 
 def test_misuse_is_refused(quantized, images):
-    with pytest.raises(ValueError, match="`conv1` is quantized already"):
+    with pytest.raises(ValueError, match="`conv1` is already quantized"):
         make_candidate(synthetic_net().eval(), {"conv1": (8, 8)}, images, network=quantized).quantize_inputs()
     with pytest.raises(ValueError, match="16"):
         make_candidate(synthetic_net().eval(), {"conv1": (16, 32)}, images).quantize_weights()

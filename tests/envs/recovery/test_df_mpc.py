@@ -13,7 +13,7 @@ from secateur.envs.core import CompressionPolicy, InputError
 from secateur.envs.model_graph import analyze
 from secateur.envs.model_graph.plan import TensorSlice
 from secateur.envs.quantization.quantizers.uniform import Uniform
-from secateur.envs.recovery.common.channel_scales import Filters, ScaleBook, filters
+from secateur.envs.recovery.common.channel_scales import Filters, ScaleEstimator, filters
 from secateur.envs.recovery.df_mpc import DFMPC, DFMPCConfig, low_producers
 
 
@@ -111,7 +111,7 @@ def _ran_before(group, reader, candidate):
 
 
 def test_scales_are_never_negative():
-    book = ScaleBook(0.5)
+    book = ScaleEstimator(0.5)
     one = torch.eye(2).double()
     before, after = Filters(one, torch.zeros(2).double()), Filters(-one, torch.ones(2).double())
     units = TensorSlice("", 0, np.array([[0], [1]]))
