@@ -24,6 +24,10 @@ LEAST_SHARE = 0.1
 WORTHWHILE = 1.1
 """A kernel is worth a channel multiple if one channel less takes this many times as long."""
 
+WORTH_MIXING = 0.8
+"""An execution that changes between integers and floats is chosen if its predicted time is below this share of both executions
+without such a choice. Predictions of mixed networks were measured to be 8 to 33 % off, those of others 2 to 5 % (README)."""
+
 LayerKey = tuple[str, tuple[int, int], tuple[int, int], tuple[int, int], int]
 """What layers have in common whose times differ by channel counts only: kind, kernel, stride, out_hw, conv groups (0:
 depthwise, one per channel)."""
@@ -264,7 +268,7 @@ class LatencyTable:
 class TableLatency:
     """Milliseconds of one run, from a table.
 
-    A layer that has bits for integers is executed in them only where that makes the network faster; exports follow the same
+    A layer that has bits for integers is executed in them only if that makes the network faster; exports follow the same
     choice (`executed`). A table has the times of the layers of the profiled model; other layers are an InputError.
 
     Attributes:
@@ -277,11 +281,10 @@ class TableLatency:
     name: ClassVar[str] = "latency_ms"
 
     def executed(self, shapes: LayerShapes) -> np.ndarray:
-        """Return the bits that each layer is executed in, (population, L): the fastest choice for each network.
+        """Return the bits that each layer is executed in, (population, L): the fastest of three choices for each network.
 
-        A layer that has bits for integers has two options, integers and the float precision. The options with the least sum
-        of layer times and conversions between neighbors are found by dynamic programming over the layers in execution order
-        (Bellman 1957; the recursion of the Viterbi algorithm). Of equal sums, the one in float is taken.
+        All layers in the float precision; integers wherever the bits allow them; or layer by layer, if that is clearly faster
+        than the first two (`WORTH_MIXING`). Of equally fast choices the first is taken.
 
         Raises:
             InputError: if a layer is not in the table.
@@ -292,7 +295,13 @@ class TableLatency:
             return floats
         options = np.stack([floats, integers])
         times = np.stack([self._option_times(shapes, option) for option in options])
-        return _fastest_options(options, times, self._conversions(shapes))
+        conversions = self._conversions(shapes)
+        mixed = _fastest_options(options, times, conversions)
+        choices = np.stack([floats, integers, mixed])
+        layers = np.stack([*times, np.where(mixed == FLOAT_BITS, *times)])
+        totals = np.stack([_sum(*choice, conversions) for choice in zip(layers, choices, strict=True)])
+        totals[2] /= WORTH_MIXING
+        return choices[totals.argmin(axis=0), np.arange(len(shapes))]
 
     def per_layer(self, shapes: LayerShapes, executed: np.ndarray | None = None) -> np.ndarray:
         """Return each layer's share in ms, (population, L): its kernel's time in a whole network, calls included.
@@ -311,9 +320,7 @@ class TableLatency:
         Arguments and errors as in `per_layer`.
         """
         executed = self.executed(shapes) if executed is None else executed
-        total = self._option_times(shapes, executed).sum(axis=1)
-        before = np.concatenate([np.full((len(shapes), 1), FLOAT_BITS), executed[:, :-1]], axis=1)
-        return total + ((executed != before) * self._conversions(shapes)).sum(axis=1)
+        return _sum(self._option_times(shapes, executed), executed, self._conversions(shapes))
 
     @property
     def _bits(self) -> tuple[int, ...]:
@@ -381,13 +388,22 @@ class TableLatency:
         return [_GridLookup(grid, found.get(grid.precision, Correction(grid.precision))) for grid in self.table.grids]
 
 
+def _sum(times: np.ndarray, executed: np.ndarray, conversions: np.ndarray) -> np.ndarray:
+    """Return the milliseconds of each network, (population,): its layers, and conversions where the precision changes."""
+    before = np.concatenate([np.full((len(executed), 1), FLOAT_BITS), executed[:, :-1]], axis=1)
+    return (times + (executed != before) * conversions).sum(axis=1)
+
+
 def _fastest_options(options: np.ndarray, times: np.ndarray, conversions: np.ndarray) -> np.ndarray:
-    """Return the option of each layer with the least total time of its network, (population, L).
+    """Return the bits of each layer for the least total time of its network, (population, L).
+
+    Dynamic programming over the layers in execution order (the recursion of the Viterbi algorithm): the best sum up to a layer
+    depends on the best sums up to the layer before, one for each of its options. Of equal sums the first option's is taken.
 
     Args:
         options: bits of each option, (options, population, L).
         times: milliseconds of each layer in each option, likewise.
-        conversions: milliseconds of a layer whose input comes in other bits, (population, L); images come as floats.
+        conversions: milliseconds of converting a layer's input from other bits, (population, L); images are floats.
     """
     best = times[:, :, 0] + conversions[:, 0] * (options[:, :, 0] != FLOAT_BITS)
     before = []

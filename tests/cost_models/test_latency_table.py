@@ -7,6 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 
+from secateur.cost_models import latency_table
 from secateur.cost_models.core import InputError, LayerShape, NetworkGeometry
 from secateur.cost_models.latency_table import (
     LEAST_SHARE,
@@ -150,28 +151,42 @@ def test_values_between_precisions_are_converted():
     assert model.total(shapes, bits)[0] - plain.total(shapes, bits)[0] == pytest.approx(converted)
 
 
-def test_integers_that_are_slower_are_not_executed():
-    """Int8 takes twice the time of the first layer and half the time of the others; conversions cost nothing."""
-    slower = grid(CONV, Axis((3,)), Axis((1, 8, 16, 32)), "int8", factor=2.0)
+def test_integers_are_executed_if_they_are_faster():
+    """Int8 takes half the time of every layer of `table`; it takes twice the time in the other one."""
+    eight = np.full((1, 4), 8)
+    shapes = geometry().shapes(None, eight, eight)
+    assert TableLatency(table(), (8,)).executed(shapes).tolist() == [[8, 8, 8, 8]]
+    floats = tuple(g for g in table().grids if g.precision == "float32")
+    doubled = tuple(replace(g, precision="int8", milliseconds=tuple(tuple(2 * t for t in row) for row in g.milliseconds)) for g in floats)
+    slow = TableLatency(table(grids=floats + doubled), (8,))
+    assert slow.executed(shapes).tolist() == [[32, 32, 32, 32]]
+    assert slow.total(shapes)[0] == pytest.approx(slow.total(geometry().shapes())[0])
+    assert slow.total(shapes)[0] < slow.total(shapes, eight)[0]
+    np.testing.assert_allclose(slow.per_layer(shapes), slow.per_layer(geometry().shapes()))
+
+
+@pytest.mark.parametrize(("factor", "mixes"), [(1.5, False), (40.0, True)])
+def test_precisions_are_mixed_only_where_that_is_clearly_faster(factor, mixes):
+    """Int8 takes `factor` times as long in the depthwise layer, a small one, and half as long in the others."""
+    axis = Axis((1, 8, 16, 32))
+    slower = grid(DEPTHWISE, axis, Axis((1,)), "int8", factor)
     known = table(grids=tuple(slower if g.key == slower.key and g.precision == "int8" else g for g in table().grids))
     model, eight = TableLatency(known, (8,)), np.full((1, 4), 8)
     shapes = geometry().shapes(None, eight, eight)
-    assert model.executed(shapes).tolist() == [[32, 8, 8, 8]]
-    np.testing.assert_allclose(
-        model.per_layer(shapes)[0], TableLatency(known).per_layer(geometry().shapes())[0] * [1, 0.5, 0.5, 0.5]
-    )
-    assert model.total(shapes)[0] < model.total(shapes, eight)[0]
+    assert model.executed(shapes).tolist() == [[8, 8, 32, 8] if mixes else [8, 8, 8, 8]]
 
 
-def test_a_conversion_that_costs_more_than_integers_save_is_not_made():
-    """Int8 saves half of each layer's time, but the input of the pointwise layer (0.5 ms saved) takes longer to convert."""
-    border = 0.6e6 / (32 * 64)  # 0.6 ms for the input of the second layer, 0.009 ms for that of the last one
-    model, bits = TableLatency(table(border=border), (8,)), np.array([[32, 8, 32, 8]])
-    assert model.executed(geometry().shapes(None, bits, bits)).tolist() == [[32, 32, 32, 8]]
+@pytest.mark.parametrize(("milliseconds", "executed"), [(0.2, 8), (0.3, 32)])
+def test_a_conversion_that_costs_more_than_integers_save_is_not_made(milliseconds, executed):
+    """Int8 saves 0.51 ms of the pointwise layer; its input is converted, and so is that of the next layer, of equal size."""
+    bits = np.array([[32, 8, 32, 32]])
+    model = TableLatency(table(border=1e6 * milliseconds / (32 * 64)), (8,))
+    assert model.executed(geometry().shapes(None, bits, bits)).tolist() == [[32, executed, 32, 32]]
 
 
 @pytest.mark.parametrize("border", [0.0, 2.0, 50.0])
-def test_the_fastest_of_all_executions_is_found(border):
+def test_the_fastest_of_all_executions_is_found(border, monkeypatch):
+    monkeypatch.setattr(latency_table, "WORTH_MIXING", 1.0)
     rng = np.random.default_rng(0)
     grids = tuple(replace(g, milliseconds=tuple(map(tuple, rng.random(np.shape(g.milliseconds))))) for g in table().grids)
     corrections = (Correction("float32", per_megabyte=2000.0), Correction("int8", per_layer=0.1, per_megabyte=3000.0))
