@@ -105,26 +105,6 @@ class CandidateNetwork:
         axes = self.kept_axes(name)
         return dense.restricted(axes.inputs, axes.conv_groups if len(dense.moments) > 1 else None)
 
-    def require_calibration(self) -> Calibration:
-        """Return the calibration.
-
-        Raises:
-            ValueError: if there is none.
-        """
-        if self.calibration is None:
-            raise ValueError("This recovery needs a calibration, but there are no calibration images.")
-        return self.calibration
-
-    def require_images(self) -> Tensor:
-        """Return the calibration images.
-
-        Raises:
-            ValueError: if there are none.
-        """
-        if self.images is None:
-            raise ValueError("This recovery needs calibration images, but there are none.")
-        return self.images
-
     def norm(self, name: str) -> Any:
         """Return the batch norm that is a layer's only reader and is not folded, or None."""
         norm = self.layers.get(self.batch_norms.get(name, ""))

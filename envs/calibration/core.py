@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import numpy as np
 
@@ -12,6 +12,23 @@ from secateur.cost_models.core import Count, Range, check_fields
 
 FULL, CHANNEL, DIAGONAL, NONE = "full", "channel", "diagonal", "none"
 """Kinds of statistics; see `LayerStatistics.kind`."""
+
+
+T = TypeVar("T")
+
+
+def required(value: T | None, what: str) -> T:
+    """Return calibration data that a plug-in needs.
+
+    Args:
+        value: statistics, images or labels; None if there are no calibration images.
+        what: name of the data for the message.
+    Raises:
+        ValueError: if there are no data.
+    """
+    if value is None:
+        raise ValueError(f"A plug-in needs {what}, but there are no calibration images.")
+    return value
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from secateur.cost_models.core import Range, check_fields
+from secateur.envs.calibration.core import required
 from secateur.envs.candidate import CandidateNetwork
 from secateur.envs.number_format import convert_network, prepare_images
 from secateur.envs.pruning.slicing import share_tensors
@@ -72,7 +73,7 @@ class BatchNorm:
             norm.num_batches_tracked = torch.zeros_like(norm.num_batches_tracked)
             norm.train()
             norm.momentum = None
-        images = prepare_images(candidate.require_images()[: self.config.max_images], candidate.dtype)
+        images = prepare_images(required(candidate.images, "images")[: self.config.max_images], candidate.dtype)
         with torch.inference_mode():
             # Batches of equal size, because all batches have equal weight in the mean.
             for batch in images.tensor_split(-(-len(images) // self.config.batch_size)):

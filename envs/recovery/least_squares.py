@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from secateur.cost_models.core import Positive, check_fields
-from secateur.envs.calibration.core import CHANNEL, DIAGONAL, NONE, LayerStatistics
+from secateur.envs.calibration.core import CHANNEL, DIAGONAL, NONE, LayerStatistics, required
 from secateur.envs.candidate import CandidateNetwork, KeptAxes
 
 
@@ -63,7 +63,7 @@ class LeastSquares:
         """See `Recovery.apply`."""
         readers = dict.fromkeys(name for group in candidate.graph.groups for name in group.consumers)
         for name in readers:
-            statistics = candidate.require_calibration().layers.get(name)
+            statistics = required(candidate.calibration, "a calibration").layers.get(name)
             if statistics is None or statistics.kind == NONE:
                 continue
             axes = candidate.kept_axes(name)

@@ -52,7 +52,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateur.cost_models.core import FLOAT_BITS, Count, Positive, Range, check_fields
-from secateur.envs.calibration.core import FULL, NONE, LayerStatistics
+from secateur.envs.calibration.core import FULL, NONE, LayerStatistics, required
 from secateur.envs.calibration.patches import outputs_at, patches, sample_positions
 from secateur.envs.candidate import CandidateNetwork
 from secateur.envs.recovery.common.forward_values import ForwardPlan, Target, ValueObserver, observing, plan_forward
@@ -150,7 +150,7 @@ class DenseTargets:
 def dense_targets(candidate: CandidateNetwork, config: SequentialConfig) -> DenseTargets:
     """Return the dense network's values, from one pass over the images."""
     model, modules, hidden = candidate.dense_model, candidate.dense_layers, _layer_modules(candidate, candidate.dense_layers)
-    all_images = candidate.require_images()
+    all_images = required(candidate.images, "images")
     plan = plan_forward(model, _refittable(candidate), hidden, all_images[:1])
     images = all_images[: _images_at_once(candidate, config)]
     chunks = images.split(_IMAGES_PER_CHUNK)
@@ -182,7 +182,7 @@ def _layer_modules(candidate: CandidateNetwork, modules: Mapping[str, Any]) -> d
 
 def _refittable(candidate: CandidateNetwork) -> dict[str, str | None]:
     """Return {layer: its batch norm or None} of the layers that can be refitted if they run once."""
-    calibrated = candidate.require_calibration().layers
+    calibrated = required(candidate.calibration, "a calibration").layers
     known = [name for name, layer in calibrated.items() if layer.kind != NONE]
     return {name: candidate.batch_norms.get(name) if candidate.norm(name) is not None else None for name in known}
 
@@ -195,7 +195,7 @@ def _images_at_once(candidate: CandidateNetwork, config: SequentialConfig) -> in
     geometry = candidate.graph.geometry
     elements = geometry.buffer_fixed + geometry.group_units @ geometry.buffer_per_unit
     peak = 2 * _FLOAT_BYTES * float((geometry.live @ elements).max(initial=1.0))
-    return max(1, min(config.max_images, len(candidate.require_images()), int(config.max_bytes / peak)))
+    return max(1, min(config.max_images, len(required(candidate.images, "images")), int(config.max_bytes / peak)))
 
 
 def _num_positions(layer: nn.Module, target: Target) -> int:
@@ -252,7 +252,7 @@ class _Pass:
 
     def run(self) -> None:
         """Refit all layers."""
-        layers, images = self.candidate.layers, self.candidate.require_images()[: self.dense.images]
+        layers, images = self.candidate.layers, required(self.candidate.images, "images")[: self.dense.images]
         # These hooks run after the existing pre-hooks, so the input is already quantized.
         hooks = [layers[name].register_forward_pre_hook(partial(self.refit, name)) for name in self.targets]
         try:
@@ -294,7 +294,7 @@ class _Pass:
         if fit.inputs.shape[2] <= self.config.max_inputs:
             fit.solve(self.config.damping, target.clip, self.config.clip_rounds)
             candidate.set_weight(name, fit.weight.float().reshape(layer.weight.shape))
-            statistics = fit.statistics(candidate.require_calibration().layers.get(name))
+            statistics = fit.statistics(required(candidate.calibration, "a calibration").layers.get(name))
         else:
             fit.move_center()
         if quantized:

@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 from torch import Tensor, nn
 
-from secateur.envs.calibration.core import Calibration
+from secateur.envs.calibration.core import Calibration, required
 from secateur.envs.model_graph.plan import ModelGraph
 
 
@@ -32,25 +32,13 @@ class DenseModel:
     labels: Tensor | None
     rng: np.random.Generator
 
-    def require_calibration(self) -> Calibration:
-        """Return the calibration.
-
-        Raises:
-            ValueError: if there is none.
-        """
-        if self.calibration is None:
-            raise ValueError("This importance needs a calibration, but there are no calibration images.")
-        return self.calibration
-
-    def require_images(self, most: int) -> tuple[Tensor, Tensor]:
+    def first_images(self, most: int) -> tuple[Tensor, Tensor]:
         """Return the first calibration images and their labels, at most `most`.
 
         Raises:
             ValueError: if there are none.
         """
-        if self.images is None or self.labels is None:
-            raise ValueError("This importance needs images and labels, but there are no calibration images.")
-        return self.images[:most], self.labels[:most]
+        return required(self.images, "images")[:most], required(self.labels, "labels")[:most]
 
 
 class Importance(Protocol):

@@ -52,7 +52,7 @@ class HRank:
 
     def scores(self, dense: DenseModel) -> tuple[np.ndarray, ...]:
         """See `Importance.scores`; runs the network once over the images."""
-        images, _ = dense.require_images(self.config.max_images)
+        images, _ = dense.first_images(self.config.max_images)
         totals: list[Tensor | None] = [None] * len(dense.graph.groups)
         hooks = []
         for index, group in enumerate(dense.graph.groups):

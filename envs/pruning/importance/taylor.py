@@ -56,7 +56,7 @@ class Taylor:
         parameters = named_parameters(model)
         places = [_gates(model, group) for group in dense.graph.groups]
         totals = [np.zeros(group.units) for group in dense.graph.groups]
-        images, labels = dense.require_images(self.config.max_images)
+        images, labels = dense.first_images(self.config.max_images)
         size = self.config.batch_size
         batches = list(zip(images.split(size), labels.split(size), strict=True))
         for batch_images, batch_labels in batches:

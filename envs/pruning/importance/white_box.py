@@ -82,7 +82,7 @@ class WhiteBox:
 
     def _train(self, masked: _MaskedModel, dense: DenseModel) -> None:
         generator = torch.Generator().manual_seed(int(dense.rng.integers(2**63)))
-        images, labels = dense.require_images(self.config.max_images)
+        images, labels = dense.first_images(self.config.max_images)
         masks = list(masked.masks.values())
         optimizer = torch.optim.Adam(masks, self.config.learning_rate)
         for _ in range(self.config.epochs):
@@ -101,7 +101,7 @@ class _MaskedModel:
     def __init__(self, dense: DenseModel) -> None:
         self.model = copy.deepcopy(dense.model).eval().requires_grad_(False)
         with torch.no_grad():
-            self.classes = self.model(dense.require_images(1)[0]).shape[1]
+            self.classes = self.model(dense.first_images(1)[0]).shape[1]
         self.coefficients = torch.empty(0, self.classes)
         self.masks: dict[str, Tensor] = {}
         for group in dense.graph.groups:

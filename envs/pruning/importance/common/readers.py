@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from secateur.envs.calibration.core import CHANNEL, DIAGONAL, NONE, LayerStatistics
+from secateur.envs.calibration.core import CHANNEL, DIAGONAL, NONE, LayerStatistics, required
 from secateur.envs.model_graph.plan import ChannelGroup, TensorSlice
 from secateur.envs.pruning.importance.common.unit_slices import named_parameters
 from secateur.envs.pruning.importance.core import DenseModel
@@ -61,7 +61,7 @@ def reader(dense: DenseModel, name: str, after_norm: bool = False) -> Reader | N
         name: name of the layer.
         after_norm: whether each output is scaled by the batch norm after the layer, if this is the layer's only reader.
     """
-    statistics = dense.require_calibration().layers.get(name)
+    statistics = required(dense.calibration, "a calibration").layers.get(name)
     if statistics is None or statistics.kind == NONE:
         return None
     layer: Any = dict(dense.model.named_modules())[name]
@@ -83,7 +83,7 @@ def unit_entries(dense: DenseModel, group: ChannelGroup, name: str) -> np.ndarra
     place = input_place(dense.model, group, name)
     if place is None or place.axis != 1:
         return None
-    statistics = dense.require_calibration().layers[name]
+    statistics = required(dense.calibration, "a calibration").layers[name]
     if statistics.kind == DIAGONAL:
         return place.positions
     return statistics.entries(place.positions.ravel()).reshape(group.units, -1)
