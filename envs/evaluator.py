@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +21,9 @@ from secateur.envs.racing import LOOKS, Race, is_clearly_worse, pack
 
 PRECISION_TOLERANCE = 0.002
 """bfloat16 is used only if it changes the dense model's top-1 by at most this."""
+
+BFLOAT16_VARIABLE = "SECATEUR_BFLOAT16"
+"""Environment variable that switches bfloat16 off (0) or on (1), whatever the processor has."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,12 @@ def prepare_network(network: nn.Module, graph: ModelGraph, dtype: torch.dtype) -
 
 
 def processor_has_bfloat16() -> bool:
-    """Return whether this processor multiplies bfloat16 in hardware; without hardware support, bfloat16 is slow."""
+    """Return whether this processor multiplies bfloat16 in hardware; without hardware support, bfloat16 is slow.
+
+    The environment variable SECATEUR_BFLOAT16 overrides the answer: 0 means no, 1 means yes.
+    """
+    if (override := os.environ.get(BFLOAT16_VARIABLE, "")) in ("0", "1"):
+        return override == "1"
     checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return any(check is not None and check() for check in checks)
 
@@ -85,7 +94,8 @@ def choose_precision(
         images, labels: the validation split, normalized float32.
     """
     if not processor_has_bfloat16():
-        return Precision("float32", "this processor has no bfloat16 arithmetic")
+        off = os.environ.get(BFLOAT16_VARIABLE) == "0"
+        return Precision("float32", "bfloat16 is switched off" if off else "this processor has no bfloat16 arithmetic")
     correct = {}
     for dtype in (torch.float32, torch.bfloat16):
         network = prepare_network(assemble_dense(), graph, dtype)

@@ -157,7 +157,9 @@ def test_integers_are_executed_if_they_are_faster():
     shapes = geometry().shapes(None, eight, eight)
     assert TableLatency(table(), (8,)).executed(shapes).tolist() == [[8, 8, 8, 8]]
     floats = tuple(g for g in table().grids if g.precision == "float32")
-    doubled = tuple(replace(g, precision="int8", milliseconds=tuple(tuple(2 * t for t in row) for row in g.milliseconds)) for g in floats)
+    doubled = tuple(
+        replace(g, precision="int8", milliseconds=tuple(tuple(2 * t for t in row) for row in g.milliseconds)) for g in floats
+    )
     slow = TableLatency(table(grids=floats + doubled), (8,))
     assert slow.executed(shapes).tolist() == [[32, 32, 32, 32]]
     assert slow.total(shapes)[0] == pytest.approx(slow.total(geometry().shapes())[0])
@@ -202,7 +204,7 @@ def test_the_fastest_of_all_executions_is_found(border, monkeypatch):
 @pytest.mark.parametrize("change", [{"kernel": (5, 5)}, {"stride": (2, 2)}, {"out_hw": (4, 4)}, {"out_channels": 64}])
 def test_unknown_layers_are_named(change):
     layers = (replace(CONV, **change), *LAYERS[1:])
-    with pytest.raises(InputError, match=r"no float32 times for layer 'a' .*secateur profile CONFIG"):
+    with pytest.raises(InputError, match=r"no float32 times for layer 'a' .*profile this model"):
         TableLatency(table()).total(geometry(layers).shapes())
 
 

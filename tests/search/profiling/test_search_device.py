@@ -81,8 +81,12 @@ def test_a_profile_is_made_once_for_a_model_and_settings(network, measured):
 
 def test_another_model_is_measured_for_itself(network, measured):
     resolved(network)
-    wider = synthetic_net(widths=(16, 16, 16)) if "widths" in synthetic_net.__code__.co_varnames else torch.nn.Sequential(
-        torch.nn.Conv2d(3, 8, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 4)
+    wider = (
+        synthetic_net(widths=(16, 16, 16))
+        if "widths" in synthetic_net.__code__.co_varnames
+        else torch.nn.Sequential(
+            torch.nn.Conv2d(3, 8, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 4)
+        )
     )
     resolved((wider.eval(), analyze(wider.eval(), (torch.zeros(1, 3, 8, 8),))))
     assert len(measured) == 2
@@ -121,7 +125,9 @@ def test_wrong_profiles_are_one_sentence(device, message):
 
 
 def test_a_profile_has_no_energies():
-    with pytest.raises(InputError, match="`budgets.phone.energy_mj` is not known of the device that is profiled, only latency_ms"):
+    with pytest.raises(
+        InputError, match="`budgets.phone.energy_mj` is not known of the device that is profiled, only latency_ms"
+    ):
         parse_config({**CONFIG, "budgets": {"phone": {"energy_mj": "<= 80%"}}}, "test.yaml")
 
 
