@@ -26,7 +26,7 @@ WORTHWHILE = 1.1
 
 WORTH_MIXING = 0.8
 """An execution that changes between integers and floats is chosen if its predicted time is below this share of both executions
-without such a choice. Predictions of mixed networks were measured to be 8 to 33 % off, those of others 2 to 5 % (docs/deployment.md)."""
+without such a choice. Predictions of mixed networks were measured to be 8 to 33 % off, those of others 2 to 5 %."""
 
 LayerKey = tuple[str, tuple[int, int], tuple[int, int], tuple[int, int], int]
 """What layers have in common whose times differ by channel counts only: kind, kernel, stride, out_hw, conv groups (0:
