@@ -48,8 +48,8 @@ from secateur.envs.core import ActionSpace, Actor, Budget, Episode
 
 
 @dataclass(frozen=True, eq=False)
-class Walk:
-    """The steps of an episode.
+class Trajectory:
+    """The steps of one episode.
 
     Attributes:
         observations: (num_steps + 1, observation_dim).
@@ -74,7 +74,7 @@ class AmcDdpg:
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), config.actor_rate, fused=True)
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), config.critic_rate, fused=True)
         self.baseline: float | None = None
-        self.queue: EpisodeQueue[Walk, Walk] = EpisodeQueue(config.lookahead)
+        self.queue: EpisodeQueue[Trajectory, Trajectory] = EpisodeQueue(config.lookahead)
         self.replay: list[tuple[np.ndarray, ...]] = []
         """Transitions: state, action, reward, next state, whether there is a next step."""
 
@@ -83,8 +83,8 @@ class AmcDdpg:
         actors: list[SequenceActor] = []
         with one_thread():
             while len(actors) < count:
-                for walk in self.queue.due():
-                    self._learn(walk)
+                for trajectory in self.queue.due():
+                    self._learn(trajectory)
                 if not self.queue.ready:
                     break
                 actors.append(self._next())
@@ -95,15 +95,15 @@ class AmcDdpg:
         for actor, episode in results:
             assert isinstance(actor, SequenceActor)
             sent = self.queue.sent(actor.ticket)
-            walk = None
+            trajectory = None
             if fully_scored(episode) and episode.reward is not None:
                 observations = sent.observations if episode.observations is None else episode.observations
                 actions = sent.actions if episode.actions is None else episode.actions
-                walk = Walk(observations, actions, float(episode.reward[0]))
-            self.queue.put(actor.ticket, walk)
+                trajectory = Trajectory(observations, actions, float(episode.reward[0]))
+            self.queue.put(actor.ticket, trajectory)
 
     def _next(self) -> SequenceActor:
-        """Return the actor's walk through the simulated environment, with noise: eq. (1)."""
+        """Return the actor's trajectory in the simulated environment, with noise: eq. (1)."""
         budget = self.budgets[self.queue.asked % len(self.budgets)]
         sigma = self.config.noise * self.config.noise_decay ** max(self.queue.asked - self.config.warmup, 0)
 
@@ -113,15 +113,15 @@ class AmcDdpg:
             return truncated_normal(mean, sigma, self.rng)
 
         simulated = self.space.simulate(act, [budget])
-        walk = Walk(simulated.observations[0], simulated.sequences[0])
-        return SequenceActor(budget, walk.actions, self.queue.add(walk))
+        trajectory = Trajectory(simulated.observations[0], simulated.sequences[0])
+        return SequenceActor(budget, trajectory.actions, self.queue.add(trajectory))
 
-    def _learn(self, walk: Walk | None) -> None:
+    def _learn(self, trajectory: Trajectory | None) -> None:
         """Store the steps of an episode, None: it failed; then take one gradient step per layer."""
-        if walk is not None:
-            states = np.asarray(walk.observations, np.float32)
-            more, reward = np.arange(len(walk.actions)) < len(walk.actions) - 1, np.full(len(walk.actions), walk.reward)
-            self.replay += zip(states[:-1], walk.actions, reward, states[1:], more, strict=True)
+        if trajectory is not None:
+            states = np.asarray(trajectory.observations, np.float32)
+            more, reward = np.arange(len(trajectory.actions)) < len(trajectory.actions) - 1, np.full(len(trajectory.actions), trajectory.reward)
+            self.replay += zip(states[:-1], trajectory.actions, reward, states[1:], more, strict=True)
             self.replay = self.replay[-self.config.capacity :]
         if self.replay and self.queue.learned > self.config.warmup:
             for _ in range(self.space.num_steps):

@@ -12,9 +12,9 @@ public: its state, reward, networks and training cannot be reproduced, and this 
    on no preference, so the maximum only reaches them through the actor's rollouts.
 3. *Costs are never learned*. The critics predict top-1 alone; costs of a completion come from the simulated environment
    (`ActionSpace.simulate`), and so does their slope by the action in the actor's gradient, as a finite difference.
-4. *Completions are valued at their end*. The simulator walks to the last step anyway, and there the critics need no
+4. *Completions are valued at their end*. The simulator reaches the last step anyway, and there the critics need no
    bootstrapping: a complete sequence alone decides top-1, and the top-1 of evaluated sequences is known.
-5. *The sequence belongs to the state*: an observation alone does not tell what was done to earlier layers.
+5. *The sequence belongs to the state*: an observation alone does not contain the choices for earlier layers.
 6. *Hindsight*: an episode can be practiced under other preferences (HPR-CAPQL) and under every budget that would have executed
    the same actions, because raw reward components are stored. Switches as well, off for the same reason. gamma is 1 and only the
    last step has a reward.
@@ -125,7 +125,7 @@ class EnvelopeDdpg:
             self.queue.put(actor.ticket, self._memory(episode, choice) if fully_scored(episode) else None)
 
     def finish(self) -> None:
-        """Learn from all that was told, and give up what is out: for agents that only propose from now on."""
+        """Learn from all episodes that came back, and forget those that are out: for agents that only propose from now on."""
         with one_thread():
             for memory in self.queue.rest():
                 self._learn(memory)

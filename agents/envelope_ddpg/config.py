@@ -12,7 +12,7 @@ OWNER = "envelope DDPG"
 
 @dataclass(frozen=True)
 class EnvelopeDdpgConfig:
-    """Options. What no experiment has varied is a constant in the module that uses it.
+    """Options. What needs no tuning is a constant in the module that uses it.
 
     Attributes:
         preference: weights of the reward's components, "top1" first, that most episodes search for; None: top-1 alone.

@@ -176,7 +176,7 @@ def test_no_policy_is_asked_for_twice(toy):
 def test_a_used_up_space_repeats_itself_and_does_not_hang(one_choice):
     toy = one_choice
     agent = BeeColony(BeeColonyConfig(), toy, [Budget("loose", {"cost": 1.0})], np.random.default_rng(0))
-    assert {episode.policy.widths[0] for episode in toy.run(agent, 60)} == {1, 2, 3, 4, 5}
+    assert {episode.policy.widths[0] for episode in toy.run(agent, 30)} == {1, 2, 3, 4, 5}
 
 
 def test_the_regression_recovers_a_quadratic():

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -34,10 +36,12 @@ def make(space, budgets, **options):
     return ClrRnf(ClrRnfConfig(**options), space, budgets, np.random.default_rng(0))
 
 
-def test_scores_are_magnitudes_over_a_power_of_the_macs(toy):
-    plain, ranked = unit_scores(toy, 0.0), unit_scores(toy, 2.0)
+def test_scores_are_magnitudes_over_a_power_of_the_macs():
+    magnitudes = tuple(np.random.default_rng(0).random((6, 8)))
+    space = SimpleNamespace(unit_magnitudes=magnitudes, producer_macs=np.arange(1.0, 7.0))
+    plain, ranked = unit_scores(space, 0.0), unit_scores(space, 2.0)
     for index, (same, scores) in enumerate(zip(plain, ranked, strict=True)):
-        np.testing.assert_array_equal(same, toy.unit_magnitudes[index])
+        np.testing.assert_array_equal(same, magnitudes[index])
         np.testing.assert_allclose(scores * (index + 1) ** 2, same * 36)  # relative to the largest: 6
 
 

@@ -72,7 +72,7 @@ def test_asks_at_most_what_is_wanted_and_serves_every_budget(make, toy):
 
 def test_waits_only_for_episodes_that_are_out(make, toy):
     agent = make()
-    for _ in range(10):
+    for _ in range(4):
         actors = ask_all(agent)
         if not actors:
             assert agent.ask(1) == [], "used up for good"
