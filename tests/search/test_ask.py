@@ -1,10 +1,11 @@
-"""A finished search answers questions that it was never asked."""
+"""The agent of a finished search is queried for budgets and preferences that the search did not have."""
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from secateur.envs.core import InputError
+from secateur.search import ask as module
 from secateur.search.ask import ask
 from secateur.search.cli import app
 from secateur.search.config import parse_config
@@ -40,6 +41,22 @@ def run(tmp_path_factory):
     return a_run(tmp_path_factory.mktemp("runs"), "envelope_ddpg", SMALL)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def problems_are_built_once():
+    """Every query builds the problem of its run, which is always the same."""
+    built, build = {}, module.build_problem
+
+    def once(config, *rest):
+        key = config.model_dump_json()
+        if key not in built:
+            built[key] = build(config, *rest)
+        return built[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "build_problem", once)
+        yield
+
+
 def test_answers_fit_a_new_budget_and_are_measured(run):
     reply = ask(run, "macs <= 37%, weight_bytes <= 60%", evaluations=2)
     space = reply.problem.space
@@ -48,7 +65,7 @@ def test_answers_fit_a_new_budget_and_are_measured(run):
         assert answer.evaluation.costs["macs"] <= 0.37 * space.dense_costs["macs"]
         assert answer.evaluation.costs["weight_bytes"] <= 0.6 * space.dense_costs["weight_bytes"]
         assert answer.evaluation.images == 200
-    assert reply.answers[0].evaluation.top1 >= reply.answers[1].evaluation.top1
+    assert reply.answers[0].utility >= reply.answers[1].utility
 
 
 def test_a_preference_for_few_macs_finds_fewer(run):
@@ -77,7 +94,7 @@ def test_weights_are_shares_and_top1_has_the_rest(run):
         ("macs<=50%", "top1=0", "some weight must be above 0"),
     ],
 )
-def test_wrong_questions_are_refused(run, budget, preference, message):
+def test_wrong_queries_are_refused(run, budget, preference, message):
     with pytest.raises(InputError, match=message):
         ask(run, budget, preference)
 

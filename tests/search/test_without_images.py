@@ -1,4 +1,6 @@
-"""`data.calibration: 0`: what needs no image runs without any, and what needs some says so."""
+"""`data.calibration: 0`: plug-ins that need no images run without any, and those that need some are named."""
+
+from functools import cache
 
 import pytest
 
@@ -17,9 +19,14 @@ VALUES = {
 }
 
 
+@cache
+def model_and_graph():
+    """Return data, model and graph, which no change of the plug-ins changes."""
+    return build_model_and_graph(parse_config(VALUES, "test.yaml"), lambda text: None)
+
+
 def assemblers(**changes):
-    config = parse_config({**VALUES, **changes}, "test.yaml")
-    return build_assemblers(config, *build_model_and_graph(config, lambda text: None))
+    return build_assemblers(parse_config({**VALUES, **changes}, "test.yaml"), *model_and_graph())
 
 
 def test_no_calibration_images_are_loaded():
