@@ -98,7 +98,7 @@ def test_shipped_devices_are_found_from_anywhere(tmp_path, monkeypatch):
     ("values", "sentence"),
     [
         ([1], "d.json is no device file: it has no `schema`."),
-        ({**ANALYTIC, "schema": 2}, "d.json has schema 2; this version reads schema 1. Profile the device anew."),
+        ({**ANALYTIC, "schema": 2}, "d.json has schema 2; this version reads schema 1. Profile the device again."),
         ({**ANALYTIC, "speed": 1}, "d.json: speed: unknown key."),
         (
             {**ANALYTIC, "roofline": {**ANALYTIC["roofline"], "peak": 1}},
