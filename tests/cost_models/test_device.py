@@ -108,11 +108,11 @@ def test_shipped_devices_are_found_from_anywhere(tmp_path, monkeypatch):
         (without(ANALYTIC, "name"), "d.json: name: is missing."),
         ({**ANALYTIC, "kind": "guessed"}, "d.json: kind: input should be 'measured' or 'analytic'."),
         (without(ANALYTIC, "roofline"), "d.json: an analytic device needs a `roofline`, or `energy` figures."),
-        (without(MEASURED, "table"), "d.json: a measured device needs a `table`; `secateur profile` writes one."),
+        (without(MEASURED, "table"), "d.json: a measured device needs a `table`; profiling the device writes one."),
         ({**MEASURED, "kind": "analytic"}, "d.json: an analytic device has no `table`: write `kind: measured`."),
         ({**MEASURED, "float_precision": "float16"}, "d.json: `table.float_precision` is float32, but that of the device is"),
         ({**ANALYTIC, "integer_bits": [64]}, "d.json: `integer_bits` must be in [2, 31], but got 64."),
-        ({**ANALYTIC, "integer_bits": [4, 8]}, "d.json: `roofline.macs_per_second` has no figure for int4, which"),
+        ({**ANALYTIC, "integer_bits": [4, 8]}, "d.json: `roofline.macs_per_second` has no figure for int4, in which"),
         ({**ANALYTIC, "energy": {"mac_pj": {"int8": 1}, "byte_pj": 1}}, "d.json: `energy.mac_pj` has no figure for float32"),
         (
             {**ANALYTIC, "roofline": {**ANALYTIC["roofline"], "bytes_per_second": 0}},
@@ -135,5 +135,5 @@ def test_a_truncated_file_is_damaged(tmp_path):
 
 
 def test_a_missing_file_names_the_shipped_ones(tmp_path):
-    with pytest.raises(InputError, match=r"no such device file.*secateur profile.*configs/devices/h200\.json"):
+    with pytest.raises(InputError, match=r"no such device file.*secateur.profile.*configs/devices/h200\.json"):
         read_device(tmp_path / "none.json")
