@@ -1,6 +1,6 @@
-"""Costs of a compressed network; a new model is one file and one line in `COST_MODELS`.
+"""Cost models of compressed networks; a new model is one file and one line in `COST_MODELS`.
 
-What depends on a device (latency, energy) comes with the device's file: `secateur.cost_models.device`.
+Costs that depend on a device (latency, energy) are in `secateur.cost_models.device`.
 """
 
 from __future__ import annotations
@@ -16,4 +16,4 @@ COST_MODELS: dict[str, type[CostModel]] = {
     "weight_bytes": WeightBytes,
     "peak_activation_bytes": PeakActivationBytes,
 }
-"""Every cost model that holds on all devices, by name; each is made without arguments."""
+"""{name: class} of the cost models that do not depend on a device; all are made without arguments."""

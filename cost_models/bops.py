@@ -1,4 +1,4 @@
-"""Bit operations: arithmetic weighted with the precision it is done in."""
+"""Bit operations: multiply-accumulates weighted by the bits of both operands."""
 
 from __future__ import annotations
 
@@ -25,5 +25,5 @@ class Bops:
         return bops
 
     def total(self, shapes: LayerShapes) -> np.ndarray:
-        """Return the bit operations of each network, (population,); products without weights stay in float32."""
+        """Return the bit operations of each network, (population,); products without weights are in float32."""
         return self.per_layer(shapes).sum(axis=1) + shapes.geometry.fixed_macs * FLOAT_BITS**2

@@ -1,7 +1,7 @@
-"""What a network costs: the shapes of a population of compressed networks, and what a cost model is.
+"""The interface of cost models, and their input: the shapes of a population of compressed networks.
 
-Everything here is numpy; one row is one policy. A cost model never sees a tensor or a torch module, so the wall, the
-solvers and the agents can ask for the costs of thousands of policies per second.
+All arrays are numpy arrays; one row is one policy. Cost models use no tensors and no torch modules, so the feasibility
+projection, the solvers and the agents can compute the costs of thousands of policies per second.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 FLOAT_BITS = 32
-"""The bit-width of a tensor that is left alone."""
+"""The bit-width of a tensor that is not quantized."""
 
 
 class InputError(ValueError):
@@ -73,16 +73,13 @@ class Range:
 
 
 Count = Annotated[int, Range(least=1)]
-"""The type of a field that counts something: 1, 2, 3 and so on."""
+"""The type of an integer field that must be at least 1."""
 
 Positive = Annotated[float, Range(above=0)]
 """The type of a field that must be above 0."""
 
 NonNegative = Annotated[float, Range(least=0)]
 """The type of a field that must be 0 or more."""
-
-Share = Annotated[float, Range(least=0, most=1)]
-"""The type of a field that is a share of a whole."""
 
 
 def check_fields(config: object, owner: str = "") -> None:
@@ -133,8 +130,8 @@ class LayerShape:
         stride: (height, width).
         out_hw: spatial size of one output; (tokens, 1) for a linear layer applied to tokens.
         conv_groups: the convolution's own groups.
-        calls: how often one forward pass runs the layer.
-        has_bias: whether it owns a bias vector.
+        calls: number of calls of the layer in one forward pass.
+        has_bias: whether it has a bias vector.
         quantizable: whether weight and activation bit-widths can be chosen for it.
     """
 
@@ -152,34 +149,34 @@ class LayerShape:
 
     @property
     def depthwise(self) -> bool:
-        """Whether each input channel has a convolution of its own, so that pruning a channel removes a conv group."""
+        """Whether each input channel has its own convolution; removing a channel then removes a conv group."""
         return self.conv_groups > 1 and self.conv_groups == self.in_channels
 
     @property
     def macs_per_weight(self) -> int:
-        """Multiply-accumulates that each weight takes part in, per image."""
+        """Multiply-accumulates per weight and image."""
         return self.out_hw[0] * self.out_hw[1] * self.calls
 
 
 @dataclass(frozen=True)
 class NetworkGeometry:
-    """How the widths of the coupled groups fix every shape of the network: all of them are affine in the widths.
+    """All shapes of the network as functions of the widths of the coupled groups; all functions are affine.
 
     With L layers, G groups, B buffers (activations that hold memory) and S execution steps:
 
     Attributes:
         layers: the dense layers, in execution order.
         group_names: (G,) names.
-        group_units: (G,) dense number of prunable units per group, integer.
+        group_units: (G,) number of prunable units per dense group, integer.
         in_fixed, in_per_unit: (L,), (G, L); in_channels = in_fixed + widths @ in_per_unit.
         out_fixed, out_per_unit: (L,), (G, L), likewise for out_channels.
-        other_fixed, other_per_unit: scalar, (G,); parameters that are no weight or bias of a layer (norms, embeddings).
+        other_fixed, other_per_unit: scalar, (G,); parameters that are not weights or biases of a layer (norms, embeddings).
         fixed_macs: multiply-accumulates of products without weights (attention); their operands are never pruned.
         buffer_fixed, buffer_per_unit: (B,), (G, B); elements of each buffer, per image.
-        buffer_readers: (B,) tuples of layer indices. A buffer that only quantized layers read is stored at the largest of
-            their activation bits; an empty tuple means that something else reads it too: it stays in float32.
-        live: (S, B) bool; which buffers hold memory while a step runs (its inputs, its outputs, whatever is needed later).
-        step_layer: (S,) index of the layer that the step runs, -1 for other operators.
+        buffer_readers: (B,) tuples of layer indices. If only quantized layers read a buffer, it is stored with the largest of
+            their activation bits; an empty tuple means that other operators read it too, and it is stored in float32.
+        live: (S, B) bool; whether a buffer holds memory while a step runs (its inputs, its outputs, values for later steps).
+        step_layer: (S,) index of the step's layer, -1 for other operators.
     """
 
     layers: tuple[LayerShape, ...]
@@ -232,7 +229,7 @@ class NetworkGeometry:
             widths: kept units per group, (population, G); default: one dense network.
             weight_bits, activation_bits: (population, L) in 1..32; default: 32 everywhere.
         Raises:
-            ValueError: if the sizes disagree.
+            ValueError: if the sizes are inconsistent.
         """
         kept = np.atleast_2d(self.group_units if widths is None else np.asarray(widths))
         full = (len(kept), len(self.layers))
@@ -271,7 +268,7 @@ class LayerShapes:
     def weights(self) -> np.ndarray:
         """Elements of each layer's weight tensor, (population, L) float."""
         geometry = self.geometry
-        # A depthwise convolution loses one conv group with each channel; any other keeps its number of groups.
+        # A depthwise convolution loses one conv group with each channel; other convolutions keep their number of groups.
         fan_in = np.where(geometry.depthwise, 1.0, self.in_channels / geometry.conv_groups)
         return fan_in * self.out_channels * geometry.kernel_area
 
@@ -295,7 +292,7 @@ class LayerShapes:
 
 
 class CostModel(Protocol):
-    """One cost of a network, smaller is better. Models are small frozen objects; what they need comes with the shapes."""
+    """One cost of a network; smaller is better. Cost models are small frozen objects; the shapes are their only input."""
 
     @property
     def name(self) -> str:

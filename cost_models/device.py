@@ -1,4 +1,4 @@
-"""Device files: how fast a device is, measured or from data sheets, and the cost models that follow."""
+"""Device files: speed and energy of a device, measured or from data sheets, and their cost models."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ __all__ = ["DEVICE_COSTS", "SHIPPED", "Device", "executed_precision", "parse_dev
 
 SCHEMA = 1
 DEVICE_COSTS = ("latency_ms", "energy_mj")
-"""Every cost that some device has."""
+"""All costs that depend on a device."""
 
 SHIPPED = Path(__file__).resolve().parents[1] / "configs" / "devices"
 """The analytic devices that are installed with the package."""
 
 
 FloatPrecision = Literal["float32", "float16", "bfloat16"]
-"""Number format of layers that are not in integers."""
+"""Number format of layers that are not executed in integers."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """What is known of a device.
+    """The description of a device.
 
     Attributes:
         schema: version of the format.
         name: e.g. "Jetson Xavier NX, GPU, 15 W".
-        kind: "measured": `table` was measured on it; "analytic": figures of data sheets.
-        sources: where the figures come from, with the arithmetic that leads to them.
-        machine: what it was measured on: processor, cores, system; empty if analytic.
-        float_precision: how layers that are not integer are executed.
-        integer_bits: widths that it has integer kernels for.
+        kind: "measured": `table` was measured on the device; "analytic": the figures are from data sheets.
+        sources: sources of the figures, with the calculations.
+        machine: processor, cores and system of the measured machine; empty if analytic.
+        float_precision: precision of layers that are not executed in integers.
+        integer_bits: bit-widths of its integer kernels.
         table: measured latencies; None if analytic.
-        roofline: peak rates; None if measured, or if only energy is known.
-        energy: energy figures, if there are any.
+        roofline: peak rates; None if measured, or if only energy figures exist.
+        energy: energy figures; None if there are none.
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}  # also for the dataclasses within
@@ -80,16 +80,16 @@ class Device:
         for place, rates in figures.items():
             missing = [name for name in self.precisions if rates is not None and name not in rates]
             if missing:
-                raise InputError(f"`{place}` has no figure for {missing[0]}, which the device executes layers in")
+                raise InputError(f"`{place}` has no figure for {missing[0]}, in which the device executes layers")
 
     @property
     def precisions(self) -> tuple[str, ...]:
-        """What its layers are executed in, e.g. ("int8", "float32")."""
+        """The precisions in which it executes layers, e.g. ("int8", "float32")."""
         return tuple(precision_name(bits, self.float_precision) for bits in (*self.integer_bits, FLOAT_BITS))
 
     @property
     def label(self) -> str:
-        """Where its latencies come from, in a few words."""
+        """The source of its latencies, in a few words."""
         if self.table is None:
             return f"analytic: {self.name}"
         threads = f"{self.table.threads} thread{'s' * (self.table.threads != 1)}"
@@ -97,7 +97,7 @@ class Device:
         return f"measured on {processor}, {self.table.runtime} {self.table.runtime_version}, {threads}"
 
     def cost_models(self) -> dict[str, CostModel]:
-        """Return {cost: model} of what the device knows: `latency_ms`, `energy_mj` or both."""
+        """Return {cost: model} of the device: `latency_ms`, `energy_mj` or both."""
         traffic = Traffic(self.float_precision, self.integer_bits)
         models: dict[str, CostModel] = {}
         if self.table is not None:
@@ -119,7 +119,7 @@ def read_device(path: str | Path) -> Device:
     Args:
         path: relative to the working directory; if there is no such file, the shipped one of that name is read.
     Raises:
-        InputError: if there is no such file, or it is none of ours; one sentence with the file and the place in it.
+        InputError: if there is no such file, or it is no device file; one sentence with the file and the place in it.
     """
     file = _find(Path(path).expanduser())
     try:
@@ -153,13 +153,13 @@ def parse_device(values: Any, source: str) -> Device:
     Raises:
         InputError: one sentence.
     """
-    # Imported late: everything else here is numpy, and costs nothing to import.
+    # Imported here, because pydantic is slow to import and not needed otherwise.
     from pydantic import TypeAdapter, ValidationError
 
     if not isinstance(values, Mapping) or "schema" not in values:
         raise InputError(f"{source} is no device file: it has no `schema`.")
     if values["schema"] != SCHEMA:
-        raise InputError(f"{source} has schema {values['schema']}; this version reads schema {SCHEMA}. Profile the device anew.")
+        raise InputError(f"{source} has schema {values['schema']}; this version reads schema {SCHEMA}. Profile the device again.")
     try:
         return TypeAdapter(Device).validate_python(values)
     except ValidationError as errors:

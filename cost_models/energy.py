@@ -1,4 +1,4 @@
-"""Energy by counting: what every multiply-accumulate and every byte takes."""
+"""Energy from counts: picojoules per multiply-accumulate and per byte."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Energy:
     """Energy figures of a device.
 
     Attributes:
-        mac_pj: {precision: picojoules per multiply-accumulate}; "float32", "int8" and so on.
+        mac_pj: {precision: picojoules per multiply-accumulate}, for "float32", "int8" and so on.
         byte_pj: picojoules per byte that is read from or written to memory.
     """
 
@@ -30,11 +30,11 @@ class Energy:
 
 @dataclass(frozen=True)
 class CountedEnergy:
-    """Millijoules per image: arithmetic plus memory traffic. What the device takes while it idles is not in it.
+    """Millijoules per image: arithmetic plus memory traffic, without the device's idle power.
 
     Attributes:
-        energy: the figures.
-        traffic: the bytes moved, and the precisions.
+        energy: energy figures of the device.
+        traffic: model of the bytes that are moved, with the precisions of the device.
     """
 
     name: ClassVar[str] = "energy_mj"
@@ -51,7 +51,7 @@ class CountedEnergy:
         return 1e-9 * picojoules
 
     def total(self, shapes: LayerShapes) -> np.ndarray:
-        """Return the millijoules of each network, (population,): its layers', its other steps' and its products'."""
+        """Return the millijoules of each network, (population,): layers, other steps, and products without weights."""
         moved, _ = self.traffic.other_steps(shapes)
         products = shapes.geometry.fixed_macs * self.energy.mac_pj[self.traffic.float_precision]
         return self.per_layer(shapes).sum(axis=1) + 1e-9 * (moved * self.energy.byte_pj + products)

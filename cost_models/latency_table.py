@@ -1,8 +1,9 @@
-"""Measured latency: a table of layer times, and the correction that turns their sum into the time of a whole network.
+"""Measured latency: a table of layer times, and a correction from the sum of layer times to the time of a whole network.
 
-`secateur profile` (search/profiling/profiler.py) measures the tables; here they are only read. Time is no smooth function of
-channel counts: kernels work on blocks of channels, and counts that are no multiple of some number get another, slower
-kernel. So each axis of a table knows the staircase that a fine scan has shown (`Axis`), and a wider layer may be faster.
+`secateur profile` (search/profiling/profiler.py) measures the tables; this module only reads them. Time is not a smooth
+function of channel counts: kernels process blocks of channels, and a channel count that is not a multiple of the block size
+gets another, slower kernel. Each axis of a table therefore has the staircase of a fine scan (`Axis`), and a wider layer may be
+faster.
 """
 
 from __future__ import annotations
@@ -19,40 +20,39 @@ from secateur.cost_models.precision import FLOAT_WIDTHS, executed_precision, pre
 from secateur.cost_models.traffic import Traffic
 
 LEAST_SHARE = 0.1
-"""What a correction leaves of the time of a layer, at least."""
+"""A corrected layer time is at least this share of the measured time."""
 
 WORTHWHILE = 1.1
-"""A kernel is worth a channel multiple if one channel less takes this many times as long."""
+"""A multiple of channels is recommended if one channel less takes at least this many times as long."""
 
 WORTH_MIXING = 0.8
-"""An execution that changes between integers and floats is chosen if its predicted time is below this share of both executions
-without such a choice. Predictions of mixed networks were measured to be 8 to 33 % off, those of others 2 to 5 %."""
+"""Layers of one network are mixed between integers and floats only if the predicted time is below this share of the times of
+both other choices. The measured error of predictions is 8 to 33 % for mixed networks and 2 to 5 % for others."""
 
 LayerKey = tuple[str, tuple[int, int], tuple[int, int], tuple[int, int], int]
-"""What layers have in common whose times differ by channel counts only: kind, kernel, stride, out_hw, conv groups (0:
-depthwise, one per channel)."""
+"""Kind, kernel, stride, out_hw and conv groups (0: depthwise): layers with equal keys differ only in their channel counts."""
 
 
 def _pair(size: Sequence[int]) -> tuple[int, int]:
-    height, width = size  # lists, where the table comes from JSON
+    height, width = size  # a list if the table comes from JSON
     return height, width
 
 
 def layer_key(layer: LayerShape) -> LayerKey:
-    """Return the key of the grid that a layer's times are in."""
+    """Return the key of the grid with a layer's times."""
     groups = 0 if layer.depthwise else layer.conv_groups
     return layer.kind, _pair(layer.kernel), _pair(layer.stride), _pair(layer.out_hw), groups
 
 
 def layer_family(kind: str, kernel: tuple[int, int], conv_groups: int) -> str:
-    """Return what shares one staircase and one factor: "depthwise", "linear", "pointwise" or "conv"."""
+    """Return the family of a layer, "depthwise", "linear", "pointwise" or "conv"; each has one staircase and one factor."""
     if conv_groups == 0:
         return "depthwise"
     return "pointwise" if kind == "conv" and tuple(kernel) == (1, 1) else kind
 
 
 def weight_bytes(bits: int, float_precision: str) -> float:
-    """Return the bytes of one weight as it is executed; `bits` as in `executed_precision`."""
+    """Return the bytes of one weight during execution; `bits` as in `executed_precision`."""
     return FLOAT_WIDTHS[float_precision] / 8 if bits == FLOAT_BITS else bits / 8
 
 
@@ -61,10 +61,10 @@ class Axis:
     """The channel counts at which one axis of a grid was measured.
 
     Attributes:
-        counts: ascending.
-        multiples: descending, e.g. (16, 8): multiples of the first have a kernel of their own, then those of the second, and
-            so on; times are interpolated among counts of one kind.
-        step: of the first kind, counts from `step` on cost as much as the next multiple of `step`.
+        counts: channel counts in ascending order.
+        multiples: in descending order, e.g. (16, 8). Multiples of the first number have their own kernel, then multiples of the
+            second number, and so on; times are interpolated between counts with the same kernel.
+        step: for the first kernel, counts of at least `step` take as long as the next multiple of `step`.
     """
 
     counts: tuple[int, ...]
@@ -72,7 +72,7 @@ class Axis:
     step: int = 1
 
     def coordinates(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return for each count 0..max: the indices of two entries of `counts`, and the weight of the second in [0, 1]."""
+        """Return for each count 0..max the indices of two entries of `counts`, and the weight of the second in [0, 1]."""
         counts = np.arange(self.counts[-1] + 1)
         known = np.array(self.counts)
         kinds, known_kinds = count_kinds(counts, self.multiples), count_kinds(known, self.multiples)
@@ -93,7 +93,7 @@ class Axis:
 
 
 def count_kinds(counts: np.ndarray, multiples: tuple[int, ...]) -> np.ndarray:
-    """Return the index of the first of `multiples` that divides each count, their number if none does."""
+    """Return for each count the index of the first of `multiples` that divides it; len(multiples) if none does."""
     kinds = np.full(len(counts), len(multiples))
     for index in reversed(range(len(multiples))):
         kinds[counts % multiples[index] == 0] = index
@@ -107,11 +107,11 @@ class LayerGrid:
     Attributes:
         kind, kernel, stride, out_hw: as in `LayerShape`.
         conv_groups: 0 means depthwise, as in `LayerKey`.
-        precision: what it was executed in, e.g. "float32" or "int8".
+        precision: precision of the execution, e.g. "float32" or "int8".
         in_axis, out_axis: channel counts; a depthwise layer has the single count 1 in `out_axis`.
-        milliseconds: of the layer's kernel alone, one tuple per entry of `in_axis`, one number per entry of `out_axis`.
-        spread: likewise, (75 % quantile - 25 % quantile) / median over the repeats.
-        repeats: least number of timed runs per entry.
+        milliseconds: times of the layer's kernel; one tuple per entry of `in_axis`, one number per entry of `out_axis`.
+        spread: (75 % quantile - 25 % quantile) / median over the repeats, in the same shape.
+        repeats: smallest number of timed runs per entry.
     """
 
     kind: str
@@ -134,16 +134,16 @@ class LayerGrid:
 
     @property
     def key(self) -> LayerKey:
-        """What `layer_key` says of its layers."""
+        """The `layer_key` of its layers."""
         return self.kind, _pair(self.kernel), _pair(self.stride), _pair(self.out_hw), self.conv_groups
 
     @property
     def family(self) -> str:
-        """What `layer_family` says of its layers."""
+        """The `layer_family` of its layers."""
         return layer_family(self.kind, self.kernel, self.conv_groups)
 
     def covers(self, in_channels: int, out_channels: int) -> bool:
-        """Whether a layer of this dense size, and what pruning leaves of it, is within the grid."""
+        """Return whether the grid covers a layer of this dense size and all of its pruned sizes."""
         wanted = [(self.in_axis, in_channels)] + [(self.out_axis, out_channels)] * (self.conv_groups != 0)
         return all(count in axis.counts or (len(axis.counts) > 1 and count <= axis.counts[-1]) for axis, count in wanted)
 
@@ -153,13 +153,13 @@ class Staircase:
     """A fine scan over one channel count of one layer.
 
     Attributes:
-        family: which layers it is taken for, see `layer_family`.
-        axis: "in" or "out"; a depthwise layer has "in" only.
-        precision: what the layer was executed in.
-        layer: what was scanned, in words.
-        multiples, step: the staircase that explains the scan best, see `Axis`.
+        family: family of layers for which it is used, see `layer_family`.
+        axis: "in" or "out"; a depthwise layer has only "in".
+        precision: precision of the execution.
+        layer: description of the scanned layer.
+        multiples, step: the staircase with the best fit to the scan, see `Axis`.
         counts: the scanned channel counts.
-        milliseconds: the layer's time at each.
+        milliseconds: time of the layer for each count.
     """
 
     family: str
@@ -173,7 +173,7 @@ class Staircase:
 
     @property
     def worthwhile(self) -> tuple[int, ...]:
-        """Those of `multiples` that cost clearly less than the counts just below them."""
+        """Those of `multiples` that are clearly faster than the counts one below them."""
         times = dict(zip(self.counts, self.milliseconds, strict=True))
 
         def gain(multiple: int) -> float:
@@ -184,17 +184,17 @@ class Staircase:
 
 @dataclass(frozen=True)
 class Correction:
-    """What a whole network takes beyond its layers measured alone, for one precision, fitted to whole networks.
+    """The difference between whole networks and separately measured layers, for one precision; fitted to whole networks.
 
-    A layer takes factor x its time in the grid + per_layer + per_weight_megabyte x its weights; a network takes its layers
-    and per_megabyte x the traffic of all other steps.
+    The time of a layer is factor x its time in the grid + per_layer + per_weight_megabyte x its weights; the time of a network
+    is the sum over its layers + per_megabyte x the traffic of all other steps.
 
     Attributes:
-        precision: what the layers were executed in.
-        factors: by family; 1 if a family is missing.
-        per_layer: milliseconds for each call of a layer: dispatch of the operators around it, less what the profile of the
-            runtime had added to its time. It never takes more of a layer than `LEAST_SHARE` leaves.
-        per_weight_megabyte: milliseconds for each 10^6 bytes of weights, which come from farther away than in a small model.
+        precision: precision of the execution.
+        factors: {family: factor}; 1 for missing families.
+        per_layer: milliseconds for each call of a layer: dispatch of the operators around it, minus the overhead of the
+            runtime's profiler in the measured time. It can be negative; see `LEAST_SHARE`.
+        per_weight_megabyte: milliseconds for each 10^6 bytes of weights, which in a whole network are less often in a cache.
         per_megabyte: milliseconds for each 10^6 bytes that steps without a layer move (sums, pooling, reordering).
     """
 
@@ -207,14 +207,14 @@ class Correction:
 
 @dataclass(frozen=True)
 class WholeModelCheck:
-    """Predictions for random compressed versions that took no part in the fit, against their measured latency.
+    """Predicted and measured latencies of random compressed versions that were not used for the fit.
 
     Attributes:
-        precision: of all layers, or "mixed".
-        fitted: number of other versions that the correction was fitted to.
+        precision: precision of all layers, or "mixed".
+        fitted: number of other versions to which the correction was fitted.
         mean_error: mean of |predicted / measured - 1|.
-        uncorrected_error: the same for the plain sum of the layers' times.
-        rank_correlation: Spearman's, between predicted and measured.
+        uncorrected_error: the same for the sum of the layers' times without correction.
+        rank_correlation: Spearman correlation between predicted and measured latencies.
         predicted, measured: milliseconds of each version.
     """
 
@@ -229,20 +229,20 @@ class WholeModelCheck:
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Everything that was measured on one device with one runtime.
+    """All measurements on one device with one runtime.
 
     Attributes:
-        model: what was profiled, e.g. "torchvision:resnet18 at 3x224x224".
-        runtime, runtime_version: what executed the layers.
-        threads: of the runtime.
+        model: the profiled model, e.g. "torchvision:resnet18 at 3x224x224".
+        runtime, runtime_version: the runtime that executed the layers.
+        threads: threads of the runtime.
         batch: images per run; milliseconds are per run.
-        warm_up: runs that were not timed, per measurement.
-        float_precision: how layers are executed that are not integer.
+        warm_up: number of runs before each measurement that are not timed.
+        float_precision: precision of layers that are not executed in integers.
         grids: layer times.
-        staircases: the scans behind the axes of the grids.
+        staircases: scans from which the axes of the grids follow.
         corrections: one per precision.
-        checks: how far whole networks were from the predictions.
-        border: milliseconds for each 10^6 values that pass from one precision to another.
+        checks: comparisons of predicted and measured latencies of whole networks.
+        border: milliseconds for each 10^6 values that are converted from one precision to another.
     """
 
     model: str
@@ -260,7 +260,7 @@ class LatencyTable:
 
     @property
     def channel_multiple(self) -> int:
-        """The recommended `space.channel_multiple`: the largest multiple whose own kernel is worth it in some scan."""
+        """The recommended `space.channel_multiple`: the largest multiple that is clearly faster in any scan."""
         return max((multiple for stairs in self.staircases for multiple in stairs.worthwhile), default=1)
 
 
@@ -268,12 +268,12 @@ class LatencyTable:
 class TableLatency:
     """Milliseconds of one run, from a table.
 
-    A layer that has bits for integers is executed in them only if that makes the network faster; exports follow the same
-    choice (`executed`). A table has the times of the layers of the profiled model; other layers are an InputError.
+    A layer with integer bits is executed in integers only if this makes the network faster; exports use the same choice
+    (`executed`). A table has the times of the profiled model's layers; other layers are an InputError.
 
     Attributes:
         table: the measurements.
-        integer_bits: widths that the device has integer kernels for; all others run in the table's float precision.
+        integer_bits: bit-widths of the device's integer kernels; all other layers run in the table's float precision.
     """
 
     table: LatencyTable
@@ -281,10 +281,11 @@ class TableLatency:
     name: ClassVar[str] = "latency_ms"
 
     def executed(self, shapes: LayerShapes) -> np.ndarray:
-        """Return the bits that each layer is executed in, (population, L): the fastest of three choices for each network.
+        """Return the bits in which each layer is executed, (population, L): the fastest of three choices for each network.
 
-        All layers in the float precision; integers wherever the bits allow them; or layer by layer, if that is clearly faster
-        than the first two (`WORTH_MIXING`). Of equally fast choices the first is taken.
+        The choices are: all layers in the float precision; integers for all layers whose bits allow them; or the best precision
+        for each layer, if this is clearly faster than the first two choices (`WORTH_MIXING`). Of equally fast choices, the
+        first one is used.
 
         Raises:
             InputError: if a layer is not in the table.
@@ -304,18 +305,18 @@ class TableLatency:
         return choices[totals.argmin(axis=0), np.arange(len(shapes))]
 
     def per_layer(self, shapes: LayerShapes, executed: np.ndarray | None = None) -> np.ndarray:
-        """Return each layer's share in ms, (population, L): its kernel's time in a whole network, calls included.
+        """Return each layer's share in ms, (population, L): the time of its kernel in a whole network, for all calls.
 
         Args:
-            shapes: of the networks.
-            executed: bits that each layer is executed in, (population, L); default: the fastest choice.
+            shapes: shapes of the networks.
+            executed: bits in which each layer is executed, (population, L); default: the fastest choice.
         Raises:
             InputError: if a layer is not in the table.
         """
         return self._per_layer(shapes, self.executed(shapes) if executed is None else executed)
 
     def total(self, shapes: LayerShapes, executed: np.ndarray | None = None) -> np.ndarray:
-        """Return the latency of each network in ms, (population,): layers, steps between them, changes of precision.
+        """Return the latency of each network in ms, (population,): layers, other steps, and conversions between precisions.
 
         Arguments and errors as in `per_layer`.
         """
@@ -358,7 +359,7 @@ class TableLatency:
         return self.table.border * 1e-6 * shapes.in_channels * pixels
 
     def _grids_of(self, shapes: LayerShapes, bits: int, used: np.ndarray) -> Iterator[tuple[int, list[int]]]:
-        """Yield (index of a grid, the layers that it covers) for the layers `used` in a precision."""
+        """Yield (index of a grid, its layers) for the layers `used` that are executed in a precision."""
         found: dict[int, list[int]] = {}
         precision = precision_name(bits, self.table.float_precision)
         for index in used:
@@ -395,15 +396,16 @@ def _sum(times: np.ndarray, executed: np.ndarray, conversions: np.ndarray) -> np
 
 
 def _fastest_options(options: np.ndarray, times: np.ndarray, conversions: np.ndarray) -> np.ndarray:
-    """Return the bits of each layer for the least total time of its network, (population, L).
+    """Return the bits of each layer with the smallest total time of its network, (population, L).
 
     Dynamic programming over the layers in execution order (the recursion of the Viterbi algorithm): the best sum up to a layer
-    depends on the best sums up to the layer before, one for each of its options. Of equal sums the first option's is taken.
+    depends on the best sums up to the layer before, one for each of its options. Of equal sums, that of the first option is
+    used.
 
     Args:
         options: bits of each option, (options, population, L).
-        times: milliseconds of each layer in each option, likewise.
-        conversions: milliseconds of converting a layer's input from other bits, (population, L); images are floats.
+        times: milliseconds of each layer in each option, (options, population, L).
+        conversions: milliseconds for converting a layer's input from other bits, (population, L); images are floats.
     """
     best = times[:, :, 0] + conversions[:, 0] * (options[:, :, 0] != FLOAT_BITS)
     before = []
@@ -421,7 +423,7 @@ def _fastest_options(options: np.ndarray, times: np.ndarray, conversions: np.nda
 
 
 class _GridLookup:
-    """Interpolates in one grid."""
+    """Interpolation in one grid."""
 
     def __init__(self, grid: LayerGrid, correction: Correction):
         times = correction.factors.get(grid.family, 1.0) * np.array(grid.milliseconds)
@@ -429,7 +431,7 @@ class _GridLookup:
         self._in, self._out = grid.in_axis.coordinates(), grid.out_axis.coordinates()
 
     def __call__(self, ins: np.ndarray, outs: np.ndarray) -> np.ndarray:
-        """Return milliseconds at channel counts of any equal shape."""
+        """Return milliseconds for channel counts, in their shape."""
         low_in, high_in, weight_in = (part[ins] for part in self._in)
         if self._times.shape[1] == 1:
             column = self._times[:, 0]

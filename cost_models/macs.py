@@ -1,4 +1,4 @@
-"""Multiply-accumulates: how much arithmetic one image costs, whatever the precision."""
+"""Multiply-accumulates per image; they do not depend on the precision."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from secateur.cost_models.core import LayerShapes
 class Macs:
     """Multiply-accumulates per image of all layers and of the products without weights; FLOPs are twice as many.
 
-    Norms, activations, pooling and biases are not counted, as in the figures that papers and torchvision publish.
+    Norms, activations, pooling and biases are not counted, as in published figures of papers and torchvision.
     """
 
     name: ClassVar[str] = "macs"
@@ -24,5 +24,5 @@ class Macs:
         return shapes.weights * shapes.geometry.macs_per_weight
 
     def total(self, shapes: LayerShapes) -> np.ndarray:
-        """Return the multiply-accumulates of each network, (population,): the layers' and `fixed_macs`."""
+        """Return the multiply-accumulates of each network, (population,): those of the layers and `fixed_macs`."""
         return shapes.weights @ shapes.geometry.macs_per_weight + shapes.geometry.fixed_macs

@@ -1,4 +1,4 @@
-"""Memory: what the stored network occupies, and what its activations need while it runs."""
+"""Memory: the size of the stored network, and the memory of its activations during a forward pass."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from secateur.cost_models.core import FLOAT_BITS, LayerShapes
 
 FLOAT_BYTES = FLOAT_BITS // 8
 ROWS_AT_ONCE = 4096
+"""Number of policies whose live bytes are computed together."""
 
 
 @dataclass(frozen=True)
 class WeightBytes:
-    """Bytes of all parameters: weights at their bits, everything else in float32.
+    """Bytes of all parameters: weights with their bit-widths, all other parameters in float32.
 
-    A quantized layer adds one float32 scale per output channel; a dense float32 network has 4 bytes per parameter.
-    Codes are taken as packed: a 4-bit weight is half a byte.
+    A quantized layer has one additional float32 scale per output channel; a dense float32 network has 4 bytes per parameter.
+    Codes are packed: a 4-bit weight takes half a byte.
     """
 
     name: ClassVar[str] = "weight_bytes"
@@ -35,18 +36,18 @@ class WeightBytes:
         return weight_bytes
 
     def total(self, shapes: LayerShapes) -> np.ndarray:
-        """Return the bytes of each network, (population,): the layers' and those of norms and other parameters."""
+        """Return the bytes of each network, (population,): those of the layers, the norms and all other parameters."""
         return self.per_layer(shapes).sum(axis=1) + shapes.other_parameters * FLOAT_BYTES
 
 
 @dataclass(frozen=True)
 class PeakActivationBytes:
-    """Largest sum of the buffers that are alive together at some step, for one image. Not additive over layers."""
+    """Largest sum of all buffers that are live at the same step, for one image; it is not a sum over layers."""
 
     name: ClassVar[str] = "peak_activation_bytes"
 
     def per_layer(self, shapes: LayerShapes) -> np.ndarray:
-        """Return the bytes alive while each layer runs, (population, L): its worst call, 0 if it has no step."""
+        """Return the live bytes while each layer runs, (population, L): the maximum over its calls, 0 if it has no step."""
         step_layer = shapes.geometry.step_layer
         peaks = np.zeros((len(shapes), len(shapes.geometry.layers)))
         for rows, live_bytes in _live_bytes(shapes):
@@ -61,7 +62,7 @@ class PeakActivationBytes:
 
 
 def _live_bytes(shapes: LayerShapes) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yield (rows, bytes alive at every step, (rows, S)), part by part: all rows at once would be gigabytes."""
+    """Yield (rows, live bytes at every step, (rows, S)) in parts, because all rows together would need gigabytes."""
     live = shapes.geometry.live.T.astype(float)
     for start in range(0, max(len(shapes), 1), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)

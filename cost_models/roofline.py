@@ -1,4 +1,4 @@
-"""Analytic latency: a layer takes as long as its arithmetic or its memory traffic, whichever is slower.
+"""Analytic latency: the time of a layer is the time of its arithmetic or of its memory traffic, whichever is longer.
 
 Source: Williams, Waterman and Patterson 2009, "Roofline", doi:10.1145/1498765.1498785.
 """
@@ -20,10 +20,10 @@ class Roofline:
     """Peak rates of a device.
 
     Attributes:
-        macs_per_second: {precision: multiply-accumulates per second}; "float32", "int8" and so on.
+        macs_per_second: {precision: multiply-accumulates per second}, for "float32", "int8" and so on.
         bytes_per_second: memory bandwidth.
-        layer_overhead_us: microseconds that every call of a layer takes on top.
-        step_overhead_us: the same for every other step that reads or writes memory (a sum, a pooling).
+        layer_overhead_us: additional microseconds for every call of a layer.
+        step_overhead_us: additional microseconds for every other step that reads or writes memory (a sum, a pooling).
     """
 
     macs_per_second: Annotated[dict[str, float], Range(above=0)]
@@ -37,15 +37,15 @@ class Roofline:
 
 @dataclass(frozen=True)
 class RooflineLatency:
-    """Milliseconds per image by peak rates: a lower bound where the overheads are zero, a ranking everywhere.
+    """Milliseconds per image from peak rates: a lower bound if the overheads are zero, and a ranking in any case.
 
-    Layers run one after the other, each in max(arithmetic, traffic) + overhead. Bytes are those of `Traffic`; no cache is
-    modelled, and no kernel's efficiency: depthwise layers, whose arithmetic no device gets near its peak, are bound by
-    their traffic here. Products without weights (attention) run at the peak of the float precision.
+    Layers run one after the other, each in max(arithmetic, traffic) + overhead. Bytes are those of `Traffic`. Caches and the
+    efficiency of kernels are not modeled: depthwise layers, whose arithmetic is far below the peak on all devices, are limited
+    by their traffic here. Products without weights (attention) run at the peak rate of the float precision.
 
     Attributes:
-        roofline: the rates.
-        traffic: the bytes moved, and the precisions.
+        roofline: peak rates of the device.
+        traffic: model of the bytes that are moved, with the precisions of the device.
     """
 
     name: ClassVar[str] = "latency_ms"
@@ -64,7 +64,7 @@ class RooflineLatency:
         return seconds
 
     def total(self, shapes: LayerShapes) -> np.ndarray:
-        """Return the milliseconds of each network, (population,): its layers', its other steps' and its products'."""
+        """Return the milliseconds of each network, (population,): layers, other steps, and products without weights."""
         moved, steps = self.traffic.other_steps(shapes)
         peak = self.roofline.macs_per_second[self.traffic.float_precision]
         seconds = moved / self.roofline.bytes_per_second + shapes.geometry.fixed_macs / peak

@@ -1,4 +1,4 @@
-"""How many bytes a network moves between memory and arithmetic units, by the precision that its layers are executed in."""
+"""Bytes that a network moves between memory and arithmetic units, for the precisions in which its layers are executed."""
 
 from __future__ import annotations
 
@@ -13,34 +13,35 @@ from secateur.cost_models.precision import FLOAT_WIDTHS, executed_precision, pre
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that are read and written for one image when nothing stays in a cache.
+    """Bytes that are read and written for one image without a cache.
 
-    A layer reads its weights and its input and writes its output, all at the width that it is executed in; each call reads
-    the weights again. The input's size is taken as the output's times the stride, which forgets borders without padding.
-    Other steps move what they finish reading and what they make; a sum written in place over one of its operands reads both
-    and writes one. Work in place on a single operand (activations, norms) is taken as fused into the step before.
+    A layer reads its weights and its input and writes its output, all with the bit-width of its execution; each call reads the
+    weights again. The size of the input is taken as the size of the output times the stride, which ignores borders without
+    padding. Other steps move the buffers that they read for the last time and the buffers that they write; a sum that is
+    written in place of one operand reads both operands and writes one. Operators that work in place on one operand
+    (activations, norms) are taken as fused with the step before.
 
     Attributes:
-        float_precision: a key of `FLOAT_WIDTHS`; how layers that are not integer are executed.
-        integer_bits: widths that the device has integer kernels for.
+        float_precision: a key of `FLOAT_WIDTHS`; the precision of layers that are not executed in integers.
+        integer_bits: bit-widths of the device's integer kernels.
     """
 
     float_precision: str
     integer_bits: tuple[int, ...]
 
     def executed(self, shapes: LayerShapes) -> np.ndarray:
-        """Return the bits that each layer is executed in, (population, L), as `executed_precision` says it."""
+        """Return the bits in which each layer is executed, (population, L); see `executed_precision`."""
         return executed_precision(shapes.weight_bits, shapes.activation_bits, self.integer_bits)
 
     def by_precision(self, executed: np.ndarray, figures: Mapping[str, float]) -> np.ndarray:
-        """Return the figure of each layer's precision, (population, L); `figures` has all precisions of the device."""
+        """Return the figure for each layer's precision, (population, L); `figures` has all precisions of the device."""
         by_bits = np.zeros(FLOAT_BITS + 1)
         for bits in (*self.integer_bits, FLOAT_BITS):
             by_bits[bits] = figures[precision_name(bits, self.float_precision)]
         return by_bits[executed]
 
     def layers(self, shapes: LayerShapes, executed: np.ndarray) -> np.ndarray:
-        """Return the bytes that each layer moves, (population, L); `executed` are its bits."""
+        """Return the bytes that each layer moves, (population, L); `executed`: bits in which each layer is executed."""
         layers = shapes.geometry.layers
         outputs = np.array([layer.out_hw[0] * layer.out_hw[1] for layer in layers], float)
         inputs = outputs * [layer.stride[0] * layer.stride[1] for layer in layers]
@@ -53,26 +54,27 @@ class Traffic:
         return moved
 
     def other_steps(self, shapes: LayerShapes) -> tuple[np.ndarray, int]:
-        """Return the bytes that all steps without a layer move, (population,), and how many steps those are."""
+        """Return the bytes that all steps without a layer move, (population,), and the number of these steps."""
         touches = _touches(shapes.geometry)
         times = touches.sum(axis=0)
         at = np.flatnonzero(times)
         elements = shapes.geometry.buffer_fixed[at] + shapes.widths @ shapes.geometry.buffer_per_unit[:, at]
-        # A buffer that a layer of integers reads alone may be narrower; what other steps touch, they mostly read as floats.
+        # Other steps mostly read floats; only a buffer that a single layer reads in integers may have fewer bits.
         return elements @ times[at] * (FLOAT_WIDTHS[self.float_precision] / 8), int((touches > 0).any(axis=1).sum())
 
 
 def _touches(geometry: NetworkGeometry) -> np.ndarray:
     """Return how often each step without a layer reads or writes each buffer, (steps, B).
 
-    `live` tells which buffers are there while a step runs: what is there for the first time it writes, what is there for
-    the last time it reads. A step that ends buffers and starts none has written over another operand of the same size.
+    `live` marks the buffers that hold memory while a step runs: the step writes the buffers that are live for the first time,
+    and reads those that are live for the last time. A step with last reads but without a new buffer overwrites another operand
+    of the same size.
     """
     live = geometry.live.astype(int)
     edge = np.zeros((1, live.shape[1]), int)
     starts = np.diff(live, axis=0, prepend=edge) > 0
     ends = np.diff(live, axis=0, append=edge) < 0
-    ends[-1] = False  # the outputs
+    ends[-1] = False  # the outputs of the network
     written = starts.astype(float)
     in_place = ~starts.any(axis=1, keepdims=True)
     return (written + ends * np.where(in_place, 3, 1))[geometry.step_layer < 0]

@@ -98,7 +98,7 @@ def test_shipped_devices_are_found_from_anywhere(tmp_path, monkeypatch):
     ("values", "sentence"),
     [
         ([1], "d.json is no device file: it has no `schema`."),
-        ({**ANALYTIC, "schema": 2}, "d.json has schema 2; this version reads schema 1. Profile the device anew."),
+        ({**ANALYTIC, "schema": 2}, "d.json has schema 2; this version reads schema 1. Profile the device again."),
         ({**ANALYTIC, "speed": 1}, "d.json: speed: unknown key."),
         (
             {**ANALYTIC, "roofline": {**ANALYTIC["roofline"], "peak": 1}},
@@ -112,7 +112,7 @@ def test_shipped_devices_are_found_from_anywhere(tmp_path, monkeypatch):
         ({**MEASURED, "kind": "analytic"}, "d.json: an analytic device has no `table`: write `kind: measured`."),
         ({**MEASURED, "float_precision": "float16"}, "d.json: `table.float_precision` is float32, but that of the device is"),
         ({**ANALYTIC, "integer_bits": [64]}, "d.json: `integer_bits` must be in [2, 31], but got 64."),
-        ({**ANALYTIC, "integer_bits": [4, 8]}, "d.json: `roofline.macs_per_second` has no figure for int4, which"),
+        ({**ANALYTIC, "integer_bits": [4, 8]}, "d.json: `roofline.macs_per_second` has no figure for int4, in which"),
         ({**ANALYTIC, "energy": {"mac_pj": {"int8": 1}, "byte_pj": 1}}, "d.json: `energy.mac_pj` has no figure for float32"),
         (
             {**ANALYTIC, "roofline": {**ANALYTIC["roofline"], "bytes_per_second": 0}},

@@ -8,12 +8,12 @@ from typing import Annotated, ClassVar, Literal
 
 import pytest
 
-from secateur.cost_models.core import Count, InputError, Positive, Range, Share, check_fields
+from secateur.cost_models.core import Count, InputError, Positive, Range, check_fields
 
 
 @dataclass(frozen=True)
 class Base:
-    share: Share = 0.5
+    share: Annotated[float, Range(least=0, most=1)] = 0.5
     free: float = math.inf
 
     def __post_init__(self) -> None:

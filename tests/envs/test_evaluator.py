@@ -23,13 +23,13 @@ class NoAssembler:
 
 
 class Scripted(Evaluator):
-    """The policy's first width says how many percent of the images it has right, the second what it costs."""
+    """The policy's first width says how many percent of the images it classifies correctly, the second what it costs."""
 
     ran = 0
 
     def network(self, policy):
-        right = torch.from_numpy(np.random.default_rng(7).random(IMAGES) < policy.widths[0] / 100)
-        answers = torch.where(right, LABELS, (LABELS + 1) % CLASSES)
+        correct = torch.from_numpy(np.random.default_rng(7).random(IMAGES) < policy.widths[0] / 100)
+        answers = torch.where(correct, LABELS, (LABELS + 1) % CLASSES)
 
         def network(images):
             self.ran += len(images)
@@ -52,14 +52,14 @@ def test_all_images_are_scored_whatever_their_order():
         found = raced.evaluate(policy(percent))
         assert found == replace(full.evaluate(policy(percent)), seconds=found.seconds)
         assert not found.stopped and found.images == IMAGES and found.top1 == pytest.approx(percent / 100, abs=0.02)
-        assert unpack(found.right, IMAGES).mean() == found.top1
+        assert unpack(found.correct, IMAGES).mean() == found.top1
 
 
 def test_what_is_clearly_worse_is_stopped_and_remembered():
     raced = evaluator(RACE)
     raced.evaluate(policy(90))
     before, found = raced.ran, raced.evaluate(policy(70))
-    assert found.stopped and found.images == raced.ran - before == IMAGES / 8 and found.right is None
+    assert found.stopped and found.images == raced.ran - before == IMAGES / 8 and found.correct is None
     assert found.top1 == pytest.approx(0.7, abs=0.06)
     assert raced.evaluate(policy(70)) is found
     assert not evaluator(None).evaluate(policy(70)).stopped
@@ -87,6 +87,6 @@ def test_one_batch_is_never_cut():
 
 def test_bits_travel_and_say_nothing_about_equality():
     found = evaluator(RACE).evaluate(policy(80))
-    assert pickle.loads(pickle.dumps(found)).right == found.right and len(found.right) == IMAGES / 8
-    assert replace(found, right=None) == found and "right" not in repr(found)
-    assert asdict(Evaluation(0.5, {}))["right"] is None
+    assert pickle.loads(pickle.dumps(found)).correct == found.correct and len(found.correct) == IMAGES / 8
+    assert replace(found, correct=None) == found and "correct" not in repr(found)
+    assert asdict(Evaluation(0.5, {}))["correct"] is None
