@@ -120,7 +120,8 @@ class AmcDdpg:
         """Store the steps of an episode, None: it failed; then take one gradient step per layer."""
         if trajectory is not None:
             states = np.asarray(trajectory.observations, np.float32)
-            more, reward = np.arange(len(trajectory.actions)) < len(trajectory.actions) - 1, np.full(len(trajectory.actions), trajectory.reward)
+            steps = len(trajectory.actions)
+            more, reward = np.arange(steps) < steps - 1, np.full(steps, trajectory.reward)
             self.replay += zip(states[:-1], trajectory.actions, reward, states[1:], more, strict=True)
             self.replay = self.replay[-self.config.capacity :]
         if self.replay and self.queue.learned > self.config.warmup:
