@@ -23,7 +23,7 @@ PRECISION_TOLERANCE = 0.002
 """bfloat16 is used only if it changes the dense model's top-1 by at most this."""
 
 BFLOAT16_VARIABLE = "SECATEUR_BFLOAT16"
-"""Environment variable that switches bfloat16 off (0) or on (1), whatever the processor has."""
+"""Environment variable that switches bfloat16 off (0) or on (1), for every processor."""
 
 
 @dataclass(frozen=True)

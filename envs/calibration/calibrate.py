@@ -76,7 +76,7 @@ def calibrate(model: nn.Module, graph: ModelGraph, images: Tensor, config: Calib
 
     Args:
         model: the dense network, in eval mode.
-        graph: its plan.
+        graph: structure of the dense network.
         images: calibration images, (N, C, H, W) float32 normalized.
         config: how the statistics are collected.
     Raises:

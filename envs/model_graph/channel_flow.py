@@ -24,6 +24,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from secateur.envs.model_graph.identities import Identities
+from secateur.envs.model_graph.shadows import Shadow, along, as_axis, concatenate, filled, first_entries, narrow
 from secateur.envs.model_graph.trace import (
     Trace,
     TracedLayer,
@@ -35,9 +36,6 @@ from secateur.envs.model_graph.trace import (
     schema_of,
     shape_of,
 )
-
-Shadow = tuple[Tensor, ...]
-"""Identities of one value: one tensor. For a parameter one tensor per axis: only its use shows which axis holds channels."""
 
 Result = Tensor | Shadow | list[Tensor] | list[Shadow]
 """The result of a rule: one shadow, or a list of them for operators with several results."""
@@ -71,14 +69,14 @@ class ChannelFlow:
         axes = [axis for axis, size in enumerate(shape) if size > 1]
         if not axes:
             return (torch.full(shape, self.identities.constant("a scalar")),)
-        return tuple(_along(self.identities.of(name, axis), axis, shape) for axis in axes)
+        return tuple(along(self.identities.of(name, axis), axis, shape) for axis in axes)
 
     def _constant(self, node: Node, origin: str) -> Shadow | list[Shadow]:
         entry = self.identities.constant(origin)
         value = node.meta.get("val")
         if isinstance(value, (tuple, list)):
-            return [(_filled(entry, x.shape),) for x in value]
-        return (_filled(entry, value.shape if isinstance(value, Tensor) else ()),)
+            return [(filled(entry, x.shape),) for x in value]
+        return (filled(entry, value.shape if isinstance(value, Tensor) else ()),)
 
     def _shadow(self, node: Node) -> Shadow:
         """Return the shadow of an operand with one result.
@@ -103,14 +101,14 @@ class ChannelFlow:
         if len(shadow) == 1:
             return shadow[0]
         self._freeze([node], "is used as a whole")
-        return _filled(self.identities.constant("a parameter that is used as a whole"), shadow[0].shape)
+        return filled(self.identities.constant("a parameter that is used as a whole"), shadow[0].shape)
 
     def _roots(self, ids: Tensor) -> Tensor:
         return torch.from_numpy(self.identities.find(ids.numpy()))
 
     def _compact(self, ids: Tensor) -> Tensor:
         """Return the representatives, with stride 0 along every axis on which they are equal."""
-        shape, ids = ids.shape, self._roots(_narrow(ids))
+        shape, ids = ids.shape, self._roots(narrow(ids))
         signs = torch.where(ids < 0, -1, ids)
         for axis in range(ids.dim()):
             if signs.size(axis) > 1 and bool((signs == signs.narrow(axis, 0, 1)).all()):
@@ -119,27 +117,27 @@ class ChannelFlow:
 
     def _channel_axes(self, ids: Tensor) -> list[int]:
         """Return the axes along which the entries belong to different classes."""
-        compact = _narrow(self._compact(ids))
+        compact = narrow(self._compact(ids))
         return [axis for axis, size in enumerate(compact.shape) if size > 1]
 
     def _freeze(self, nodes: Sequence[Node], reason: str) -> None:
         for node in nodes:
             for ids in pytree.tree_leaves(self._shadows(node)):
-                self.identities.freeze(_narrow(ids), reason)
+                self.identities.freeze(narrow(ids), reason)
 
     def _unify(self, ids: Tensor, axes: Sequence[int]) -> Tensor:
         """Merge all entries along these axes; return the shadow with size 1 on them."""
         for axis in axes:
             first = ids.narrow(axis, 0, 1)
-            rest = _narrow(ids)
+            rest = narrow(ids)
             if rest.size(axis) > 1:
-                self.identities.merge(_narrow(first).expand_as(rest).numpy(), rest.numpy())
+                self.identities.merge(narrow(first).expand_as(rest).numpy(), rest.numpy())
             ids = first
         return ids
 
     def _couple_parts(self, ids: Tensor, axis: int, parts: int) -> None:
         """Merge entry i of every equal part of an axis with entry i of the first part."""
-        ids = _narrow(ids)
+        ids = narrow(ids)
         if ids.size(axis) > 1:
             self._unify(ids.unflatten(axis, (parts, -1)), [axis])
 
@@ -195,7 +193,7 @@ class ChannelFlow:
                 ids.merge(ids.of(layer.bias, 0), outputs)
             elif isinstance(bias, tuple) and bias:
                 outputs = self._meet([(torch.from_numpy(outputs),), bias], outputs.shape)[0].numpy()
-        return _along(outputs, axis, shape_of(node))
+        return along(outputs, axis, shape_of(node))
 
     def _layer_outputs(self, layer: TracedLayer, channels: np.ndarray) -> np.ndarray:
         """Merge the positions on the weight's input axis with the channels that it reads; return its output channels."""
@@ -224,7 +222,7 @@ class ChannelFlow:
         """Merge the identities of operands that are broadcast against each other; return those of the result."""
         activations = [shadow[0] for shadow in operands if len(shadow) == 1]
         several = [shadow for shadow in operands if len(shadow) > 1]
-        carrying = [ids for ids in activations if bool((_narrow(ids) >= 0).any())]
+        carrying = [ids for ids in activations if bool((narrow(ids) >= 0).any())]
         if len(several) == 1 and not carrying:  # one parameter alone: a later operator combines it with channels
             return tuple(ids.expand(shape) for ids in several[0])
         activations += [self._matching_axis(shadow, carrying) for shadow in several]
@@ -236,11 +234,11 @@ class ChannelFlow:
             others = {axis for j, found in enumerate(axes) if j != i for axis in found}
             if broadcast & others:
                 # One entry is combined with many channels, so the result has no channel of its own for it.
-                self.identities.freeze(_narrow(ids), "is broadcast over other channels")
+                self.identities.freeze(narrow(ids), "is broadcast over other channels")
             else:
                 kept.append(ids.expand(shape))
         if not kept:
-            return (_filled(self.identities.constant("an outer product"), shape),)
+            return (filled(self.identities.constant("an outer product"), shape),)
         return (self._merge_entries(kept),)
 
     def _merge_entries(self, operands: Sequence[Tensor]) -> Tensor:
@@ -268,7 +266,7 @@ class ChannelFlow:
             for axis, other in itertools.product(self._channel_axes(ids), carrying):
                 position = axis - ids.dim() + other.dim()  # shapes are aligned at the last axis
                 if position in self._channel_axes(other):
-                    count = len(self._roots(_along_axis(other, position)).unique())
+                    count = len(self._roots(first_entries(other, position)).unique())
                     if count > most:
                         best, most = ids, count
         return best
@@ -279,7 +277,7 @@ class ChannelFlow:
         rank = len(shape_of(node))
         for name in ("weight", "bias", "running_mean", "running_var"):
             if given.get(name) is not None:
-                operands.append(tuple(_as_axis(ids, 1, rank) for ids in self._shadow(given[name])))
+                operands.append(tuple(as_axis(ids, 1, rank) for ids in self._shadow(given[name])))
         return self._meet(operands, shape_of(node))
 
     def _group_norm(self, node: Node) -> Shadow:
@@ -297,7 +295,7 @@ class ChannelFlow:
 
     def _prelu(self, node: Node) -> Shadow:
         x, weight = argument(node, 0), argument(node, 1)
-        slopes = tuple(_as_axis(ids, 1, len(shape_of(node))) for ids in self._shadow(weight))
+        slopes = tuple(as_axis(ids, 1, len(shape_of(node))) for ids in self._shadow(weight))
         return self._meet([self._shadow(x), slopes], shape_of(node))
 
     def _softmax(self, node: Node) -> Tensor:
@@ -341,8 +339,8 @@ class ChannelFlow:
             elif before < 0 or after < 0 or given.get("mode", "constant") != "constant":
                 raise ValueError(f"{op_name(node)} cuts or fills the channel axis.")
             elif before or after:
-                sides = [_filled(entry, [*x.shape[:axis], width, *x.shape[axis + 1 :]]) for width in (before, after)]
-                x = _concatenate([sides[0], x, sides[1]], axis)
+                sides = [filled(entry, [*x.shape[:axis], width, *x.shape[axis + 1 :]]) for width in (before, after)]
+                x = concatenate([sides[0], x, sides[1]], axis)
         return x
 
     def _cat(self, node: Node) -> Tensor:
@@ -364,7 +362,7 @@ class ChannelFlow:
         if any(set(self._channel_axes(ids)) - {axis} for ids in singles):
             # The axis is not the channels' axis: all operands must keep the same channels.
             self._merge_entries([self._unify(ids, [axis]) for ids in singles])
-        return _concatenate(singles, axis)
+        return concatenate(singles, axis)
 
     def _split(self, node: Node) -> list[Tensor]:
         given = arguments(node)
@@ -389,7 +387,7 @@ class ChannelFlow:
                 if given["step"] == 1 and part > 1:
                     self._couple_parts(ids, axis, size[axis] // part)
                 else:
-                    self.identities.freeze(_narrow(ids), f"{op_name(node)} picks channels at constant positions")
+                    self.identities.freeze(narrow(ids), f"{op_name(node)} picks channels at constant positions")
         return self._execute(node)
 
     def _pick(self, node: Node) -> Shadow | list[Tensor]:
@@ -398,7 +396,7 @@ class ChannelFlow:
             axes = given.get("dim", given.get("dims", 0))
             axes = axes if isinstance(axes, (list, tuple)) else [axes]
             if {axis % ids.dim() for axis in axes} & set(self._channel_axes(ids)):
-                self.identities.freeze(_narrow(ids), f"{op_name(node)} picks channels at constant positions")
+                self.identities.freeze(narrow(ids), f"{op_name(node)} picks channels at constant positions")
             elif op_name(node) in ("flip", "roll"):
                 return self._shadow(argument(node, 0))
         return self._execute(node)
@@ -431,46 +429,6 @@ class ChannelFlow:
         others = {x: self._shadow(x)[0] for x in rest}
         results = [run_with(node, {first: ids, **others}) for ids in self._shadow(first)]
         return list(results[0]) if isinstance(results[0], (tuple, list)) else tuple(results)
-
-
-def _filled(entry: int, shape: Sequence[int]) -> Tensor:
-    return torch.tensor(entry).expand(tuple(shape))
-
-
-def _along(ids: np.ndarray, axis: int, shape: Sequence[int]) -> Tensor:
-    """Return a shadow of this shape whose entries differ only along one axis."""
-    view = [1] * len(shape)
-    view[axis] = -1
-    return torch.from_numpy(np.ascontiguousarray(ids)).view(view).expand(tuple(shape))
-
-
-def _as_axis(ids: Tensor, axis: int, rank: int) -> Tensor:
-    return ids.reshape([-1 if d == axis else 1 for d in range(rank)])
-
-
-def _narrow(ids: Tensor) -> Tensor:
-    """Return the shadow with size 1 along the axes of stride 0."""
-    for axis in range(ids.dim()):
-        if ids.stride(axis) == 0 and ids.size(axis) > 1:
-            ids = ids.narrow(axis, 0, 1)
-    return ids
-
-
-def _along_axis(ids: Tensor, axis: int) -> Tensor:
-    for other in range(ids.dim()):
-        if other != axis:
-            ids = ids.narrow(other, 0, 1)
-    return ids.reshape(-1)
-
-
-def _concatenate(shadows: Sequence[Tensor], axis: int) -> Tensor:
-    """Return `torch.cat` of shadows; axes along which all of them are constant keep stride 0."""
-    shape = list(shadows[0].shape)
-    shape[axis] = sum(ids.size(axis) for ids in shadows)
-    for d in range(len(shape)):
-        if d != axis and all(ids.stride(d) == 0 for ids in shadows):
-            shadows = [ids.narrow(d, 0, 1) for ids in shadows]
-    return torch.cat(list(shadows), axis).expand(shape)
 
 
 def _is_movement(node: Node) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from secateur.cost_models.core import NetworkGeometry
 from secateur.envs.model_graph.channel_flow import ChannelFlow
 from secateur.envs.model_graph.plan import ChannelGroup
+from secateur.envs.model_graph.shadows import narrow
 from secateur.envs.model_graph.trace import (
     Trace,
     TracedLayer,
@@ -37,20 +38,9 @@ def network_geometry(trace: Trace, flow: ChannelFlow, groups: Sequence[ChannelGr
         group_of: (elements,) index of each union-find element's group; -1: no group.
     """
     multiplicity = {(s.tensor, s.axis, g): s.positions.shape[1] for g, group in enumerate(groups) for s in group.slices}
-    layers, counts = trace.layers, range(len(groups))
+    layers = trace.layers
     units = np.array([group.units for group in groups], dtype=np.int64)
-    out_per_unit = np.zeros((len(groups), len(layers)))
-    in_per_unit = np.zeros_like(out_per_unit)
-    for index, layer in enumerate(layers):
-        shape = layer.shape
-        for g in counts:
-            out = multiplicity.get((layer.weight, layer.out_axis, g), 0)
-            out_per_unit[g, index] = out
-            if shape.depthwise:
-                in_per_unit[g, index] = out * shape.in_channels / shape.out_channels
-            else:
-                conv_groups = 1 if layer.transposed else shape.conv_groups
-                in_per_unit[g, index] = multiplicity.get((layer.weight, layer.in_axis, g), 0) * conv_groups
+    in_per_unit, out_per_unit = _channels_per_unit(layers, multiplicity, len(groups))
     owned = {layer.weight for layer in layers} | {layer.bias for layer in layers}
     others = [name for name in sorted(trace.parameters) if name not in owned]
     other_per_unit = np.zeros(len(groups))
@@ -81,6 +71,31 @@ def network_geometry(trace: Trace, flow: ChannelFlow, groups: Sequence[ChannelGr
         live=live,
         step_layer=step_layer,
     )
+
+
+def _channels_per_unit(
+    layers: Sequence[TracedLayer], multiplicity: Mapping[tuple[str, int, int], int], groups: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the input and output channels of each layer per unit of each group, (groups, layers) each.
+
+    Args:
+        layers: the layers.
+        multiplicity: {(tensor, axis, group): positions per unit}.
+        groups: number of groups.
+    """
+    out_per_unit = np.zeros((groups, len(layers)))
+    in_per_unit = np.zeros_like(out_per_unit)
+    for index, layer in enumerate(layers):
+        shape = layer.shape
+        for g in range(groups):
+            out = multiplicity.get((layer.weight, layer.out_axis, g), 0)
+            out_per_unit[g, index] = out
+            if shape.depthwise:
+                in_per_unit[g, index] = out * shape.in_channels / shape.out_channels
+            else:
+                conv_groups = 1 if layer.transposed else shape.conv_groups
+                in_per_unit[g, index] = multiplicity.get((layer.weight, layer.in_axis, g), 0) * conv_groups
+    return in_per_unit, out_per_unit
 
 
 def _product_macs(node: Node) -> float:
@@ -286,10 +301,7 @@ def _elements(flow: ChannelFlow, buffer: _Buffer, group_of: np.ndarray, groups: 
     """Return the number of elements of a buffer that belong to each group, (groups,)."""
     found = flow.shadows[buffer.node]
     ids = (found[buffer.part] if isinstance(found, list) else found)[0]
-    for axis in range(ids.dim()):
-        if ids.stride(axis) == 0:
-            ids = ids.narrow(axis, 0, 1)
-    entries = ids.numpy().ravel()
+    entries = narrow(ids).numpy().ravel()
     owners = group_of[entries[entries >= 0]]
     counts = np.bincount(owners[owners >= 0], minlength=groups).astype(float)
     return counts * buffer.elements / max(entries.size, 1)

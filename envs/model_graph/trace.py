@@ -148,12 +148,12 @@ def argument(node: Node, index: int) -> Any:
     return node.args[index]
 
 
-# Pointwise operators that PyTorch does not tag as such, and copies of a tensor's shape.
 POINTWISE = frozenset(
     "hardswish log_sigmoid rsub dropout feature_dropout alpha_dropout native_dropout to _to_copy type_as clone "
     "contiguous alias detach zeros_like ones_like full_like empty_like rand_like randn_like fill zero bernoulli "
     "float_power".split()
 )
+"""Pointwise operators that PyTorch does not tag as pointwise, and operators that copy a tensor's shape."""
 
 
 def is_pointwise(node: Node) -> bool:

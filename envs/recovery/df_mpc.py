@@ -36,7 +36,7 @@ class DFMPCConfig:
     """Configuration of the compensation.
 
     Attributes:
-        statistics: how the statistics of the batch norm behind a quantized layer are estimated again. "moments": by
+        statistics: how the statistics of the batch norm after a quantized layer are estimated again. "moments": by
             envs/recovery/common/moments.py; "norms": the variance follows the squared norms of the filters, the mean is kept;
             "kept": mean and variance are kept.
         lambda1: weight of the offsets.

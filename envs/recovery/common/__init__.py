@@ -1,1 +1,1 @@
-"""What several recoveries share: moments without images, filters behind batch norms, values of a forward pass."""
+"""Code that several recoveries use: moments without images, filters and batch norms, values of a forward pass."""

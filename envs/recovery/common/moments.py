@@ -8,10 +8,10 @@ are propagated from there through the recorded operators (`ModelGraph.operations
     batch norm       correlations of its input times the signs of gamma, and its own means and variances                (3)
     sum              means and covariances are added; product: second moments are multiplied                            (4)
 
-with t standard normal, h_n the normalised Hermite polynomials, rho_ij the correlation of the Gaussians z_i and z_j.
+with t standard normal, h_n the normalized Hermite polynomials, rho_ij the correlation of the Gaussians z_i and z_j.
 
 Source: (1) is Mehler's formula; the means of rectified batch-norm outputs are those of Nagel et al. 2019 (data-free
-quantization), arXiv:1906.04721, section 4.2.1. The rest is ours.
+quantization), arXiv:1906.04721, section 4.2.1. The other equations are new.
 
 Approximations: all inputs of functions are Gaussian; operands of sums and products are independent; the correlation of
 neighboring pixels is equal in all channels; the image is white noise; pooling does not change the moments.

@@ -1,1 +1,1 @@
-"""What several importances share: the tensors of each unit, and how the consumers of a group read it."""
+"""Code that several importances use: the tensor entries of each unit, and the inputs of a group's consumers."""

@@ -1,1 +1,1 @@
-"""What several quantizers share: the grids of weights and of activations."""
+"""Code that several quantizers use: the grids of weights and of activations."""
