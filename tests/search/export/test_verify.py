@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from secateur.cost_models.device import Device
 from secateur.cost_models.latency_table import Axis, LatencyTable, LayerGrid, layer_key
-from secateur.envs.core import CompressionPolicy, InputError
+from secateur.envs.core import Budget, CompressionPolicy, InputError
 from secateur.search.build import build_problem
 from secateur.search.cli import app
 from secateur.search.config import parse_config
@@ -277,19 +277,19 @@ def _device(problem, slow_in_integers):
 
 
 def test_layers_that_are_faster_in_float_are_executed_so_and_predicted_so(tmp_path, problem, unmeasured):
-    device = _device(problem, slow_in_integers=("conv1", "conv3"))
-    policy = CompressionPolicy(tuple(group.units // 2 for group in problem.graph.groups), (8, 4, 8, 8, 32), (8, 8, 8, 32, 32))
+    device = _device(problem, slow_in_integers=("conv1", "conv2", "conv3"))
+    policy = CompressionPolicy(tuple(group.units // 2 for group in problem.graph.groups), (8, 4, 32, 8, 8), (8,) * 5)
     shapes = problem.graph.geometry.shapes(policy.widths, policy.weight_bits, policy.activation_bits)
     latency = float(device.cost_models()["latency_ms"].total(shapes)[0])
     validation, test = finalist_scores(problem, policy)
     validation = replace(validation, costs={**validation.costs, "latency_ms": latency})
     dense = replace(problem.dense, costs={**problem.dense.costs, "latency_ms": 5.0})
     profiled = replace(problem, config=problem.config.model_copy(update={"device": device}), dense=dense)
-    write_export(tmp_path / "phone", profiled, policy, problem.budgets[0], validation, test)
+    write_export(tmp_path / "phone", profiled, policy, Budget("wide", {"macs": 1e9}), validation, test)
     execution = read_export(tmp_path / "phone")["execution"]
-    expected = {"conv1": "float32", "conv2": "int8", "conv3": "float32", "conv4": "float32", "linear": "float32"}
+    expected = {"conv1": "float32", "conv2": "float32", "conv3": "float32", "conv4": "int8", "linear": "int8"}
     assert {layer["name"]: layer["executed"] for layer in execution} == expected
-    assert [layer["name"] for layer in execution if layer["kept_in_float"]] == ["conv1", "conv3"]
+    assert [layer["name"] for layer in execution if layer["kept_in_float"]] == ["conv1", "conv2"]
     assert execution[0]["note"].startswith("It runs in float32, which is faster on the device than 8-bit integers")
     found = verify(tmp_path / "phone")
     assert found.passed and next(cost for cost in found.costs if cost.name == "latency_ms").found == pytest.approx(latency)

@@ -39,17 +39,17 @@ def network():
 
 @pytest.fixture
 def measured(network, tmp_path, monkeypatch):
-    """The settings of all profiles that were made, which take no time here: every layer takes 1 ms."""
+    """The settings of all profiles that were made, which take no time here: layers have made-up times."""
     monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     made = []
 
     def measure(subject, output, runtime_name, config, note, advance, tell):
         note("layers")
-        axis, grids = Axis((1, 512)), {}
+        axis, grids, times = Axis((1, 512)), {}, ((0.01, 1.0), (1.0, 2.0))
         for layer in subject.graph.geometry.layers:
             for precision in config.precisions:
-                grids[layer_key(layer), precision] = LayerGrid(*layer_key(layer), precision, axis, axis, ((1.0, 1.0), (1.0, 1.0)))
+                grids[layer_key(layer), precision] = LayerGrid(*layer_key(layer), precision, axis, axis, times)
         table = LatencyTable("test", runtime_name, "1", config.threads, config.batch, 1, "float32", tuple(grids.values()))
         device = Device(1, "here", "measured", (), "float32", config.integer_bits, {"processor": "none"}, table)
         write_device(device, output)
@@ -81,14 +81,8 @@ def test_a_profile_is_made_once_for_a_model_and_settings(network, measured):
 
 def test_another_model_is_measured_for_itself(network, measured):
     resolved(network)
-    wider = (
-        synthetic_net(widths=(16, 16, 16))
-        if "widths" in synthetic_net.__code__.co_varnames
-        else torch.nn.Sequential(
-            torch.nn.Conv2d(3, 8, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 4)
-        )
-    )
-    resolved((wider.eval(), analyze(wider.eval(), (torch.zeros(1, 3, 8, 8),))))
+    wider = synthetic_net(width=12).eval()
+    resolved((wider, analyze(wider, (torch.zeros(1, 3, 8, 8),))))
     assert len(measured) == 2
 
 
@@ -136,7 +130,7 @@ def test_unknown_runtimes_and_unusable_folders_are_one_sentence(network, measure
         resolved(network, runtime="tensorrt")
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "file"))
-    with pytest.raises(InputError, match="profile of this machine cannot be kept in .*Set SECATEUR_CACHE"):
+    with pytest.raises(InputError, match="profile of this machine cannot be kept in .*Set another SECATEUR_CACHE"):
         resolved(network)
 
 
