@@ -34,6 +34,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,7 +76,7 @@ class AmcDdpg:
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), config.critic_rate, fused=True)
         self.baseline: float | None = None
         self.queue: EpisodeQueue[Trajectory, Trajectory] = EpisodeQueue(config.lookahead)
-        self.replay: list[tuple[np.ndarray, ...]] = []
+        self.replay: list[tuple[Any, ...]] = []
         """Transitions: state, action, reward, next state, whether there is a next step."""
 
     def ask(self, count: int) -> list[SequenceActor]:
@@ -119,10 +120,9 @@ class AmcDdpg:
     def _learn(self, trajectory: Trajectory | None) -> None:
         """Store the steps of an episode, None: it failed; then take one gradient step per layer."""
         if trajectory is not None:
-            states = np.asarray(trajectory.observations, np.float32)
-            steps = len(trajectory.actions)
-            more, reward = np.arange(steps) < steps - 1, np.full(steps, trajectory.reward)
-            self.replay += zip(states[:-1], trajectory.actions, reward, states[1:], more, strict=True)
+            states, steps = np.asarray(trajectory.observations, np.float32), len(trajectory.actions)
+            more = np.arange(steps) < steps - 1
+            self.replay += zip(states[:-1], trajectory.actions, [trajectory.reward] * steps, states[1:], more, strict=True)
             self.replay = self.replay[-self.config.capacity :]
         if self.replay and self.queue.learned > self.config.warmup:
             for _ in range(self.space.num_steps):
