@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from secateur.agents.core import check_range
-
-OWNER = "the agent `amc_ddpg`"
-"""How messages call the agent."""
+from secateur.agents.core import Rate
+from secateur.cost_models.core import Count, NonNegative, check_fields
 
 
 @dataclass(frozen=True)
@@ -28,21 +26,17 @@ class AmcDdpgConfig:
             before those, not on the speed or the number of the workers.
     """
 
-    warmup: int = 30
-    noise: float = 0.5
-    noise_decay: float = 0.95
-    hidden: int = 300
-    batch: int = 64
-    capacity: int = 2000
-    actor_rate: float = 1e-4
-    critic_rate: float = 1e-3
-    target_rate: float = 0.01
-    baseline_rate: float = 0.5
-    lookahead: int = 8
+    warmup: Count = 30
+    noise: NonNegative = 0.5
+    noise_decay: Rate = 0.95
+    hidden: Count = 300
+    batch: Count = 64
+    capacity: Count = 2000
+    actor_rate: Rate = 1e-4
+    critic_rate: Rate = 1e-3
+    target_rate: Rate = 0.01
+    baseline_rate: Rate = 0.5
+    lookahead: Count = 8
 
     def __post_init__(self) -> None:
-        for name in ("warmup", "hidden", "batch", "capacity", "lookahead"):
-            check_range(OWNER, name, getattr(self, name), 1)
-        check_range(OWNER, "noise", self.noise, 0)
-        for name in ("noise_decay", "actor_rate", "critic_rate", "target_rate", "baseline_rate"):
-            check_range(OWNER, name, getattr(self, name), 0, 1, above=True)
+        check_fields(self, "the agent `amc_ddpg`")

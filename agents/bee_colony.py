@@ -56,13 +56,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 
-from secateur.agents.core import SequenceActor, check_out, check_preference, check_range, scored, simplex
+from secateur.agents.core import Rate, SequenceActor, check_out, check_preference, scored, simplex
 from secateur.agents.pareto import violation
 from secateur.agents.per_budget import PerBudget
 from secateur.agents.random_search import random_sequence
+from secateur.cost_models.core import Count, NonNegative, Positive, Range, check_fields
 from secateur.envs.core import ActionSpace, Budget, CompressionPolicy, Episode
 
 OWNER = "the bee colony"
@@ -74,35 +76,31 @@ class BeeColonyConfig:
     """Options of the bee colony; defaults from 200 evaluations of a synthetic noisy task of ResNet-56's size.
 
     Attributes:
-        sources: per budget, at least 2; each has one employed bee and one onlooker, so that 200 evaluations are ten cycles.
+        sources: per budget; each has one employed bee and one onlooker, so that 200 evaluations are ten cycles.
         limit: failed tries after which a source is given up; two tries per cycle make that five cycles.
-        genes: largest share of the genes that one move changes, in (0, 1]; their number is uniform from 1 to that.
+        genes: largest share of the genes that one move changes; their number is uniform from 1 to that.
         guidance: largest psi, the weight of the best source; Zhu & Kwong take 1.5.
         shift: largest common step of all genes of a kind; a level or two. Unused with one kind of choice.
         pressure: 0 lets onlookers choose evenly, 1 linearly by rank; larger values prefer the best more.
         candidates: moves that a bee compares before it tries one; 1 switches the regression off.
-        ridge: penalty of the regression, above 0, in units of its number of features, which have variance 1.
+        ridge: penalty of the regression, in units of its number of features, which have variance 1.
         redraws: how often a policy that was chosen before is drawn again before it is handed out all the same.
         preference: weights of the reward's components, "top1" first; None: top-1 alone.
     """
 
-    sources: int = 10
-    limit: int = 10
-    genes: float = 1.0
-    guidance: float = 1.5
-    shift: float = 0.3
-    pressure: float = 2.0
-    candidates: int = 8
-    ridge: float = 0.3
-    redraws: int = 20
+    sources: Annotated[int, Range(least=2)] = 10
+    limit: Count = 10
+    genes: Rate = 1.0
+    guidance: NonNegative = 1.5
+    shift: NonNegative = 0.3
+    pressure: NonNegative = 2.0
+    candidates: Count = 8
+    ridge: Positive = 0.3
+    redraws: Annotated[int, Range(least=0)] = 20
     preference: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        least = {"sources": 2, "limit": 1, "guidance": 0, "shift": 0, "pressure": 0, "candidates": 1, "redraws": 0}
-        for name, value in least.items():
-            check_range(OWNER, name, getattr(self, name), value)
-        check_range(OWNER, "genes", self.genes, 0, 1, above=True)
-        check_range(OWNER, "ridge", self.ridge, 0, above=True)
+        check_fields(self, OWNER)
         if self.preference is not None:
             check_preference(OWNER, self.preference)
 

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from secateur.agents.core import check_range
 from secateur.agents.fixed import FixedPolicies
 from secateur.agents.uniform import uniform_family
+from secateur.cost_models.core import Count, NonNegative, check_fields
 from secateur.envs.core import ActionSpace, Budget
 
 
@@ -40,12 +40,11 @@ class ClrRnfConfig:
         splits: number of exponents that each kind of choice tries, as `exponents` of `uniform`.
     """
 
-    exponent: float = 0.5
-    splits: int = 7
+    exponent: NonNegative = 0.5
+    splits: Count = 7
 
     def __post_init__(self) -> None:
-        check_range("the agent `clr_rnf`", "exponent", self.exponent, 0)
-        check_range("the agent `clr_rnf`", "splits", self.splits, 1)
+        check_fields(self, "the agent `clr_rnf`")
 
 
 class ClrRnf(FixedPolicies):

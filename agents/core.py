@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Annotated, Protocol, runtime_checkable
 
 import numpy as np
 
+from secateur.cost_models.core import Range
 from secateur.envs.core import ActionSpace, Actor, Budget, Episode, InputError
+
+Share = Annotated[float, Range(least=0, most=1)]
+"""The type of a field that is a share."""
+
+Rate = Annotated[float, Range(above=0, most=1)]
+"""The type of a field that is a rate or a factor in (0, 1]."""
 
 
 class Agent(Protocol):
@@ -132,27 +139,6 @@ def check_out(ticket: int, out: Container[int]) -> None:
             f"Episodes must come back once, with the actor that `ask` gave out, but ticket {ticket} is not out. Was it told "
             "twice?"
         )
-
-
-def check_range(owner: str, name: str, value: float, low: float, high: float = np.inf, above: bool = False) -> None:
-    """Check that an option is in [low, high], or in (low, high] if `above`.
-
-    Args:
-        owner: whose option it is, such as "the bee colony".
-        name: of the option.
-        value: of the option.
-        low, high: range.
-        above: whether `low` itself is excluded.
-    Raises:
-        InputError: if it is outside, infinite or NaN.
-    """
-    if low <= value <= high and np.isfinite(value) and not (above and value == low):
-        return
-    if high < np.inf:
-        wanted = f"in {'(' if above else '['}{low:g}, {high:g}]"
-    else:
-        wanted = f"above {low:g}" if above else f"at least {low:g}"
-    raise InputError(f"`{name}` of {owner} must be {wanted}, but got {value}.")
 
 
 def check_preference(owner: str, preference: Sequence[float]) -> None:

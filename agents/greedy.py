@@ -17,11 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 
 from secateur.agents.fixed import FixedPolicies
+from secateur.cost_models.core import Range, check_fields
 from secateur.envs.core import ActionSpace, Budget, InputError, Sensitivities
 
 
@@ -30,16 +31,17 @@ class GreedyConfig:
     """Options of the greedy allocation.
 
     Attributes:
-        powers: p of eq. (1), above 0, one policy per budget each.
+        powers: p of eq. (1), one policy per budget each.
     """
 
-    powers: tuple[float, ...] = (0.75, 1.0, 0.5, 0.85, 0.65, 1.5)
+    powers: Annotated[tuple[float, ...], Range(above=0)] = (0.75, 1.0, 0.5, 0.85, 0.65, 1.5)
 
     needs_sensitivities: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not self.powers or not all(0 < power < float("inf") for power in self.powers):
-            raise InputError(f"`powers` of the greedy baseline must be numbers above 0, but got {list(self.powers)}.")
+        check_fields(self, "the greedy baseline")
+        if not self.powers:
+            raise InputError("`powers` of the greedy baseline must be at least one number, but got none.")
 
 
 class Greedy(FixedPolicies):

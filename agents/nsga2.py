@@ -19,13 +19,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 
-from secateur.agents.core import SequenceActor, check_out, check_range, fully_scored
+from secateur.agents.core import SequenceActor, Share, check_out, fully_scored
 from secateur.agents.pareto import crowding_distance, non_dominated, violation
 from secateur.agents.per_budget import PerBudget
 from secateur.agents.random_search import random_sequence
+from secateur.cost_models.core import NonNegative, Range, check_fields
 from secateur.envs.core import ActionSpace, Budget, CompressionPolicy, Episode
 
 
@@ -34,7 +36,7 @@ class Nsga2Config:
     """Options of NSGA-II.
 
     Attributes:
-        population: its size, at least 4.
+        population: its size.
         shared: whether all budgets have one population; otherwise each has its own.
         crossover: probability that a pair of parents is crossed.
         crossover_index: eta of simulated binary crossover; larger values keep children nearer to their parents.
@@ -44,21 +46,17 @@ class Nsga2Config:
         redraws: how often a policy that was chosen before is made again before it is handed out all the same.
     """
 
-    population: int = 20
+    population: Annotated[int, Range(least=4)] = 20
     shared: bool = True
-    crossover: float = 0.9
-    crossover_index: float = 15.0
-    mutation_index: float = 20.0
-    mutation: float = 1.0
-    edge: float = 0.5
-    redraws: int = 20
+    crossover: Share = 0.9
+    crossover_index: NonNegative = 15.0
+    mutation_index: NonNegative = 20.0
+    mutation: NonNegative = 1.0
+    edge: Share = 0.5
+    redraws: Annotated[int, Range(least=0)] = 20
 
     def __post_init__(self) -> None:
-        least = {"population": 4, "crossover_index": 0, "mutation_index": 0, "mutation": 0, "redraws": 0}
-        for name, value in least.items():
-            check_range("NSGA-II", name, getattr(self, name), value)
-        for name in ("crossover", "edge"):
-            check_range("NSGA-II", name, getattr(self, name), 0, 1)
+        check_fields(self, "NSGA-II")
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,10 +20,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 
-from secateur.agents.core import SequenceActor, check_range
+from secateur.agents.core import SequenceActor
+from secateur.cost_models.core import Range, check_fields
 from secateur.envs.core import ActionSpace, Actor, Budget, CompressionPolicy, Episode
 
 
@@ -35,10 +37,10 @@ class RandomConfig:
         redraws: how often a policy that was chosen before is drawn again before it is handed out all the same.
     """
 
-    redraws: int = 20
+    redraws: Annotated[int, Range(least=0)] = 20
 
     def __post_init__(self) -> None:
-        check_range("random search", "redraws", self.redraws, 0)
+        check_fields(self, "random search")
 
 
 class RandomSearch:

@@ -15,8 +15,8 @@ from itertools import product
 
 import numpy as np
 
-from secateur.agents.core import check_range
 from secateur.agents.fixed import FixedPolicies
+from secateur.cost_models.core import Count, check_fields
 from secateur.envs.core import ActionSpace, Budget
 
 
@@ -28,10 +28,10 @@ class UniformConfig:
         exponents: number of exponents that each kind of choice tries: 1, sqrt(2), 2 ... The seventh is 8: nearly no compression.
     """
 
-    exponents: int = 7
+    exponents: Count = 7
 
     def __post_init__(self) -> None:
-        check_range("the uniform baseline", "exponents", self.exponents, 1)
+        check_fields(self, "the uniform baseline")
 
 
 class Uniform(FixedPolicies):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from secateur.agents.core import check_preference, check_range
+from secateur.agents.core import Share, check_preference
+from secateur.cost_models.core import Count, Range, check_fields
 
 OWNER = "envelope DDPG"
 """How messages call the agent."""
@@ -46,33 +48,29 @@ class EnvelopeDdpgConfig:
     """
 
     preference: tuple[float, ...] | None = None
-    warmup: int = 30
-    candidates: int = 128
-    rounds: int = 4
-    local: float = 0.5
-    unguided: float = 0.5
-    exploration_share: float = 0.2
-    training_budgets: int = 16
-    lookahead: int = 8
-    updates: int = 20
-    batch: int = 64
-    planned: int = 48
+    warmup: Count = 30
+    candidates: Count = 128
+    rounds: Annotated[int, Range(least=0)] = 4
+    local: Share = 0.5
+    unguided: Share = 0.5
+    exploration_share: Share = 0.2
+    training_budgets: Count = 16
+    lookahead: Count = 8
+    updates: Count = 20
+    batch: Count = 64
+    planned: Count = 48
     envelope: bool = False
-    alternatives: int = 4
-    mixing: float = 0.5
+    alternatives: Count = 4
+    mixing: Share = 0.5
     relabel_preferences: bool = False
     relabel_budgets: bool = False
-    hidden: int = 64
-    critics: int = 4
+    hidden: Count = 64
+    critics: Count = 4
     additive: bool = True
     sensitivity: bool = True
 
     def __post_init__(self) -> None:
-        for name in COUNTS:
-            check_range(OWNER, name, getattr(self, name), 1)
-        check_range(OWNER, "rounds", self.rounds, 0)
-        for name in ("local", "unguided", "exploration_share", "mixing"):
-            check_range(OWNER, name, getattr(self, name), 0, 1)
+        check_fields(self, OWNER)
         if self.preference is not None:
             check_preference(OWNER, self.preference)
 
@@ -80,8 +78,3 @@ class EnvelopeDdpgConfig:
     def needs_sensitivities(self) -> bool:
         """Whether the sensitivities of the choices must be measured first."""
         return self.sensitivity
-
-
-COUNTS = (
-    "warmup", "candidates", "training_budgets", "lookahead", "updates", "batch", "planned", "alternatives", "hidden", "critics",
-)  # fmt: skip

@@ -1,34 +1,11 @@
-"""Checks of options and preferences, and the protocols of what only some agents can do."""
+"""Preferences, and the protocols of what only some agents can do."""
 
 import numpy as np
 import pytest
 
 from secateur.agents import AGENTS, QUERYABLE
-from secateur.agents.core import check_range, needs_sensitivities, simplex
+from secateur.agents.core import needs_sensitivities, simplex
 from secateur.envs.core import InputError
-
-
-@pytest.mark.parametrize(
-    ("value", "low", "options", "message"),
-    [
-        (0, 1, {}, "at least 1, but got 0"),
-        (-0.1, 0, {"high": 1}, r"in \[0, 1\], but got -0.1"),
-        (1.1, 0, {"high": 1}, r"in \[0, 1\], but got 1.1"),
-        (0, 0, {"high": 1, "above": True}, r"in \(0, 1\], but got 0"),
-        (0, 0, {"above": True}, "above 0, but got 0"),
-        (float("nan"), 0, {}, "at least 0, but got nan"),
-        (float("inf"), 0, {}, "at least 0, but got inf"),
-    ],
-)
-def test_values_out_of_range_are_refused(value, low, options, message):
-    with pytest.raises(InputError, match=f"`size` of it must be {message}"):
-        check_range("it", "size", value, low, **options)
-
-
-def test_the_ends_of_a_range_belong_to_it():
-    check_range("it", "size", 1, 1)
-    check_range("it", "size", 0, 0, 1)
-    check_range("it", "size", 1, 0, 1, above=True)
 
 
 def test_preferences_are_scaled_to_a_sum_of_one():
