@@ -57,6 +57,7 @@ def problems_are_built_once():
         yield
 
 
+@pytest.mark.numerics
 def test_answers_fit_a_new_budget_and_are_measured(run):
     reply = ask(run, "macs <= 37%, weight_bytes <= 60%", evaluations=2)
     space = reply.problem.space
@@ -68,6 +69,7 @@ def test_answers_fit_a_new_budget_and_are_measured(run):
     assert reply.answers[0].utility >= reply.answers[1].utility
 
 
+@pytest.mark.numerics
 def test_a_preference_for_few_macs_finds_fewer(run):
     dear = ask(run, {"macs": "<= 50%"}, evaluations=1).answers[0]
     cheap = ask(run, {"macs": "<= 50%"}, {"macs": 0.95}, evaluations=1).answers[0]

@@ -55,6 +55,7 @@ def test_limits_are_absolute_and_drops_are_fractions(problem):
     assert problem.space.objectives == ("top1", "macs", "weight_bytes")
 
 
+@pytest.mark.numerics
 def test_dense_costs_are_those_of_the_model(problem):
     parameters = sum(p.numel() for p in problem.assembler.model.parameters())
     assert problem.dense.costs["weight_bytes"] == 4 * parameters
@@ -78,6 +79,7 @@ def test_a_model_with_other_classes_than_the_data_is_refused():
         build(model=model)
 
 
+@pytest.mark.numerics
 def test_evaluator_scores_what_the_assembled_network_scores(problem, policies):
     images, labels = problem.data.tensors(problem.data.validation)
     evaluator = Evaluator(problem.assembler, problem.space.costs.of_policy, images, labels, Precision("float32", "test"))
@@ -110,6 +112,7 @@ def test_candidates_leave_the_dense_model_alone(problem, policies):
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
+@pytest.mark.numerics
 def test_simulated_pruning_is_real_pruning(problem, policies):
     """The score of a pruned network is the score of the full one with the same channels silenced."""
     assembler, images = problem.assembler, problem.assembler.images
@@ -190,6 +193,7 @@ def test_options_are_used_as_they_were_checked():
     assert len(agent.ask(4)) == 4
 
 
+@pytest.mark.numerics
 def test_sensitivities_are_measured_once_and_only_for_agents_that_need_them():
     problem, told = build(recovery=[], space={"prune_ratio": [0.0, 0.75]}), []
     assert prepare(problem, "bee_colony", {}, told.append) is problem

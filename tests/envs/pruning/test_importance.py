@@ -204,6 +204,7 @@ def chain(seed=0, **options):
     return model, analyze(model, (images[:1],)), images, labels
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("reader", ["conv", "linear"])
 def test_second_order_removes_a_copy_and_a_mixture_but_keeps_one_of_them(reader):
     model, graph, images, labels = chain(reader=reader)
@@ -359,6 +360,7 @@ def test_a_unit_of_a_grouped_reader_is_a_channel_of_every_conv_group(name):
         assert scores.argmin() == 1
 
 
+@pytest.mark.numerics
 def test_second_order_is_no_worse_than_output_energy_where_channels_repeat():
     model, graph, images, labels = chain(units=12)
     with torch.no_grad():
@@ -430,6 +432,7 @@ def test_class_coefficients_weigh_the_own_class_most_and_sum_to_one():
     assert drawn.argmax(1).tolist() == labels.tolist()
 
 
+@pytest.mark.numerics
 def test_white_box_lowers_the_mask_of_a_channel_that_hurts():
     """Class 1 is told by the sign of the images' mean; unit 0 carries it, unit 1 only noise that the head listens to."""
     torch.manual_seed(0)

@@ -96,6 +96,7 @@ def test_contract(name, bits, kind):
     assert torch.equal(QuantizedWeight(restored, scale, bits, quantized.levels).dequantize(), values)
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_more_bits_mean_less_error(name):
     config, make = QUANTIZERS[name]
@@ -287,6 +288,7 @@ def rounding_error(grid, samples):
     return np.mean(((codes - grid.zero_point) * grid.scale - samples) ** 2)
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("shape", ["normal", "relu", "negative"])
 def test_least_error_is_close_to_a_fine_search(bits, shape):
@@ -334,6 +336,7 @@ def test_uniform_error_is_at_most_half_a_step_inside_the_range(bits, clip):
     assert torch.equal(found[weight > high], high.expand_as(weight)[weight > high])
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("bits", BITS)
 def test_mse_clipping_is_close_to_a_fine_search_and_pays_at_few_bits(bits):
     weight = torch.randn(64, 200, generator=torch.Generator().manual_seed(1))

@@ -102,6 +102,7 @@ def test_layers_in_float_stay_as_they_are():
         assert torch.equal(tensor, candidate.dense_model.state_dict()[name]) != name.startswith("depthwise")
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize(("most", "kind"), [(2_600, "channel"), (300, "diagonal")])
 def test_means_of_channels_do_away_from_borders(most, kind):
     candidate = make_candidate(names=("depthwise", "tokens", "head"), max_matrix_bytes=most)

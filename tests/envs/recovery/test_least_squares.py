@@ -124,6 +124,7 @@ def test_refits_are_remembered_by_what_is_kept(chain):
     assert not torch.allclose(first.second.weight, other.second.weight, atol=1e-3)
 
 
+@pytest.mark.numerics
 def test_without_full_moments_a_refit_still_lowers_the_error(chain):
     """Moments of the channels at one pixel, or the means alone, are used when larger ones do not fit."""
     model, graph, images = chain

@@ -164,6 +164,7 @@ def test_nothing_removed_means_nothing_changed(make):
         assert torch.equal(tensor, same), name
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize(("make", "share"), [(Residual, 0.75), (Mixed, 0.8)])
 def test_error_is_smaller_than_that_of_independent_refits(make, share):
     torch.manual_seed(0)
@@ -291,6 +292,7 @@ def test_the_sum_absorbs_the_error_of_the_stream(monkeypatch):
     assert error(recovered(model, images, weak, names=("inner",)), model, images) > 1e-3
 
 
+@pytest.mark.numerics
 def test_what_relu_hides_is_no_error():
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
@@ -327,6 +329,7 @@ class Shared(nn.Module):
         return self.head(tokens.mean(1) + self.attention(tokens, tokens, tokens, need_weights=False)[0].mean(1))
 
 
+@pytest.mark.numerics
 def test_layers_that_cannot_be_refitted_are_left_alone():
     torch.manual_seed(0)
     model, images = with_statistics(Shared()), pictures(60)
@@ -369,6 +372,7 @@ class SequenceFirst(nn.Module):
         return self.head(self.token2(F.relu(self.token1(tokens))).mean(0))
 
 
+@pytest.mark.numerics
 def test_layers_whose_first_axis_is_not_that_of_the_images_are_left_alone():
     torch.manual_seed(0)
     model, images = with_statistics(SequenceFirst()), pictures(150)
@@ -380,6 +384,7 @@ def test_layers_whose_first_axis_is_not_that_of_the_images_are_left_alone():
 # ------------------------------------------------------------------------------------------------------------ soundness
 
 
+@pytest.mark.numerics
 def test_fewer_samples_than_unknowns_do_no_harm(residual):
     model, images, others = residual
     few = Sequential(SequentialConfig(max_images=4, samples=20))
@@ -445,6 +450,7 @@ def test_options_out_of_range_are_input_errors(option, value):
 # -------------------------------------------------------------------------------------------------------- quantization
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_rounding_is_absorbed_by_later_layers(quantizer, residual):
     model, images, others = residual

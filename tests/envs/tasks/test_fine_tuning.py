@@ -46,6 +46,7 @@ def unequal():
     return task(np.arange(5 * 12, dtype=np.uint8).reshape(5, 1, 3, 4), [0, 1, 0, 1, 0])
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_network_learns_and_its_origin_stays(precision):
     data = synthetic.load(train=512)

@@ -15,6 +15,7 @@ def top1(model, data, split):
         return float((model(images).argmax(1) == labels).float().mean())
 
 
+@pytest.mark.numerics
 @pytest.mark.slow
 def test_digits_network_reaches_its_accuracy(tmp_path):
     steps = []
@@ -25,12 +26,14 @@ def test_digits_network_reaches_its_accuracy(tmp_path):
     assert steps[-1].loss < 0.2 and steps[-1].top1 > 0.95
 
 
+@pytest.mark.numerics
 def test_digits_network_learns():
     data = load_data("digits", validation=300, train="rest")
     model = train(digits.digits_resnet(), data, Recipe(epochs=4))
     assert top1(model, data, data.test) > 0.9
 
 
+@pytest.mark.numerics
 def test_synthetic_task_is_learnt_and_feels_pruning():
     data = synthetic.load()
     model = train(synthetic.synthetic_net(), data, synthetic.RECIPE)

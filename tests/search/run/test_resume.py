@@ -66,6 +66,7 @@ class Interrupted(SearchProgress):
 OPTIONS = {"random": {}, "bee_colony": {"sources": 2}, "nsga2": {"population": 4}, "envelope_ddpg": LEARNER}
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("agent", OPTIONS)
 def test_a_resumed_run_equals_one_that_was_never_stopped(tmp_path, agent):
     options = OPTIONS[agent]
