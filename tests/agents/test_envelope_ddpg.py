@@ -362,7 +362,5 @@ def test_finds_a_known_front(known_fronts, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, INGREDIENTS], ids=["by default", "with all ingredients"])
 @pytest.mark.parametrize("name", FRONTS)
-def test_finds_a_known_front_with_most_seeds(known_fronts, name, options):
-    options = {"warmup": 20, "candidates": 48, "updates": 8, "planned": 12, "rounds": 4, **options}
-    shares = [share_of_hypervolume(known_fronts[name], seed, 150, **options) for seed in range(10)]
-    assert sum(share >= 0.9 for share in shares) >= 8
+def test_finds_a_known_front_with_every_seed(known_fronts, name, options):
+    assert min(share_of_hypervolume(known_fronts[name], seed, 60, **options) for seed in range(6)) >= FRONTS[name]
