@@ -85,7 +85,7 @@ class BeeColonyConfig:
         candidates: moves that a bee compares before it tries one; 1 switches the regression off.
         ridge: penalty of the regression, in units of its number of features, which have variance 1.
         redraws: how often a policy that was chosen before is drawn again before it is handed out all the same.
-        preference: weights of the reward's components, "top1" first; None: top-1 alone.
+        preference: weights of the reward's components, the quality first; None: quality alone.
     """
 
     sources: Annotated[int, Range(least=2)] = 10

@@ -89,7 +89,7 @@ class Queryable(Protocol):
         """
         ...
 
-    def predict_top1(self, sequences: np.ndarray) -> np.ndarray:
+    def predict_quality(self, sequences: np.ndarray) -> np.ndarray:
         """Return the top-1 that the agent expects of executed sequences, (n,) of (n, num_steps, action_dim)."""
         ...
 

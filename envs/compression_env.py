@@ -38,7 +38,8 @@ class CompressionEnv(gym.Env):
     any choice have no entry): 0 = least compression, 1 = strongest. What is *executed* may be stronger: widths and bits are
     rounded to real ones, and the feasibility projection keeps every limit reachable. `info["action"]` is the executed action.
 
-    **Reward**: vector, MO-Gymnasium's convention: zero until the last step, then top1 and minus each cost by its dense value.
+    **Reward**: vector, MO-Gymnasium's convention: zero until the last step, then the quality, and minus each cost by its
+    dense value.
 
     **Episode**: one step per layer that has a choice (further coupled groups that begin at the same layer take further steps).
     `reset(options={"budget": name or Budget})` conditions it; default: the first budget. The last `info` holds "policy",
@@ -99,7 +100,7 @@ class CompressionEnv(gym.Env):
             self.policy = self.space.policy_space.levels_to_policy(self._episode.levels[0])
             evaluation = self.evaluator.evaluate(self.policy)
             reward = reward_vector(evaluation, self.space.objectives, self.space.dense_costs)
-            slacks = constraints(evaluation, self._budget, self.space.dense_top1)
+            slacks = constraints(evaluation, self._budget, self.space.metric, self.space.dense_score)
             info |= {"policy": self.policy, "evaluation": evaluation, "constraints": slacks}
         return self._observation(), reward, terminated, False, info
 

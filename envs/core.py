@@ -41,24 +41,30 @@ class Evaluation:
     """What a policy scored.
 
     Attributes:
-        top1: fraction of images classified correctly, in [0, 1].
+        score: of the task's metric, in its own unit (`secateur.envs.metric`).
         costs: value of every cost model, by name.
         fidelity: "proxy" (validation split, used by the search), "validation" (the same after the finalists' recovery) or
             "final" (test split, likewise). They never share a front.
-        images: number of images behind `top1`.
+        images: number of images, or other samples, behind the score.
         seconds: wall time of the evaluation.
         stopped: whether the score is that of the first images only, because the policy was clearly worse than another one
             (envs/racing.py). Such a policy is on no front.
         correct: which images were classified correctly, as packed bits in the evaluator's own order; None: not kept.
+        quality: the score on the scale that agents see (`Metric.quality`), higher is better; None: the score itself.
     """
 
-    top1: float
+    score: float
     costs: Mapping[str, float]
     fidelity: str = "proxy"
     images: int = 0
     seconds: float = 0.0
     stopped: bool = False
     correct: bytes | None = field(default=None, compare=False, repr=False)
+    quality: float = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.quality is None:
+            object.__setattr__(self, "quality", self.score)
 
 
 @dataclass(frozen=True)
@@ -68,17 +74,18 @@ class Budget:
     Attributes:
         name: e.g. "phone".
         limits: absolute upper limit of each named cost; the environment keeps every episode within them.
-        top1_drop: largest allowed loss of top-1 against the dense model, as a fraction; None = no limit. It is known only
-            after the evaluation, so it is a constraint on the result and not part of the feasibility projection.
+        metric_drop: largest allowed loss of the metric against the dense model, in the metric's unit (percent as a fraction);
+            None = no limit. It is known only after the evaluation, so it is a constraint on the result and not part of the
+            feasibility projection.
     """
 
     name: str
     limits: Mapping[str, float]
-    top1_drop: float | None = None
+    metric_drop: float | None = None
 
     def __hash__(self) -> int:
         """Hash of everything that `==` compares, so that budgets key dicts."""
-        return hash((self.name, frozenset(self.limits.items()), self.top1_drop))
+        return hash((self.name, frozenset(self.limits.items()), self.metric_drop))
 
 
 @dataclass(frozen=True)
@@ -195,12 +202,12 @@ class ActionSpace(Protocol):
 
     @property
     def objectives(self) -> tuple[str, ...]:
-        """Names of the reward's components; the first is "top1"."""
+        """Names of the reward's components; the first is that of the metric."""
         ...
 
     @property
-    def dense_top1(self) -> float:
-        """Top-1 of the untouched model on the validation split."""
+    def dense_quality(self) -> float:
+        """Quality of the untouched model on the validation split: its score on the scale of the reward."""
         ...
 
     @property

@@ -1,4 +1,4 @@
-"""The evaluation of a policy: its network is assembled, batch norms are folded, and the validation images are classified."""
+"""The evaluation of a policy: its network is assembled, batch norms are folded, and the task scores it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from secateur.envs.assembler import Assembler
 from secateur.envs.core import CompressionPolicy, Evaluation
 from secateur.envs.model_graph.folding import fold_batch_norms
 from secateur.envs.model_graph.plan import ModelGraph
-from secateur.envs.number_format import convert_network, prepare_images
+from secateur.envs.number_format import InputFormat, convert_network, output_as_float32
 from secateur.envs.quantization.fake_quantize import use_integer_inputs
 from secateur.envs.racing import LOOKS, Race, is_clearly_worse, pack
+from secateur.envs.tasks.core import Metrics, Task
 
 PRECISION_TOLERANCE = 0.002
-"""bfloat16 is used only if it changes the dense model's top-1 by at most this."""
+"""bfloat16 is used only if it changes the dense model's quality by at most this."""
 
 BFLOAT16_VARIABLE = "SECATEUR_BFLOAT16"
 """Environment variable that switches bfloat16 off (0) or on (1), for every processor."""
@@ -44,29 +45,14 @@ class Precision:
         return getattr(torch, self.dtype)
 
 
-def batches(images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return views of the images in batches with activations of about the cache's size: 64 images for 32 x 32 pixels."""
-    pixels = images.shape[-1] * images.shape[-2]
-    return images.split(int(np.clip(65536 // pixels, 8, 256)))
-
-
-@torch.inference_mode()
-def predict(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Return the predicted classes, (N,)."""
-    return torch.cat([network(batch).argmax(dim=1) for batch in batches(images)])
-
-
-def top1(network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
-    """Return the fraction of images that the network classifies correctly."""
-    return (predict(network, images) == labels).float().mean().item()
-
-
 def prepare_network(network: nn.Module, graph: ModelGraph, dtype: torch.dtype) -> nn.Module:
-    """Return the network, changed in place: batch norms folded, channels last, in `dtype`."""
+    """Return the network, changed in place: batch norms folded, channels last, in `dtype`; inputs and outputs are float32."""
     fold_batch_norms(network, graph)
     if dtype == torch.bfloat16:
         use_integer_inputs(network)
     convert_network(network, dtype)
+    network.register_forward_pre_hook(InputFormat(dtype), prepend=True, with_kwargs=True)
+    network.register_forward_hook(output_as_float32)
     return network
 
 
@@ -81,49 +67,46 @@ def processor_has_bfloat16() -> bool:
     return any(check is not None and check() for check in checks)
 
 
-def choose_precision(
-    assemble_dense: Callable[[], nn.Module], graph: ModelGraph, images: torch.Tensor, labels: torch.Tensor
-) -> Precision:
-    """Return bfloat16 if the processor supports it and the dense top-1 is almost unchanged, otherwise float32.
+def choose_precision(assemble_dense: Callable[[], nn.Module], graph: ModelGraph, task: Task, dense_score: float) -> Precision:
+    """Return bfloat16 if the processor supports it and the dense model's score is almost unchanged, otherwise float32.
 
     The choice does not depend on time measurements: the same search on the same processor always gets the same format.
 
     Args:
         assemble_dense: returns a new copy of the dense network.
         graph: structure of the dense network.
-        images, labels: the validation split, normalized float32.
+        task: scores it on the validation split.
+        dense_score: of the dense model, in float32.
     """
     if not processor_has_bfloat16():
         off = os.environ.get(BFLOAT16_VARIABLE) == "0"
         return Precision("float32", "bfloat16 is switched off" if off else "this processor has no bfloat16 arithmetic")
-    correct = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        network = prepare_network(assemble_dense(), graph, dtype)
-        try:
-            correct[dtype] = int((predict(network, prepare_images(images, dtype)) == labels).sum())
-        except RuntimeError as error:  # the user's forward may use its own float32 tensors
-            if dtype == torch.float32:
-                raise
-            return Precision("float32", f"the model does not run in bfloat16: {str(error).splitlines()[0]}")
-    difference = abs(correct[torch.float32] - correct[torch.bfloat16]) / len(labels)
+    network = prepare_network(assemble_dense(), graph, torch.bfloat16)
+    try:
+        found = task.evaluate(network, "validation")
+    except RuntimeError as error:  # the user's forward may use its own float32 tensors
+        return Precision("float32", f"the model does not run in bfloat16: {str(error).splitlines()[0]}")
+    metric = task.metric
+    difference = abs(metric.quality(found.score, dense_score) - metric.quality(dense_score, dense_score))
+    moved = metric.difference(round(abs(found.score - dense_score), 6))
     return Precision(
-        "bfloat16" if difference <= PRECISION_TOLERANCE else "float32",
-        f"bfloat16 moves the dense top-1 by {100 * difference:.2f} points on {len(images)} validation images; "
-        f"at most {100 * PRECISION_TOLERANCE:.2f} are accepted",
+        "bfloat16" if difference <= PRECISION_TOLERANCE + 1e-9 else "float32",
+        f"bfloat16 moves the dense model's {metric.label} by {moved} on {found.samples} validation samples; "
+        f"at most {100 * PRECISION_TOLERANCE:g} % of its range is accepted",
     )
 
 
 class Evaluator:
-    """Evaluates policies on the validation split, each policy once.
-
-    Images are classified in a fixed random order, so the first images are a random sample of the split.
+    """Evaluates policies on a split, each policy once.
 
     Args:
         assembler: assembles the network of a policy.
         costs: returns the value of every cost model for a policy.
-        images, labels: the validation split, normalized float32 (N, C, H, W) and (N,) int64.
+        task: scores networks.
+        dense_score: of the dense model on the validation split; qualities refer to it.
         precision: number format of the forward passes.
-        race: stops policies that are clearly worse than evaluated ones; None: every policy is scored on all images.
+        race: stops policies that are clearly worse than evaluated ones; None: every policy is scored on all samples.
+        split: what networks are scored on.
 
     Attributes:
         cache: evaluations by policy; runners add evaluations of other workers.
@@ -133,41 +116,51 @@ class Evaluator:
         self,
         assembler: Assembler,
         costs: Callable[[CompressionPolicy], Mapping[str, float]],
-        images: torch.Tensor,
-        labels: torch.Tensor,
+        task: Task,
+        dense_score: float,
         precision: Precision,
         race: Race | None = None,
+        split: str = "validation",
     ) -> None:
         self.dtype = precision.torch_dtype
         self.assembler, self.costs, self.race = replace(assembler, dtype=self.dtype), costs, race
-        order = torch.from_numpy(np.random.default_rng(0).permutation(len(labels)))
-        self.batches = batches(prepare_images(images[order], self.dtype))
-        self.labels = labels[order].split([len(batch) for batch in self.batches])
+        self.task, self.dense_score, self.split = task, dense_score, split
         self.cache: dict[CompressionPolicy, Evaluation] = {}
 
     def evaluate(self, policy: CompressionPolicy) -> Evaluation:
-        """Return the policy's validation score and costs; cached evaluations are reused."""
+        """Return the policy's score and costs; cached evaluations are reused."""
         if policy not in self.cache:
             start = time.perf_counter()
             costs = dict(self.costs(policy))
-            correct, stopped = self.score(self.network(policy), costs)
-            seconds, bits = time.perf_counter() - start, None if stopped else pack(correct)
-            self.cache[policy] = Evaluation(float(correct.mean()), costs, "proxy", len(correct), seconds, stopped, bits)
+            found = self.score(self.network(policy), costs)
+            self.cache[policy] = Evaluation(
+                found.score,
+                costs,
+                "proxy",
+                found.samples,
+                time.perf_counter() - start,
+                found.stopped,
+                None if found.stopped else _answers(found.contributions),
+                self.task.metric.quality(found.score, self.dense_score),
+            )
         return self.cache[policy]
 
     def network(self, policy: CompressionPolicy) -> nn.Module:
         """Return the policy's network in the form in which it is evaluated."""
         return prepare_network(self.assembler.assemble(policy), self.assembler.graph, self.dtype)
 
-    def score(self, network: nn.Module, costs: Mapping[str, float]) -> tuple[np.ndarray, bool]:
-        """Return for each processed image whether the network is correct, (processed,) bool, and whether it was stopped early."""
+    def score(self, network: nn.Module, costs: Mapping[str, float]) -> Metrics:
+        """Return the scores of a network with these costs, perhaps of the first samples only (`race`)."""
         reference = None if self.race is None else self.race.reference(costs, self.cache.values())
-        looks = {} if reference is None else {round(share * len(self.batches)) for share in LOOKS}
-        correct: list[np.ndarray] = []
-        for batch, labels in zip(self.batches, self.labels, strict=True):
-            correct.append((predict(network, batch) == labels).numpy())
-            if len(correct) in looks and len(correct) < len(self.batches):
-                processed = np.concatenate(correct)
-                if reference is not None and is_clearly_worse(processed, reference):
-                    return processed, True
-        return np.concatenate(correct), False
+
+        def stop(contributions: np.ndarray, batches: int, total: int) -> bool:
+            if reference is None or batches == total or batches not in {round(share * total) for share in LOOKS}:
+                return False
+            return is_clearly_worse(contributions, reference)
+
+        return self.task.evaluate(network, self.split, None if reference is None else stop)
+
+
+def _answers(contributions: np.ndarray | None) -> bytes | None:
+    """Return which samples were answered correctly, packed; None: the metric counts no correct answers."""
+    return pack(contributions) if contributions is not None and contributions.dtype == np.bool_ else None

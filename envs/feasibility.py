@@ -11,6 +11,7 @@ import numpy as np
 from secateur.envs.core import Act, Budget, CompressionPolicy, Sensitivities, Simulation
 from secateur.envs.costs import PolicyCosts
 from secateur.envs.episodes import EpisodeBatch
+from secateur.envs.metric import Metric
 from secateur.envs.observation import Observer
 from secateur.envs.policy_space import PolicySpace
 from secateur.envs.projection import FeasibilityProjection
@@ -24,8 +25,9 @@ class FeasibleSpace:
 
     Args:
         costs: of the policies; a budget may limit any of them.
-        objectives: names of the reward's components, "top1" first, then costs.
-        dense_top1: top-1 of the untouched model on the validation split.
+        objectives: names of the reward's components, the metric's first, then costs.
+        metric: of the task.
+        dense_score: score of the untouched model on the validation split.
         unit_magnitudes: per group (units,): mean |w| of the weights that produce each unit; default: all alike.
         sensitivities: effect of each choice alone on the outputs; None: not measured.
     """
@@ -34,13 +36,15 @@ class FeasibleSpace:
         self,
         costs: PolicyCosts,
         objectives: Sequence[str],
-        dense_top1: float,
+        metric: Metric,
+        dense_score: float,
         unit_magnitudes: Sequence[np.ndarray] | None = None,
         sensitivities: Sensitivities | None = None,
     ):
         self.costs = costs
         self.objectives = tuple(objectives)
-        self.dense_top1 = dense_top1
+        self.metric, self.dense_score = metric, dense_score
+        self.dense_quality = metric.quality(dense_score, dense_score)
         units = costs.policy_space.geometry.group_units
         self.unit_magnitudes = tuple(np.ones(count) for count in units) if unit_magnitudes is None else tuple(unit_magnitudes)
         self.sensitivities = sensitivities

@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from secateur.envs.tasks.core import map_tensors
+
 
 def prepare_images(images: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the images in the layout that `convert_network` expects."""
     return images.to(dtype=dtype, memory_format=torch.channels_last if images.dim() == 4 else torch.preserve_format)
+
+
+@dataclass(frozen=True)
+class InputFormat:
+    """Forward pre-hook: brings every floating-point input into the format that `convert_network` expects."""
+
+    dtype: torch.dtype
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Return the arguments of the forward pass."""
+        return map_tensors(lambda x: prepare_images(x, self.dtype), (args, kwargs))
+
+
+def output_as_float32(module: nn.Module, args: Any, outputs: Any) -> Any:
+    """Forward hook: return the outputs in float32."""
+    return map_tensors(Tensor.float, outputs)
 
 
 def convert_network(network: nn.Module, dtype: torch.dtype, keep: Collection[nn.Module] = ()) -> None:

@@ -65,7 +65,7 @@ class Race:
             evaluated: evaluations of other policies.
         """
         met = [limits for limits in self.limits if _meets(costs, limits)]
-        best = max((e for e in evaluated if self._comparable(e, costs, met)), key=lambda e: e.top1, default=None)
+        best = max((e for e in evaluated if self._comparable(e, costs, met)), key=lambda e: e.quality, default=None)
         return None if best is None or best.correct is None else unpack(best.correct, best.images)
 
     def _comparable(self, other: Evaluation, costs: Mapping[str, float], met: Sequence[Mapping[str, float]]) -> bool:

@@ -2,7 +2,7 @@
 
     divergence_i(s) = mean over images of KL(least compression || choice i alone at action s), in nats                   (1)
 
-on class probabilities.
+on class probabilities; other tasks have their own divergence.
 
 Source: ZeroQ (Cai et al. 2020, arXiv:2001.00281, eq. 6) for bit-widths; here for prune ratios too, after the search's recovery.
 Sums of powers of (1) over all choices predict which of two policies scores better, before any policy is evaluated.
@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +24,11 @@ from torch import nn
 
 from secateur.envs.core import CompressionPolicy
 from secateur.envs.policy_space import PolicySpace
+from secateur.envs.tasks.core import Inputs, call_model
 
 log = logging.getLogger(__name__)
+
+Divergence = Callable[[Any, Any], torch.Tensor]
 
 IMAGES = 64
 LEVELS = 4
@@ -38,19 +42,21 @@ WORST = 10.0
 def measure_sensitivities(
     space: PolicySpace,
     network: Callable[[CompressionPolicy], nn.Module],
-    images: Sequence[torch.Tensor],
+    inputs: Sequence[Inputs],
+    divergence: Divergence,
     status: Callable[[str], None] = lambda text: None,
 ) -> np.ndarray:
     """Return the curves of every choice, (entries, POINTS); see `Sensitivities` in envs/core.py.
 
     Args:
         space: the decisions.
-        network: returns the network of a policy, ready for `images`.
-        images: batches (N, C, H, W), normalized, in the number format of the networks.
+        network: returns the network of a policy.
+        inputs: batches of inputs.
+        divergence: that of two batches of outputs, per sample (`Task.divergence`).
         status: progress callback.
     """
     least = space.weakest
-    dense = _log_probabilities(network(space.levels_to_policy(least)), images)
+    dense = _outputs(network(space.levels_to_policy(least)), inputs)
     curves = np.zeros((len(space.decisions), POINTS), np.float32)
     for index, decision in enumerate(space.decisions):
         status(f"measuring the sensitivity of choice {index + 1} of {len(space.decisions)}")
@@ -60,22 +66,24 @@ def measure_sensitivities(
         for level in levels[levels > least[index]]:
             alone = least.copy()
             alone[index] = level
-            divergence = _divergence(dense, partial(network, space.levels_to_policy(alone)), images)
-            measured[float(decision.actions[level])] = max(divergence, 0.0) if np.isfinite(divergence) else WORST
+            found = _mean_divergence(dense, partial(network, space.levels_to_policy(alone)), inputs, divergence)
+            measured[float(decision.actions[level])] = max(found, 0.0) if np.isfinite(found) else WORST
         curves[index] = np.interp(np.linspace(0, 1, POINTS), list(measured), list(measured.values()))
     return curves
 
 
-def _divergence(dense: torch.Tensor, make: Callable[[], nn.Module], images: Sequence[torch.Tensor]) -> float:
+def _mean_divergence(
+    dense: Sequence[Any], make: Callable[[], nn.Module], inputs: Sequence[Inputs], divergence: Divergence
+) -> float:
     """Return the mean divergence; NaN if the network cannot be made or run, as any policy of a search may fail."""
     try:
-        moved = _log_probabilities(make(), images)
+        moved = _outputs(make(), inputs)
     except Exception as error:
         log.warning("a sensitivity could not be measured: %s: %s", type(error).__name__, error)
         return float("nan")
-    return float((dense.exp() * (dense - moved)).sum(dim=1).mean())
+    return float(torch.cat([divergence(*pair) for pair in zip(dense, moved, strict=True)]).mean())
 
 
 @torch.inference_mode()
-def _log_probabilities(network: nn.Module, images: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.log_softmax(torch.cat([network(batch) for batch in images]).float(), dim=1)
+def _outputs(network: nn.Module, inputs: Sequence[Inputs]) -> list[Any]:
+    return [call_model(network, batch) for batch in inputs]

@@ -35,7 +35,7 @@ class Answer:
         evaluation: its score on the validation images and its costs; None if `failure` says why there is none.
         constraints: {name: value / limit - 1}; feasible when all are <= 0.
         utility: preference @ measured reward; -inf without a score.
-        expected_top1: the agent's prediction before the evaluation.
+        expected_score: the agent's prediction before the evaluation.
         failure: one sentence, or None.
     """
 
@@ -43,7 +43,7 @@ class Answer:
     evaluation: Evaluation | None
     constraints: Mapping[str, float]
     utility: float
-    expected_top1: float
+    expected_score: float
     failure: str | None = None
 
 
@@ -70,7 +70,7 @@ def ask(
     Args:
         run: folder of a finished search with an agent that can be queried (`QUERYABLE`).
         budget: limits such as "macs<=43%,weight_bytes<=20kB" or {"macs": "<= 43%"}; any cost may be limited.
-        preference: weights such as "macs=0.7" or {"macs": 0.7}; top1 gets the rest of 1. None: that of the search.
+        preference: weights such as "macs=0.7" or {"macs": 0.7}; the metric gets the rest of 1. None: that of the search.
         evaluations: how many policies are measured.
         overrides: changes of the run's configuration, such as {"data.root": "where/the/data/are/now"}.
         status: status callback, called at each stage.
@@ -83,7 +83,7 @@ def ask(
     agent_folder(run, settings)  # before anything that takes long
     limits = _budget_config(budget)
     problem = build_problem(settings, status)
-    wanted = absolute_budget("asked", limits, problem.space.dense_costs)
+    wanted = absolute_budget("asked", limits, problem.space.dense_costs, problem.task.metric)
     problem.space.check(wanted)
     status("querying the agent")
     agent = load_agent(run, settings, problem.space)
@@ -111,14 +111,15 @@ def answer(
         status: status callback, called at each stage.
     """
     sequences = agent.propose(budget, preference, evaluations, ROLLOUTS)
-    expected = agent.predict_top1(np.stack(sequences))
+    qualities, metric = agent.predict_quality(np.stack(sequences)), env.space.metric
     answers = []
-    for number, (sequence, top1) in enumerate(zip(sequences, expected, strict=True)):
+    for number, (sequence, quality) in enumerate(zip(sequences, qualities, strict=True)):
         status(f"evaluating proposal {number + 1} of {len(sequences)}")
         episode = rollout(env, SequenceActor(budget, sequence, number))
         utility = -np.inf if episode.reward is None else float(preference @ episode.reward)
+        expected = metric.score(float(quality), env.space.dense_score)
         policy = agent.space.decode(sequence)
-        found = Answer(policy, episode.evaluation, episode.constraints, utility, float(top1), episode.failure)
+        found = Answer(policy, episode.evaluation, episode.constraints, utility, expected, episode.failure)
         answers.append(((not episode.feasible, -utility), found))
     return [found for _, found in sorted(answers, key=lambda item: item[0])]
 
@@ -175,7 +176,7 @@ def _budget_config(budget: str | Mapping[str, str]) -> BudgetConfig:
 
 
 def _weights(preference: str | Mapping[str, float], objectives: Sequence[str]) -> np.ndarray:
-    """Return the preference on the simplex; top1 gets the rest of 1, unless it has a weight itself."""
+    """Return the preference on the simplex; the metric gets the rest of 1, unless it has a weight itself."""
     if isinstance(preference, str):
         pairs = [part.partition("=") for part in preference.split(",") if part.strip()]
         try:
@@ -190,10 +191,12 @@ def _weights(preference: str | Mapping[str, float], objectives: Sequence[str]) -
         if not 0 <= value < float("inf"):
             raise _wrong("preference", f": the weight of {name} must be 0 or more, but got {value}.")
         weights[objectives.index(name)] = value
-    if "top1" not in preference:
+    if objectives[0] not in preference:
         weights[0] = 1 - weights.sum()
         if weights[0] < 0:
-            raise _wrong("preference", f": the weights add up to {weights[1:].sum():g}, which leaves nothing for top1.")
+            raise _wrong(
+                "preference", f": the weights add up to {weights[1:].sum():g}, which leaves nothing for {objectives[0]}."
+            )
     if not weights.sum():
         raise _wrong("preference", ": some weight must be above 0.")
     return weights / weights.sum()

@@ -24,8 +24,9 @@ from secateur.envs.calibration import CalibrationConfig, LayerPlan, cached_calib
 from secateur.envs.compression_env import CompressionEnv
 from secateur.envs.core import Budget, Evaluation, InputError, Sensitivities
 from secateur.envs.costs import PolicyCosts
-from secateur.envs.evaluator import Evaluator, Precision, choose_precision, top1
+from secateur.envs.evaluator import Evaluator, Precision, choose_precision
 from secateur.envs.feasibility import FeasibleSpace
+from secateur.envs.metric import Metric
 from secateur.envs.model_graph import ModelGraph, analyze
 from secateur.envs.policy_space import PolicySpace, SpaceConfig
 from secateur.envs.projection import FeasibilityProjection
@@ -37,8 +38,11 @@ from secateur.envs.quantization.quantizers import QUANTIZERS, Quantizer
 from secateur.envs.racing import Race
 from secateur.envs.recovery import RECOVERIES, Recovery
 from secateur.envs.sensitivity import IMAGES, measure_sensitivities
-from secateur.envs.tasks.data import TaskData, load_data
+from secateur.envs.tasks.core import Task, first_inputs
+from secateur.envs.tasks.data import load_data
 from secateur.envs.tasks.models import load_model
+from secateur.envs.tasks.registry import build_task
+from secateur.envs.tasks.supervised import SupervisedTask
 from secateur.envs.tasks.training import Progress, cache_directory
 from secateur.search.config import BudgetConfig, DeviceProfile, PluginEntry, SearchConfig
 from secateur.search.loop import Runner
@@ -50,8 +54,10 @@ from secateur.search.run.ray_runner import LOCAL, RayRunner
 log = logging.getLogger(__name__)
 
 
-def build_model_and_graph(config: SearchConfig, status: StatusCallback = log.info) -> tuple[TaskData, nn.Module, ModelGraph]:
-    """Return data, model and graph: what `secateur inspect` needs.
+def build_model_and_graph(
+    config: SearchConfig, status: StatusCallback = log.info
+) -> tuple[SupervisedTask, nn.Module, ModelGraph]:
+    """Return task, model and graph: what `secateur inspect` needs.
 
     Args:
         config: the configuration.
@@ -61,18 +67,15 @@ def build_model_and_graph(config: SearchConfig, status: StatusCallback = log.inf
     """
     status("loading data")
     data = load_data(**config.data.model_dump(), input_shape=config.model.input)
+    task = build_task(config.task.name, config.task.options, data)
     status("loading the model")
     model = load_model(config.model.factory, config.model.weights, config.model.args, data, _epochs_to(status))
     status("tracing the model")
     example = torch.zeros(1, *config.model.input)
     graph = analyze(model, (example,), exclude=config.space.exclude)
     with torch.inference_mode():
-        outputs = model(example)
-    if not isinstance(outputs, torch.Tensor) or outputs.dim() != 2:
-        shown = tuple(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
-        raise InputError(f"`model.factory` must give one tensor of scores (images, classes), but its output is {shown}.")
-    data.check_outputs(outputs.shape[1])
-    return data, model, graph
+        task.check(model(example))
+    return task, model, graph
 
 
 def _epochs_to(status: StatusCallback) -> Progress:
@@ -127,21 +130,25 @@ def build_cost_models(config: SearchConfig) -> dict[str, CostModel]:
     return {**{name: model() for name, model in COST_MODELS.items()}, **own}
 
 
-def build_budgets(config: SearchConfig, costs: PolicyCosts) -> tuple[Budget, ...]:
+def build_budgets(config: SearchConfig, costs: PolicyCosts, metric: Metric) -> tuple[Budget, ...]:
     """Return the configuration's budgets with absolute limits (not yet checked)."""
-    return tuple(absolute_budget(name, budget, costs.dense) for name, budget in config.budgets.items())
+    return tuple(absolute_budget(name, budget, costs.dense, metric) for name, budget in config.budgets.items())
 
 
-def absolute_budget(name: str, config: BudgetConfig, dense_costs: Mapping[str, float]) -> Budget:
-    """Return the budget with every limit in the cost's own unit (not yet checked)."""
+def absolute_budget(name: str, config: BudgetConfig, dense_costs: Mapping[str, float], metric: Metric) -> Budget:
+    """Return the budget with every limit in the cost's own unit (not yet checked).
+
+    Raises:
+        InputError: if the budget limits the loss of another metric.
+    """
     limits = {cost: limit.value * dense_costs[cost] if limit.relative else limit.value for cost, limit in config.limits.items()}
-    return Budget(name, limits, config.top1_drop)
+    return Budget(name, limits, config.metric_drop(metric))
 
 
-def build_objectives(config: SearchConfig, costs: PolicyCosts) -> tuple[str, ...]:
-    """Return the names of the reward's components: top1, then every cost that some budget limits, or else macs."""
+def build_objectives(config: SearchConfig, costs: PolicyCosts, metric: Metric) -> tuple[str, ...]:
+    """Return the names of the reward's components: the metric, then every cost that some budget limits, or else macs."""
     limited = [name for name in costs.models if any(name in budget.limits for budget in config.budgets.values())]
-    return ("top1", *(limited or ["macs"]))
+    return (metric.name, *(limited or ["macs"]))
 
 
 def build_problem(config: SearchConfig, status: StatusCallback = log.info) -> Problem:
@@ -150,28 +157,35 @@ def build_problem(config: SearchConfig, status: StatusCallback = log.info) -> Pr
     Raises:
         InputError: for anything in the configuration that cannot be used, before anything is written.
     """
-    data, model, graph = build_model_and_graph(config, status)
+    task, model, graph = build_model_and_graph(config, status)
+    metric = task.metric
     config = resolve_device(config, model, graph, status)
     costs = build_costs(config, graph)
-    budgets, projection = build_budgets(config, costs), FeasibilityProjection(costs)
+    budgets, projection = build_budgets(config, costs, metric), FeasibilityProjection(costs)
     for budget in budgets:
         projection.check(budget)
-    assembler, finalist_assembler = build_assemblers(config, data, model, graph, status)
+    assembler, finalist_assembler = build_assemblers(config, task, model, graph, status)
     status("scoring the dense model")
-    images, labels = data.tensors(data.validation)
+    dense = dense_evaluation(task, model, costs)
     everything = [np.arange(group.units) for group in graph.groups]
     if config.search.precision == "auto":
-        precision = choose_precision(lambda: slice_model(model, graph, everything), graph, images, labels)
+        precision = choose_precision(lambda: slice_model(model, graph, everything), graph, task, dense.score)
     else:
         precision = Precision(config.search.precision, "chosen in the configuration")
-    dense = Evaluation(top1(model, images, labels), costs.dense, "proxy", len(labels))
     magnitudes = [mean_over_producers(model, group, lambda rows: rows.abs().mean(1)) for group in graph.groups]
-    space = FeasibleSpace(costs, build_objectives(config, costs), dense.top1, magnitudes)
-    return Problem(config, replace(data, train=None), assembler, finalist_assembler, space, budgets, dense, precision)
+    space = FeasibleSpace(costs, build_objectives(config, costs, metric), metric, dense.score, magnitudes)
+    return Problem(config, task.without_training_data(), assembler, finalist_assembler, space, budgets, dense, precision)
+
+
+def dense_evaluation(task: Task, model: nn.Module, costs: PolicyCosts) -> Evaluation:
+    """Return the float32 score of the dense model on the validation split, with its costs."""
+    found = task.evaluate(model, "validation")
+    quality = task.metric.quality(found.score, found.score)
+    return Evaluation(found.score, costs.dense, "proxy", found.samples, quality=quality)
 
 
 def build_assemblers(
-    config: SearchConfig, data: TaskData, model: nn.Module, graph: ModelGraph, status: StatusCallback = log.info
+    config: SearchConfig, task: SupervisedTask, model: nn.Module, graph: ModelGraph, status: StatusCallback = log.info
 ) -> tuple[Assembler, Assembler]:
     """Return what turns policies into networks, for the search and for finalists.
 
@@ -183,12 +197,13 @@ def build_assemblers(
     plugins = _Plugins.of(config)
     calibration = images = labels = None
     if users := _image_users(config, plugins):
-        if data.calibration is None:
+        if not task.samples("calibration"):
             raise InputError(
                 f"`data.calibration` is 0, but calibration images are needed by {', '.join(users)}. "
                 "Set `data.calibration` to a number of images, or choose what needs none, such as the recovery `data_free`."
             )
-        images, labels = data.tensors(data.calibration)
+        assert task.data.calibration is not None
+        images, labels = task.data.tensors(task.data.calibration)
         settings = build_options(CalibrationConfig, config.calibration)
         calibration = cached_calibration(model, graph, images, settings, cache_directory() / "calibration", status)
     status("ranking the channels")
@@ -256,7 +271,7 @@ def build_options(config_class: type, options: Mapping[str, Any]) -> Any:
 def build_front(problem: Problem) -> Front:
     """Return an empty front for this problem."""
     device = None if problem.device is None else problem.device.label
-    return Front(problem.space.objectives, problem.budgets, problem.dense, problem.data.num_classes, device)
+    return Front(problem.space.objectives, problem.budgets, problem.dense, problem.task.metric, device)
 
 
 def build_agent(problem: Problem, name: str, options: Mapping[str, Any], seed: int) -> Agent:
@@ -276,26 +291,20 @@ def with_sensitivities(problem: Problem, status: StatusCallback = log.info) -> P
     if problem.space.sensitivities is not None:
         return problem
     evaluator, start = make_env(problem).evaluator, time.perf_counter()
-    images, left = [], IMAGES
-    for batch in evaluator.batches:
-        images.append(batch[:left])
-        left -= len(images[-1])
-        if not left:
-            break
-    curves = measure_sensitivities(problem.space.policy_space, evaluator.network, images, status)
+    inputs = first_inputs(problem.task, "validation", IMAGES)
+    curves = measure_sensitivities(problem.space.policy_space, evaluator.network, inputs, problem.task.divergence, status)
     measured = Sensitivities(curves, time.perf_counter() - start)
     return replace(problem, space=problem.space.with_sensitivities(measured))
 
 
 def make_env(problem: Problem, evaluated: Evaluated = ()) -> CompressionEnv:
     """Return a separate environment for one worker; the `evaluated` policies are reused."""
-    images, labels = problem.data.tensors(problem.data.validation)
     race = Race(problem.space.objectives[1:], [budget.limits for budget in problem.budgets])
     evaluator = Evaluator(
         problem.assembler,
         problem.space.costs.of_policy,
-        images,
-        labels,
+        problem.task,
+        problem.dense.score,
         problem.precision,
         race if problem.config.search.racing else None,
     )

@@ -198,8 +198,9 @@ def export(
         if not one.written:
             print(f"export: {one.folder} is there already")
             continue
-        test = f"test top-1 {100 * one.test_top1:.2f} % of {one.test_images} images"
-        print(f"validation top-1 {100 * one.validation_top1:.2f} %, {test}\nexport: {one.folder}")
+        validation, test = one.metric.text(one.validation_score), one.metric.text(one.test_score)
+        print(f"validation {one.metric.label} {validation}, test {one.metric.label} {test} of {one.test_images} samples")
+        print(f"export: {one.folder}")
 
 
 @app.command()
@@ -276,7 +277,7 @@ def ask(
     run: RunPath,
     budget: Annotated[str, typer.Option("--budget", help='Any limits, e.g. "macs<=43%,weight_bytes<=20kB".')],
     preference: Annotated[
-        str | None, typer.Option("--preference", help='Weights of costs, such as "macs=0.7"; top1 has the rest of 1.')
+        str | None, typer.Option("--preference", help='Weights of costs, such as "macs=0.7"; the metric has the rest of 1.')
     ] = None,
     evaluations: Annotated[int, typer.Option(min=1, help="Number of proposals that are evaluated.")] = 3,
     overrides: Overrides = None,

@@ -13,7 +13,7 @@ from secateur.envs.core import Budget, InputError
 from secateur.envs.costs import PolicyCosts
 from secateur.envs.model_graph import ModelGraph
 from secateur.envs.projection import FeasibilityProjection
-from secateur.envs.tasks.data import TaskData
+from secateur.envs.tasks.supervised import SupervisedTask
 from secateur.search.build import (
     Feasibility,
     build_budgets,
@@ -35,7 +35,7 @@ class Inspection:
 
     Attributes:
         config: the configuration.
-        data: the images and their splits.
+        task: the metric, and the images with their splits.
         graph: layers, coupled groups, and what is never pruned.
         costs: the choices (`policy_space`), and the costs of the dense model (`dense`).
         budgets: with absolute limits.
@@ -43,7 +43,7 @@ class Inspection:
     """
 
     config: SearchConfig
-    data: TaskData
+    task: SupervisedTask
     graph: ModelGraph
     costs: PolicyCosts
     budgets: tuple[Budget, ...]
@@ -77,11 +77,11 @@ def inspect(config: ConfigSource, overrides: Overrides = (), status: StatusCallb
         InputError: if something in the configuration cannot be used.
     """
     settings = load_config(config, overrides)
-    data, model, graph = build_model_and_graph(settings, status)
+    task, model, graph = build_model_and_graph(settings, status)
     settings = resolve_device(settings, model, graph, status)
     costs = build_costs(settings, graph)
-    budgets, plans = build_budgets(settings, costs), planned_calibration(settings, model, graph)
-    return Inspection(settings, data, graph, costs, budgets, plans)
+    budgets, plans = build_budgets(settings, costs, task.metric), planned_calibration(settings, model, graph)
+    return Inspection(settings, task, graph, costs, budgets, plans)
 
 
 def report(inspection: Inspection) -> list[Table | str]:
@@ -92,11 +92,11 @@ def report(inspection: Inspection) -> list[Table | str]:
     optional = [tables.frozen_table(graph), tables.calibration_table(inspection.calibration or {}, most)]
     shown += [table for table in optional if table.row_count]
     dense = ", ".join(f"{cost} {amount(cost, value)}" for cost, value in costs.dense.items())
-    images = 0 if inspection.data.calibration is None else len(inspection.data.calibration)
+    images = inspection.task.samples("calibration")
     lines = [
         f"dense: {dense}",
         *([tables.device_line(settings.device)] if isinstance(settings.device, Device) else []),
         tables.calibration_line(inspection.calibration, min(images, settings.calibration["max_images"])),
-        f"data: {inspection.data.source}",
+        f"data: {inspection.task.source}",
     ]
     return [*shown, tables.feasibility_report(inspection.feasibility), *lines]

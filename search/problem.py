@@ -11,7 +11,7 @@ from secateur.envs.core import Budget, CompressionPolicy, Evaluation
 from secateur.envs.evaluator import Precision
 from secateur.envs.feasibility import FeasibleSpace
 from secateur.envs.model_graph import ModelGraph
-from secateur.envs.tasks.data import TaskData
+from secateur.envs.tasks.supervised import SupervisedTask
 from secateur.search.config import SearchConfig
 
 StatusCallback = Callable[[str], None]
@@ -27,7 +27,7 @@ class Problem:
 
     Attributes:
         config: the resolved configuration.
-        data: calibration, validation and test splits.
+        task: scores models; has the calibration, validation and test splits.
         assembler: turns policies into networks; holds the dense model and its graph.
         finalist_assembler: the same with the recoveries of the finalists.
         space: the decisions, with budgets that hold by construction.
@@ -37,7 +37,7 @@ class Problem:
     """
 
     config: SearchConfig
-    data: TaskData
+    task: SupervisedTask
     assembler: Assembler
     finalist_assembler: Assembler
     space: FeasibleSpace

@@ -12,6 +12,7 @@ from secateur.cost_models.core import LayerShape, NetworkGeometry  # noqa: E402
 from secateur.envs.core import Budget, Episode, Evaluation, Sensitivities  # noqa: E402
 from secateur.envs.costs import PolicyCosts  # noqa: E402
 from secateur.envs.feasibility import FeasibleSpace  # noqa: E402
+from secateur.envs.metric import TOP1
 from secateur.envs.model_graph.plan import ChannelGroup, ModelGraph  # noqa: E402
 from secateur.envs.policy_space import PolicySpace, SpaceConfig  # noqa: E402
 
@@ -78,7 +79,7 @@ class ToySpace(FeasibleSpace):
         curves = np.random.default_rng(1).uniform(0.5, 1, (11, 1)) * np.linspace(0, 1, 65) ** 2
         sensitivities = Sensitivities(curves[: len(policy_space.decisions)])
         self.best = self.best[: policy_space.num_steps, : policy_space.action_dim]
-        super().__init__(costs, ("top1", "cost"), 1.0, np.random.default_rng(0).random((6, 5)), sensitivities)
+        super().__init__(costs, ("top1", "cost"), TOP1, 1.0, np.random.default_rng(0).random((6, 5)), sensitivities)
 
     def cost(self, sequence):
         """The mean of what is left over the used entries."""
@@ -95,8 +96,8 @@ class ToySpace(FeasibleSpace):
         cost = self.cost(executed)
         score = self.score(executed) if top1 is None else top1
         constraints = {"cost": cost / actor.budget.limits["cost"] - 1}
-        if actor.budget.top1_drop is not None:
-            constraints["top1_drop"] = (self.dense_top1 - score) / actor.budget.top1_drop - 1
+        if actor.budget.metric_drop is not None:
+            constraints["top1_drop"] = (self.dense_score - score) / actor.budget.metric_drop - 1
         return Episode(
             actor.budget.name,
             self.decode(executed),

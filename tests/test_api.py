@@ -122,8 +122,8 @@ def test_the_winner_has_policy_scores_and_a_model(run):
         assert all(winner.costs[cost] <= share * dense[cost] for cost, share in limits.items())
         assert winner.folder == run.folder / "exports" / budget
         policy = json.loads((winner.folder / "policy.json").read_text())
-        assert policy["scores"]["test"]["top1"] == winner.test_top1
-        assert policy["scores"]["validation"]["top1"] == winner.validation_top1
+        assert policy["scores"]["test"]["score"] == winner.test_score
+        assert policy["scores"]["validation"]["score"] == winner.validation_score
         assert winner.model()(torch.zeros(2, 3, 8, 8)).shape == (2, 6)
 
 
@@ -146,7 +146,7 @@ def test_a_winner_that_was_not_exported_says_how(copy):
 def test_exports_are_written_once(copy, tmp_path):
     (there,) = copy.export(budget="phone")
     assert not there.written and there.folder == copy.folder / "exports" / "phone"
-    assert there.test_top1 == copy.best("phone").test_top1
+    assert there.test_score == copy.best("phone").test_score
     (trial,) = secateur.export(copy, trial=0, output=tmp_path / "trial")
     assert trial.written and trial.folder == tmp_path / "trial"
     assert secateur.load_compressed(trial.folder)(torch.zeros(1, 3, 8, 8)).shape == (1, 6)

@@ -240,7 +240,7 @@ class EnvelopeDdpg:
 
     def _expected(self, sequences: np.ndarray) -> np.ndarray:
         """Return the expected rewards of executed sequences, (n, num_objectives): predicted top-1, exact costs."""
-        return np.column_stack([self.predict_top1(sequences), -self.space.cost_shares(sequences)])
+        return np.column_stack([self.predict_quality(sequences), -self.space.cost_shares(sequences)])
 
     def _gains(self, rewards: np.ndarray) -> np.ndarray:
         """Return how much hypervolume each reward vector would add to the front, (n,), up to a constant."""
@@ -250,7 +250,7 @@ class EnvelopeDdpg:
 
     # --------------------------------------------------------------------------------------------------------- queries
 
-    def predict_top1(self, sequences: np.ndarray) -> np.ndarray:
+    def predict_quality(self, sequences: np.ndarray) -> np.ndarray:
         """Return the mean prediction of the critics for executed sequences, (n,)."""
         return self.learner.predictions(sequences).mean(axis=0)
 

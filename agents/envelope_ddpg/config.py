@@ -17,7 +17,7 @@ class EnvelopeDdpgConfig:
     """Options. What needs no tuning is a constant in the module that uses it.
 
     Attributes:
-        preference: weights of the reward's components, "top1" first, that most episodes search for; None: top-1 alone.
+        preference: weights of the reward's components, the quality first, that most episodes search for; None: quality alone.
         warmup: evaluations before the networks choose: first rule-based policies, then random feasible ones.
         candidates: number of policies that the critics compare for one evaluation; 1: no comparison.
         rounds: how often the best candidates are changed and compared again, each time half as many as there were candidates.

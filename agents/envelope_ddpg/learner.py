@@ -76,7 +76,7 @@ class Learner:
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), LEARNING_RATE, fused=True)
         self.memories: list[Memory] = []
         self.pool = Pool(POOLED * config.planned)
-        self.center, self.scale = float(_score(np.array(space.dense_top1 / 2))), 1.0  # of scores
+        self.center, self.scale = float(_logit(np.array(space.dense_quality / 2))), 1.0  # of scores
         self.spread = 1.0  # of top-1
         self.errors: list[np.ndarray] = []  # of the critics and the additive model, on the scores of episodes that were new, (2,)
         self._steps, self._kinds = torch.from_numpy(self.step_of), torch.from_numpy(self.kind_of)
@@ -176,14 +176,14 @@ class Learner:
         """Note how well a new episode is predicted; to be called before `add`."""
         if self.config.additive and len(self.memories) >= ENOUGH:
             predicted = self._critics(memory.sequence[None]).mean(), self._additive(memory.sequence[None])[0][0]
-            self.errors.append(np.array(predicted) - _score(memory.reward[0]))
+            self.errors.append(np.array(predicted) - _logit(memory.reward[0]))
 
     def add(self, memory: Memory) -> None:
         """Remember an episode."""
         self.memories.append(memory)
         self._additive_model = None
         self._ends = torch.cat([self._ends, self._complete(memory.sequence[None])])
-        self._scores = torch.cat([self._scores, _float(_score(memory.reward[:1]))])
+        self._scores = torch.cat([self._scores, _float(_logit(memory.reward[:1]))])
         self.center, self.scale = float(self._scores.mean()), max(float(self._scores.std(correction=0)), 1e-3)
         self.spread = max(float(np.std([memory.reward[0] for memory in self.memories])), 1e-3)
 
@@ -248,8 +248,8 @@ class Learner:
         loss = (values - (self._scores[chosen] - self.center) / self.scale).square().mean()
         if len(self.pool):
             rows = self.pool.sample(self.rng, self.config.batch)
-            top1 = _top1(self.center + self.scale * self.critic(self._smoothed(rows["after"]))[..., 0])
-            loss = loss + (rows["targets"] / self.spread - top1 / self.spread).square().mean()
+            quality = _quality(self.center + self.scale * self.critic(self._smoothed(rows["after"]))[..., 0])
+            loss = loss + (rows["targets"] / self.spread - quality / self.spread).square().mean()
         self.critic_optimizer.zero_grad()
         loss.backward()
         self.critic_optimizer.step()
@@ -269,8 +269,8 @@ class Learner:
         rows = self.pool.sample(self.rng, self.config.batch)
         actions = torch.sigmoid(self.actor(rows["before"])[0])
         inputs = self.with_actions(rows["after"], rows["steps"], actions)
-        top1 = _top1(self.center + self.scale * self.critic(inputs)[..., 0]).mean(dim=0)
-        gain = (rows["preferences"][:, 0] * top1 - (rows["slopes"] * actions).sum(-1)) / self.spread
+        quality = _quality(self.center + self.scale * self.critic(inputs)[..., 0]).mean(dim=0)
+        gain = (rows["preferences"][:, 0] * quality - (rows["slopes"] * actions).sum(-1)) / self.spread
         self.actor_optimizer.zero_grad()
         (-gain.mean()).backward(inputs=list(self.actor.parameters()))
         self.actor_optimizer.step()
@@ -310,13 +310,13 @@ class Learner:
         return {"critic_optimizer": self.critic_optimizer, "actor_optimizer": self.actor_optimizer}
 
 
-def _score(top1: np.ndarray) -> np.ndarray:
+def _logit(quality: np.ndarray) -> np.ndarray:
     """Return log-odds, bounded as if 1 of 100 more images were right and another one wrong."""
-    share = (np.clip(top1, 0, 1) + EDGE) / (1 + 2 * EDGE)
+    share = (np.clip(quality, 0, 1) + EDGE) / (1 + 2 * EDGE)
     return np.log(share / (1 - share))
 
 
-def _top1(scores: Tensor) -> Tensor:
+def _quality(scores: Tensor) -> Tensor:
     """Return the top-1 of scores: the inverse of `_score`."""
     return torch.sigmoid(scores) * (1 + 2 * EDGE) - EDGE
 

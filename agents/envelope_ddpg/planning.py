@@ -79,8 +79,8 @@ def plan_targets(
         return np.clip(actions + np.where((starts[rows] == step)[:, None], offsets[rows], 0), 0, 1)
 
     ahead = space.simulate(act, [transitions.budgets[i] for i in owner], transitions.sequences[owner], starts)
-    top1 = predict(ahead.sequences[:plain])
-    vectors = pessimistic(top1, ahead.costs[:plain], np.repeat(own, k, axis=0)).reshape(count, k, objectives)
+    quality = predict(ahead.sequences[:plain])
+    vectors = pessimistic(quality, ahead.costs[:plain], np.repeat(own, k, axis=0)).reshape(count, k, objectives)
     high, low = np.split(ahead.costs[plain:], 2)
     slopes = np.zeros((count, space.action_dim))
     slopes[costly] = signs * ((high - low) * own[costly, 1:]).sum(axis=1, keepdims=True) / (2 * SHIFT)

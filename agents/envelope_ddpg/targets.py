@@ -10,15 +10,15 @@ from __future__ import annotations
 import numpy as np
 
 
-def pessimistic(top1: np.ndarray, costs: np.ndarray, preferences: np.ndarray) -> np.ndarray:
+def pessimistic(quality: np.ndarray, costs: np.ndarray, preferences: np.ndarray) -> np.ndarray:
     """Return the vector of the critic with the smallest scalarized value, (..., num_objectives).
 
     Args:
-        top1: predictions of each critic, (critics, ...).
+        quality: predictions of each critic, (critics, ...).
         costs: (..., num_objectives - 1), exact, so the same for all critics.
         preferences: (..., num_objectives).
     """
-    vectors = np.concatenate([top1[..., None], np.broadcast_to(-costs, (*top1.shape, costs.shape[-1]))], axis=-1)
+    vectors = np.concatenate([quality[..., None], np.broadcast_to(-costs, (*quality.shape, costs.shape[-1]))], axis=-1)
     smallest = (preferences * vectors).sum(-1).argmin(axis=0)
     return np.take_along_axis(vectors, smallest[None, ..., None], axis=0)[0]
 

@@ -24,30 +24,31 @@ REST = "rest"
 
 @dataclass(frozen=True)
 class Split:
-    """Labeled images.
+    """Images, or other inputs, with what a task compares the outputs with.
 
     Attributes:
-        images: (N, C, H, W), uint8 in 0..255 or float32 already normalized.
-        labels: (N,) int64.
+        images: (N, C, H, W) uint8 in 0..255, or (N, ...) float32 already normalized.
+        labels: (N,) int64 classes, or the (N, ...) targets of the task.
     """
 
     images: np.ndarray
     labels: np.ndarray
 
     def __post_init__(self) -> None:
-        if self.images.ndim != 4 or self.images.dtype not in (np.uint8, np.float32):
+        if not (self.images.ndim == 4 and self.images.dtype == np.uint8) and self.images.dtype != np.float32:
             raise InputError(
-                "The images of a split must be (N, C, H, W) in uint8 or float32, "
+                "The images of a split must be (N, C, H, W) in uint8, or (N, ...) in float32, "
                 f"but got {self.images.shape} in {self.images.dtype}."
             )
-        if self.labels.shape != (len(self.images),) or self.labels.dtype != np.int64:
-            raise InputError(
-                f"The labels of {len(self.images)} images must be ({len(self.images)},) in int64, "
-                f"but got {self.labels.shape} in {self.labels.dtype}."
-            )
+        if self.labels.shape[:1] != (len(self.images),):
+            raise InputError(f"There are {len(self.images)} images, but labels of shape {self.labels.shape}.")
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def at(self, indices: np.ndarray) -> Split:
+        """Return the samples at these indices."""
+        return Split(self.images[indices], self.labels[indices])
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class TaskData:
         test: images for final numbers only.
         train: images for fine-tuning; they contain the calibration images and never a validation image. None if not requested.
         mean, std: one number per channel; a uint8 image x becomes (x / 255 - mean) / std.
-        num_classes: labels are 0 .. num_classes - 1.
+        num_classes: labels are 0 .. num_classes - 1; 0: the targets are no classes.
         classes: names of the classes.
         source: one sentence that says which images are in which split.
     """
@@ -89,30 +90,17 @@ class TaskData:
         return {name: split for name, split in named.items() if split is not None}
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width)."""
-        _, channels, height, width = self.validation.images.shape
-        return channels, height, width
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape of one input, usually (channels, height, width)."""
+        return self.validation.images.shape[1:]
 
     def tensors(self, split: Split) -> tuple[Tensor, Tensor]:
-        """Return a split as network input: images (N, C, H, W) float32 normalized, labels (N,) int64."""
+        """Return a split as network input: images (N, C, H, W) float32 normalized, and the labels as they are."""
         images, labels = torch.from_numpy(split.images), torch.from_numpy(split.labels)
         if images.dtype == torch.uint8:
             mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
             images = (images.float() / 255 - mean) / std
         return images, labels
-
-    def check_outputs(self, outputs: int) -> None:
-        """Check the number of a network's outputs.
-
-        Raises:
-            InputError: if it is not the number of classes.
-        """
-        if outputs != self.num_classes:
-            raise InputError(
-                f"The model has {outputs} outputs, but the data has {self.num_classes} classes. "
-                "Set the number of classes in `model.args`, or check `data.name`."
-            )
 
 
 def _check_split(name: str, split: Split, data: TaskData) -> None:
@@ -123,14 +111,12 @@ def _check_split(name: str, split: Split, data: TaskData) -> None:
         raise InputError(
             f"`data.{name}` has images of {shape_text(shape)}, but `data.validation` has images of {shape_text(expected)}."
         )
-    if len(data.mean) != shape[0] or len(data.std) != shape[0] or min(data.std) <= 0:
+    uint8 = split.images.dtype == np.uint8
+    if uint8 and (len(data.mean) != shape[0] or len(data.std) != shape[0] or min(data.std) <= 0):
         raise InputError(
             f"`data.mean` and `data.std` need one number per channel ({shape[0]}), std above 0, "
             f"but got {list(data.mean)} and {list(data.std)}."
         )
-    low, high = int(split.labels.min()), int(split.labels.max())
-    if low < 0 or high >= data.num_classes:
-        raise InputError(f"Labels of `data.{name}` must be in 0..{data.num_classes - 1}, but are in {low}..{high}.")
 
 
 @dataclass(frozen=True)
@@ -138,7 +124,7 @@ class Pool:
     """The training or test part of a dataset; only the images that are picked are read.
 
     Attributes:
-        labels: (N,) int64.
+        labels: (N,) int64 classes, or (N, ...) targets.
         read: indices (n,) -> images (n, C, H, W) uint8, or float32 normalized.
     """
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from secateur.envs.metric import TOP1, Metric
 from secateur.search.benchmarks.records import Row
-from secateur.search.benchmarks.scaffold import markdown_table, percent
+from secateur.search.benchmarks.scaffold import markdown_table
 from secateur.search.problem import Problem
 
-SCORES = {"search_top1": "search", "plain_test_top1": "plain test", "validation_top1": "validation", "test_top1": "test"}
+SCORES = {"search_score": "search", "plain_test_score": "plain test", "validation_score": "validation", "test_score": "test"}
 """{key in the rows: heading}."""
-TEST_SCORES = ("plain_test_top1", "test_top1")
+TEST_SCORES = ("plain_test_score", "test_score")
 CAPTION = (
     '"Search" and "plain test": the policy with the best search score, under the recovery of the search, on validation images, '
     'which were used for selection, and on test images. "Validation" and "test": the best finalist, under the recovery of the '
@@ -27,11 +28,26 @@ Runs = Mapping[str, Sequence[Row]]
 
 def outcome_line(row: Row) -> str:
     """Return one run in one line."""
-    tests = [f"{name} {percent(winner and winner['test_top1'])}" for name, winner in row["winners"].items()]
+    metric = _metric(row)
+    tests = [f"{name} {metric.text(winner['test_score']) if winner else '-'}" for name, winner in row["winners"].items()]
     return (
         f"{row['agent']}, seed {row['seed']}, {row['evaluations']} evaluations in {row['seconds']:.0f} s: hypervolume "
-        f"{row['hypervolume']:.4f}, test top-1 % {', '.join(tests)}"
+        f"{row['hypervolume']:.4f}, test {metric.label} {', '.join(tests)}"
     )
+
+
+def _metric(row: Row) -> Metric:
+    return Metric(**row["metric"]) if "metric" in row else TOP1  # rows of version 0.1 have none
+
+
+def _unit(runs: Runs) -> str:
+    metric = _metric(next(iter(runs.values()))[0])
+    return f"{metric.label} {metric.unit}".rstrip()
+
+
+def _shown(runs: Runs, score: float) -> float:
+    """Return a score as the number that stands before the metric's unit."""
+    return 100 * score if _metric(next(iter(runs.values()))[0]).unit == "%" else score
 
 
 def search_report(problem: Problem, dense_test: float, rows: Sequence[Row]) -> str:
@@ -39,13 +55,14 @@ def search_report(problem: Problem, dense_test: float, rows: Sequence[Row]) -> s
 
     Args:
         problem: the search.
-        dense_test: test top-1 of the dense model.
+        dense_test: test score of the dense model.
         rows: all rows so far, at least one.
     """
-    validation, test = f"{problem.dense.images} validation images", f"{len(problem.data.test)} test images"
+    validation, test = f"{problem.dense.images} validation images", f"{problem.task.samples('test')} test images"
+    metric = problem.task.metric
     return (
-        f"{summary(rows)}\n\nDense: {percent(problem.dense.top1)} % on {validation}, {percent(dense_test)} % on {test}. "
-        f"{problem.data.source}\n{CAPTION}\n"
+        f"{summary(rows)}\n\nDense: {metric.text(problem.dense.score)} on {validation}, {metric.text(dense_test)} on {test}. "
+        f"{problem.task.source}\n{CAPTION}\n"
     )
 
 
@@ -63,7 +80,7 @@ def summary(rows: Sequence[Row]) -> str:
 
 def _budget_table(runs: Runs) -> str:
     budgets = dict.fromkeys(name for rows in runs.values() for row in rows for name in row["winners"])
-    heads = ["budget", "agent", "seeds", *(f"{heading} top-1 %" for heading in SCORES.values())]
+    heads = ["budget", "agent", "seeds", *(f"{heading} {_unit(runs)}" for heading in SCORES.values())]
     return markdown_table(heads, [cells for budget in budgets for cells in _budget_lines(budget, runs)])
 
 
@@ -72,14 +89,17 @@ def _budget_lines(budget: str, runs: Runs) -> list[list[str]]:
     for agent, rows in runs.items():
         winners = [winner for row in rows if (winner := row["winners"].get(budget))]
         seeds = f"{len(rows)}" if len(winners) == len(rows) else f"{len(winners)} of {len(rows)}"
-        scores = [_spread([100 * winner[score] for winner in winners]) for score in SCORES]
-        lines.append((_mean([winner["test_top1"] for winner in winners], default=-1.0), [budget, agent, seeds, *scores]))
+        scores = [_spread([_shown(runs, winner[score]) for winner in winners]) for score in SCORES]
+        sign = 1 if _metric(rows[0]).higher_is_better else -1
+        lines.append(
+            (_mean([sign * winner["test_score"] for winner in winners], default=-np.inf), [budget, agent, seeds, *scores])
+        )
     return _best_first(lines)
 
 
 def _run_table(runs: Runs) -> str:
     heads = [
-        "agent", "evaluations", "hypervolume", *(f"mean {SCORES[score]} top-1 %" for score in TEST_SCORES), "feasible %",
+        "agent", "evaluations", "hypervolume", *(f"mean {SCORES[score]} {_unit(runs)}" for score in TEST_SCORES), "feasible %",
         "s per evaluation", "of these, agent s",
     ]  # fmt: skip
     lines = [(_mean([row["hypervolume"] for row in rows]), _run_cells(agent, rows)) for agent, rows in runs.items()]
@@ -92,7 +112,10 @@ def _run_cells(agent: str, rows: Sequence[Row]) -> list[str]:
         agent,
         f"{max(row['evaluations'] for row in rows)}",
         _spread([row["hypervolume"] for row in rows], 4),
-        *(_spread([100 * _mean([winner[score] for winner in winners]) for winners in complete]) for score in TEST_SCORES),
+        *(
+            _spread([_shown({agent: rows}, 1) * _mean([winner[score] for winner in winners]) for winners in complete])
+            for score in TEST_SCORES
+        ),
         f"{100 * _mean([row['feasible'] for row in rows]):.0f}",
         *(f"{_mean([row[key] / row['evaluations'] for row in rows]):.2f}" for key in ("seconds", "agent_seconds")),
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ def run_agents(config: SearchConfig, agents: Sequence[str] | None, seeds: int, o
     with show_progress() as progress:
         problem = build_problem(config, progress.status)
         with workers(problem, progress) as runner:
-            report = partial(search_report, problem, dense_test_score(problem).top1)
+            report = partial(search_report, problem, dense_test_score(problem).score)
             write_results(records, run_contestants(problem, runner, contestants, all_seeds, records), report)
 
 
@@ -140,7 +140,7 @@ class _Curve:
         return self.points
 
     def _add_point(self) -> None:
-        best = {name: self.front.best_top1(name) for name in self._budgets}
+        best = {name: self.front.best_score(name) for name in self._budgets}
         self.points.append({"evaluations": self.front.evaluations, "hypervolume": self.front.hypervolume, "best": best})
 
 
@@ -153,6 +153,7 @@ def _run(problem: Problem, runner: Runner, one: Contestant, seed: int) -> dict[s
     return {
         "agent": one.label,
         "seed": seed,
+        "metric": asdict(problem.task.metric),
         "evaluations": front.evaluations,
         "feasible": front.feasible / front.evaluations,
         "failed": front.failed,
@@ -180,7 +181,7 @@ def _winners(problem: Problem, front: Front) -> dict[str, dict[str, Any] | None]
 
 
 def _winner(problem: Problem, finalist: Finalist, candidate: FrontPoint) -> dict[str, Any]:
-    """Return a budget's winner, and four top-1 scores before any fine-tuning.
+    """Return a budget's winner, and four scores before any fine-tuning.
 
     Args:
         problem: the search.
@@ -189,10 +190,10 @@ def _winner(problem: Problem, finalist: Finalist, candidate: FrontPoint) -> dict
             which were not used for selection.
     """
     return {
-        "search_top1": candidate.evaluation.top1,
-        "plain_test_top1": plain_test_top1(problem, candidate.policy),
-        "validation_top1": finalist.validation.top1,
-        "test_top1": finalist.final.top1,
+        "search_score": candidate.evaluation.score,
+        "plain_test_score": plain_test_score(problem, candidate.policy),
+        "validation_score": finalist.validation.score,
+        "test_score": finalist.final.score,
         "costs": dict(finalist.final.costs),
         "widths": finalist.policy.widths,
         "weight_bits": finalist.policy.weight_bits,
@@ -200,7 +201,14 @@ def _winner(problem: Problem, finalist: Finalist, candidate: FrontPoint) -> dict
     }
 
 
-def plain_test_top1(problem: Problem, policy: CompressionPolicy) -> float:
-    """Return the test top-1 of a policy with the search's recoveries and number format."""
-    images, labels = problem.data.tensors(problem.data.test)
-    return Evaluator(problem.assembler, problem.space.costs.of_policy, images, labels, problem.precision).evaluate(policy).top1
+def plain_test_score(problem: Problem, policy: CompressionPolicy) -> float:
+    """Return the test score of a policy with the search's recoveries and number format."""
+    evaluator = Evaluator(
+        problem.assembler,
+        problem.space.costs.of_policy,
+        problem.task,
+        problem.dense.score,
+        problem.precision,
+        split="test",
+    )
+    return evaluator.evaluate(policy).score

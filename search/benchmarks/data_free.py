@@ -12,7 +12,6 @@ from pathlib import Path
 from secateur.cost_models.core import FLOAT_BITS
 from secateur.envs.assembler import Assembler
 from secateur.envs.core import CompressionPolicy
-from secateur.envs.evaluator import top1
 from secateur.envs.model_graph import ModelGraph
 from secateur.envs.piece_cache import PieceCache
 from secateur.envs.quantization.quantizers import QUANTIZERS
@@ -119,15 +118,16 @@ def compare_data_free(
     """
     with_images = config.data.calibration != 0
     own = _with_recovery(config, "least_squares" if with_images else "data_free")
-    data, model, graph = build_model_and_graph(own, status)
+    task, model, graph = build_model_and_graph(own, status)
     costs = build_costs(own, graph)
     status("calibrating")
-    assembler, _ = build_assemblers(own, data, model, graph)
-    images, labels = data.tensors(data.test)
+    assembler, _ = build_assemblers(own, task, model, graph)
     key = {"network": network_name(config), "config": config_record(own)}
     status("scoring")
     if records.find(**key, case="dense") is None:
-        records.add(**key, case="dense", test_top1=top1(model, images, labels), images=len(labels), data=data.source)
+        records.add(
+            **key, case="dense", test_top1=task.evaluate(model, "test").score, images=task.samples("test"), data=task.source
+        )
     for case in cases:
         policy = case_policy(graph, case)
         macs = costs.of_policy(policy)["macs"] / costs.dense["macs"]
@@ -136,7 +136,7 @@ def compare_data_free(
             if records.find(**row) is not None or (not with_images and "images" in method):
                 continue
             seconds, network = timed(_assembler_of(assembler, entries, QUANTIZED_BY.get(method)).assemble, policy)
-            score = top1(network, images, labels)
+            score = task.evaluate(network, "test").score
             records.add(**row, test_top1=score, macs=macs, seconds=seconds)
             yield f"{key['network']}, {case.name}, {method}: {percent(score)} %"
 

@@ -111,10 +111,10 @@ def measure_evaluations(
     _timed_parts(evaluator, policies[0])  # the first call builds what later ones reuse
     evaluator.assembler = replace(evaluator.assembler, cache=PieceCache())
     evaluator.assembler.candidate(policies[0])
-    images = len(problem.data.validation)
+    images = problem.task.samples("validation")
     for policy in policies:
         parts, network, top1 = _timed_parts(evaluator, policy)
-        bare, _ = timed(_bare_forward, network, evaluator.batches)
+        bare, _ = timed(_bare_forward, network, [batch.inputs for batch in problem.task.batches("validation")])
         macs = images * problem.space.costs.of_policy(policy)["macs"]
         times = EvaluationTimes(parts, top1, bare, macs * seconds_per_mac(evaluator.dtype))
         if pruning is not None:
@@ -140,8 +140,8 @@ def _timed_parts(evaluator: Evaluator, policy: CompressionPolicy) -> tuple[dict[
         name = names.get(step_name, step_name)
         parts[name] = parts.get(name, 0.0) + timed(step, candidate)[0]
     parts[PREPARE], network = timed(prepare_network, candidate.network.eval(), assembler.graph, evaluator.dtype)
-    parts[FORWARD], (correct, _) = timed(evaluator.score, network, evaluator.costs(policy))
-    return parts, network, float(correct.mean())
+    parts[FORWARD], found = timed(evaluator.score, network, evaluator.costs(policy))
+    return parts, network, found.score
 
 
 @torch.inference_mode()

@@ -15,7 +15,6 @@ import numpy as np
 
 from secateur.agents import AGENTS
 from secateur.envs.core import Budget, Episode
-from secateur.envs.evaluator import top1
 from secateur.envs.pruning.importance import IMPORTANCES
 from secateur.envs.pruning.importance.core import DenseModel
 from secateur.search.benchmarks.policies import choose_budget
@@ -67,7 +66,7 @@ def run_importances(
         budget = choose_budget(problem, budget_name)
         header = {"benchmark": "importances", "config": config_record(config), "budget": budget.name, "evaluations": evaluations}
         records = Records(output / ROWS, header)
-        dense = dense_test_score(problem).top1
+        dense = dense_test_score(problem).score
         progress.stop()
         lines = compare_importances(problem, budget, names, allocating, evaluations, records)
         write_results(records, lines, partial(importance_report, problem, budget, dense))
@@ -121,35 +120,37 @@ def compare_importances(
 
 def _scores(problem: Problem, name: str) -> tuple[np.ndarray, ...]:
     """Return the scores of an importance; each importance has the same generator, so that their order does not matter."""
-    assert problem.data.calibration is not None, "a calibrated problem has calibration images"
-    images, labels = problem.data.tensors(problem.data.calibration)
+    data = problem.task.data
+    assert data.calibration is not None, "a calibrated problem has calibration images"
+    images, labels = data.tensors(data.calibration)
     rng = np.random.default_rng(problem.config.search.seed)
     dense = DenseModel(problem.assembler.model, problem.graph, problem.assembler.calibration, images, labels, rng)
     return tuple(build_plugin(IMPORTANCES, PluginEntry(name=name)).scores(dense))
 
 
-def _allocate(task: Problem, runner: Runner, agent: str, evaluations: int) -> tuple[FrontPoint | None, int]:
+def _allocate(problem: Problem, runner: Runner, agent: str, evaluations: int) -> tuple[FrontPoint | None, int]:
     """Return the agent's best feasible candidate, None if there is none, and the number of episodes."""
-    front, task = build_front(task), prepare(task, agent, {})
+    front, problem = build_front(problem), prepare(problem, agent, {})
 
     def on_episode(actor: object, episode: Episode) -> None:
         front.add(episode)
 
-    done = run_loop(build_agent(task, agent, {}, task.config.search.seed), runner, evaluations, on_episode)
-    best = front.best(task.budgets[0].name, 1)
+    done = run_loop(build_agent(problem, agent, {}, problem.config.search.seed), runner, evaluations, on_episode)
+    best = front.best(problem.budgets[0].name, 1)
     return (best[0] if best else None), done
 
 
-def _candidate_scores(task: Problem, candidate: FrontPoint | None) -> dict[str, Any]:
+def _candidate_scores(problem: Problem, candidate: FrontPoint | None) -> dict[str, Any]:
     """Return validation and test scores, share of MACs and widths."""
     if candidate is None:
         return {"validation_top1": None, "test_top1": {}, "macs": None, "widths": None}
-    images, labels = task.data.tensors(task.data.test)
-    networks = {name: with_recoveries(task.assembler, RECOVERY_SETTINGS[name]).assemble(candidate.policy) for name in TESTED_WITH}
+    networks = {
+        name: with_recoveries(problem.assembler, RECOVERY_SETTINGS[name]).assemble(candidate.policy) for name in TESTED_WITH
+    }
     return {
-        "validation_top1": candidate.evaluation.top1,
-        "test_top1": {name: top1(network, images, labels) for name, network in networks.items()},
-        "macs": candidate.evaluation.costs["macs"] / task.space.dense_costs["macs"],
+        "validation_top1": candidate.evaluation.score,
+        "test_top1": {name: problem.task.evaluate(network, "test").score for name, network in networks.items()},
+        "macs": candidate.evaluation.costs["macs"] / problem.space.dense_costs["macs"],
         "widths": candidate.policy.widths,
     }
 
@@ -185,8 +186,8 @@ def importance_report(problem: Problem, budget: Budget, dense_top1: float, rows:
     )
     notes = (
         f"Budget: {limits}. Top-1 in percent, no fine-tuning. Validation: {problem.dense.images} images, under {SEARCHED_WITH}; "
-        f"the policy with the best validation score is scored on {len(problem.data.test)} test images in float32 under each "
-        f"recovery. Dense: {percent(problem.dense.top1)} on validation, {percent(dense_top1)} on test. "
-        f"Seed {problem.config.search.seed}. {problem.data.source}"
+        f"the policy with the best validation score is scored on {problem.task.samples('test')} test images in float32 under "
+        f"each recovery. Dense: {percent(problem.dense.score)} on validation, {percent(dense_top1)} on test. "
+        f"Seed {problem.config.search.seed}. {problem.task.source}"
     )
     return f"{importance_table(rows)}\n\n{notes}\n"

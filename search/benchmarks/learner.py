@@ -128,7 +128,7 @@ def _random_episode(problem: Problem, actor: SequenceActor, rng: np.random.Gener
     sequence = space.execute(actor.sequence, actor.budget)
     policy = space.decode(sequence)
     evaluation = Evaluation(float(rng.random()), space.costs.of_policy(policy))
-    slacks = constraints(evaluation, actor.budget, space.dense_top1)
+    slacks = constraints(evaluation, actor.budget, space.metric, space.dense_score)
     reward = reward_vector(evaluation, space.objectives, space.dense_costs)
     return Episode(actor.budget.name, policy, evaluation, slacks, actions=sequence, reward=reward)
 

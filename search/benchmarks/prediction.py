@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from secateur.envs.core import Budget, CompressionPolicy, InputError
-from secateur.envs.evaluator import Evaluator, processor_has_bfloat16, top1
+from secateur.envs.evaluator import Evaluator, processor_has_bfloat16
 from secateur.envs.tasks.data import REST, Split, load_data
 from secateur.envs.tasks.training import FineTuning, fine_tune
 from secateur.search.benchmarks.policies import choose_budget, random_policies
@@ -188,17 +188,17 @@ def _outcome_here(policy: CompressionPolicy) -> dict[str, Any]:
 def outcome(experiment: Experiment, policy: CompressionPolicy) -> dict[str, Any]:
     """Return share of MACs, validation top-1 and seconds under every recovery setting, and test top-1 after fine-tuning."""
     problem = experiment.problem
-    images, labels = problem.data.tensors(problem.data.validation)
     scored = {}
     for setting, names in RECOVERY_SETTINGS.items():
         assembler = with_recoveries(problem.assembler, names)
-        scored[setting] = Evaluator(assembler, problem.space.costs.of_policy, images, labels, problem.precision).evaluate(policy)
+        evaluator = Evaluator(assembler, problem.space.costs.of_policy, problem.task, problem.dense.score, problem.precision)
+        scored[setting] = evaluator.evaluate(policy)
     seconds, network = timed(_fine_tuned, experiment, policy)
     return {
         "macs": problem.space.costs.of_policy(policy)["macs"] / problem.space.dense_costs["macs"],
-        "validation_top1": {setting: evaluation.top1 for setting, evaluation in scored.items()},
+        "validation_top1": {setting: evaluation.score for setting, evaluation in scored.items()},
         "seconds": {setting: evaluation.seconds for setting, evaluation in scored.items()},
-        "tuned_top1": top1(network, *problem.data.tensors(problem.data.test)),
+        "tuned_top1": problem.task.evaluate(network, "test").score,
         "tuning_seconds": seconds,
     }
 
@@ -206,7 +206,7 @@ def outcome(experiment: Experiment, policy: CompressionPolicy) -> dict[str, Any]
 def _fine_tuned(experiment: Experiment, policy: CompressionPolicy) -> nn.Module:
     problem = experiment.problem
     network = with_recoveries(problem.assembler, RECOVERY_SETTINGS[experiment.start]).assemble(policy)
-    return fine_tune(network, replace(problem.data, train=experiment.train), experiment.tuning)
+    return fine_tune(network, replace(problem.task.data, train=experiment.train), experiment.tuning)
 
 
 # ---------------------------------------------------------------------------------------------------------------- report
@@ -238,7 +238,7 @@ def prediction_report(experiment: Experiment, budget: Budget, rows: Sequence[Row
     """Return the table with what it was measured on."""
     problem, tuned = experiment.problem, np.array([row["tuned_top1"] for row in rows])
     deviation = tuned.std(ddof=1) if len(rows) > 1 else 0.0
-    tests = len(problem.data.test)
+    tests = problem.task.samples("test")
     error = np.sqrt(tuned.mean() * (1 - tuned.mean()) / tests)
     recipe = ", ".join(f"{name} {value}" for name, value in asdict(experiment.tuning).items())
     notes = [
@@ -248,6 +248,6 @@ def prediction_report(experiment: Experiment, budget: Budget, rows: Sequence[Row
         "Seconds: median of one evaluation on one thread.",
         f"Fine-tuning starts from the recovery setting `{experiment.start}`, on {len(experiment.train)} training images: "
         f"{recipe}; {np.median([row['tuning_seconds'] for row in rows]):.0f} s each (median). Dense: "
-        f"{percent(problem.dense.top1)} % on {problem.dense.images} validation images. {problem.data.source}",
+        f"{percent(problem.dense.score)} % on {problem.dense.images} validation images. {problem.task.source}",
     ]
     return "\n\n".join([prediction_table(rows), *notes]) + "\n"

@@ -219,9 +219,9 @@ def _scores(problem: Problem, query: Query, policy: CompressionPolicy, validatio
     """Return test top-1 and test utility of a policy under the finalists' recovery, and the validation utility that chose it."""
     _, final = finalist_scores(problem, policy)
     shares = {name: final.costs[name] / problem.space.dense_costs[name] for name in problem.space.objectives[1:]}
-    utility = query.preference @ np.array([final.top1, *(-share for share in shares.values())])
+    utility = query.preference @ np.array([final.score, *(-share for share in shares.values())])
     return {
-        "top1": final.top1,
+        "top1": final.score,
         "shares": shares,
         "test": float(utility),
         "validation": validation,

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from secateur.cost_models.core import FLOAT_BITS
-from secateur.envs.evaluator import top1
 from secateur.envs.quantization.quantizers import QUANTIZERS
 from secateur.search.benchmarks.policies import uniform_policy
 from secateur.search.benchmarks.records import Records, Row, config_record, network_name
@@ -110,14 +109,13 @@ def measure_variant(problem: Problem, variant: Variant, ratio: float) -> dict[st
     quantizer = build_plugin(QUANTIZERS, PluginEntry(name=variant.quantizer))
     assembler = with_recoveries(problem.assembler, variant.recoveries, quantizer=quantizer)
     seconds, network = timed(assembler.assemble, policy)
-    images, labels = problem.data.tensors(problem.data.test)
     costs, dense = problem.space.costs.of_policy(policy), problem.space.dense_costs
     return {
-        "test_top1": top1(network, images, labels),
-        "images": len(labels),
+        "test_top1": problem.task.evaluate(network, "test").score,
+        "images": problem.task.samples("test"),
         "shares": {name: costs[name] / dense[name] for name in ("macs", "weight_bytes")},
         "seconds": seconds,
-        "data": problem.data.source,
+        "data": problem.task.source,
     }
 
 

@@ -57,7 +57,7 @@ def compare_sensitivities(problem: Problem, policies: int, records: Records) -> 
                 continue
             divergences = sensitivities(space.levels_to_sequence(space.policy_to_levels(policy))[space.used])
             sums = {str(power): float((divergences**power).sum()) for power in POWERS}
-            row = records.add(budget=budget.name, policy=index, top1=evaluator.evaluate(policy).top1, sums=sums)
+            row = records.add(budget=budget.name, policy=index, top1=evaluator.evaluate(policy).score, sums=sums)
             shown = sums[str(INTERVAL_POWER)]
             yield f"{budget.name}, policy {index}: {100 * row['top1']:.1f} % top-1, sum of sensitivities {shown:.3f}"
 
@@ -74,7 +74,7 @@ def sensitivity_report(problem: Problem, rows: Sequence[Row]) -> str:
         f"{sensitivity_table(names, rows)}\n\n"
         f"Spearman's rank correlation of top-1 on {problem.dense.images} validation images with minus the sum of "
         f"divergence ** power over {len(problem.space.level_actions)} choices. Measuring the divergences took "
-        f"{_sensitivities(problem).seconds:.0f} s. {problem.data.source}\n"
+        f"{_sensitivities(problem).seconds:.0f} s. {problem.task.source}\n"
     )
 
 

@@ -39,7 +39,7 @@ def straightforward_top1(problem: Problem, policy: CompressionPolicy, pruning: M
         InputError: if Torch-Pruning cannot remove the channels.
     """
     assembler = problem.assembler
-    images, labels = problem.data.tensors(problem.data.validation)
+    images, labels = problem.task.data.tensors(problem.task.data.validation)
     candidate = CandidateNetwork(
         pruned_network(assembler, policy, images[:1], pruning),
         assembler.model,

@@ -11,10 +11,12 @@ from pydantic import AfterValidator, ConfigDict, PlainSerializer, PlainValidator
 
 from secateur.cost_models.core import InputError
 from secateur.cost_models.device import DEVICE_COSTS
+from secateur.envs.metric import Metric, drop_name
 from secateur.envs.tasks.imports import did_you_mean
 
-TOP1_DROP = "top1_drop"
-"""The one name in a budget that is not a cost: the largest loss of top-1, in percentage points."""
+DROP = "_drop"
+"""End of the one name in a budget that is no cost, the largest loss of the metric: `metric_drop`, `top1_drop`, `miou_drop`, …"""
+ANY_DROP = f"metric{DROP}"
 
 _LIMIT = re.compile(r"(?:<=)?\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*(%|[A-Za-z]*)")
 _FACTORS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
@@ -71,8 +73,8 @@ def parse_limit(text: Any) -> Limit:
 def _check_cost_name(name: str) -> str:
     from secateur.cost_models import COST_MODELS
 
-    known = [*COST_MODELS, *DEVICE_COSTS, TOP1_DROP]
-    if name not in known:
+    known = [*COST_MODELS, *DEVICE_COSTS, ANY_DROP]
+    if name not in known and not name.endswith(DROP):
         raise InputError(f"unknown cost.{did_you_mean(name, known)} Known: {', '.join(known)}")
     return name
 
@@ -85,7 +87,11 @@ class BudgetConfig(
         ]
     ]
 ):
-    """The limits of one device: {cost: limit}, and optionally `top1_drop` in percentage points."""
+    """The limits of one device: {cost: limit}, and optionally the largest loss of the metric.
+
+    The loss is called `metric_drop`, or has the metric's own name: `top1_drop`, `miou_drop`, `psnr_drop`. It is in percentage
+    points for metrics in percent, otherwise in the metric's unit.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -93,10 +99,15 @@ class BudgetConfig(
     def _check(self) -> BudgetConfig:
         if not self.root:
             raise InputError('a budget must limit something, for example macs: "<= 40%"')
+        drops = [name for name in self.root if name.endswith(DROP)]
+        if len(drops) > 1:
+            raise InputError(f"a budget can limit the loss of one metric, but this one has {' and '.join(drops)}")
         for name, limit in self.root.items():
-            if name == TOP1_DROP and (limit.unit or limit.value > 100):
-                raise InputError(f'`top1_drop` is in percentage points: write "<= 1.5" (got {limit.text!r})')
-            if name != TOP1_DROP and limit.value <= 0:
+            if name in drops and limit.unit:
+                raise InputError(
+                    f'`{name}` is in percentage points, or in the metric\'s unit: write "<= 1.5" (got {limit.text!r})'
+                )
+            if name not in drops and limit.value <= 0:
                 raise InputError(f"the limit of `{name}` must be above zero (got {limit.text!r})")
             if limit.unit in _MEASURES and not name.endswith(f"_{limit.unit}"):
                 raise InputError(f"`{name}` is not measured {_MEASURES[limit.unit]} (got {limit.text!r})")
@@ -105,9 +116,20 @@ class BudgetConfig(
     @property
     def limits(self) -> dict[str, Limit]:
         """{cost: limit}."""
-        return {name: limit for name, limit in self.root.items() if name != TOP1_DROP}
+        return {name: limit for name, limit in self.root.items() if not name.endswith(DROP)}
 
-    @property
-    def top1_drop(self) -> float | None:
-        """The largest allowed loss of top-1 as a fraction, or None."""
-        return self.root[TOP1_DROP].value / 100 if TOP1_DROP in self.root else None
+    def metric_drop(self, metric: Metric) -> float | None:
+        """Return the largest allowed loss of the metric in its own unit (percent as a fraction), or None.
+
+        Raises:
+            InputError: if the budget limits the loss of another metric, or more than the whole range.
+        """
+        name = next((name for name in self.root if name.endswith(DROP)), None)
+        if name is None:
+            return None
+        if name not in (ANY_DROP, drop_name(metric)):
+            raise InputError(f"The budget limits `{name}`, but the metric is `{metric.name}`: write `{drop_name(metric)}`.")
+        value = self.root[name].value
+        if metric.unit == "%" and value > 100:
+            raise InputError(f'`{name}` is in percentage points: write "<= 1.5" (got {self.root[name].text!r}).')
+        return value / 100 if metric.unit == "%" else value

@@ -31,6 +31,7 @@ from secateur.search.config.plugins import (
     QuantizerEntry,
     RecoveryEntry,
     Section,
+    TaskEntry,
     check_options,
     check_plugin,
     plugins_of,
@@ -111,7 +112,7 @@ class SearchSection(Section):
         address: address of a running Ray cluster; None: the search starts a local one, and stops it at the end.
         time_limit: seconds after which no new evaluation starts; None: no limit.
         precision: number format of the evaluations; "auto": bfloat16 where the processor supports it and the dense model
-            keeps its top-1. Final scores are always computed in float32.
+            keeps its score. Final scores are always computed in float32.
         racing: whether the evaluation of a policy stops after the first images if it is clearly worse than an evaluated
             one of the same cost; see envs/racing.py. With Ray, the order in which evaluations finish decides which ones stop.
     """
@@ -259,6 +260,7 @@ class SearchConfig(Section):
     """A whole search. See configs/searches/ for examples with comments.
 
     Attributes:
+        task: what the model is for: its metric and loss.
         device: device file, measured by `secateur profile` or from data sheets; "profile": this machine is measured before the
             search. Needed for limits of latency_ms and energy_mj.
         importance: criterion by which channels are removed.
@@ -269,6 +271,7 @@ class SearchConfig(Section):
 
     model: ModelSection
     data: DataSection
+    task: TaskEntry = PluginEntry(name="classification")
     device: DeviceEntry = None
     search: SearchSection = SearchSection.model_construct()
     space: SpaceSection = SpaceSection.model_construct()

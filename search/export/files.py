@@ -27,7 +27,8 @@ def read_export(folder: str | Path) -> dict[str, Any]:
 
 def check_files(folder: Path, document: Mapping[str, Any]) -> None:
     """Raise InputError if a file of an export is missing or was changed since it was written."""
-    if document.get("policy_sha256") != policy_checksum(document):
+    written = json.loads((folder / POLICY).read_text(encoding="utf-8"))  # `document` may be upgraded to the present schema
+    if written.get("policy_sha256") != policy_checksum(written):
         raise InputError(f"{folder / POLICY} is not the file that was exported: it was changed. Export it again.")
     for name, checksum in document["files"].items():
         check_file(folder / name, checksum)

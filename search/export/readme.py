@@ -7,6 +7,7 @@ from typing import Any
 
 from secateur.envs.tasks.models import find_factory, is_model_factory
 from secateur.search.export.files import ONNX, PT2
+from secateur.search.schema import metric_of
 
 
 def export_readme(document: Mapping[str, Any], name: str) -> str:
@@ -16,8 +17,11 @@ def export_readme(document: Mapping[str, Any], name: str) -> str:
         document: the content of policy.json.
         name: of the folder.
     """
+    metric = metric_of(document)
     scores = [(split, score) for split, score in document["scores"].items() if score is not None]
-    lines = "\n".join(f"- {split} top-1: {100 * score['top1']:.2f} % of {score['images']} images" for split, score in scores)
+    lines = "\n".join(
+        f"- {split} {metric.label}: {metric.text(score['score'])} of {score['images']} images" for split, score in scores
+    )
     costs = "\n".join(
         f"- {cost}: {_number(value)} ({100 * value / document['dense_costs'][cost]:.1f} % of dense)"
         for cost, value in document["costs"].items()

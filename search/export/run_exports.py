@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from secateur.envs.metric import Metric
 from secateur.search.build import build_problem
 from secateur.search.export.files import read_export
 from secateur.search.export.write import check_free, export_point, is_export_of
@@ -23,6 +24,7 @@ from secateur.search.results.selection import (
     trial_folder,
 )
 from secateur.search.run.folder import load_manifest
+from secateur.search.schema import metric_of
 
 
 @dataclass(frozen=True)
@@ -32,15 +34,17 @@ class Exported:
     Attributes:
         folder: of the export.
         budget: name of the budget that it is for.
-        validation_top1, test_top1: fractions in [0, 1].
+        metric: of the scores.
+        validation_score, test_score: in the metric's unit.
         test_images: number of test images.
         written: False: the folder held this very export already.
     """
 
     folder: Path
     budget: str
-    validation_top1: float
-    test_top1: float
+    metric: Metric
+    validation_score: float
+    test_score: float
     test_images: int
     written: bool
 
@@ -101,4 +105,6 @@ def _write(chosen: Chosen, problem: Problem, document: Mapping[str, Any], pt2: b
 def _exported(folder: Path, written: bool) -> Exported:
     document = read_export(folder)
     validation, test = document["scores"]["validation"], document["scores"]["test"]
-    return Exported(folder, document["budget"]["name"], validation["top1"], test["top1"], test["images"], written)
+    return Exported(
+        folder, document["budget"]["name"], metric_of(document), validation["score"], test["score"], test["images"], written
+    )

@@ -6,11 +6,13 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from secateur.envs.core import InputError
 from secateur.search.run.folder import read_json
+from secateur.search.schema import SCHEMA
 
 VERIFY = "verify.json"
 
@@ -20,22 +22,22 @@ class Outputs:
     """The outputs of the ONNX file beside those of the network in PyTorch, on the test images.
 
     Attributes:
-        images: how many.
-        max_difference, mean_difference: of the logits, absolute, in standard deviations of all logits.
-        agreement: share of images with the same answer.
-        pytorch_top1, runtime_top1: top-1 of both.
-        recorded_top1: top-1 of the network in PyTorch according to policy.json; None: not recorded.
-        exact: whether both compute in float32; then the logits are judged, else the answers.
-        allowed_loss: of top-1, where the answers are judged.
+        images: number of samples.
+        max_difference, mean_difference: of the outputs, absolute, in standard deviations of each output tensor.
+        agreement: share of samples, or of their pixels, with the same answer; None: the outputs are no choices.
+        pytorch_score, runtime_score: the metric of both.
+        recorded_score: of the network in PyTorch according to policy.json; None: not recorded.
+        exact: whether both compute in float32; then the outputs are judged, else answers and score.
+        allowed_loss: of the score, where it is judged.
     """
 
     images: int
     max_difference: float
     mean_difference: float
-    agreement: float
-    pytorch_top1: float
-    runtime_top1: float
-    recorded_top1: float | None
+    agreement: float | None
+    pytorch_score: float
+    runtime_score: float
+    recorded_score: float | None
     exact: bool
     allowed_loss: float
 
@@ -74,7 +76,7 @@ class LimitCheck:
     """A limit of the budget and the value that was found.
 
     Attributes:
-        name: of the cost, or "top1_drop".
+        name: of the cost, or of the loss of the metric, such as "top1_drop".
         limit: the largest allowed value.
         found: None: it cannot be determined here.
         how: how `found` was determined.
@@ -107,6 +109,7 @@ class Verification:
         files: bytes of each file.
         outputs, costs, latency, limits: see their classes.
         failures: one sentence for every broken promise.
+        metric: fields of the metric.
     """
 
     runtime: str
@@ -120,7 +123,8 @@ class Verification:
     latency: MeasuredLatency
     limits: tuple[LimitCheck, ...]
     failures: tuple[str, ...]
-    schema: int = 1
+    metric: dict[str, Any]
+    schema: int = SCHEMA
 
     @property
     def passed(self) -> bool:

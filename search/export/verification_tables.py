@@ -6,6 +6,7 @@ from functools import partial
 
 from rich.table import Table
 
+from secateur.envs.metric import Metric, drop_name
 from secateur.search.export.files import ONNX
 from secateur.search.export.verification import Verification
 from secateur.search.export.verify import FLOAT_TOLERANCE, LEAST_AGREEMENT
@@ -23,8 +24,9 @@ def _limit_table(verification: Verification) -> Table:
         table.add_column(heading, justify="left" if heading == "limit" else "right")
     for heading in ("how", "kept"):
         table.add_column(heading)
+    metric = Metric(**verification.metric)
     for limit in verification.limits:
-        shown = percent if limit.name == "top1_drop" else partial(amount, limit.name)
+        shown = metric.difference if limit.name == drop_name(metric) else partial(amount, limit.name)
         found = "-" if limit.found is None else shown(limit.found)
         margin = "-" if limit.margin is None else percent(limit.margin, 1)
         kept = {None: "-", True: "[green]yes[/]", False: "[red]no[/]"}[limit.kept]
@@ -50,13 +52,14 @@ def _promise_table(verification: Verification) -> Table:
 
 
 def _add_outputs(table: Table, verification: Verification) -> None:
-    outputs = verification.outputs
-    recorded = "" if outputs.recorded_top1 is None else percent(outputs.recorded_top1)
-    table.add_row(f"top-1 on {outputs.images:,} test images, PyTorch", recorded, percent(outputs.pytorch_top1))
-    table.add_row(f"top-1, {ONNX}", "", percent(outputs.runtime_top1))
-    table.add_row("same answers", "" if outputs.exact else f">= {percent(LEAST_AGREEMENT, 0)}", percent(outputs.agreement))
+    outputs, metric = verification.outputs, Metric(**verification.metric)
+    recorded = "" if outputs.recorded_score is None else metric.text(outputs.recorded_score)
+    table.add_row(f"{metric.label} on {outputs.images:,} test samples, PyTorch", recorded, metric.text(outputs.pytorch_score))
+    table.add_row(f"{metric.label}, {ONNX}", "", metric.text(outputs.runtime_score))
+    if outputs.agreement is not None:
+        table.add_row("same answers", "" if outputs.exact else f">= {percent(LEAST_AGREEMENT, 0)}", percent(outputs.agreement))
     allowed = f"<= {FLOAT_TOLERANCE:g}" if outputs.exact else ""
-    table.add_row("largest difference of a logit, in standard deviations", allowed, f"{outputs.max_difference:.3g}")
+    table.add_row("largest difference of an output, in standard deviations", allowed, f"{outputs.max_difference:.3g}")
     table.add_row("mean difference", "", f"{outputs.mean_difference:.3g}")
 
 

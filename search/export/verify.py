@@ -17,6 +17,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,22 +25,26 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import nn
 
 from secateur.cost_models import COST_MODELS
 from secateur.cost_models.core import FLOAT_BITS, CostModel, LayerShapes
 from secateur.cost_models.device import Device, parse_device
 from secateur.cost_models.latency_table import TableLatency
 from secateur.envs.core import InputError
-from secateur.envs.evaluator import batches
+from secateur.envs.metric import Metric, drop_name, loss_of
 from secateur.envs.model_graph import analyze
 from secateur.envs.quantization.fake_quantize import ActivationQuantizer, activation_grid, quantized_weight
-from secateur.envs.tasks.data import TaskData, load_data
+from secateur.envs.tasks.core import Metrics, call_model, first_inputs, tensors_of
+from secateur.envs.tasks.data import load_data
+from secateur.envs.tasks.registry import build_task
+from secateur.envs.tasks.supervised import SupervisedTask
 from secateur.search.config import DataSection, Overrides, apply_overrides
 from secateur.search.export.execution import recorded_execution
 from secateur.search.export.files import ONNX, POLICY, check_files, read_export
 from secateur.search.export.load import build_dense, load_compressed
 from secateur.search.export.onnx_export import export_onnx
+from secateur.search.export.runtime_model import RuntimeModel
 from secateur.search.export.verification import (
     Cost,
     LimitCheck,
@@ -52,18 +57,19 @@ from secateur.search.export.verification import (
 from secateur.search.profiling.profiler import describe_machine
 from secateur.search.profiling.runtimes import find_runtime, measure_latencies, open_session
 from secateur.search.results.formatting import amount, percent
+from secateur.search.schema import metric_of
 
 FLOAT_TOLERANCE = 1e-3
 """Largest difference of a logit in standard deviations of all logits, where both sides compute in float32."""
 
 LEAST_AGREEMENT = 0.8
 LARGEST_LOSS = 0.01
-"""Of top-1, beyond twice the standard error."""
+"""Of the quality (for top-1: 1 point), beyond twice the standard error."""
 
 COST_TOLERANCE = 1e-6
 """Relative; costs are sums of whole numbers, latencies sums of table entries."""
 
-SAME_TOP1 = 0.005
+SAME_QUALITY = 0.005
 """As in search/export/write.py: another number of threads changes the last bits, and with them sometimes an answer."""
 
 SECONDS = 1.0
@@ -97,16 +103,15 @@ def verify_export(
     document = read_export(folder)
     _check_complete(folder, document)
     check_files(folder, document)
-    data = _load_data(document, overrides)
+    task = _load_task(document, overrides)
     network = load_compressed(folder)
     device = None if document["device"] is None else parse_device(document["device"], f"The device in {folder / POLICY}")
-    outputs = _compare(network, folder, runtime, threads, data, document)
-    images, labels = data.tensors(data.validation)
-    validation_top1 = _top1(_torch_logits(network, images), labels)
+    outputs = _compare(network, folder, runtime, threads, task, document)
+    validation = task.evaluate(network, "validation").score
     costs = _costs(network, document, device)
-    latency = _latency(folder, runtime, threads, data, document, device, seconds)
-    limits = check_limits(document, costs, latency, validation_top1)
-    failures = find_failures(document, outputs, costs, limits, validation_top1)
+    latency = _latency(folder, runtime, threads, task, document, device, seconds)
+    limits = check_limits(document, costs, latency, validation)
+    failures = find_failures(document, outputs, costs, limits, validation)
     verification = Verification(
         runtime,
         version,
@@ -119,6 +124,7 @@ def verify_export(
         latency,
         limits,
         tuple(failures),
+        asdict(task.metric),
     )
     write_verification(folder, verification)
     return verification
@@ -154,8 +160,8 @@ def _check_complete(folder: Path, document: Mapping[str, Any]) -> None:
         )
 
 
-def _load_data(document: Mapping[str, Any], overrides: Overrides) -> TaskData:
-    """Return the splits that the export was scored on."""
+def _load_task(document: Mapping[str, Any], overrides: Overrides) -> SupervisedTask:
+    """Return the task that the export was scored with."""
     values = {"data": dict(document["data_config"])}
     for key in apply_overrides(values, overrides):
         if not key.startswith("data."):
@@ -166,47 +172,68 @@ def _load_data(document: Mapping[str, Any], overrides: Overrides) -> TaskData:
     except ValidationError as errors:
         error = errors.errors(include_url=False)[0]
         raise InputError(f"`data.{'.'.join(map(str, error['loc']))}`: {error['msg']}.") from None
-    return load_data(**section.model_dump(), input_shape=tuple(document["model"]["input"]))
+    data = load_data(**section.model_dump(), input_shape=tuple(document["model"]["input"]))
+    entry = document.get("task", {"name": "classification", "options": {}})  # exports of version 0.1 have no task
+    return build_task(entry["name"], entry["options"], data)
 
 
 # --------------------------------------------------------------------------------------------------------------- outputs
 
 
 def _compare(
-    network: nn.Module, folder: Path, runtime: str, threads: int, data: TaskData, document: Mapping[str, Any]
+    network: nn.Module, folder: Path, runtime: str, threads: int, task: SupervisedTask, document: Mapping[str, Any]
 ) -> Outputs:
-    images, labels = data.tensors(data.test)
-    session = open_session(folder / ONNX, runtime, threads)
-    simulated = _torch_logits(network, images)
-    executed = np.concatenate([session.run(batch.numpy()) for batch in batches(images)])
-    difference = np.abs(executed - simulated) / max(float(simulated.std()), np.finfo(np.float32).tiny)
+    (example,) = first_inputs(task, "test", 1)
+    executed = RuntimeModel(open_session(folder / ONNX, runtime, threads), network, example)
+    largest, mean, agreement = _output_differences(task, network, executed)
+    simulated_metrics, executed_metrics = task.evaluate(network, "test"), task.evaluate(executed, "test")
     test = document["scores"]["test"]
     return Outputs(
-        len(labels),
-        float(difference.max()),
-        float(difference.mean()),
-        float((executed.argmax(1) == simulated.argmax(1)).mean()),
-        _top1(simulated, labels),
-        _top1(executed, labels),
-        None if test is None else test["top1"],
+        simulated_metrics.samples,
+        largest,
+        mean,
+        agreement,
+        simulated_metrics.score,
+        executed_metrics.score,
+        None if test is None else test["score"],
         all(layer["executed"] == "float32" and layer["activation_bits"] == FLOAT_BITS for layer in document["execution"]),
-        _allowed_loss(simulated, executed, labels.numpy()),
+        _allowed_loss(metric_of(document), _dense_score(document), simulated_metrics, executed_metrics),
     )
 
 
 @torch.inference_mode()
-def _torch_logits(network: nn.Module, images: Tensor) -> np.ndarray:
-    return torch.cat([network(batch) for batch in batches(images)]).numpy()
+def _output_differences(task: SupervisedTask, network: nn.Module, executed: nn.Module) -> tuple[float, float, float | None]:
+    """Return largest and mean difference of an output in its tensor's standard deviations, and the share of equal answers."""
+    differences: list[list[np.ndarray]] = []
+    wanted_values: list[list[np.ndarray]] = []
+    agreements = []
+    for inputs, _ in task.batches("test"):
+        wanted, found = call_model(network, inputs), call_model(executed, inputs)
+        tensors = list(zip(tensors_of(wanted), tensors_of(found), strict=True))
+        differences.append([(b - a).abs().numpy().ravel() for a, b in tensors])
+        wanted_values.append([a.numpy().ravel() for a, _ in tensors])
+        agreements.append(task.agreement(wanted, found))
+    shares = [
+        np.concatenate(difference) / max(float(np.concatenate(values).std()), np.finfo(np.float32).tiny)
+        for difference, values in zip(zip(*differences, strict=True), zip(*wanted_values, strict=True), strict=True)
+    ]
+    equal = (
+        None if agreements[0] is None else float(np.concatenate([shared for shared in agreements if shared is not None]).mean())
+    )
+    return max(float(share.max()) for share in shares), float(np.mean([share.mean() for share in shares])), equal
 
 
-def _top1(logits: np.ndarray, labels: Tensor) -> float:
-    return float((logits.argmax(1) == labels.numpy()).mean())
+def _dense_score(document: Mapping[str, Any]) -> float:
+    return document["scores"]["dense_validation"]["score"]
 
 
-def _allowed_loss(simulated: np.ndarray, executed: np.ndarray, labels: np.ndarray) -> float:
-    """Return by how much top-1 may be lower; only images that one of the two answers correctly tell of a difference."""
-    differing = (simulated.argmax(1) == labels) != (executed.argmax(1) == labels)
-    return LARGEST_LOSS + 2 * float(np.sqrt(differing.sum())) / len(labels)
+def _allowed_loss(metric: Metric, dense: float, simulated: Metrics, executed: Metrics) -> float:
+    """Return by how much the score may be worse; samples that both score alike tell of no difference."""
+    allowed = abs(loss_of(metric, LARGEST_LOSS, simulated.score, dense))
+    if simulated.contributions is None or executed.contributions is None:
+        return allowed
+    differences = simulated.contributions.astype(float) - executed.contributions.astype(float)
+    return allowed + 2 * float(np.sqrt(np.square(differences).sum())) / len(differences)
 
 
 # ----------------------------------------------------------------------------------------------------- costs and latency
@@ -250,7 +277,7 @@ def _latency(
     folder: Path,
     runtime: str,
     threads: int,
-    data: TaskData,
+    task: SupervisedTask,
     document: Mapping[str, Any],
     device: Device | None,
     seconds: float,
@@ -260,7 +287,7 @@ def _latency(
     precision, batch, here = "float32", 1, False
     if device is not None and table is not None and (table.runtime, table.threads) == (runtime, threads):
         precision, batch, here = device.float_precision, table.batch, device.machine == describe_machine()
-    images = data.tensors(data.test)[0][:batch]
+    (images,) = first_inputs(task, "test", batch)
     with TemporaryDirectory() as temporary:
         dense = build_dense(document["model"]).float().eval()
         shape = document["model"]["input"]
@@ -286,7 +313,7 @@ def _latency(
 
 
 def check_limits(
-    document: Mapping[str, Any], costs: Sequence[Cost], latency: MeasuredLatency, validation_top1: float
+    document: Mapping[str, Any], costs: Sequence[Cost], latency: MeasuredLatency, validation: float
 ) -> tuple[LimitCheck, ...]:
     """Return every limit of the budget with the value that was found.
 
@@ -307,19 +334,24 @@ def check_limits(
         else:
             how = f"measured; {percent(share, 1)} of the dense network"
             limits.append(LimitCheck(name, share * latency.dense_milliseconds, latency.milliseconds, how))
-    if budget["top1_drop"] is not None:
-        drop = document["scores"]["dense_validation"]["top1"] - validation_top1
-        limits.append(LimitCheck("top1_drop", budget["top1_drop"], drop, "PyTorch on the validation images"))
+    if budget["metric_drop"] is not None:
+        metric = metric_of(document)
+        drop = metric.drop(validation, _dense_score(document))
+        limits.append(LimitCheck(drop_name(metric), budget["metric_drop"], drop, "PyTorch on the validation split"))
     return tuple(limits)
 
 
 def find_failures(
-    document: Mapping[str, Any], outputs: Outputs, costs: Sequence[Cost], limits: Sequence[LimitCheck], validation_top1: float
+    document: Mapping[str, Any], outputs: Outputs, costs: Sequence[Cost], limits: Sequence[LimitCheck], validation: float
 ) -> list[str]:
     """Return one sentence for every limit, cost, score or output that is not as promised."""
+    metric = metric_of(document)
+
+    def shown(limit: LimitCheck, value: float) -> str:
+        return metric.difference(value) if limit.name == drop_name(metric) else amount(limit.name, value)
+
     failures = [
-        f"{limit.name} is {amount(limit.name, limit.found)} ({limit.how}), but the budget allows "
-        f"{amount(limit.name, limit.limit)}."
+        f"{limit.name} is {shown(limit, limit.found)} ({limit.how}), but the budget allows {shown(limit, limit.limit)}."
         for limit in limits
         if limit.found is not None and limit.kept is False
     ]
@@ -328,35 +360,37 @@ def find_failures(
         for cost in costs
         if cost.found is not None and not math.isclose(cost.found, cost.promised, rel_tol=COST_TOLERANCE)
     ]
-    scores = {"validation": (validation_top1, document["scores"]["validation"]["top1"])}
-    if outputs.recorded_top1 is not None:
-        scores["test"] = (outputs.pytorch_top1, outputs.recorded_top1)
+    scores = {"validation": (validation, document["scores"]["validation"]["score"])}
+    if outputs.recorded_score is not None:
+        scores["test"] = (outputs.pytorch_score, outputs.recorded_score)
+    dense = _dense_score(document)
     failures += [
-        f"The {name} top-1 is {percent(found)} in PyTorch, but {POLICY} says {percent(recorded)}."
+        f"The {name} {metric.label} is {metric.text(found)} in PyTorch, but {POLICY} says {metric.text(recorded)}."
         for name, (found, recorded) in scores.items()
-        if abs(found - recorded) > SAME_TOP1
+        if abs(metric.quality(found, dense) - metric.quality(recorded, dense)) > SAME_QUALITY
     ]
-    return failures + _output_failures(outputs)
+    return failures + _output_failures(outputs, metric)
 
 
-def _output_failures(outputs: Outputs) -> list[str]:
+def _output_failures(outputs: Outputs, metric: Metric) -> list[str]:
     if outputs.exact:
         if outputs.max_difference <= FLOAT_TOLERANCE:
             return []
         return [
-            f"A logit of {ONNX} differs by {outputs.max_difference:.3g} standard deviations from PyTorch's; allowed are "
+            f"An output of {ONNX} differs by {outputs.max_difference:.3g} standard deviations from PyTorch's; allowed are "
             f"{FLOAT_TOLERANCE:g}."
         ]  # also if the difference is NaN
     failures = []
-    if outputs.agreement < LEAST_AGREEMENT:
+    if outputs.agreement is not None and outputs.agreement < LEAST_AGREEMENT:
         failures.append(
             f"{ONNX} and PyTorch give the same answer for {percent(outputs.agreement)} of the images; "
             f"{percent(LEAST_AGREEMENT)} are needed."
         )
-    if outputs.pytorch_top1 - outputs.runtime_top1 > outputs.allowed_loss:
+    if metric.drop(outputs.runtime_score, outputs.pytorch_score) > outputs.allowed_loss:
         failures.append(
-            f"{ONNX} has {percent(outputs.runtime_top1)} top-1, PyTorch {percent(outputs.pytorch_top1)}; allowed are "
-            f"{100 * outputs.allowed_loss:.2f} points less."
+            f"{ONNX} has {metric.text(outputs.runtime_score)} {metric.label}, PyTorch "
+            f"{metric.text(outputs.pytorch_score)}; allowed are "
+            f"{metric.difference(round(outputs.allowed_loss, 6))} less."
         )
     return failures
 

@@ -29,6 +29,7 @@ from secateur.envs.core import Budget, CompressionPolicy, Evaluation, InputError
 from secateur.envs.policy_space import document_to_policy, policy_to_document
 from secateur.envs.quantization.fake_quantize import activation_grid, quantized_weight
 from secateur.envs.quantization.packing import pack_bits
+from secateur.envs.tasks.core import first_inputs
 from secateur.envs.tasks.models import build_model
 from secateur.search.export.execution import layers_in_float
 from secateur.search.export.files import (
@@ -50,11 +51,12 @@ from secateur.search.export.onnx_export import LayerExecution, export_onnx
 from secateur.search.export.readme import export_readme
 from secateur.search.results.document import winner
 from secateur.search.results.finalize import finalist_scores
+from secateur.search.schema import SCHEMA
 
 if TYPE_CHECKING:
     from secateur.search.problem import Problem
 
-SAME_TOP1 = 0.005
+SAME_QUALITY = 0.005
 """Scores of the same network differ by less than this: another number of threads changes the order of sums, and with it
 the last bits and sometimes an answer."""
 
@@ -124,7 +126,7 @@ def _read_back(draft: Path, problem: Problem, network: nn.Module) -> nn.Module:
     """Return the model in the folder; RuntimeError if it computes something else than `network`."""
     # The user's own configuration named the factory, so here it is called without a check.
     loaded = load_compressed(draft, lambda **arguments: build_model(problem.config.model.factory, arguments))
-    images = problem.data.tensors(problem.data.validation)[0][:16]
+    (images,) = first_inputs(problem.task, "validation", 16)
     with torch.inference_mode():
         if not torch.equal(loaded(images), network(images)):
             raise RuntimeError("The exported model computes something else than the one that was searched.")
@@ -159,11 +161,11 @@ def export_point(
             f"The run was made with another model: its policy cost {point['costs']}, now it costs {costs}. "
             "Restore the model's code and weights, or search again."
         )
-    _check_same("validation top-1 of the dense model", document["dense"]["top1"], problem.dense.top1)
+    _check_same(problem, "dense model on the validation split", document["dense"]["score"], problem.dense.score)
     validation, test = finalist_scores(problem, policy)
     for tested in document["final"]["points"]:
         if tested["evaluation"] == point["evaluation"]:
-            _check_same("test top-1 of the exported policy", tested["top1"], test.top1)
+            _check_same(problem, "exported policy on the test split", tested["score"], test.score)
     limits = next(entry for entry in problem.budgets if entry.name == budget)
     write_export(folder, problem, policy, limits, validation, test, pt2)
     return validation, test
@@ -203,11 +205,12 @@ def _same_costs(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
     return set(one) == set(other) and all(math.isclose(value, other[cost], rel_tol=1e-9) for cost, value in one.items())
 
 
-def _check_same(score: str, recorded: float, found: float) -> None:
-    if abs(found - recorded) > SAME_TOP1:
+def _check_same(problem: Problem, what: str, recorded: float, found: float) -> None:
+    metric, dense = problem.task.metric, problem.dense.score
+    if abs(metric.quality(found, dense) - metric.quality(recorded, dense)) > SAME_QUALITY:
         raise InputError(
-            f"The {score} was {100 * recorded:.2f} % in the run and is {100 * found:.2f} % now: weights, data or code "
-            "have changed. Restore the weights, data and versions of the run, or search again."
+            f"The {metric.label} of the {what} was {metric.text(recorded)} in the run and is {metric.text(found)} now: weights, "
+            "data or code have changed. Restore the weights, data and versions of the run, or search again."
         )
 
 
@@ -254,10 +257,12 @@ def _document(
     test: Evaluation | None,
     executions: list[LayerExecution],
 ) -> dict[str, Any]:
-    model, data, graph = problem.config.model, problem.data, problem.assembler.graph
+    model, data, graph = problem.config.model, problem.task.data, problem.assembler.graph
     kept = problem.assembler.kept(policy)
     return {
-        "schema": 1,
+        "schema": SCHEMA,
+        "task": problem.config.task.model_dump(mode="json"),
+        "metric": asdict(problem.task.metric),
         "model": {"factory": model.factory, "args": model.args, "input": list(model.input)},
         "normalization": {
             "formula": "(pixel / 255 - mean) / std",
@@ -269,15 +274,15 @@ def _document(
         "budget": {
             "name": budget.name,
             "limits": dict(budget.limits),
-            "top1_drop": budget.top1_drop,
+            "metric_drop": budget.metric_drop,
             "shares": _shares_of_dense(problem, budget),
         },
         "costs": dict(validation.costs),
         "dense_costs": dict(problem.dense.costs),
         "scores": {
-            "validation": {"top1": validation.top1, "images": validation.images},
-            "test": None if test is None else {"top1": test.top1, "images": test.images},
-            "dense_validation": {"top1": problem.dense.top1, "images": problem.dense.images},
+            "validation": {"score": validation.score, "images": validation.images},
+            "test": None if test is None else {"score": test.score, "images": test.images},
+            "dense_validation": {"score": problem.dense.score, "images": problem.dense.images},
         },
         "data": data.source,
         "data_config": problem.config.data.model_dump(mode="json"),

@@ -33,8 +33,8 @@ class Session(Protocol):
 
     threads: int
 
-    def run(self, images: np.ndarray) -> np.ndarray:
-        """Return the scores, (N, classes) float32, of images (N, C, H, W) float32."""
+    def run(self, *inputs: np.ndarray) -> list[np.ndarray]:
+        """Return the outputs of a batch of inputs, float32; most networks have one of each."""
         ...
 
 
@@ -112,11 +112,11 @@ class OnnxRuntimeSession:
             self.session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its exceptions have no common base but Exception
             raise InputError(f"ONNX Runtime cannot load {_named(model)}: {_first_line(error)}") from error
-        self._input = self.session.get_inputs()[0].name
+        self._inputs = [given.name for given in self.session.get_inputs()]
 
-    def run(self, images: np.ndarray) -> np.ndarray:
-        """Return the scores, (N, classes) float32."""
-        return self.session.run(None, {self._input: images})[0]
+    def run(self, *inputs: np.ndarray) -> list[np.ndarray]:
+        """Return the outputs of a batch of inputs."""
+        return self.session.run(None, dict(zip(self._inputs, inputs, strict=True)))
 
 
 class OnnxRuntime:
@@ -169,9 +169,9 @@ class OpenVinoSession:
             raise InputError(f"OpenVINO cannot load {_named(model)}: {_first_line(error)}") from error
         self.threads = threads
 
-    def run(self, images: np.ndarray) -> np.ndarray:
-        """Return the scores, (N, classes) float32."""
-        return self._request.infer([images])[0]
+    def run(self, *inputs: np.ndarray) -> list[np.ndarray]:
+        """Return the outputs of a batch of inputs."""
+        return [np.array(output) for output in self._request.infer(list(inputs)).values()]
 
     def profiled(self, feeds: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Run once; return milliseconds by operator."""
@@ -218,13 +218,15 @@ class EagerSession:
         self.threads, self._dtype = threads, getattr(torch, precision)
         self._network = network.to(self._dtype)
 
-    def run(self, images: np.ndarray) -> np.ndarray:
-        """Return the scores, (N, classes) float32."""
+    def run(self, *inputs: np.ndarray) -> list[np.ndarray]:
+        """Return the outputs of a batch of inputs."""
         import torch
 
+        from secateur.envs.tasks.core import tensors_of
+
         with torch.inference_mode():
-            scores: np.ndarray = self._network(torch.from_numpy(images).to(self._dtype)).float().numpy()
-            return scores
+            outputs = self._network(*(torch.from_numpy(array).to(self._dtype) for array in inputs))
+            return [output.float().numpy() for output in tensors_of(outputs)]
 
 
 class PyTorch:

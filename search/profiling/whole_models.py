@@ -147,7 +147,7 @@ class CompressedModels:
         with torch.inference_mode():
             expected = slice_model(self._model, self._graph, kept)(torch.from_numpy(self._image)).numpy()
         try:
-            logits = OnnxRuntimeSession(self._slice(kept)).run(self._image)
+            (logits, *_) = OnnxRuntimeSession(self._slice(kept)).run(self._image)
         except InputError:
             return False
         if self._precision == "int8":

@@ -18,7 +18,8 @@ class FrontPoint:
         policy: the policy.
         evaluation: its validation score.
         fits: names of all budgets that it fits.
-        affordable: names of the budgets whose cost limits it meets; to fit a budget it must meet `top1_drop` too.
+        affordable: names of the budgets whose cost limits it meets; to fit a budget it must meet its limit of the metric's loss
+            too.
     """
 
     number: int

@@ -31,15 +31,15 @@ def _replace(path: Path, text: str) -> None:
 def front_csv(document: Mapping[str, Any]) -> str:
     """Return one row per policy: when it was found, what it fits, validation and test scores in separate columns, its choices."""
     tested = {point["evaluation"]: point for point in document["final"]["points"]}
-    on_front = set(document["front"])
+    on_front, metric = set(document["front"]), document["metric"]["name"]
     rows = [
         {
             "evaluation": point["evaluation"],
             "on_front": point["evaluation"] in on_front,
             "fits": " ".join(point["fits"]),
-            "validation_top1": point["top1"],
-            "finalist_validation_top1": tested.get(point["evaluation"], {}).get("validation_top1", ""),
-            "test_top1": tested.get(point["evaluation"], {}).get("top1", ""),
+            f"validation_{metric}": point["score"],
+            f"finalist_validation_{metric}": tested.get(point["evaluation"], {}).get("validation_score", ""),
+            f"test_{metric}": tested.get(point["evaluation"], {}).get("score", ""),
             **point["costs"],
             **point["choices"],
         }

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from torch import nn
+
 from secateur.envs.core import Budget, CompressionPolicy, Evaluation
-from secateur.envs.evaluator import top1
 from secateur.search.problem import Problem
 from secateur.search.results.core import Finalist, FrontPoint
 from secateur.search.results.front import Front
@@ -12,20 +15,22 @@ from secateur.search.results.front import Front
 def finalist_scores(problem: Problem, policy: CompressionPolicy) -> tuple[Evaluation, Evaluation]:
     """Return the float32 scores after the finalists' recovery, on the validation and on the test split."""
     network, costs = problem.finalist_assembler.assemble(policy), problem.space.costs.of_policy(policy)
-    splits = {"validation": problem.data.validation, "final": problem.data.test}
-    scored = {name: (top1(network, *problem.data.tensors(split)), len(split)) for name, split in splits.items()}
-    validation, final = (Evaluation(score, costs, name, images) for name, (score, images) in scored.items())
-    return validation, final
+    return _scored(problem, network, costs, "validation"), _scored(problem, network, costs, "test")
 
 
 def dense_test_score(problem: Problem) -> Evaluation:
     """Return the dense model's float32 score on the test split."""
-    images, labels = problem.data.tensors(problem.data.test)
-    return Evaluation(top1(problem.assembler.model, images, labels), problem.space.dense_costs, "final", len(labels))
+    return _scored(problem, problem.assembler.model, problem.space.dense_costs, "test")
+
+
+def _scored(problem: Problem, network: nn.Module, costs: Mapping[str, float], split: str) -> Evaluation:
+    found = problem.task.evaluate(network, split)
+    quality = problem.task.metric.quality(found.score, problem.dense.score)
+    return Evaluation(found.score, costs, "final" if split == "test" else split, found.samples, quality=quality)
 
 
 def score_finalist(problem: Problem, budget: Budget, candidate: FrontPoint) -> Finalist | None:
-    """Return a candidate as a finalist; None if it violates the budget's `top1_drop` after the finalists' recovery."""
+    """Return a candidate as a finalist; None if it loses more of the metric than the budget allows."""
     validation, final = finalist_scores(problem, candidate.policy)
     return _finalist(problem, budget, candidate, validation, final)
 
@@ -33,7 +38,7 @@ def score_finalist(problem: Problem, budget: Budget, candidate: FrontPoint) -> F
 def finalize(problem: Problem, front: Front, top: int) -> list[Finalist]:
     """Return the `top` policies of every budget, best validation score first: the first of each budget is its winner.
 
-    Policies that violate the budget's `top1_drop` after the finalists' recovery are left out.
+    Policies that violate the budget's limit of the metric's loss after the finalists' recovery are left out.
     """
     scored: dict[CompressionPolicy, tuple[Evaluation, Evaluation]] = {}
     finalists = []
@@ -44,14 +49,14 @@ def finalize(problem: Problem, front: Front, top: int) -> list[Finalist]:
                 scored[candidate.policy] = finalist_scores(problem, candidate.policy)
             finalist = _finalist(problem, budget, candidate, *scored[candidate.policy])
             of_budget += [] if finalist is None else [finalist]
-        finalists += sorted(of_budget, key=lambda finalist: -finalist.validation.top1)
+        finalists += sorted(of_budget, key=lambda finalist: -finalist.validation.quality)
     return finalists
 
 
 def _finalist(
     problem: Problem, budget: Budget, candidate: FrontPoint, validation: Evaluation, final: Evaluation
 ) -> Finalist | None:
-    least = 0.0 if budget.top1_drop is None else problem.dense.top1 - budget.top1_drop
-    if validation.top1 < least:
+    allowed = budget.metric_drop
+    if allowed is not None and problem.task.metric.drop(validation.score, problem.dense.score) > allowed:
         return None
     return Finalist(budget.name, candidate.policy, candidate.evaluation, validation, final)

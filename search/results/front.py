@@ -6,25 +6,28 @@ Validation scores are used for selection; test scores are reported. A front neve
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from secateur.agents.pareto import Archive, hypervolume
 from secateur.envs.core import Budget, CompressionPolicy, Episode, Evaluation
+from secateur.envs.metric import Metric
 from secateur.envs.policy_space import policy_to_document
 from secateur.envs.rewards import constraints, reward_vector
 from secateur.search.results.core import Finalist, FrontPoint, Outcome
+from secateur.search.schema import SCHEMA
 
 
 class Front:
     """Collects episodes; keeps the Pareto front of every budget, and of all policies that fit any of them.
 
     Args:
-        objectives: "top1", then the costs that are traded against it.
+        objectives: name of the metric, then of the costs that are traded against it.
         budgets: of the search.
         dense: validation score and costs of the dense model.
-        num_classes: chance level of the hypervolume's reference point.
+        metric: of the task; its chance level is the hypervolume's reference point.
         device: source of latencies and energies (`Device.label`); None: there are none.
 
     Attributes:
@@ -36,12 +39,13 @@ class Front:
         objectives: Sequence[str],
         budgets: Sequence[Budget],
         dense: Evaluation,
-        num_classes: int,
+        metric: Metric,
         device: str | None = None,
     ):
         self.objectives, self.budgets, self.dense, self.device = tuple(objectives), tuple(budgets), dense, device
+        self.metric = metric
         self.evaluations = self.feasible = self.failed = 0
-        self._reference = np.array([1 - 1 / num_classes] + [1.0] * (len(objectives) - 1))
+        self._reference = np.array([1 - metric.chance_quality(dense.score)] + [1.0] * (len(objectives) - 1))
         self._candidates: dict[CompressionPolicy, FrontPoint] = {}
         self._overall = Archive()
         self._archives = {budget.name: Archive() for budget in budgets}
@@ -55,7 +59,7 @@ class Front:
         policy, evaluation = episode.policy, episode.evaluation
         if policy is None or evaluation is None or evaluation.stopped or policy in self._candidates:
             return False
-        slacks = {budget.name: constraints(evaluation, budget, self.dense.top1) for budget in self.budgets}
+        slacks = {budget.name: constraints(evaluation, budget, self.metric, self.dense.score) for budget in self.budgets}
         affordable = tuple(b.name for b in self.budgets if all(slacks[b.name][cost] <= 0 for cost in b.limits))
         if not affordable:
             return False
@@ -63,35 +67,35 @@ class Front:
         self._candidates[policy] = FrontPoint(number, policy, evaluation, fits, affordable)
         if not fits:
             return False
-        # Minimized: the share of wrong answers, and every cost by its dense value.
+        # Minimized: one minus the quality, and every cost by its dense value.
         losses = -reward_vector(evaluation, self.objectives, self.dense.costs).astype(float)
         losses[0] += 1
         changed = [archive.add(policy, losses) for archive in (self._overall, *(self._archives[name] for name in fits))]
         return any(changed)
 
     def of(self, budget: str | None = None) -> list[FrontPoint]:
-        """Return the front of a budget, or of all of them together; best top-1 first."""
+        """Return the front of a budget, or of all of them together; best score first."""
         archive = self._overall if budget is None else self._archives[budget]
         candidates = [self._candidates[policy] for policy in archive.policies]
-        return sorted(candidates, key=lambda candidate: (-candidate.evaluation.top1, candidate.number))
+        return sorted(candidates, key=lambda candidate: (-candidate.evaluation.quality, candidate.number))
 
     def best(self, budget: str, count: int) -> list[FrontPoint]:
-        """Return the `count` policies with the best validation top-1 within the budget's cost limits: its finalists.
+        """Return the `count` policies with the best validation score within the budget's cost limits: its finalists.
 
-        `top1_drop` is not checked here: finalists get another recovery, and are scored again.
+        A limit of the metric's loss is not checked here: finalists get another recovery, and are scored again.
         """
         fitting = [candidate for candidate in self._candidates.values() if budget in candidate.affordable]
-        undominated = set(self._archives[budget].policies)  # of equal top-1, the cheaper one goes first, as in `of`
+        undominated = set(self._archives[budget].policies)  # of equal score, the cheaper one goes first, as in `of`
 
         def order(candidate: FrontPoint) -> tuple[float, bool, int]:
-            return -candidate.evaluation.top1, candidate.policy not in undominated, candidate.number
+            return -candidate.evaluation.quality, candidate.policy not in undominated, candidate.number
 
         return sorted(fitting, key=order)[:count]
 
-    def best_top1(self, budget: str) -> float | None:
-        """Return the best validation top-1 that fits the budget, or None."""
+    def best_score(self, budget: str) -> float | None:
+        """Return the best validation score that fits the budget, or None."""
         front = self.of(budget)
-        return front[0].evaluation.top1 if front else None
+        return front[0].evaluation.score if front else None
 
     @property
     def hypervolume(self) -> float:
@@ -120,7 +124,8 @@ class Front:
         shown |= {(one := self._candidates[finalist.policy]).number: one for finalist in (*finalists, *rejected)}
         checks = {outcome.budget: self._check_document(outcome) for outcome in outcomes}
         return {
-            "schema": 1,
+            "schema": SCHEMA,
+            "metric": asdict(self.metric),
             "objectives": list(self.objectives),
             "evaluations": self.evaluations,
             "feasible": self.feasible,
@@ -131,7 +136,7 @@ class Front:
             "budgets": {
                 budget.name: {
                     "limits": dict(budget.limits),
-                    "top1_drop": budget.top1_drop,
+                    "metric_drop": budget.metric_drop,
                     "front": [candidate.number for candidate in self.of(budget.name)],
                     "check": checks.get(budget.name),
                 }
@@ -154,7 +159,7 @@ class Front:
                     {
                         "budget": finalist.budget,
                         "evaluation": self._candidates[finalist.policy].number,
-                        "validation_top1": finalist.validation.top1,
+                        "validation_score": finalist.validation.score,
                         **_scores(finalist.final),
                     }
                     for finalist in finalists
@@ -186,4 +191,4 @@ class Front:
 
 
 def _scores(evaluation: Evaluation) -> dict[str, Any]:
-    return {"top1": evaluation.top1, "images": evaluation.images, "costs": dict(evaluation.costs)}
+    return {"score": evaluation.score, "images": evaluation.images, "costs": dict(evaluation.costs)}

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from secateur.cost_models.device import DEVICE_COSTS, Device
 from secateur.search.results.formatting import amount, percent
+from secateur.search.schema import metric_of
 
 if TYPE_CHECKING:  # a table of the command needs no torch
     from secateur.envs.calibration import LayerPlan
@@ -42,8 +43,9 @@ def _budget_table(document: Mapping[str, Any], name: str) -> Table:
         f"{cost} <= {amount(cost, limit)} ({percent(limit / dense['costs'][cost], 1)})"
         for cost, limit in budget["limits"].items()
     ]
-    if budget["top1_drop"] is not None:
-        limits.append(f"top-1 drop <= {100 * budget['top1_drop']:g} points")
+    if budget["metric_drop"] is not None:
+        metric = metric_of(document)
+        limits.append(f"{metric.label} drop <= {metric.difference(budget['metric_drop'])}")
     tested = {point["evaluation"]: point for point in document["final"]["points"] if point["budget"] == name}
     # Finalists that another policy dominates by a hair are shown too: their test scores were paid for.
     numbers = [*tested, *(number for number in budget["front"] if number not in tested)]
@@ -64,15 +66,17 @@ def _front_table(
     costs: Sequence[str],
     fits: bool = False,
 ) -> Table:
-    points = {point["evaluation"]: point for point in document["points"]}
+    points, metric = {point["evaluation"]: point for point in document["points"]}, metric_of(document)
+    sign = -1 if metric.higher_is_better else 1
 
-    def order(point: Mapping[str, Any]) -> tuple[float, float]:
-        return -tested.get(point["evaluation"], {}).get("validation_top1", 0.0), -point["top1"]
+    def order(point: Mapping[str, Any]) -> tuple[bool, float, float]:
+        final = tested.get(point["evaluation"])
+        return final is None, 0.0 if final is None else sign * final["validation_score"], sign * point["score"]
 
     shown = sorted((points[number] for number in numbers), key=order)[:MAX_ROWS]
     table = Table(title=title, caption=_caption(document, len(numbers)), title_justify="left", caption_justify="left")
     headings = [_heading(cost, document.get("device")) for cost in costs]  # runs of earlier versions have no device
-    for heading in ("policy", "search top-1", "validation top-1", "test top-1", *headings):
+    for heading in ("policy", *(f"{name} {metric.label}" for name in ("search", "validation", "test")), *headings):
         table.add_column(heading, justify="right")
     if fits:
         table.add_column("fits")
@@ -80,13 +84,13 @@ def _front_table(
     for point in shown:
         number = point["evaluation"]
         shares = [percent(point["costs"][cost] / dense["costs"][cost], 1) for cost in costs]
-        finals = [percent(tested[number][key]) for key in ("validation_top1", "top1")] if number in tested else ["", ""]
-        table.add_row(str(number), percent(point["top1"]), *finals, *shares, *([", ".join(point["fits"])] if fits else []))
+        finals = [metric.text(tested[number][key]) for key in ("validation_score", "score")] if number in tested else ["", ""]
+        table.add_row(str(number), metric.text(point["score"]), *finals, *shares, *([", ".join(point["fits"])] if fits else []))
     if not shown:
         table.add_row("-", "nothing fits yet")
     table.add_section()
-    test = percent(dense_final["top1"]) if dense_final is not None else ""
-    table.add_row("dense", "", percent(dense["top1"]), test, *(amount(cost, dense["costs"][cost]) for cost in costs))
+    test = metric.text(dense_final["score"]) if dense_final is not None else ""
+    table.add_row("dense", "", metric.text(dense["score"]), test, *(amount(cost, dense["costs"][cost]) for cost in costs))
     return table
 
 
@@ -240,6 +244,7 @@ def feasibility_report(rows: Iterable[Feasibility]) -> Table:
 def answer_table(reply: Reply) -> Table:
     """Return the measured answers to one question, best first."""
     space = reply.problem.space
+    metric = space.metric
     limits = [
         f"{cost} <= {amount(cost, limit)} ({percent(limit / space.dense_costs[cost], 1)})"
         for cost, limit in reply.budget.limits.items()
@@ -248,15 +253,15 @@ def answer_table(reply: Reply) -> Table:
     title = f"{', '.join(limits)}; preference: {', '.join(weights)}"
     table = Table(title=title, title_justify="left")
     costs = list(dict.fromkeys([*reply.budget.limits, *space.objectives[1:]]))
-    for heading in ("proposal", "top-1", "expected", *(cost.replace("_", " ") for cost in costs), "fits"):
+    for heading in ("proposal", metric.label, "expected", *(cost.replace("_", " ") for cost in costs), "fits"):
         table.add_column(heading, justify="right")
     for number, answer in enumerate(reply.answers, 1):
         if answer.evaluation is None:
-            table.add_row(str(number), "failed", percent(answer.expected_top1), *("" for _ in costs), "[red]no[/]")
+            table.add_row(str(number), "failed", metric.text(answer.expected_score), *("" for _ in costs), "[red]no[/]")
             continue
         shares = [percent(answer.evaluation.costs[cost] / space.dense_costs[cost], 1) for cost in costs]
         fits = "[green]yes[/]" if all(value <= 0 for value in answer.constraints.values()) else "[red]no[/]"
-        table.add_row(str(number), percent(answer.evaluation.top1), percent(answer.expected_top1), *shares, fits)
+        table.add_row(str(number), metric.text(answer.evaluation.score), metric.text(answer.expected_score), *shares, fits)
     dense = [amount(cost, space.dense_costs[cost]) for cost in costs]
-    table.add_row("dense", percent(space.dense_top1), "", *dense, "", style="dim")
+    table.add_row("dense", metric.text(space.dense_score), "", *dense, "", style="dim")
     return table

@@ -17,6 +17,7 @@ from typing import Any
 
 from secateur.envs.core import InputError
 from secateur.search.config import OutputSection, Overrides, SearchConfig, apply_overrides, parse_config
+from secateur.search.schema import SCHEMA, upgrade
 
 fcntl: ModuleType | None
 try:
@@ -96,7 +97,7 @@ def held(run: Path) -> Iterator[None]:
 def write_manifest(run: Path, config: SearchConfig, facts: Mapping[str, Any]) -> None:
     """Write the resolved configuration, the versions that ran it, and `facts` (JSON values) about the run."""
     manifest = {
-        "schema": 1,
+        "schema": SCHEMA,
         "config": config.model_dump(mode="json"),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
@@ -142,9 +143,9 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         schema = document["schema"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged: {type(error).__name__}: {error}") from None
-    if schema != 1:
-        raise InputError(f"{path} has schema {schema}; this version reads schema 1.")
-    return document
+    if schema not in (1, SCHEMA):
+        raise InputError(f"{path} has schema {schema}; this version reads schemas 1 and {SCHEMA}.")
+    return upgrade(document)
 
 
 def _version(package: str) -> str | None:

@@ -86,8 +86,8 @@ class Winner:
         policy: channels and bit-widths of every layer.
         choices: {name of a choice: value}, as the study names them.
         costs: {name: value} in the unit of the name.
-        validation_top1: fraction in [0, 1]; after the finalists' repair once the search has ended.
-        test_top1: fraction in [0, 1]; None before the search has ended.
+        validation_score: in the metric's unit; after the finalists' repair once the search has ended.
+        test_score: in the metric's unit; None before the search has ended.
         verified: whether its export kept all promises; None: not verified.
         folder: its export; None: not exported by the search.
     """
@@ -97,8 +97,8 @@ class Winner:
     policy: CompressionPolicy
     choices: Mapping[str, float]
     costs: Mapping[str, float]
-    validation_top1: float
-    test_top1: float | None
+    validation_score: float
+    test_score: float | None
     verified: bool | None
     folder: Path | None
 
@@ -149,8 +149,9 @@ class Run:
     def front(self) -> pandas.DataFrame:
         """The policies on the front of any budget, and the finalists, one row each, as in front.csv.
 
-        Columns: evaluation, on_front (of all budgets together), fits (names of budgets), validation_top1 in the search,
-        finalist_validation_top1 and test_top1 (NaN unless a finalist), every cost, every choice.
+        Columns: evaluation, on_front (of all budgets together), fits (names of budgets), validation_METRIC in the search,
+        finalist_validation_METRIC and test_METRIC (NaN unless a finalist; METRIC is the metric's name, such as top1), every
+        cost, every choice.
         """
         text = front_csv(self.document)
         return pandas.read_csv(io.StringIO(text), keep_default_na=True) if text else pandas.DataFrame()
@@ -160,7 +161,7 @@ class Run:
         """All evaluations, one row each, indexed by their number.
 
         Columns: state (COMPLETE, PRUNED if stopped early, FAIL), budget and feasible (within the budget that it was
-        chosen for), top1, every cost, images, seconds, failure (a sentence), every choice.
+        chosen for), the metric's name, every cost, images, seconds, failure (a sentence), every choice.
         """
         return trials_table(self.study)
 
@@ -186,8 +187,8 @@ class Run:
             document_to_policy(point["policy"]),
             point["choices"],
             point["costs"],
-            point["top1"] if final is None else final["validation_top1"],
-            None if final is None else final["top1"],
+            point["score"] if final is None else final["validation_score"],
+            None if final is None else final["score"],
             check.get("passed"),
             self.folder / check["export"] if check.get("export") else None,
         )

@@ -104,9 +104,11 @@ class SearchProgress:
             "feasible": f"{100 * front.feasible / done:.0f} %" if done else "-",
         }
         for budget in front.budgets:
-            best = front.best_top1(budget.name)
-            shown[f"best for {budget.name}"] = f"{100 * best:.2f} % top-1" if best is not None else "nothing fits yet"
-        shown["dense"] = f"{100 * front.dense.top1:.2f} % top-1"
+            best = front.best_score(budget.name)
+            shown[f"best for {budget.name}"] = (
+                f"{front.metric.text(best)} {front.metric.label}" if best is not None else "nothing fits yet"
+            )
+        shown["dense"] = f"{front.metric.text(front.dense.score)} {front.metric.label}"
         shown["hypervolume"] = f"{front.hypervolume:.4f}"
         shown["time left"] = self._time_left(done, seconds, rate)
         return shown | ({"failed": str(front.failed)} if front.failed else {})

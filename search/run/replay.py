@@ -10,6 +10,7 @@ recorded evaluations count. With `search.racing`, new policies are compared only
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -59,7 +60,7 @@ class Recorded:
 
 
 def _key(episode: Episode) -> tuple[str, CompressionPolicy | None, bool]:
-    scored = episode.evaluation is not None and bool(np.isfinite(episode.evaluation.top1))
+    scored = episode.evaluation is not None and bool(np.isfinite(episode.evaluation.score))
     return episode.budget, episode.policy, scored
 
 
@@ -70,10 +71,12 @@ def _episode(trial: Any, problem: Problem) -> Episode:
     if "failure" in facts or policy is None:
         return Episode(facts["budget"], policy, None, failure=facts.get("failure", "unknown"))
     costs = {name.removeprefix("cost/"): value for name, value in facts.items() if name.startswith("cost/")}
-    top1 = trial.values[0] if trial.values else float("nan")
-    score = Evaluation(top1, costs, "proxy", facts["images"], facts["seconds"], facts["stopped"])
-    slacks = constraints(score, budgets[facts["budget"]], problem.space.dense_top1)
-    return Episode(facts["budget"], policy, score, slacks)
+    score, metric, dense = trial.values[0] if trial.values else float("nan"), problem.task.metric, problem.dense.score
+    found = Evaluation(
+        score, costs, "proxy", facts["images"], facts["seconds"], facts["stopped"], quality=metric.quality(score, dense)
+    )
+    slacks = constraints(found, budgets[facts["budget"]], metric, dense)
+    return Episode(facts["budget"], policy, found, slacks)
 
 
 def check_unchanged(before: SearchConfig, now: SearchConfig) -> None:
@@ -105,12 +108,14 @@ def check_evaluations(run: Path, recorded: int, config: SearchConfig) -> None:
 
 def check_same_score(run: Path, manifest: Mapping[str, Any], problem: Problem) -> None:
     """Raise InputError if the dense model does not score as it did: other weights, other images or another processor."""
-    before = manifest["dense"]["top1"]
+    metric, before = problem.task.metric, manifest["dense"]["score"]
     if problem.dense.costs != manifest["dense"]["costs"]:
         raise InputError(f"The dense model has other costs than when {run} began. Bring the same model, or start another search.")
-    if before != problem.dense.top1 or manifest["precision"]["dtype"] != problem.precision.dtype:
+    # Version 0.1 took the mean in float32.
+    same = math.isclose(before, problem.dense.score, rel_tol=1e-6)
+    if not same or manifest["precision"]["dtype"] != problem.precision.dtype:
         raise InputError(
-            f"The dense model scores {100 * problem.dense.top1:.2f} % top-1 in {problem.precision.dtype} here, but scored "
-            f"{100 * before:.2f} % in {manifest['precision']['dtype']} when {run} began. Bring the same weights and images, set "
-            f"`search.precision={manifest['precision']['dtype']}` on another processor, or start another search."
+            f"The dense model scores {metric.text(problem.dense.score)} {metric.label} in {problem.precision.dtype} here, but "
+            f"scored {metric.text(before)} in {manifest['precision']['dtype']} when {run} began. Bring the same weights and "
+            f"images, set `search.precision={manifest['precision']['dtype']}` on another processor, or start another search."
         )

@@ -171,16 +171,19 @@ def _finish(problem: Problem, front: Front, run: Path, progress: SearchProgress)
 def _facts(problem: Problem) -> dict:
     """Return the facts in the manifest besides the configuration and the versions."""
     return {
-        "data": problem.data.source,
+        "data": problem.task.source,
+        "metric": asdict(problem.task.metric),
         "precision": asdict(problem.precision),
-        "dense": {name: getattr(problem.dense, name) for name in ("top1", "images", "costs")},
+        "dense": {name: getattr(problem.dense, name) for name in ("score", "images", "costs")},
         "budgets": [asdict(budget) for budget in problem.budgets],
     }
 
 
 def _recorder(problem: Problem, run: Path) -> StudyRecorder:
-    attributes = {"agent": problem.config.search.agent, "seed": problem.config.search.seed, "data": problem.data.source}
-    return StudyRecorder(run, problem.space.policy_space, problem.space.objectives, problem.budgets, attributes)
+    attributes = {"agent": problem.config.search.agent, "seed": problem.config.search.seed, "data": problem.task.source}
+    return StudyRecorder(
+        run, problem.space.policy_space, problem.space.objectives, problem.task.metric, problem.budgets, attributes
+    )
 
 
 def _clock(limit: float | None) -> Callable[[], bool]:

@@ -19,6 +19,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from secateur.envs.core import Budget, Episode, InputError
+from secateur.envs.metric import Metric, drop_name
 from secateur.envs.policy_space import Decision, PolicySpace
 
 Study: TypeAlias = optuna.Study
@@ -31,14 +32,15 @@ UNLIMITED = -1.0
 class StudyRecorder:
     """Writes the study of one run.
 
-    A trial's parameters are the policy's choices, its values the objectives (top1 is maximized, every cost minimized),
-    its constraints the slacks value / limit - 1 of every quantity that some budget limits. A failed episode is a failed trial,
-    one that was stopped early is a pruned trial.
+    A trial's parameters are the policy's choices, its values the objectives (the metric in its own direction, every cost
+    minimized), its constraints the slacks value / limit - 1 of every quantity that some budget limits. A failed episode is a
+    failed trial, one that was stopped early is a pruned trial.
 
     Args:
         folder: the run; the journal is made in it, or gone on with.
         space: names and levels of the choices.
-        objectives: "top1", then the costs that are traded against it.
+        objectives: name of the metric, then of the costs that are traded against it.
+        metric: of the task.
         budgets: of the search; episodes name the one they were conditioned on.
         attributes: about the whole run, JSON values.
     """
@@ -48,13 +50,14 @@ class StudyRecorder:
         folder: Path,
         space: PolicySpace,
         objectives: Sequence[str],
+        metric: Metric,
         budgets: Sequence[Budget],
         attributes: Mapping[str, Any] | None = None,
     ):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._space, self._objectives = space, tuple(objectives)
         self._distributions = {decision.name: _distribution(decision) for decision in space.decisions}
-        self._limited = limited_quantities(budgets)
+        self._limited = limited_quantities(budgets, metric)
         if (folder / JOURNAL).is_file():  # a resumed run
             _drop_unfinished_line(folder / JOURNAL)
             self._study = load_study(folder)
@@ -62,7 +65,10 @@ class StudyRecorder:
         self._study = optuna.create_study(
             study_name=folder.name,
             storage=JournalStorage(JournalFileBackend(str(folder / JOURNAL))),
-            directions=[StudyDirection.MAXIMIZE, *[StudyDirection.MINIMIZE] * (len(objectives) - 1)],
+            directions=[
+                StudyDirection.MAXIMIZE if metric.higher_is_better else StudyDirection.MINIMIZE,
+                *[StudyDirection.MINIMIZE] * (len(objectives) - 1),
+            ],
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)  # without names the dashboard shows "Objective 0"
@@ -104,13 +110,15 @@ class StudyRecorder:
         if episode.evaluation is None:
             return None
         evaluation = episode.evaluation
-        values = [float(evaluation.top1 if name == "top1" else evaluation.costs[name]) for name in self._objectives]
+        values = [float(evaluation.score), *(float(evaluation.costs[name]) for name in self._objectives[1:])]
         return values if np.isfinite(values).all() else None
 
 
-def limited_quantities(budgets: Sequence[Budget]) -> tuple[str, ...]:
+def limited_quantities(budgets: Sequence[Budget], metric: Metric) -> tuple[str, ...]:
     """Return the names of everything that any budget limits, in order of appearance."""
-    names = [name for budget in budgets for name in (*budget.limits, *(["top1_drop"] if budget.top1_drop is not None else []))]
+    names = [
+        name for budget in budgets for name in (*budget.limits, *([drop_name(metric)] if budget.metric_drop is not None else []))
+    ]
     return tuple(dict.fromkeys(names))
 
 
@@ -132,19 +140,20 @@ def load_study(run: str | Path) -> optuna.Study:
 
 def trials_table(study: Study) -> pandas.DataFrame:
     """Return one row per evaluation, indexed by its number; `Run.trials` lists the columns."""
-    rows = [_row(trial) for trial in study.get_trials(deepcopy=False)]
+    objectives = study.user_attrs["objectives"]
+    rows = [_row(trial, objectives[0]) for trial in study.get_trials(deepcopy=False)]
     columns = dict.fromkeys(["evaluation", *(name for row in rows for name in row)])
     return pandas.DataFrame(rows, columns=list(columns)).set_index("evaluation")
 
 
-def _row(trial: FrozenTrial) -> dict[str, Any]:
+def _row(trial: FrozenTrial, metric: str) -> dict[str, Any]:
     facts = trial.user_attrs
     return {
         "evaluation": facts["evaluation"],
         "state": trial.state.name,
         "budget": facts["budget"],
         "feasible": facts["feasible"],
-        "top1": trial.values[0] if trial.values else float("nan"),
+        metric: trial.values[0] if trial.values else float("nan"),
         **{name.removeprefix("cost/"): value for name, value in facts.items() if name.startswith("cost/")},
         "images": facts.get("images"),
         "seconds": facts.get("seconds"),

@@ -18,7 +18,7 @@ class FreeSpace:
 
     num_steps, action_dim, observation_dim = 8, 1, 1
     objectives = ("top1", "cost")
-    dense_top1 = 1.0
+    dense_quality = 1.0
     used = GENES
 
     def execute(self, sequences, budgets):
@@ -57,9 +57,9 @@ def test_finds_better_policies_than_random_search(toy):
     bees, random = [], []
     for seed in range(4):
         colony = BeeColony(BeeColonyConfig(), toy, budget, np.random.default_rng(seed))
-        bees.append(max(episode.evaluation.top1 for episode in toy.run(colony, evaluations)))
+        bees.append(max(episode.evaluation.score for episode in toy.run(colony, evaluations)))
         baseline = RandomSearch(RandomConfig(), toy, budget, np.random.default_rng(seed))
-        random.append(max(episode.evaluation.top1 for episode in toy.run(baseline, evaluations)))
+        random.append(max(episode.evaluation.score for episode in toy.run(baseline, evaluations)))
     assert np.mean(bees) > 0.98, "the best policy has 1"
     assert np.mean(bees) > np.mean(random) + 0.03
 
@@ -214,7 +214,7 @@ def test_scores_are_remembered_by_what_was_executed(toy):
 
 def test_an_accuracy_limit_is_a_constraint(toy):
     """Below the limit on the drop the smallest violation leads, whatever the preference says."""
-    budget = replace(toy.budgets[0], top1_drop=0.05)
+    budget = replace(toy.budgets[0], metric_drop=0.05)
     agent = BeeColony(BeeColonyConfig(preference=(0.0, 1.0)), toy, [budget], np.random.default_rng(0))
     feasible = [episode.feasible for episode in toy.run(agent, 150)]
     assert sum(feasible[-50:]) > sum(feasible[:50]) + 10

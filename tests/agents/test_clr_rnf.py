@@ -10,6 +10,7 @@ from secateur.cost_models import COST_MODELS
 from secateur.envs.core import Budget, CompressionPolicy, InputError
 from secateur.envs.costs import PolicyCosts
 from secateur.envs.feasibility import FeasibleSpace
+from secateur.envs.metric import TOP1
 from secateur.envs.model_graph import analyze
 from secateur.envs.policy_space import PolicySpace, SpaceConfig
 from secateur.envs.tasks.synthetic import synthetic_net
@@ -27,7 +28,9 @@ def make_space(graph):
         costs = {name: model() for name, model in COST_MODELS.items()}
         rng = np.random.default_rng(0)
         magnitudes = [rng.random(group.units) for group in graph.groups]
-        return FeasibleSpace(PolicyCosts(PolicySpace(graph, SpaceConfig(**config)), costs), ("top1", "macs"), 0.9, magnitudes)
+        return FeasibleSpace(
+            PolicyCosts(PolicySpace(graph, SpaceConfig(**config)), costs), ("top1", "macs"), TOP1, 0.9, magnitudes
+        )
 
     return make
 

@@ -155,7 +155,7 @@ def test_every_switch_runs_and_matters(toy, shared, switch):
     def run(config):
         agent = agent_of(toy, 1, config)
         policies = [episode.policy for episode in toy.run(agent, 22, slots=2)]
-        return policies, agent.predict_top1(np.stack([toy.best, 1 - toy.best])).tolist()
+        return policies, agent.predict_quality(np.stack([toy.best, 1 - toy.best])).tolist()
 
     if "all" not in shared:
         shared["all"] = run(SMALL)
@@ -174,7 +174,7 @@ def test_uniform_policies_are_among_the_candidates(toy, trained):
 def test_predictions_are_in_top1(toy, trained):
     memories = trained.learner.memories
     seen = np.array([memory.reward[0] for memory in memories])
-    predicted = trained.predict_top1(np.stack([memory.sequence for memory in memories]))
+    predicted = trained.predict_quality(np.stack([memory.sequence for memory in memories]))
     assert np.abs(predicted - seen).mean() < 0.6 * np.abs(seen - seen.mean()).mean()
 
 
@@ -184,7 +184,7 @@ def test_scores_of_0_and_100_percent_can_be_learned(toy):
         actors = agent.ask(2)
         agent.tell([(actor, toy.episode(actor, top1=float(number % 2))) for actor in actors])
     agent.finish()
-    predicted = agent.predict_top1(np.stack([memory.sequence for memory in agent.learner.memories]))
+    predicted = agent.predict_quality(np.stack([memory.sequence for memory in agent.learner.memories]))
     seen = np.array([memory.reward[0] for memory in agent.learner.memories])
     assert set(seen) == {0, 1} and ((predicted > -0.02) & (predicted < 1.02)).all()
     assert predicted[seen == 1].mean() > predicted[seen == 0].mean()
@@ -201,7 +201,7 @@ def test_executed_actions_are_stored_even_when_others_were_asked_for(toy):
 
 
 def test_an_episode_that_violates_top1_drop_is_learned_from_and_not_on_the_front(toy):
-    budget = replace(toy.budgets[0], top1_drop=0.001)
+    budget = replace(toy.budgets[0], metric_drop=0.001)
     agent = agent_of(toy, budgets=[budget])
     agent.tell([(actor, toy.episode(actor, top1=0.5)) for actor in agent.ask(4)])
     agent.finish()
@@ -212,7 +212,7 @@ def test_early_stopped_scores_are_not_learned(toy):
     agent = agent_of(toy)
     first, *others = agent.ask(4)
     episode = toy.episode(first, top1=0.999)
-    stopped = Evaluation(episode.evaluation.top1, episode.evaluation.costs, stopped=True)
+    stopped = Evaluation(episode.evaluation.score, episode.evaluation.costs, stopped=True)
     agent.tell([(first, replace(episode, evaluation=stopped)), *((actor, toy.episode(actor)) for actor in others)])
     agent.finish()
     assert len(agent.learner.memories) == 3 and len(agent.archive)
@@ -250,7 +250,7 @@ def test_proposals_keep_any_budget(toy, trained):
 def test_rounds_find_sequences_with_better_predictions(toy, trained):
     preferences, budgets = np.tile(trained.preference, (16, 1)), [toy.budgets[0]] * 16
     first = trained.candidates.make(preferences, budgets, 0.5, 0)
-    sequences, values, origin = trained.candidates.refine(first, preferences, budgets, trained.predict_top1, rounds=4)
+    sequences, values, origin = trained.candidates.refine(first, preferences, budgets, trained.predict_quality, rounds=4)
     assert len(sequences) == len(values) == len(origin) == 16 + 4 * 8
     assert values.max() > values[:16].max() and origin.max() < 16
     assert max(toy.cost(sequence) for sequence in sequences) <= toy.budgets[0].limits["cost"]
@@ -341,7 +341,7 @@ def share_of_hypervolume(make, seed, evaluations, **options):
     space = make()
     agent = EnvelopeDdpg(replace(EXPLORER, **options), space, [Budget("any", {"cost": 0.95})], np.random.default_rng(seed))
     episodes = space.run(agent, evaluations, slots=1)
-    found = np.array([[-episode.evaluation.top1, -episode.reward[1]] for episode in episodes])
+    found = np.array([[-episode.evaluation.score, -episode.reward[1]] for episode in episodes])
     costs, top1 = space.front()
     keep = costs <= 0.95
     reference = np.array([0.0, 1.0])

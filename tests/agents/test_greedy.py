@@ -11,6 +11,7 @@ from secateur.cost_models import COST_MODELS
 from secateur.envs.core import Budget, InputError, Sensitivities
 from secateur.envs.costs import PolicyCosts
 from secateur.envs.feasibility import FeasibleSpace
+from secateur.envs.metric import TOP1
 from secateur.envs.model_graph import analyze
 from secateur.envs.policy_space import PolicySpace, SpaceConfig
 from secateur.envs.tasks.synthetic import synthetic_net
@@ -25,7 +26,7 @@ def space():
     weights = np.random.default_rng(0).uniform(0.05, 0.5, (len(decisions.level_actions), 1))
     sensitivities = Sensitivities(weights * np.linspace(0, 1, 65) ** 2)
     objectives = ("top1", "macs", "weight_bytes")
-    return FeasibleSpace(PolicyCosts(decisions, costs), objectives, 0.9, sensitivities=sensitivities)
+    return FeasibleSpace(PolicyCosts(decisions, costs), objectives, TOP1, 0.9, sensitivities=sensitivities)
 
 
 def budgets(space, **shares):

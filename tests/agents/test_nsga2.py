@@ -46,9 +46,9 @@ def test_finds_better_policies_than_random_search(toy):
     evolved, random = [], []
     for seed in range(4):
         agent = Nsga2(Nsga2Config(), toy, toy.budgets[:1], np.random.default_rng(seed))
-        evolved.append(max(episode.evaluation.top1 for episode in toy.run(agent, 200)))
+        evolved.append(max(episode.evaluation.score for episode in toy.run(agent, 200)))
         baseline = RandomSearch(RandomConfig(), toy, toy.budgets[:1], np.random.default_rng(seed))
-        random.append(max(episode.evaluation.top1 for episode in toy.run(baseline, 200)))
+        random.append(max(episode.evaluation.score for episode in toy.run(baseline, 200)))
     assert np.mean(evolved) > np.mean(random) + 0.01
 
 

@@ -155,4 +155,4 @@ def test_agents_that_can_be_queried_are_stored_after_a_search(toy, tmp_path):
         assert loaded.learned == 12 and loaded.preference.tolist() == agent.preference.tolist()
         found = loaded.propose(budget, count=2, rollouts=16)
         assert len(found) == 2 and all(toy.cost(sequence) <= 0.43 for sequence in found)
-        assert loaded.predict_top1(np.stack(found)).shape == (2,)
+        assert loaded.predict_quality(np.stack(found)).shape == (2,)

@@ -7,6 +7,7 @@ from secateur.cost_models import COST_MODELS
 from secateur.cost_models.core import LayerShape, NetworkGeometry
 from secateur.envs.costs import PolicyCosts
 from secateur.envs.feasibility import FeasibleSpace
+from secateur.envs.metric import TOP1
 from secateur.envs.model_graph.plan import ChannelGroup, ModelGraph, TensorSlice
 from secateur.envs.policy_space import PolicySpace, SpaceConfig
 
@@ -50,7 +51,7 @@ def _chain_graph(units=(8, 6), size=4):
 
 def _feasible_space(**config):
     space = PolicySpace(_chain_graph(), SpaceConfig(**config))
-    return FeasibleSpace(PolicyCosts(space, {name: model() for name, model in COST_MODELS.items()}), ("top1", "macs"), 0.9)
+    return FeasibleSpace(PolicyCosts(space, {name: model() for name, model in COST_MODELS.items()}), ("top1", "macs"), TOP1, 0.9)
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ class CountingEvaluator:
         return Evaluation(sum(policy.widths) / 14, self.space.costs.of_policy(policy))
 
 
-BUDGETS = (Budget("half", {"macs": 2000.0}), Budget("strict", {"macs": 3000.0}, top1_drop=0.0))
+BUDGETS = (Budget("half", {"macs": 2000.0}), Budget("strict", {"macs": 3000.0}, metric_drop=0.0))
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_every_budget_holds_whatever_the_actor_does(env):
 
 def test_top1_drop_is_a_constraint_on_the_result(env):
     episode = rollout(env, Fixed(1.0, BUDGETS[1], env))
-    assert episode.constraints["top1_drop"] == pytest.approx(0.9 - episode.evaluation.top1)
+    assert episode.constraints["top1_drop"] == pytest.approx(0.9 - episode.evaluation.score)
     assert not episode.feasible
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from secateur.envs.core import CompressionPolicy, Evaluation
-from secateur.envs.evaluator import Evaluator, Precision, batches
+from secateur.envs.evaluator import Evaluator, Precision
 from secateur.envs.racing import Race, unpack
+from tests.scoring import classification
 
 IMAGES, CLASSES = 4096, 4
 RACE = Race(("macs",), ({"macs": 10.0},))
@@ -39,7 +40,8 @@ class Scripted(Evaluator):
 
 
 def evaluator(race):
-    return Scripted(NoAssembler(), lambda p: {"macs": p.widths[1]}, PIXELS, LABELS, Precision("float32", "test"), race)
+    task = classification(PIXELS, LABELS, CLASSES)
+    return Scripted(NoAssembler(), lambda p: {"macs": p.widths[1]}, task, 0.9, Precision("float32", "test"), race)
 
 
 def policy(percent, macs=5):
@@ -51,8 +53,8 @@ def test_all_images_are_scored_whatever_their_order():
     for percent in (50, 80, 90, 95):
         found = raced.evaluate(policy(percent))
         assert found == replace(full.evaluate(policy(percent)), seconds=found.seconds)
-        assert not found.stopped and found.images == IMAGES and found.top1 == pytest.approx(percent / 100, abs=0.02)
-        assert unpack(found.correct, IMAGES).mean() == found.top1
+        assert not found.stopped and found.images == IMAGES and found.score == pytest.approx(percent / 100, abs=0.02)
+        assert unpack(found.correct, IMAGES).mean() == found.score
 
 
 def test_what_is_clearly_worse_is_stopped_and_remembered():
@@ -60,13 +62,14 @@ def test_what_is_clearly_worse_is_stopped_and_remembered():
     raced.evaluate(policy(90))
     before, found = raced.ran, raced.evaluate(policy(70))
     assert found.stopped and found.images == raced.ran - before == IMAGES / 8 and found.correct is None
-    assert found.top1 == pytest.approx(0.7, abs=0.06)
+    assert found.score == pytest.approx(0.7, abs=0.06)
     assert raced.evaluate(policy(70)) is found
     assert not evaluator(None).evaluate(policy(70)).stopped
 
 
 def test_first_images_are_a_sample_of_all_classes():
-    first = torch.cat(evaluator(None).labels[:2])
+    batches = list(classification(PIXELS, LABELS, CLASSES).batches("validation"))
+    first = torch.cat([targets for _, targets in batches[:2]])
     assert (torch.bincount(first, minlength=CLASSES) > IMAGES / 8 / CLASSES * 0.8).all()
 
 
@@ -80,8 +83,9 @@ def test_only_full_evaluations_of_what_costs_no_more_are_references():
 
 
 def test_one_batch_is_never_cut():
-    small = Scripted(NoAssembler(), lambda p: {"macs": 1.0}, PIXELS[:200], LABELS[:200], Precision("float32", "test"), RACE)
-    assert len(small.batches) == len(batches(PIXELS[:200])) == 1
+    task = classification(PIXELS[:200], LABELS[:200], CLASSES)
+    small = Scripted(NoAssembler(), lambda p: {"macs": 1.0}, task, 0.9, Precision("float32", "test"), RACE)
+    assert len(list(task.batches("validation"))) == 1
     assert not any(small.evaluate(policy(percent)).stopped for percent in (99, 5))
 
 

@@ -7,6 +7,7 @@ from secateur.envs.compression_env import CompressionEnv
 from secateur.envs.core import Budget, Evaluation
 from secateur.envs.costs import PolicyCosts
 from secateur.envs.feasibility import FeasibleSpace
+from secateur.envs.metric import TOP1
 from secateur.envs.rollout import rollout
 
 BUDGETS = (
@@ -50,7 +51,7 @@ class Replay:
 def space(feasible_space):
     space = feasible_space(prune_ratio=(0.0, 0.8), weight_bits=(8, 6, 4), activation_bits=(8, 4))
     costs = PolicyCosts(space.policy_space, {**space.costs.models, "latency_ms": Bumpy()})
-    return FeasibleSpace(costs, ("top1", "macs"), 0.9)
+    return FeasibleSpace(costs, ("top1", "macs"), TOP1, 0.9)
 
 
 def rows_of(space, budgets, count=15, seed=0):

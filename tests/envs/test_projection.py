@@ -11,6 +11,7 @@ from secateur.cost_models import COST_MODELS
 from secateur.envs.core import Budget, InputError
 from secateur.envs.costs import PolicyCosts
 from secateur.envs.feasibility import FeasibleSpace
+from secateur.envs.metric import TOP1
 from secateur.envs.policy_space import PolicySpace, SpaceConfig, document_to_policy, policy_to_document
 
 
@@ -32,7 +33,7 @@ def slack(space, levels, budget):
 
 
 def make_space(policy_space, costs, objectives):
-    return FeasibleSpace(PolicyCosts(policy_space, costs), objectives, 0.9)
+    return FeasibleSpace(PolicyCosts(policy_space, costs), objectives, TOP1, 0.9)
 
 
 def all_levels(space):

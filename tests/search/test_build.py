@@ -13,13 +13,14 @@ import torch
 from secateur.cost_models.core import InputError
 from secateur.envs import evaluator as evaluator_module
 from secateur.envs.assembler import Assembler
-from secateur.envs.evaluator import Evaluator, Precision, batches, choose_precision, predict, processor_has_bfloat16
+from secateur.envs.evaluator import Evaluator, Precision, choose_precision, processor_has_bfloat16
 from secateur.envs.model_graph import analyze
 from secateur.envs.pruning.slicing import masked_model, slice_model
 from secateur.envs.rollout import rollout
 from secateur.envs.tasks.data import Split
 from secateur.search.build import build_agent, build_problem, feasibility_table, make_env, prepare
 from secateur.search.config import parse_config
+from tests.scoring import classification
 
 VALUES = {
     "model": {"factory": "secateur:synthetic", "weights": "trained", "input": [3, 8, 8]},
@@ -49,9 +50,9 @@ def policies(problem):
 
 def test_limits_are_absolute_and_drops_are_fractions(problem):
     small, tiny = problem.budgets
-    assert small.limits == {"macs": pytest.approx(0.5 * problem.dense.costs["macs"])} and small.top1_drop is None
+    assert small.limits == {"macs": pytest.approx(0.5 * problem.dense.costs["macs"])} and small.metric_drop is None
     assert tiny.limits["weight_bytes"] == pytest.approx(0.1 * problem.dense.costs["weight_bytes"])
-    assert tiny.top1_drop == pytest.approx(0.6)
+    assert tiny.metric_drop == pytest.approx(0.6)
     assert problem.space.objectives == ("top1", "macs", "weight_bytes")
 
 
@@ -59,7 +60,7 @@ def test_limits_are_absolute_and_drops_are_fractions(problem):
 def test_dense_costs_are_those_of_the_model(problem):
     parameters = sum(p.numel() for p in problem.assembler.model.parameters())
     assert problem.dense.costs["weight_bytes"] == 4 * parameters
-    assert problem.dense.top1 > 0.9, "the task must be learnt, or nothing below means anything"
+    assert problem.dense.score > 0.9, "the task must be learnt, or nothing below means anything"
 
 
 def test_reachable_is_what_the_strongest_policy_costs(problem):
@@ -81,8 +82,9 @@ def test_a_model_with_other_classes_than_the_data_is_refused():
 
 @pytest.mark.numerics
 def test_evaluator_scores_what_the_assembled_network_scores(problem, policies):
-    images, labels = problem.data.tensors(problem.data.validation)
-    evaluator = Evaluator(problem.assembler, problem.space.costs.of_policy, images, labels, Precision("float32", "test"))
+    images, labels = problem.task.data.tensors(problem.task.data.validation)
+    precision = Precision("float32", "test")
+    evaluator = Evaluator(problem.assembler, problem.space.costs.of_policy, problem.task, problem.dense.score, precision)
     for policy in policies[:4]:
         evaluation = evaluator.evaluate(policy)
         with torch.inference_mode():
@@ -91,7 +93,7 @@ def test_evaluator_scores_what_the_assembled_network_scores(problem, policies):
         expected = float((scores.argmax(1) == labels).float().mean())
         # Rounding decides only for images whose two best classes have equal scores.
         ties = float((scores.topk(2).values.diff().abs() < 3e-3).float().mean())
-        assert abs(evaluation.top1 - expected) <= ties + 1e-6
+        assert abs(evaluation.score - expected) <= ties + 1e-6
         assert evaluation.images == len(labels) and evaluation.fidelity == "proxy"
 
 
@@ -132,33 +134,41 @@ def test_bits_and_widths_of_the_network_are_those_of_the_policy(problem, policie
             assert len(channel.unique()) <= 2**bits
 
 
+class WrongInBfloat16(torch.nn.Module):
+    """Answers what the images hold, except that some answers differ in bfloat16."""
+
+    def __init__(self, moved):
+        super().__init__()
+        self.moved, self.weight = moved, torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, images):
+        numbers = images[:, 0, 0, 0].float().round().long()
+        wrong = (numbers < self.moved) & (self.weight.dtype == torch.bfloat16)
+        return torch.eye(6)[torch.where(wrong, (numbers + 1) % 6, numbers % 6)]
+
+
 @pytest.mark.parametrize(("moved", "dtype"), [(0, "bfloat16"), (2, "bfloat16"), (3, "float32"), (200, "float32")])
 def test_precision_is_float32_unless_bfloat16_is_harmless(moved, dtype, problem, monkeypatch):
-    """`moved` of 1,000 predictions differ in bfloat16; 0.2 points are accepted."""
-    labels = torch.arange(1000) % 6
-    wrong = torch.arange(1000) < moved
-
-    def predictions(network, batch):
-        return torch.where(wrong, (labels + 1) % 6, labels) if batch.dtype == torch.bfloat16 else labels
-
+    """`moved` of 1,000 predictions differ in bfloat16; 0.2 points are accepted. Images hold numbers that bfloat16 has."""
+    numbers = torch.arange(1000)
+    numbers = torch.where(numbers < 256, numbers, 256 + 6 * 8 * (numbers % 5))
+    task = classification(numbers.float().view(-1, 1, 1, 1).expand(-1, 1, 8, 8), numbers % 6, 6)
     monkeypatch.setenv(evaluator_module.BFLOAT16_VARIABLE, "1")
-    monkeypatch.setattr(evaluator_module, "predict", predictions)
-    found = choose_precision(lambda: copy.deepcopy(problem.assembler.model), problem.graph, torch.zeros(1000, 3, 8, 8), labels)
+    monkeypatch.setattr(evaluator_module, "fold_batch_norms", lambda network, graph: None)
+    found = choose_precision(lambda: WrongInBfloat16(moved), problem.graph, task, 1.0)
     assert found.dtype == dtype
-    assert f"moves the dense top-1 by {moved / 10:.2f} points on 1000 validation images" in found.reason
+    assert f"moves the dense model's top-1 by {moved / 10:g} points on 1000 validation samples" in found.reason
 
 
 @pytest.mark.numerics
 def test_the_dense_model_runs_in_bfloat16(problem, monkeypatch):
     monkeypatch.setenv(evaluator_module.BFLOAT16_VARIABLE, "1")
-    images, labels = problem.data.tensors(problem.data.validation)
-    found = choose_precision(lambda: copy.deepcopy(problem.assembler.model), problem.graph, images, labels)
-    assert float(re.search(r"moves the dense top-1 by (\S+) points", found.reason)[1]) < 5
+    found = choose_precision(lambda: copy.deepcopy(problem.assembler.model), problem.graph, problem.task, problem.dense.score)
+    assert float(re.search(r"moves the dense model's top-1 by (\S+) points", found.reason)[1]) < 5
 
 
 def test_bfloat16_can_be_switched_off_and_on(problem, monkeypatch):
-    images, labels = problem.data.tensors(problem.data.validation)
-    given = lambda: copy.deepcopy(problem.assembler.model), problem.graph, images, labels  # noqa: E731
+    given = lambda: copy.deepcopy(problem.assembler.model), problem.graph, problem.task, problem.dense.score  # noqa: E731
     monkeypatch.setenv(evaluator_module.BFLOAT16_VARIABLE, "1")
     assert processor_has_bfloat16()
     monkeypatch.setenv(evaluator_module.BFLOAT16_VARIABLE, "0")
@@ -182,9 +192,8 @@ class WithConstant(torch.nn.Module):
 
 def test_a_model_that_does_not_run_in_bfloat16_is_searched_in_float32(problem, monkeypatch):
     monkeypatch.setenv(evaluator_module.BFLOAT16_VARIABLE, "1")
-    images, labels = problem.data.tensors(problem.data.validation)
-    graph = analyze(WithConstant().eval(), (images[:1],))
-    found = choose_precision(lambda: WithConstant().eval(), graph, images, labels)
+    graph = analyze(WithConstant().eval(), (torch.zeros(1, 3, 8, 8),))
+    found = choose_precision(lambda: WithConstant().eval(), graph, problem.task, problem.dense.score)
     assert found.dtype == "float32" and "does not run in bfloat16" in found.reason
 
 
@@ -220,15 +229,17 @@ def test_greedy_compresses_what_changes_nothing(problem, tmp_path):
         space={"prune_ratio": [0.0, 0.75]},
         budgets={"small": {"macs": "<= 60%"}},
     )
-    images = constructed.data.validation.images
-    labels = predict(model, constructed.data.tensors(constructed.data.validation)[0]).numpy()
-    constructed = replace(constructed, data=replace(constructed.data, validation=Split(images, labels)))
+    images = constructed.task.data.validation.images
+    with torch.inference_mode():
+        labels = model(constructed.task.data.tensors(constructed.task.data.validation)[0]).argmax(1).numpy()
+    data = replace(constructed.task.data, validation=Split(images, labels))
+    constructed = replace(constructed, task=replace(constructed.task, data=data))
     constructed = prepare(constructed, "greedy", {})
     env = make_env(constructed)
 
     def best(agent, count):
         actors = build_agent(constructed, agent, {}, 0).ask(count)
-        return max(rollout(env, actor).evaluation.top1 for actor in actors)
+        return max(rollout(env, actor).evaluation.score for actor in actors)
 
     assert best("greedy", 3) >= 0.99
     assert best("uniform", 3) < 0.9
@@ -247,7 +258,9 @@ def test_a_model_that_returns_something_else_than_scores_is_refused():
 
 
 def test_batches_cover_all_images_in_order():
-    images = torch.arange(130.0).view(130, 1, 1, 1).expand(-1, 1, 32, 32)
-    parts = batches(images)
-    assert len(parts) == 3 and torch.equal(torch.cat(parts), images)
-    assert torch.equal(predict(lambda batch: torch.eye(130)[batch[:, 0, 0, 0].long()], images), torch.arange(130))
+    images = torch.arange(130.0).view(-1, 1, 1, 1).expand(-1, 3, 32, 32)
+    task = classification(images, torch.arange(130), 130)
+    test = list(task.batches("test"))
+    assert [len(batch.targets) for batch in test] == [64, 64, 2]
+    assert torch.equal(torch.cat([batch.inputs[:, 0, 0, 0] for batch in test]), torch.arange(130.0))
+    assert task.evaluate(lambda batch: torch.eye(130)[batch[:, 0, 0, 0].long()], "validation").score == 1

@@ -14,6 +14,7 @@ import yaml
 from secateur.agents import AGENTS
 from secateur.envs.calibration import CalibrationConfig
 from secateur.envs.core import InputError
+from secateur.envs.metric import TOP1
 from secateur.envs.policy_space import SpaceConfig
 from secateur.envs.tasks.data import load_data
 from secateur.search.config import INSTALLED_CONFIGS, DataSection, SpaceSection, load_config, parse_config, parse_limit
@@ -96,7 +97,7 @@ def test_the_dumped_configuration_reads_back_as_the_same():
     assert parse_config(dumped, "manifest") == config
     assert dumped["budgets"]["phone"]["weight_bytes"] == "<= 250kB"
     assert dumped["calibration"]["positions"] == 8 and dumped["calibration"]["samples"] == CalibrationConfig().samples
-    assert config.budgets["phone"].top1_drop == 0.015 and set(config.budgets["phone"].limits) == {
+    assert config.budgets["phone"].metric_drop(TOP1) == 0.015 and set(config.budgets["phone"].limits) == {
         "macs",
         "weight_bytes",
     }

@@ -22,7 +22,7 @@ from secateur.search.benchmarks.documentation.tables import by_agent, is_short, 
 RESULTS = "results/budgets"
 FILES = {"docs/top1_over_macs.svg": False, "docs/top1_over_macs_dark.svg": True}
 """{file: whether its page is dark}."""
-PANELS = {"plain_test_top1": "with the quick repair of the search", "test_top1": "after the finalists' repair"}
+PANELS = {"plain_test_score": "with the quick repair of the search", "test_score": "after the finalists' repair"}
 """{which test top-1 of a winner: heading}."""
 COLORS = ("#e8590c", "#1c7ed6", "#2f9e44", "#ae3ec9", "#f59f00", "#868e96", "#0ca678", "#e64980")
 """Medium tones: legible on white and on black."""
@@ -40,7 +40,7 @@ def numbers(root: Path) -> dict[str, Any]:
         for label, group in by_agent(rows).items()
         if is_short(label)
     }
-    order = sorted(agents, key=lambda label: -sum(mean for mean, _ in agents[label]["test_top1"]))
+    order = sorted(agents, key=lambda label: -sum(mean for mean, _ in agents[label]["test_score"]))
     return {
         "budgets": [float(limits["macs"].strip("<=% ")) for limits in budgets.values()],
         "dense": dense_top1(folder),

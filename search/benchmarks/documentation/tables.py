@@ -64,7 +64,7 @@ def budget_headings(header: Row) -> dict[str, str]:
 
 
 def tops(rows: Sequence[Row], budget: str, kind: str) -> list[float]:
-    """Return the top-1 in percent of the budget's winners, one per seed; `kind` is a key such as "test_top1"."""
+    """Return the top-1 in percent of the budget's winners, one per seed; `kind` is a key such as "test_score"."""
     return [100 * row["winners"][budget][kind] for row in rows]
 
 
@@ -82,18 +82,19 @@ def budgets_table(folder: Path, short: bool) -> str:
         if short and not is_short(label):
             continue
         means = {
-            kind: np.mean([tops(rows, budget, kind) for budget in headings], axis=0) for kind in ("plain_test_top1", "test_top1")
+            kind: np.mean([tops(rows, budget, kind) for budget in headings], axis=0)
+            for kind in ("plain_test_score", "test_score")
         }
         cells = [
             f"`{label}`",
             f"{max(row['evaluations'] for row in rows)}",
-            *(f"{np.mean(tops(rows, budget, 'plain_test_top1')):.1f}" for budget in headings),
+            *(f"{np.mean(tops(rows, budget, 'plain_test_score')):.1f}" for budget in headings),
             *map(spread, means.values()),
             spread([row["hypervolume"] for row in rows], 3 if short else 4),
         ]
         if not short:
             cells += [f"{np.mean([row[key] / row['evaluations'] for row in rows]):.2f}" for key in ("seconds", "agent_seconds")]
-        lines.append((np.mean(means["test_top1"]), cells))
+        lines.append((np.mean(means["test_score"]), cells))
     heads = ["agent", "evaluations", *headings.values(), "mean", "mean, repaired", "hypervolume"]
     heads += [] if short else ["s per evaluation", "of these, agent"]
     return markdown_table(heads, [cells for _, cells in sorted(lines, key=lambda line: -line[0])])
@@ -106,7 +107,7 @@ def half_table(results: Path) -> str:
     rows = [*({**outcome, "winners": {"half": outcome}} for outcome in outcomes), *read_records(folder / "greedy")[1]]
     lines = []
     for label, group in by_agent(rows).items():
-        columns = [tops(group, "half", kind) for kind in ("search_top1", "validation_top1", "test_top1")]
+        columns = [tops(group, "half", kind) for kind in ("search_score", "validation_score", "test_score")]
         hypervolume = spread([row["hypervolume"] for row in group], 4)
         cells = [f"`{label}`", f"{group[0]['evaluations']}", f"{len(group)}", *map(spread, columns), hypervolume]
         lines.append((np.mean(columns[-1]), cells))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from secateur.envs.core import InputError
+from secateur.envs.tasks.classification import Classification
 from secateur.envs.tasks.data import load_data
 
 
@@ -82,7 +83,7 @@ def test_what_a_file_without_training_images_cannot_give(write, options, words):
 )
 def test_files_that_hold_something_else_are_refused(write, change, words):
     with pytest.raises(InputError, match=words):
-        load_data("arrays", write(**arrays() | change), calibration=4, validation=4)
+        Classification(load_data("arrays", write(**arrays() | change), calibration=4, validation=4))
 
 
 def test_missing_and_damaged_files_are_refused(write, tmp_path):

@@ -4,10 +4,12 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from secateur.envs.core import InputError
 from secateur.envs.tasks import readers
+from secateur.envs.tasks.classification import Classification
 from secateur.envs.tasks.data import Split, TaskData, load_data
 
 
@@ -213,12 +215,12 @@ def make_task(labels, num_classes=3, shape=(4, 1, 8, 8), dtype=np.uint8):
 def test_labels_classes_and_outputs_must_fit():
     assert len(make_task([0, 1, 2, 0]).splits) == 3
     with pytest.raises(InputError, match=r"0\.\.2, but are in 0\.\.3"):
-        make_task([0, 1, 2, 3])
+        Classification(make_task([0, 1, 2, 3]))
     with pytest.raises(InputError, match="3 class names"):
         make_task([0, 1, 2, 0], num_classes=4)
-    with pytest.raises(InputError, match="labels of 4 images"):
+    with pytest.raises(InputError, match="4 images, but labels of"):
         make_task([0, 1, 2])
     with pytest.raises(InputError, match="float64"):
-        make_task([0, 1, 2, 0], dtype=np.float64)
+        Classification(make_task([0, 1, 2, 0], dtype=np.float64))
     with pytest.raises(InputError, match="1000 outputs, but the data has 3 classes"):
-        make_task([0, 1, 2, 0]).check_outputs(1000)
+        Classification(make_task([0, 1, 2, 0])).check(torch.zeros(1, 1000))

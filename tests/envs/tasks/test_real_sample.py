@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from secateur.envs.evaluator import top1
 from secateur.envs.tasks.convert_sample import convert
 from secateur.search.build import build_model_and_graph
 from secateur.search.config import load_config
+from tests.scoring import top1
 
 pytestmark = [
     pytest.mark.data,
@@ -25,6 +25,6 @@ def test_the_example_configurations_reach_their_accuracy(name, weights, turn, le
     root = Path(os.environ["SECATEUR_DATA"])
     assert convert(root / "data" / "imagenet_sample", tmp_path / "sample.npz", turn) == 1000
     changes = [f"data.root={tmp_path / 'sample.npz'}", f"model.weights={root / 'weights' / 'imagenet' / weights}"]
-    data, model, _ = build_model_and_graph(load_config(f"configs/searches/{name}.yaml", changes))
-    assert (len(data.calibration), len(data.validation), len(data.test)) == (300, 200, 500)
-    assert top1(model, *data.tensors(data.calibration)) >= least
+    task, model, _ = build_model_and_graph(load_config(f"configs/searches/{name}.yaml", changes))
+    assert (len(task.data.calibration), len(task.data.validation), len(task.data.test)) == (300, 200, 500)
+    assert top1(model, *task.data.tensors(task.data.calibration)) >= least

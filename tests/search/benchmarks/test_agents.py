@@ -7,7 +7,6 @@ from functools import partial
 import pytest
 
 from secateur.envs.core import InputError
-from secateur.envs.evaluator import top1
 from secateur.search.benchmarks.agent_tables import outcome_line, search_report, summary
 from secateur.search.benchmarks.agents import Contestant, contestant, run_contestants
 from secateur.search.benchmarks.records import Records
@@ -15,6 +14,7 @@ from secateur.search.build import build_agent, build_front, build_problem, make_
 from secateur.search.loop import run_loop
 from secateur.search.results.finalize import finalize
 from secateur.search.run.local_runner import LocalRunner
+from tests.scoring import top1
 
 EVALUATIONS = 8
 SECTIONS = {
@@ -64,15 +64,15 @@ def test_winners_are_chosen_on_validation_and_scored_on_test(with_bits, records,
     (row,), (front, _) = records.rows, search
     assert list(row["winners"]) == ["small", "tiny"]
     finalists = finalize(with_bits, front, top=2)
-    test = with_bits.data.tensors(with_bits.data.test)
+    test = with_bits.task.data.tensors(with_bits.task.data.test)
     for name, winner in row["winners"].items():
         first, second = (finalist for finalist in finalists if finalist.budget == name)
-        assert first.validation.top1 >= second.validation.top1
-        scores = (front.best_top1(name), first.validation.top1, first.final.top1)
-        assert (winner["search_top1"], winner["validation_top1"], winner["test_top1"]) == scores
-        assert winner["test_top1"] == top1(with_bits.finalist_assembler.assemble(first.policy), *test)
+        assert first.validation.score >= second.validation.score
+        scores = (front.best_score(name), first.validation.score, first.final.score)
+        assert (winner["search_score"], winner["validation_score"], winner["test_score"]) == scores
+        assert winner["test_score"] == top1(with_bits.finalist_assembler.assemble(first.policy), *test)
         plain = top1(with_bits.assembler.assemble(front.best(name, 1)[0].policy), *test)
-        assert winner["plain_test_top1"] == pytest.approx(plain, abs=0.02)  # other number format
+        assert winner["plain_test_score"] == pytest.approx(plain, abs=0.02)  # other number format
         assert (tuple(winner["widths"]), tuple(winner["weight_bits"])) == (first.policy.widths, first.policy.weight_bits)
 
 
@@ -106,11 +106,11 @@ def test_options_that_do_not_fit_the_problem_are_refused_before_any_run(with_bit
 
 def row(agent, seed, tests, hypervolumes=(0.2, 0.4), **changes):
     """A run of 20 evaluations with these test scores of its budgets."""
-    scores = {"search_top1": 0.5, "plain_test_top1": 0.4, "validation_top1": 0.6}
+    scores = {"search_score": 0.5, "plain_test_score": 0.4, "validation_score": 0.6}
     return {
         "agent": agent, "seed": seed, "evaluations": 20, "feasible": 1.0, "hypervolume": hypervolumes[-1], "seconds": 10.0,
         "agent_seconds": 1.0,
-        "winners": {name: value and {**scores, "test_top1": value} for name, value in tests.items()},
+        "winners": {name: value and {**scores, "test_score": value} for name, value in tests.items()},
         "curve": [{"evaluations": 10 * (i + 1), "hypervolume": value} for i, value in enumerate(hypervolumes)],
         **changes,
     }  # fmt: skip
@@ -140,6 +140,6 @@ def test_the_report_names_what_was_measured(problem):
     report = search_report(problem, 0.9, rows)
     assert (
         report.startswith(summary(rows))
-        and f"90.00 % on {len(problem.data.test)} test images" in report
-        and problem.data.source in report
+        and f"90.00 % on {len(problem.task.data.test)} test images" in report
+        and problem.task.source in report
     )

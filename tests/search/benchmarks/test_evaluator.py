@@ -38,7 +38,7 @@ def test_parts_are_those_of_an_evaluation(problem, policies):
         parts = "slice, quantized inputs, least_squares, quantized weights, batch_norm, fold and convert, forward"
         assert ", ".join(measured.parts) == parts
         assert measured.seconds == pytest.approx(sum(measured.parts.values())) and not measured.straightforward
-        assert measured.top1 == evaluator.evaluate(policy).top1
+        assert measured.top1 == evaluator.evaluate(policy).score
     assert "pip install 'secateur[test]'" in measure.speed_table(times)
 
 
@@ -46,7 +46,7 @@ def test_the_straightforward_way_finds_the_same(problem, policies):
     pruning = pytest.importorskip("torch_pruning")
     problem = assembler_with(problem, "least_squares")
     assembler = problem.assembler
-    image = problem.data.tensors(problem.data.validation)[0][:1]
+    image = problem.task.data.tensors(problem.task.data.validation)[0][:1]
     for policy in policies:
         theirs = pruned_network(assembler, policy, image, pruning).state_dict()
         ours = slice_model(assembler.model, assembler.graph, assembler.kept(policy)).state_dict()

@@ -5,10 +5,10 @@ import pytest
 
 from secateur.cost_models.core import InputError
 from secateur.envs.core import CompressionPolicy
-from secateur.envs.evaluator import top1
 from secateur.search.benchmarks import importances as measure
 from secateur.search.benchmarks.records import Records
 from secateur.search.benchmarks.recovery_settings import with_recoveries
+from tests.scoring import top1
 
 pytestmark = pytest.mark.usefixtures("two_settings")
 
@@ -45,7 +45,7 @@ def test_scores_are_those_of_the_importance_and_the_recovery_on_test_images(comp
         name: with_recoveries(problem.assembler, recoveries, scores=scores).assemble(policy)
         for name, recoveries in two_settings.items()
     }
-    test, validation = (problem.data.tensors(split) for split in (problem.data.test, problem.data.validation))
+    test, validation = (problem.task.data.tensors(split) for split in (problem.task.data.test, problem.task.data.validation))
     assert row["test_top1"] == {name: top1(network, *test) for name, network in networks.items()}
     expected = top1(networks[measure.SEARCHED_WITH], *validation)
     assert row["validation_top1"] == pytest.approx(expected, abs=0.011)  # folded batch norms may flip a close decision

@@ -6,11 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from secateur.cost_models.core import InputError
-from secateur.envs.evaluator import top1
 from secateur.envs.tasks.training import FineTuning
 from secateur.search.benchmarks import prediction as measure
 from secateur.search.benchmarks.policies import random_policies
 from secateur.search.benchmarks.recovery_settings import RECOVERY_SETTINGS, with_recoveries
+from tests.scoring import top1
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_an_outcome_has_the_scores_before_and_after_fine_tuning(experiment, poli
     monkeypatch.setattr(measure, "fine_tune", fine_tune)
     found = measure.outcome(experiment, policies[0])
     networks = {name: with_recoveries(problem.assembler, names).assemble(policies[0]) for name, names in two_settings.items()}
-    validation, test = (problem.data.tensors(split) for split in (problem.data.validation, problem.data.test))
+    validation, test = (problem.task.data.tensors(split) for split in (problem.task.data.validation, problem.task.data.test))
     expected = {name: pytest.approx(top1(network, *validation), abs=0.011) for name, network in networks.items()}
     assert found["validation_top1"] == expected, "folded batch norms may flip a close decision"
     assert found["tuned_top1"] == top1(networks[experiment.start], *test)
@@ -75,7 +75,7 @@ def test_an_outcome_has_the_scores_before_and_after_fine_tuning(experiment, poli
 
 
 def test_a_pickled_experiment_has_the_same_outcome(experiment, policies, two_settings):
-    assert experiment.problem.data.train is None, "the training images are sent once"
+    assert experiment.problem.task.data.train is None, "the training images are sent once"
     here, there = (measure.outcome(one, policies[0]) for one in (experiment, pickle.loads(pickle.dumps(experiment))))
     assert all(here[name] == there[name] for name in ("macs", "validation_top1", "tuned_top1"))
 

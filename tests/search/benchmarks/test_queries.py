@@ -89,7 +89,7 @@ def test_an_answer_is_the_best_measured_proposal(comparison, agent, records):
     problem, query = comparison.problem, comparison.queries[0]
     agent.rng.bit_generator.state = np.random.default_rng(0).bit_generator.state
     best = answer(agent, make_env(problem), query.budget, query.preference, 2)[0]
-    assert records.rows[0]["asked"]["top1"] == finalist_scores(problem, best.policy)[1].top1
+    assert records.rows[0]["asked"]["top1"] == finalist_scores(problem, best.policy)[1].score
     assert records.rows[0]["asked"]["validation"] == best.utility
 
 

@@ -2,12 +2,12 @@
 
 import pytest
 
-from secateur.envs.evaluator import top1
 from secateur.search.benchmarks import recoveries
 from secateur.search.benchmarks.policies import uniform_policy
 from secateur.search.benchmarks.records import Records
 from secateur.search.benchmarks.recoveries import Variant, compare_recoveries, recovery_report
 from secateur.search.benchmarks.recovery_settings import with_recoveries
+from tests.scoring import top1
 
 VARIANTS = (
     Variant("dense"),
@@ -34,7 +34,7 @@ def compare(settings, problem, tmp_path, monkeypatch):
 def test_every_variant_is_scored_on_the_test_split(compare, problem):
     lines, rows, _ = compare(VARIANTS)
     dense, pruned, repaired, quantized = rows
-    test = problem.data.tensors(problem.data.test)
+    test = problem.task.data.tensors(problem.task.data.test)
     assert [row["variant"] for row in rows] == ["dense", "pruned", "repaired", "W2A8"] and len(lines) == 4
     assert dense["test_top1"] == top1(problem.assembler.model, *test) and dense["images"] == len(test[1])
     for row, variant in ((repaired, VARIANTS[2]), (quantized, VARIANTS[3])):

@@ -21,9 +21,9 @@ def test_every_policy_has_a_score_and_its_sums(problem, tmp_path):
     for row, policy in zip(records.rows, random_policies(problem, problem.budgets[0], 4), strict=True):
         divergences = problem.space.sensitivities(space.levels_to_sequence(space.policy_to_levels(policy))[space.used])
         assert row["sums"]["0.5"] == pytest.approx(np.sqrt(divergences).sum()) and row["sums"]["1.0"] == divergences.sum()
-        assert row["top1"] == make_env(problem).evaluator.evaluate(policy).top1
+        assert row["top1"] == make_env(problem).evaluator.evaluate(policy).score
     report = sensitivity_report(problem, records.rows)
-    assert "| half | 4 | " in report and "| third |" not in report and problem.data.source in report
+    assert "| half | 4 | " in report and "| third |" not in report and problem.task.source in report
 
 
 def test_correlations_are_those_of_small_sums_with_high_scores():

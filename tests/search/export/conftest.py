@@ -27,7 +27,7 @@ from secateur.search.config import BudgetConfig, DataSection
 from secateur.search.export.write import write_export
 
 FACTORY = "secateur.envs.tasks.synthetic:synthetic_net"
-BUDGET = Budget("phone", {"macs": 1e5}, top1_drop=0.02)
+BUDGET = Budget("phone", {"macs": 1e5}, metric_drop=0.02)
 COSTS = {"macs": 9e4, "weight_bytes": 3e3}
 VALIDATION, TEST = Evaluation(0.8, COSTS, images=256), Evaluation(0.7, COSTS, "final", images=768)
 

@@ -27,7 +27,7 @@ def test_the_model_read_back_is_the_same_bit_for_bit(exported, untrained, policy
     assert set(loaded.state_dict()) == set(expected)
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
-    images, _ = untrained.data.tensors(untrained.data.test)
+    images, _ = untrained.task.data.tensors(untrained.task.data.test)
     with torch.inference_mode():
         assert torch.equal(loaded(images[:64]), network(images[:64]))
     assert not loaded.training

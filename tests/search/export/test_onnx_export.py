@@ -110,7 +110,7 @@ def quantized(dense, bits, quantizer="uniform"):
 
 
 def run(path, images):
-    return open_session(path).run(images.numpy())
+    return open_session(path).run(images.numpy())[0]
 
 
 @torch.no_grad()

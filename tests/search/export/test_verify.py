@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from secateur.cost_models.device import Device
 from secateur.cost_models.latency_table import Axis, LatencyTable, LayerGrid, layer_key
 from secateur.envs.core import Budget, CompressionPolicy, InputError
+from secateur.envs.metric import TOP1
 from secateur.search.build import build_problem
 from secateur.search.cli import app
 from secateur.search.config import parse_config
@@ -88,8 +89,8 @@ def test_an_export_keeps_what_it_promises(folder, problem):
     assert all(cost.found == pytest.approx(cost.promised, rel=1e-9) for cost in found.costs)
     assert [cost.name for cost in found.costs] == list(problem.space.costs.models)
     document, outputs = read_export(folder), found.outputs
-    assert outputs.images == len(problem.data.test) and not outputs.exact
-    assert outputs.pytorch_top1 == pytest.approx(document["scores"]["test"]["top1"])
+    assert outputs.images == len(problem.task.data.test) and not outputs.exact
+    assert outputs.pytorch_score == pytest.approx(document["scores"]["test"]["score"])
     assert outputs.agreement > 0.95 and 0 < outputs.mean_difference < 0.1
     assert found.latency.milliseconds > 0 and found.latency.dense_milliseconds > 0 and found.latency.promised is None
     assert found.files == {name: (folder / name).stat().st_size for name in (ONNX, WEIGHTS)}
@@ -179,8 +180,8 @@ def test_a_broken_limit_is_a_failure(folder, unmeasured):
 
 def test_another_score_is_a_failure(folder, unmeasured):
     def change(document):
-        document["scores"]["test"]["top1"] -= 0.1
-        document["scores"]["dense_validation"]["top1"] += 0.3
+        document["scores"]["test"]["score"] -= 0.1
+        document["scores"]["dense_validation"]["score"] += 0.3
 
     edit(folder, change)
     drop, test = verify(folder).failures
@@ -226,8 +227,8 @@ def test_a_latency_limit_in_percent_is_one_of_the_dense_network_measured_beside_
 
 
 def _failures_of(limit):
-    document = {"scores": {"validation": {"top1": 0.9}}}
-    outputs = SimpleNamespace(recorded_top1=None, exact=True, max_difference=0.0)
+    document = {"scores": {"validation": {"score": 0.9}, "dense_validation": {"score": 0.9}}, "metric": asdict(TOP1)}
+    outputs = SimpleNamespace(recorded_score=None, exact=True, max_difference=0.0)
     return find_failures(document, outputs, (), (limit,), 0.9)
 
 

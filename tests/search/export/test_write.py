@@ -42,8 +42,8 @@ def test_policy_json_says_what_was_kept_and_scored(exported, untrained, policy):
     assert [group["kept"] for group in document["groups"]] == [k.tolist() for k in untrained.assembler.kept(policy)]
     assert all(group["prune_ratio"] == 0.5 for group in document["groups"])
     assert document["budget"] == {"name": "phone", "limits": {"macs": 1e5}, "top1_drop": 0.02, "shares": {"macs": 0.4}}
-    assert document["scores"]["validation"] == {"top1": 0.8, "images": 256}
-    assert document["scores"]["test"] == {"top1": 0.7, "images": 768}
+    assert document["scores"]["validation"] == {"score": 0.8, "images": 256}
+    assert document["scores"]["test"] == {"score": 0.7, "images": 768}
     assert document["costs"] == {"macs": 9e4, "weight_bytes": 3e3}
     assert document["policy"] == json.loads(json.dumps(asdict(policy)))
     assert document["data_config"]["name"] == "synthetic" and document["device"] is None

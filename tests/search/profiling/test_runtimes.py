@@ -42,7 +42,7 @@ def test_sessions_run_files_and_bytes(doubling, runtime):
         pytest.importorskip("openvino")
     values = np.arange(6, dtype=np.float32).reshape(2, 3)
     for model in (doubling, str(doubling), doubling.read_bytes()):
-        np.testing.assert_array_equal(open_session(model, runtime).run(values), 2 * values)
+        np.testing.assert_array_equal(open_session(model, runtime).run(values)[0], 2 * values)
 
 
 def test_latency_is_a_median_between_quantiles(doubling):

@@ -36,14 +36,14 @@ def sliced_logits(models, widths):
 def test_the_sliced_model_computes_what_the_sliced_module_computes(floats, subject):
     assert floats.sliceable
     for widths in random_widths(subject.graph, 4, np.random.default_rng(0)):
-        logits = open_session(floats.version(widths)).run(floats.image)
+        (logits,) = open_session(floats.version(widths)).run(floats.image)
         np.testing.assert_allclose(logits, sliced_logits(floats, widths), rtol=1e-4, atol=1e-5)
 
 
 def test_where_slicing_fails_every_version_is_exported(floats, subject, monkeypatch):
     monkeypatch.setattr(floats, "sliceable", False)
     widths = [max(1, group.units // 2) for group in subject.graph.groups]
-    logits = open_session(floats.version(widths)).run(floats.image)
+    (logits,) = open_session(floats.version(widths)).run(floats.image)
     np.testing.assert_allclose(logits, sliced_logits(floats, widths), rtol=1e-4, atol=1e-5)
 
 
@@ -52,10 +52,10 @@ def test_the_sliced_int8_model_stays_close_to_the_module(subject, dense):
     assert models.sliceable
     widths = [group.units for group in subject.graph.groups]
     expected = sliced_logits(models, widths)
-    logits = open_session(models.version(widths)).run(models.image)
+    (logits,) = open_session(models.version(widths)).run(models.image)
     assert np.abs(logits - expected).max() < 0.1 * np.abs(expected).max() + 1e-3
     half = [max(1, width // 2) for width in widths]
-    assert open_session(models.version(half)).run(models.image).shape == (2, 5)
+    assert open_session(models.version(half)).run(models.image)[0].shape == (2, 5)
     assert len(models.version(half)) < len(models.version(widths))
 
 

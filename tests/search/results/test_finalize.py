@@ -42,5 +42,5 @@ def test_a_policy_of_two_budgets_is_scored_once(monkeypatch):
 
 @pytest.mark.parametrize(("drop", "left"), [(0.02, []), (0.055, [1]), (None, [1, 2, 0])])
 def test_what_loses_too_much_after_repair_is_no_finalist(monkeypatch, drop, left):
-    order, _ = run(monkeypatch, (0.80, 0.85, 0.82), (Budget("phone", {}, top1_drop=drop),))
+    order, _ = run(monkeypatch, (0.80, 0.85, 0.82), (Budget("phone", {}, metric_drop=drop),))
     assert [index for _, index in order] == left

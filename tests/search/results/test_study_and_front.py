@@ -11,6 +11,7 @@ import optuna
 import pytest
 
 from secateur.envs.core import Budget, CompressionPolicy, Episode, Evaluation, InputError
+from secateur.envs.metric import TOP1
 from secateur.envs.policy_space import Decision, document_to_policy
 from secateur.envs.rewards import constraints
 from secateur.search.results.document import FRONT_CSV, FRONT_JSON, front_csv, only_budget, read_front, winner, write_front
@@ -19,7 +20,7 @@ from secateur.search.run.study import StudyRecorder, limited_quantities, load_st
 
 DENSE = Evaluation(0.9, {"macs": 100.0, "weight_bytes": 400.0}, images=500)
 PHONE = Budget("phone", {"macs": 50.0})
-WATCH = Budget("watch", {"macs": 80.0, "weight_bytes": 200.0}, top1_drop=0.1)
+WATCH = Budget("watch", {"macs": 80.0, "weight_bytes": 200.0}, metric_drop=0.1)
 OBJECTIVES = ("top1", "macs", "weight_bytes")
 WIDTHS, BITS = tuple(range(100, 0, -1)), (8, 4)
 SPACE = SimpleNamespace(
@@ -37,7 +38,7 @@ SPACE = SimpleNamespace(
 def episode(width, top1, macs, weight_bytes, budget=PHONE):
     evaluation = Evaluation(top1, {"macs": macs, "weight_bytes": weight_bytes}, images=500, seconds=0.1)
     policy = CompressionPolicy((width,), (8,), (32,))
-    return Episode(budget.name, policy, evaluation, constraints(evaluation, budget, DENSE.top1), reward=np.zeros(3))
+    return Episode(budget.name, policy, evaluation, constraints(evaluation, budget, TOP1, DENSE.score), reward=np.zeros(3))
 
 
 def random_episodes(count, seed):
@@ -102,7 +103,7 @@ def test_the_dashboard_shows_the_constraints(recorder, tmp_path):
 @pytest.mark.parametrize("seed", range(3))
 def test_our_front_is_optunas_front(recorder, tmp_path, seed):
     episodes = random_episodes(60, seed)
-    front = Front(OBJECTIVES, (PHONE,), DENSE, num_classes=10)
+    front = Front(OBJECTIVES, (PHONE,), DENSE, TOP1)
     for number, item in enumerate(episodes):
         recorder.record(number, "random", item)
         front.add(item)
@@ -121,7 +122,7 @@ def test_a_damaged_or_missing_study_is_named(tmp_path):
 
 
 def small_front():
-    front = Front(OBJECTIVES, (PHONE, WATCH), DENSE, num_classes=10)
+    front = Front(OBJECTIVES, (PHONE, WATCH), DENSE, TOP1)
     changes = [
         front.add(item)
         for item in (
@@ -143,27 +144,27 @@ def test_a_policy_counts_for_every_budget_that_it_fits():
     assert [candidate.number for candidate in front.of("watch")] == [1, 0]
     assert [candidate.number for candidate in front.of()] == [1, 0, 2]
     assert (front.evaluations, front.feasible, front.failed) == (6, 3, 1)
-    assert front.best_top1("watch") == 0.88
+    assert front.best_score("watch") == 0.88
 
 
 def test_finalists_need_not_keep_the_top1_drop_yet():
     front, _ = small_front()
     assert [candidate.number for candidate in front.best("watch", 4)] == [1, 0, 3, 2]
     assert [candidate.number for candidate in front.best("phone", 2)] == [0, 3]
-    lost = Front(OBJECTIVES, (WATCH,), DENSE, num_classes=10)
+    lost = Front(OBJECTIVES, (WATCH,), DENSE, TOP1)
     assert not lost.add(episode(30, 0.60, 30.0, 100.0)) and lost.of("watch") == []
     assert [candidate.fits for candidate in lost.best("watch", 1)] == [()]
 
 
 def test_hypervolume_of_one_point_is_its_box():
-    front = Front(("top1", "macs"), (PHONE,), DENSE, num_classes=10)
-    assert front.hypervolume == 0 and front.best_top1("phone") is None
+    front = Front(("top1", "macs"), (PHONE,), DENSE, TOP1)
+    assert front.hypervolume == 0 and front.best_score("phone") is None
     front.add(episode(40, 0.8, 40.0, 100.0))
     assert front.hypervolume == pytest.approx((0.8 - 0.1) * (1 - 0.4))
 
 
 def test_a_policy_evaluated_twice_is_one_candidate():
-    front = Front(OBJECTIVES, (PHONE,), DENSE, num_classes=10)
+    front = Front(OBJECTIVES, (PHONE,), DENSE, TOP1)
     assert [front.add(episode(40, 0.8, 40.0, 100.0)) for _ in range(2)] == [True, False]
     assert len(front.of()) == 1 and front.evaluations == 2
 
@@ -178,7 +179,7 @@ def test_files_hold_the_front_with_test_scores_apart(tmp_path):
     document = read_front(tmp_path)
     assert document["front"] == [1, 0, 2] and document["budgets"]["watch"]["front"] == [1, 0]
     point = next(point for point in document["points"] if point["evaluation"] == 1)
-    assert point["top1"] == 0.88 and document_to_policy(point["policy"]) == policy
+    assert point["score"] == 0.88 and document_to_policy(point["policy"]) == policy
     assert document["final"]["points"] == [
         {
             "budget": "watch",
@@ -215,7 +216,7 @@ def test_the_winner_is_the_best_on_validation():
     assert winner(front.document(SPACE.policy_to_choices, finalists), "watch")["evaluation"] == 1
     with pytest.raises(InputError, match="There is no budget `fone`; the run has phone, watch"):
         winner(document, "fone")
-    empty = Front(OBJECTIVES, (PHONE,), DENSE, num_classes=10).document(SPACE.policy_to_choices)
+    empty = Front(OBJECTIVES, (PHONE,), DENSE, TOP1).document(SPACE.policy_to_choices)
     with pytest.raises(InputError, match="Nothing in 0 evaluations fits"):
         winner(empty, "phone")
 
@@ -253,7 +254,7 @@ def test_a_damaged_front_is_named(tmp_path, text):
 
 
 def test_an_empty_front_can_be_written(tmp_path):
-    write_front(tmp_path, Front(OBJECTIVES, (PHONE,), DENSE, num_classes=10).document(SPACE.policy_to_choices))
+    write_front(tmp_path, Front(OBJECTIVES, (PHONE,), DENSE, TOP1).document(SPACE.policy_to_choices))
     assert json.loads((tmp_path / FRONT_JSON).read_text())["points"] == []
     assert (tmp_path / FRONT_CSV).read_text() == ""
 

@@ -14,6 +14,7 @@ from secateur.cost_models.energy import Energy
 from secateur.cost_models.latency_table import LatencyTable, WholeModelCheck
 from secateur.envs.calibration import LayerPlan
 from secateur.envs.core import Budget, CompressionPolicy, Episode, Evaluation
+from secateur.envs.metric import TOP1
 from secateur.search.build import Feasibility
 from secateur.search.results.formatting import amount
 from secateur.search.results.front import Front
@@ -27,11 +28,11 @@ from secateur.search.results.tables import (
 )
 
 DENSE = Evaluation(0.9, {"macs": 2e6, "weight_bytes": 4e5}, images=500)
-BUDGETS = (Budget("phone", {"macs": 1e6}), Budget("watch", {"weight_bytes": 2e5}, top1_drop=0.05))
+BUDGETS = (Budget("phone", {"macs": 1e6}), Budget("watch", {"weight_bytes": 2e5}, metric_drop=0.05))
 
 
 def document(count):
-    front = Front(("top1", "macs", "weight_bytes"), BUDGETS, DENSE, num_classes=10)
+    front = Front(("top1", "macs", "weight_bytes"), BUDGETS, DENSE, TOP1)
     for number in range(count):
         evaluation = Evaluation(0.5 + number / 100, {"macs": 8e5 + 1e3 * number, "weight_bytes": 3e5}, images=500)
         front.add(Episode("phone", CompressionPolicy((number,), (), ()), evaluation, {}, reward=np.zeros(3)))
@@ -57,11 +58,11 @@ def test_one_table_per_budget_and_one_for_all():
 def test_a_column_of_a_device_says_whether_it_was_measured():
     dense = Evaluation(0.9, {"latency_ms": 1.25}, images=500)
     device = "measured on EPYC 9R14, onnxruntime 1.31.1, 1 thread"
-    front = Front(("top1", "latency_ms"), (Budget("phone", {"latency_ms": 0.5}),), dense, 10, device)
+    front = Front(("top1", "latency_ms"), (Budget("phone", {"latency_ms": 0.5}),), dense, TOP1, device)
     text = " ".join(shown(front_tables(front.document(lambda policy: {})), 140).split())
     assert "phone: latency_ms <= 0.5 ms (40.0 %)" in text and "latency ms (measured)" in text
     assert f"On the device: {device}." in text
-    front = Front(("top1", "energy_mj"), (), Evaluation(0.9, {"energy_mj": 2.0}, images=500), 10, device)
+    front = Front(("top1", "energy_mj"), (), Evaluation(0.9, {"energy_mj": 2.0}, images=500), TOP1, device)
     assert "energy mj (analytic)" in " ".join(shown(front_tables(front.document(lambda policy: {})), 140).split())
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from secateur.envs.core import Budget, CompressionPolicy, Evaluation, InputError
+from secateur.envs.metric import TOP1
 from secateur.search.export.verification import LimitCheck
 from secateur.search.results import winners as module
 from secateur.search.results.core import Finalist
@@ -142,7 +143,7 @@ def test_nothing_is_exported_for_a_budget_that_nothing_keeps(trial):
 
 
 def _front(found):
-    front = Front(("top1", "latency_ms"), (BUDGET,), Evaluation(0.9, {"latency_ms": 2.0}, images=10), 10)
+    front = Front(("top1", "latency_ms"), (BUDGET,), Evaluation(0.9, {"latency_ms": 2.0}, images=10), TOP1)
     for one in found:
         front.add(SimpleNamespace(policy=one.policy, evaluation=one.proxy, feasible=True, failure=None))
     return front

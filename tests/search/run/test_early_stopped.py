@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from secateur.envs.core import Budget, CompressionPolicy, Episode, Evaluation
+from secateur.envs.metric import TOP1
 from secateur.envs.policy_space import Decision
 from secateur.search.results.front import Front
 from secateur.search.run.study import StudyRecorder, load_study
@@ -25,7 +26,7 @@ def episode(width, top1, stopped):
 
 
 def test_a_stopped_policy_is_counted_but_neither_on_a_front_nor_a_finalist():
-    front = Front(("top1", "macs"), (HALF,), DENSE, num_classes=10)
+    front = Front(("top1", "macs"), (HALF,), DENSE, TOP1)
     assert front.add(episode(40, 0.8, stopped=False))
     assert not front.add(episode(30, 0.85, stopped=True)), "even if its estimate looks good"
     assert [candidate.number for candidate in front.of()] == [0] == [c.number for c in front.best("half", 5)]
@@ -36,7 +37,7 @@ def test_a_stopped_policy_is_counted_but_neither_on_a_front_nor_a_finalist():
 
 
 def test_the_study_records_which_evaluations_were_stopped(tmp_path):
-    recorder = StudyRecorder(tmp_path, SPACE, ("top1", "macs"), (HALF,))
+    recorder = StudyRecorder(tmp_path, SPACE, ("top1", "macs"), TOP1, (HALF,))
     recorder.record(0, "random", episode(40, 0.8, stopped=False))
     recorder.record(1, "random", episode(30, 0.7, stopped=True))
     full, stopped = load_study(tmp_path).trials

@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from secateur.envs.core import Budget, CompressionPolicy, Episode, Evaluation
+from secateur.envs.metric import TOP1
 from secateur.search.results.front import Front
 from secateur.search.run.progress import SECONDS_PER_LINE, SearchProgress, duration
 
@@ -30,7 +31,7 @@ def episode(number, macs):
 
 @pytest.fixture
 def front():
-    return Front(("top1", "macs"), BUDGETS, Evaluation(0.9, {"macs": 100.0}, images=100), num_classes=10)
+    return Front(("top1", "macs"), BUDGETS, Evaluation(0.9, {"macs": 100.0}, images=100), TOP1)
 
 
 def follow(console, front, count, seconds_each, time_limit=None):

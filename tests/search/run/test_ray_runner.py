@@ -53,7 +53,7 @@ class ToyEnv:
         if done:
             self.policy = CompressionPolicy(tuple(self.chosen), (), ())
             evaluation = self._evaluate()
-            reward = np.array([evaluation.top1, -evaluation.costs["macs"]], np.float32)
+            reward = np.array([evaluation.score, -evaluation.costs["macs"]], np.float32)
             info |= {"policy": self.policy, "evaluation": evaluation, "constraints": {"macs": -0.5}}
         return np.full(1, choice / 10, np.float32), reward, done, False, info
 
@@ -118,7 +118,7 @@ def test_local_and_ray_runners_return_the_same_episodes(runner):
         assert (other.budget, other.policy, other.constraints) == (episode.budget, episode.policy, episode.constraints)
         assert other.failure == episode.failure
         if episode.failure is None:
-            assert other.evaluation.top1 == episode.evaluation.top1 and other.evaluation.costs == episode.evaluation.costs
+            assert other.evaluation.score == episode.evaluation.score and other.evaluation.costs == episode.evaluation.costs
             np.testing.assert_array_equal(other.actions, episode.actions)
             np.testing.assert_array_equal(other.observations, episode.observations)
             np.testing.assert_array_equal(other.reward, episode.reward)
@@ -196,7 +196,7 @@ def test_a_worker_shares_the_calibration_and_scores_networks_as_the_local_runner
     assert len({episode.policy for episode in local}) == 6 and all(episode.failure is None for episode in local)
     for mine, theirs in zip(local, remote, strict=True):
         assert mine.policy == theirs.policy and mine.evaluation.costs == theirs.evaluation.costs
-        assert mine.evaluation.top1 == theirs.evaluation.top1
+        assert mine.evaluation.score == theirs.evaluation.score
         assert np.array_equal(mine.observations, theirs.observations)
 
 

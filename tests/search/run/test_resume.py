@@ -219,7 +219,7 @@ def test_a_run_goes_on_only_as_it_was(tmp_path):
     with pytest.raises(InputError, match="less than the 4"):
         resume(folder, ["search.evaluations=3"])
     manifest = json.loads(before)
-    manifest["dense"]["top1"] = 0.123
+    manifest["dense"]["score"] = 0.123
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match=r"scored 12\.30 %"):
         resume(folder)

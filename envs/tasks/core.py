@@ -1,0 +1,173 @@
+"""A task: what a model is for. It gives inputs, scores models with a metric, and compares outputs; nothing else knows labels.
+
+To add a task, implement `Task`, or subclass `secateur.envs.tasks.supervised.SupervisedTask`, which divides the work further.
+
+A *batch of inputs* is a tensor, a tuple or a dict of tensors whose first axes are the samples: a model is called as `model(x)`,
+`model(*x)` or `model(**x)` (`call_model`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from secateur.envs.metric import Metric
+
+Inputs = Any
+"""A batch of inputs: a tensor, a tuple or a dict of tensors."""
+
+Model = Callable[..., Any]
+"""An nn.Module, or whatever runs like one, for example an exported file in its runtime."""
+
+Stop = Callable[[np.ndarray, int, int], bool]
+"""Asked after each batch whether the rest can be left out: (contributions so far, batches so far, batches in all)."""
+
+SPLITS = ("calibration", "validation", "test", "train")
+
+
+class Batch(NamedTuple):
+    """Some samples of a split: the inputs, and the targets that the task compares outputs with (None: there are none)."""
+
+    inputs: Inputs
+    targets: Any = None
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What a model scored on a split.
+
+    Attributes:
+        score: the task's metric.
+        samples: number of samples behind it.
+        contributions: (samples,) one number per sample whose mean is the score, in the same order for every model; None: the
+            metric is no mean over samples. Paired comparisons of two models need them.
+        others: further metrics, for information.
+        stopped: whether the samples are the first ones only.
+    """
+
+    score: float
+    samples: int
+    contributions: np.ndarray | None = None
+    others: Mapping[str, float] = field(default_factory=dict)
+    stopped: bool = False
+
+
+class Task(Protocol):
+    """What the search needs to know of a task. Picklable: it travels to the workers."""
+
+    @property
+    def metric(self) -> Metric:
+        """What models are scored with."""
+        ...
+
+    @property
+    def source(self) -> str:
+        """One sentence that says which data are in which split."""
+        ...
+
+    def samples(self, split: str) -> int:
+        """Return the number of samples of a split; 0: there is no such split."""
+        ...
+
+    def batches(self, split: str, size: int | None = None) -> Iterator[Batch]:
+        """Return the batches of a split, in the same order every time.
+
+        Args:
+            split: one of `SPLITS`.
+            size: samples per batch; None: the task's own choice for evaluation.
+        """
+        ...
+
+    def evaluate(self, model: Model, split: str, stop: Stop | None = None) -> Metrics:
+        """Return the scores of a model in eval mode; it is called without gradients and is not changed.
+
+        Args:
+            model: takes the inputs of `batches`.
+            split: "validation" or "test".
+            stop: tasks whose metric is a mean over samples ask it after every batch; others ignore it.
+        """
+        ...
+
+    def loss(self, model: Model, batch: Batch) -> Tensor:
+        """Return the training loss of a batch, a scalar with gradients."""
+        ...
+
+    def agreement(self, reference: Any, outputs: Any) -> np.ndarray | None:
+        """Return the share of equal answers of each sample, (samples,); None: the outputs are no choices among answers."""
+        ...
+
+    def divergence(self, reference: Any, outputs: Any) -> Tensor:
+        """Return how far outputs are from a reference model's, (samples,), 0 = equal; no targets are needed."""
+        ...
+
+
+# ---------------------------------------------------------------------------------------------- inputs and outputs as trees
+
+
+def call_model(model: Model, inputs: Inputs) -> Any:
+    """Return the model's outputs for a batch of inputs."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+
+
+def first_inputs(task: Task, split: str, most: int) -> list[Inputs]:
+    """Return the inputs of the first batches of a split: at least `most` samples where it has them, cut to `most`."""
+    found: list[Inputs] = []
+    for batch in task.batches(split):
+        left = most - sum(map(count_samples, found))
+        if left <= 0:
+            break
+        found.append(map_tensors(partial(_first, count=left), batch.inputs))
+    return found
+
+
+def _first(x: Tensor, count: int) -> Tensor:
+    return x[:count]
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    """Return every floating-point tensor of a tree of outputs or inputs, in a fixed order."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """Return the tree with `function` of every floating-point tensor; everything else is kept."""
+
+    def mapped(leaf: Any) -> Any:
+        return function(leaf) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    return pytree.tree_map(mapped, tree)
+
+
+def count_samples(inputs: Inputs) -> int:
+    """Return the number of samples in a batch of inputs: the length of the first axis of its first tensor."""
+    return next((len(leaf) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim()), 0)
+
+
+def relative_error(reference: Any, outputs: Any) -> Tensor:
+    """Return the squared error by the reference's variance over the batch, (samples,): the mean over all tensors of the outputs.
+
+    Args:
+        reference: outputs of the dense model; a tree of tensors (samples, ...).
+        outputs: the same tree of another model.
+    """
+    errors = [
+        (found.float() - wanted.float()).square().flatten(1).mean(1) / wanted.float().var(correction=0).clamp_min(1e-12)
+        for wanted, found in zip(tensors_of(reference), tensors_of(outputs), strict=True)
+    ]
+    return torch.stack(errors).mean(0)
+
+
+def kl_divergence(reference: Tensor, outputs: Tensor) -> Tensor:
+    """Return KL(reference || outputs) of class scores (samples, classes, ...) in nats, the mean over positions, (samples,)."""
+    wanted, found = (F.log_softmax(scores.float(), dim=1) for scores in (reference, outputs))
+    return (wanted.exp() * (wanted - found)).sum(1).reshape(len(wanted), -1).mean(1)

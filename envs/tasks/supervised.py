@@ -1,0 +1,104 @@
+"""Tasks with arrays of inputs and targets: a task in the box says what it counts per sample, and how that becomes a score."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from secateur.envs.metric import Metric
+from secateur.envs.tasks.core import Batch, Metrics, Model, Stop, call_model, relative_error
+from secateur.envs.tasks.splits import TaskData
+
+PIXELS = 65536
+"""Of a batch: its activations have about the size of the processor's cache. 64 images of 32 x 32 pixels."""
+
+
+@dataclass(frozen=True)
+class SupervisedTask(ABC):
+    """A task on a `TaskData`. Subclasses are frozen dataclasses with one more field, `config`: the task's options.
+
+    Validation images are scored in a fixed random order, so the first of them are a random sample of the split.
+
+    Attributes:
+        data: the splits.
+    """
+
+    data: TaskData
+
+    stoppable: ClassVar[bool] = False
+    """Whether the statistics of a sample are its contribution to the score."""
+
+    @property
+    @abstractmethod
+    def metric(self) -> Metric:
+        """What models are scored with."""
+
+    @abstractmethod
+    def statistics(self, outputs: Any, targets: Tensor) -> np.ndarray:
+        """Return what is counted for each sample of a batch, (samples, ...)."""
+
+    @abstractmethod
+    def summarize(self, statistics: np.ndarray) -> Metrics:
+        """Return the scores from the statistics of all samples, (samples, ...)."""
+
+    @abstractmethod
+    def loss(self, model: Model, batch: Batch) -> Tensor:
+        """Return the training loss of a batch, a scalar."""
+
+    @abstractmethod
+    def check(self, outputs: Any) -> None:
+        """Raise InputError unless these can be the outputs of a model for this task; called once, with one sample."""
+
+    def divergence(self, reference: Any, outputs: Any) -> Tensor:
+        """Return the relative squared error of all output tensors, (samples,)."""
+        return relative_error(reference, outputs)
+
+    def without_training_data(self) -> Self:
+        """Return the task without its training split, which the workers of a search do not need."""
+        return replace(self, data=replace(self.data, train=None))
+
+    def agreement(self, reference: Any, outputs: Any) -> np.ndarray | None:
+        """Return the share of equal answers of each sample, (samples,); None: the outputs are no choices among answers."""
+        return None
+
+    @property
+    def source(self) -> str:
+        """One sentence that says which data are in which split."""
+        return self.data.source
+
+    def samples(self, split: str) -> int:
+        """Return the number of samples of a split."""
+        return len(self.data.splits.get(split, ()))
+
+    def batches(self, split: str, size: int | None = None) -> Iterator[Batch]:
+        """Return the batches of a split; validation images are in a fixed random order."""
+        images = self.data.splits[split].images
+        order = np.arange(len(images))
+        if split == "validation":
+            order = np.random.default_rng(0).permutation(order)
+        size = size or evaluation_batch(images.shape)
+        for start in range(0, len(order), size):
+            picked = order[start : start + size]
+            yield Batch(*self.data.tensors(self.data.splits[split].at(picked)))
+
+    @torch.inference_mode()
+    def evaluate(self, model: Model, split: str, stop: Stop | None = None) -> Metrics:
+        """Return the scores of a model; see `Task.evaluate`."""
+        total = -(-self.samples(split) // evaluation_batch(self.data.splits[split].images.shape))
+        counted: list[np.ndarray] = []
+        for number, (inputs, targets) in enumerate(self.batches(split), start=1):
+            counted.append(self.statistics(call_model(model, inputs), targets))
+            if self.stoppable and stop is not None and stop(np.concatenate(counted), number, total):
+                return Metrics(float(np.concatenate(counted).mean()), sum(map(len, counted)), np.concatenate(counted), {}, True)
+        return self.summarize(np.concatenate(counted))
+
+
+def evaluation_batch(shape: Sequence[int]) -> int:
+    """Return how many images (N, C, H, W), or other arrays of this shape, are in one batch of an evaluation."""
+    return int(np.clip(PIXELS // int(np.prod(shape[2:])), 8, 256))
