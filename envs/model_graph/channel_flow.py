@@ -156,7 +156,7 @@ class ChannelFlow:
             rule = RULES[name]
         elif is_pointwise(node):
             rule = ChannelFlow._pointwise
-        elif _is_movement(node):
+        elif is_movement(node):
             rule = ChannelFlow._execute
         else:
             return self._unknown(node)
@@ -431,7 +431,7 @@ class ChannelFlow:
         return list(results[0]) if isinstance(results[0], (tuple, list)) else tuple(results)
 
 
-def _is_movement(node: Node) -> bool:
+def is_movement(node: Node) -> bool:
     """Return whether the operator only rearranges its input: a view, according to its schema, or one of `_MOVEMENTS`."""
     returns = schema_of(node).returns
     if op_name(node) == "as_strided":  # its strides refer to the activation, not to the shadow

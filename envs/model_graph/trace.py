@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import operator
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -89,7 +90,10 @@ def trace_model(model: nn.Module, example_inputs: Sequence[Tensor]) -> Trace:
     exporter_log = logging.getLogger("torch._subclasses.fake_tensor")
     exporter_log.disabled, was_disabled = True, exporter_log.disabled  # it also prints a traceback
     try:
-        program = torch.export.export(model, inputs, strict=False)
+        with warnings.catch_warnings():
+            # Recurrent modules assign their own list of weights in every forward pass.
+            warnings.filterwarnings("ignore", message="The tensor attribute.*_flat_weights")
+            program = torch.export.export(model, inputs, strict=False)
     except Exception as error:  # the exporter and the user's forward may raise any error
         _try_forward(model, inputs)
         raise InputError(
@@ -129,10 +133,14 @@ def schema_of(node: Node) -> Any:
 
 def op_name(node: Node) -> str:
     """Return the operator's plain name: "conv2d", "getitem", "relu" (also for the in-place `relu_`)."""
-    schema = schema_of(node)
-    if schema is None:
+    if schema_of(node) is None:
         return "getitem" if node.target is operator.getitem else str(node.target)
-    return schema.name.split("::")[1].rstrip("_")
+    return plain_name(node.target)
+
+
+def plain_name(operator_function: Any) -> str:
+    """Return the plain name of an operator of ATen or another library, without its overload."""
+    return operator_function._schema.name.split("::")[1].rstrip("_")
 
 
 def arguments(node: Node) -> dict[str, Any]:
@@ -225,7 +233,7 @@ def _canonical_names(model: nn.Module) -> dict[str, str]:
     return names
 
 
-def _calling_module(node: Node) -> str | None:
+def calling_module(node: Node) -> str | None:
     """Return the path of the module whose forward calls the operator."""
     stack = node.meta.get("nn_module_stack")
     return list(stack.values())[-1][0] if stack else None
@@ -247,7 +255,7 @@ def _layer(weight: str, nodes: tuple[Node, ...], tensors: Mapping[Node, str], mo
     size = shape_of(given["weight"])
     groups = 1 if linear else given["groups"]
     axes = (1, 0) if transposed else (0, 1)  # of the output and the input channels
-    owners = {model.get_submodule(_calling_module(call) or "") for call in nodes}
+    owners = {model.get_submodule(calling_module(call) or "") for call in nodes}
     # A module may be registered under several names; the layer has the name that its weight has.
     home, _, attribute = weight.rpartition(".")
     owner = model.get_submodule(home)
@@ -301,7 +309,7 @@ def _batch_norms(nodes: Sequence[Node], model: nn.Module) -> dict[Node, str]:
     calls: dict[nn.Module, list[Node]] = {}
     for node in nodes:
         if op_name(node) == "batch_norm":
-            module = model.get_submodule(_calling_module(node) or "")
+            module = model.get_submodule(calling_module(node) or "")
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 calls.setdefault(module, []).append(node)
     paths = {module: path for path, module in model.named_modules()}
