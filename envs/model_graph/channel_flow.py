@@ -174,7 +174,12 @@ class ChannelFlow:
 
     def _unknown(self, node: Node) -> Shadow | list[Shadow]:
         name = op_name(node)
-        self._freeze(node.all_input_nodes, f"enters {name}, which mixes channels or is not known")
+        why = (
+            "whose weight is computed in the forward pass"
+            if node in self.trace.computed
+            else "which mixes channels or is not known"
+        )
+        self._freeze(node.all_input_nodes, f"enters {name}, {why}")
         return self._constant(node, f"the result of {name}")
 
     def _creation(self, node: Node) -> Shadow | list[Shadow]:

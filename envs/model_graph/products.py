@@ -30,13 +30,13 @@ _WITHOUT_PRODUCTS = frozenset(
     "bincount bucketize cat channel_shuffle col2im constant_pad_nd diag_embed embedding flip gather getitem histc im2col index "
     "index_add index_copy index_fill index_put index_select isin masked_scatter masked_select native_channel_shuffle "
     "nonzero one_hot pixel_shuffle pixel_unshuffle put repeat repeat_interleave roll scatter scatter_add scatter_reduce "
-    "searchsorted stack take take_along_dim tile tril triu tril_indices triu_indices trace unfold unique unique_consecutive max_unpool2d "
+    "searchsorted stack take take_along_dim tile tril triu tril_indices triu_indices trace unfold unique unique_consecutive "
     "unsafe_split unsafe_split_with_sizes _unsafe_index _unsafe_view as_strided "
     # order
     "argsort cummax cummin kthvalue median mode msort nanmedian sort topk "
     # sums, norms and probabilities
     "_log_softmax _safe_softmax _softmax cumprod cumsum embedding_bag _embedding_bag log_softmax logcumsumexp softmax "
-    "_native_batch_norm_legit_no_training _native_batch_norm_legit batch_norm group_norm instance_norm layer_norm "
+    "max_unpool2d _native_batch_norm_legit_no_training _native_batch_norm_legit batch_norm group_norm instance_norm layer_norm "
     "local_response_norm native_batch_norm native_group_norm native_layer_norm rms_norm _fused_rms_norm renorm "
     # pooling and interpolation
     "_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d adaptive_max_pool2d adaptive_max_pool3d affine_grid_generator "

@@ -58,6 +58,7 @@ class Trace:
         tensor_shapes: shape of each of these tensors, by name.
         parameters: names of those that are parameters.
         layers: the convolutions and linear layers, ordered by first call.
+        computed: the calls of convolutions and linear operators whose weight is not a parameter, but computed.
         batch_norms: batch norm node -> module path, for the `nn.BatchNorm` modules that are called once and registered
             once, so that they can be replaced.
     """
@@ -69,6 +70,7 @@ class Trace:
     tensor_shapes: Mapping[str, tuple[int, ...]]
     parameters: frozenset[str]
     layers: tuple[TracedLayer, ...]
+    computed: tuple[Node, ...]
     batch_norms: Mapping[Node, str]
 
     @cached_property
@@ -219,6 +221,7 @@ def _read(program: ExportedProgram, model: nn.Module) -> Trace:
         tensor_shapes={name: shape_of(node) for node, name in tensors.items()},
         parameters=frozenset(canonical[name] for name in signature.inputs_to_parameters.values()),
         layers=_layers(nodes, tensors, model),
+        computed=tuple(node for node in nodes if is_layer_call(node) and arguments(node)["weight"] not in tensors),
         batch_norms=_batch_norms(nodes, model),
     )
 
@@ -239,10 +242,15 @@ def calling_module(node: Node) -> str | None:
     return list(stack.values())[-1][0] if stack else None
 
 
+def is_layer_call(node: Node) -> bool:
+    """Return whether the operator is a convolution or a linear operator."""
+    return op_name(node) in (*_CONVOLUTIONS, *_TRANSPOSED, "linear")
+
+
 def _layers(nodes: Sequence[Node], tensors: Mapping[Node, str], model: nn.Module) -> tuple[TracedLayer, ...]:
     calls: dict[str, list[Node]] = {}
     for node in nodes:
-        if op_name(node) in (*_CONVOLUTIONS, *_TRANSPOSED, "linear"):
+        if is_layer_call(node):
             weight = tensors.get(arguments(node)["weight"])
             if weight is not None:
                 calls.setdefault(weight, []).append(node)
