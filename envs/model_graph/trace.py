@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import operator
+import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,10 @@ from torch.utils import _pytree as pytree
 from secateur.cost_models.core import InputError, LayerShape
 
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
+_TERMINAL_CODE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_LONGEST_REASON = 400
+"""Characters of an error's message that are shown; some errors hold a whole graph."""
+
 _TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 
 
@@ -124,8 +129,16 @@ def _try_forward(model: nn.Module, inputs: Sequence[Tensor]) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type if it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    """Return the first line of an error's message, without terminal colors, or its type if it has none."""
+    lines = _TERMINAL_CODE.sub("", str(error)).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")[:_LONGEST_REASON]
+
+
+def root_cause(error: BaseException) -> str:
+    """Return type and first line of the error that was raised first, of a chain of errors."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def schema_of(node: Node) -> Any:
@@ -268,10 +281,11 @@ def _layer(weight: str, nodes: tuple[Node, ...], tensors: Mapping[Node, str], mo
     home, _, attribute = weight.rpartition(".")
     owner = model.get_submodule(home)
     owned = owners == {owner} and attribute == "weight"
+    quantizable = owned and isinstance(owner, (nn.Conv2d, nn.Linear))
     bias = tensors.get(given["bias"])
     positions, calls = _positions(nodes, linear, transposed)
     shape = LayerShape(
-        name=home if owned else weight.removesuffix("weight").rstrip("._"),
+        name=home if owned and (home or quantizable) else _bare_name(weight, model),
         kind="linear" if linear else "conv",
         in_channels=size[axes[1]] * (1 if transposed else groups),
         out_channels=size[axes[0]] * (groups if transposed else 1),
@@ -281,9 +295,15 @@ def _layer(weight: str, nodes: tuple[Node, ...], tensors: Mapping[Node, str], mo
         conv_groups=groups,
         calls=calls,
         has_bias=bias is not None,
-        quantizable=owned and isinstance(owner, (nn.Conv2d, nn.Linear)),
+        quantizable=quantizable,
     )
     return TracedLayer(shape, weight, bias, *axes, transposed, nodes)
+
+
+def _bare_name(weight: str, model: nn.Module) -> str:
+    """Return the name of a layer whose weight is not the `weight` of its module, e.g. "attention.in_proj"."""
+    name = weight.removesuffix("weight").rstrip("._")
+    return weight if not name or any(name == path for path, _ in model.named_modules()) else name
 
 
 def _positions(nodes: Sequence[Node], linear: bool, transposed: bool) -> tuple[tuple[int, int], int]:

@@ -206,3 +206,19 @@ def test_products_of_einsum_are_counted(equation, shapes, macs):
 
     geometry = analyze(Product(), (torch.ones(1, 2),), verify=False).geometry
     assert geometry.fixed_macs == macs
+
+
+def test_layers_of_bare_parameters_have_names_of_their_own():
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.conv = nn.Parameter(torch.randn(4, 3, 1, 1)), nn.Conv2d(4, 6, 1)
+            self.conv_weight, self.mix_weight = nn.Parameter(torch.randn(5, 6, 1, 1)), nn.Parameter(torch.randn(5, 5))
+
+        def forward(self, x):
+            x = F.conv2d(self.conv(F.conv2d(x, self.weight)), self.conv_weight)
+            return F.linear(x.mean((2, 3)), self.mix_weight)
+
+    graph = analyze(Bare(), image_of(4))
+    assert [layer.name for layer in graph.geometry.layers] == ["weight", "conv", "conv_weight", "mix"]
+    assert [group.name for group in graph.groups] == ["weight", "conv", "conv_weight"]
