@@ -194,8 +194,9 @@ class ChannelFlow:
         outputs = self._layer_outputs(layer, channels)
         if given["bias"] is not None:
             bias = self.shadows.get(given["bias"], ())
-            if layer.bias is not None:
-                ids.merge(ids.of(layer.bias, 0), outputs)
+            name = self.trace.tensors.get(given["bias"])  # calls of a shared weight may have biases of their own
+            if name is not None:
+                ids.merge(ids.of(name, 0), outputs)
             elif isinstance(bias, tuple) and bias:
                 outputs = self._meet([(torch.from_numpy(outputs),), bias], outputs.shape)[0].numpy()
         return along(outputs, axis, shape_of(node))

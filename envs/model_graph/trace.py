@@ -36,7 +36,7 @@ class TracedLayer:
     Attributes:
         shape: the dense layer, for the cost models.
         weight: name of its weight tensor.
-        bias: name of its bias parameter, or None.
+        bias: name of the bias parameter of its first call, or None.
         out_axis, in_axis: the weight's axes of output and input channels.
         transposed: whether it is a transposed convolution.
         nodes: its calls, in execution order.
@@ -285,7 +285,7 @@ def _layer(weight: str, nodes: tuple[Node, ...], tensors: Mapping[Node, str], mo
     bias = tensors.get(given["bias"])
     positions, calls = _positions(nodes, linear, transposed)
     shape = LayerShape(
-        name=home if owned and (home or quantizable) else _bare_name(weight, model),
+        name=_layer_name(weight, model, quantizable),
         kind="linear" if linear else "conv",
         in_channels=size[axes[1]] * (1 if transposed else groups),
         out_channels=size[axes[0]] * (groups if transposed else 1),
@@ -300,8 +300,11 @@ def _layer(weight: str, nodes: tuple[Node, ...], tensors: Mapping[Node, str], mo
     return TracedLayer(shape, weight, bias, *axes, transposed, nodes)
 
 
-def _bare_name(weight: str, model: nn.Module) -> str:
-    """Return the name of a layer whose weight is not the `weight` of its module, e.g. "attention.in_proj"."""
+def _layer_name(weight: str, model: nn.Module, quantizable: bool) -> str:
+    """Return the path of the module with this `weight`, or a name made of another parameter's, e.g. "attention.in_proj"."""
+    home, _, attribute = weight.rpartition(".")
+    if attribute == "weight" and (home or quantizable):
+        return home
     name = weight.removesuffix("weight").rstrip("._")
     return weight if not name or any(name == path for path, _ in model.named_modules()) else name
 
