@@ -18,6 +18,9 @@ from numpy.typing import ArrayLike
 FLOAT_BITS = 32
 """The bit-width of a tensor that is not quantized."""
 
+MEMORY_COSTS = ("weight_bytes", "peak_activation_bytes")
+"""Costs that do not depend on the number of multiply-accumulates."""
+
 
 class InputError(ValueError):
     """The caller's input cannot be used; the message names the place, the value and the way out.
@@ -171,12 +174,14 @@ class NetworkGeometry:
         in_fixed, in_per_unit: (L,), (G, L); in_channels = in_fixed + widths @ in_per_unit.
         out_fixed, out_per_unit: (L,), (G, L), likewise for out_channels.
         other_fixed, other_per_unit: scalar, (G,); parameters that are not weights or biases of a layer (norms, embeddings).
-        fixed_macs: multiply-accumulates of products without weights (attention); their operands are never pruned.
+        fixed_macs: multiply-accumulates of everything that is not a layer (attention, recurrent networks, products with
+            computed weights); the operands are never pruned.
         buffer_fixed, buffer_per_unit: (B,), (G, B); elements of each buffer, per image.
         buffer_readers: (B,) tuples of layer indices. If only quantized layers read a buffer, it is stored with the largest of
             their activation bits; an empty tuple means that other operators read it too, and it is stored in float32.
         live: (S, B) bool; whether a buffer holds memory while a step runs (its inputs, its outputs, values for later steps).
         step_layer: (S,) index of the step's layer, -1 for other operators.
+        uncounted: operators whose multiply-accumulates are not known, with their modules, e.g. "fft_fft2 in `mixer`".
     """
 
     layers: tuple[LayerShape, ...]
@@ -194,6 +199,7 @@ class NetworkGeometry:
     buffer_readers: tuple[tuple[int, ...], ...]
     live: np.ndarray
     step_layer: np.ndarray
+    uncounted: tuple[str, ...] = ()
 
     @cached_property
     def kernel_area(self) -> np.ndarray:

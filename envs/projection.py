@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from secateur.cost_models.core import InputError
+from secateur.cost_models.core import MEMORY_COSTS, InputError
 from secateur.envs.core import Budget
 from secateur.envs.costs import PolicyCosts
 
@@ -95,7 +95,14 @@ class FeasibilityProjection:
         return float(self.costs.of_levels(levels[None], [cost])[cost][0])
 
     def check(self, budget: Budget) -> None:
-        """Raise InputError if no policy is found that keeps the budget."""
+        """Raise InputError if no policy is found that keeps the budget, or if one of its costs cannot be computed."""
+        uncounted = self.costs.policy_space.geometry.uncounted
+        for name in budget.limits:
+            if uncounted and name not in MEMORY_COSTS:
+                raise InputError(
+                    f"Budget '{budget.name}' limits {name}, but the multiply-accumulates of {uncounted[0]} are not known. "
+                    f"Limit only {' and '.join(MEMORY_COSTS)}, or replace the operator in the model."
+                )
         least = self.costs.of_levels(self.completion(budget)[None], list(budget.limits))
         for name, limit in budget.limits.items():
             if least[name][0] > limit:

@@ -95,6 +95,7 @@ def report(inspection: Inspection) -> list[Table | str]:
     images = inspection.task.samples("calibration")
     lines = [
         f"dense: {dense}",
+        *tables.uncounted_lines(graph),
         *([tables.device_line(settings.device)] if isinstance(settings.device, Device) else []),
         tables.calibration_line(inspection.calibration, min(images, settings.calibration["max_images"])),
         f"data: {inspection.task.source}",

@@ -27,7 +27,8 @@ def analyze(model: nn.Module, example_inputs: tuple[Tensor, ...], exclude: Seque
         verify: whether one unit of every group is removed from a copy and the model's own forward pass is run; groups for
             which it fails, or differs from the network with the same entries zeroed, are frozen.
     Raises:
-        InputError: if the model cannot be copied, run or traced, or a pattern of `exclude` matches no layer.
+        InputError: if the model cannot be copied, run or traced, accepts single images only, or a pattern of `exclude` matches no
+            layer.
     """
     started = time.perf_counter()
     try:

@@ -156,7 +156,7 @@ class ChannelFlow:
             rule = RULES[name]
         elif is_pointwise(node):
             rule = ChannelFlow._pointwise
-        elif _is_movement(node):
+        elif is_movement(node):
             rule = ChannelFlow._execute
         else:
             return self._unknown(node)
@@ -174,7 +174,12 @@ class ChannelFlow:
 
     def _unknown(self, node: Node) -> Shadow | list[Shadow]:
         name = op_name(node)
-        self._freeze(node.all_input_nodes, f"enters {name}, which mixes channels or is not known")
+        why = (
+            "whose weight is computed in the forward pass"
+            if node in self.trace.computed
+            else "which mixes channels or is not known"
+        )
+        self._freeze(node.all_input_nodes, f"enters {name}, {why}")
         return self._constant(node, f"the result of {name}")
 
     def _creation(self, node: Node) -> Shadow | list[Shadow]:
@@ -189,8 +194,9 @@ class ChannelFlow:
         outputs = self._layer_outputs(layer, channels)
         if given["bias"] is not None:
             bias = self.shadows.get(given["bias"], ())
-            if layer.bias is not None:
-                ids.merge(ids.of(layer.bias, 0), outputs)
+            name = self.trace.tensors.get(given["bias"])  # calls of a shared weight may have biases of their own
+            if name is not None:
+                ids.merge(ids.of(name, 0), outputs)
             elif isinstance(bias, tuple) and bias:
                 outputs = self._meet([(torch.from_numpy(outputs),), bias], outputs.shape)[0].numpy()
         return along(outputs, axis, shape_of(node))
@@ -431,7 +437,7 @@ class ChannelFlow:
         return list(results[0]) if isinstance(results[0], (tuple, list)) else tuple(results)
 
 
-def _is_movement(node: Node) -> bool:
+def is_movement(node: Node) -> bool:
     """Return whether the operator only rearranges its input: a view, according to its schema, or one of `_MOVEMENTS`."""
     returns = schema_of(node).returns
     if op_name(node) == "as_strided":  # its strides refer to the activation, not to the shadow

@@ -78,7 +78,7 @@ def _of_one(node: Node, name: str, operand: Node, source: int) -> Operation | in
     if name in _PASSED_THROUGH and same_channels or name == "to" and before == after:
         return source
     if name == "mean":
-        axes = arguments(node)["dim"] or ()
+        axes = arguments(node).get("dim") or ()
         return source if len(before) == 4 and {axis % 4 for axis in axes} == {2, 3} else None
     if name == "slice":
         return source if not _axis(node, "dim", 1) and not _axis(node, "dim", 0) else None

@@ -15,12 +15,12 @@ from torch.utils import _pytree as pytree
 from secateur.cost_models.core import NetworkGeometry
 from secateur.envs.model_graph.channel_flow import ChannelFlow
 from secateur.envs.model_graph.plan import ChannelGroup
+from secateur.envs.model_graph.products import count_products
 from secateur.envs.model_graph.shadows import narrow
 from secateur.envs.model_graph.trace import (
     Trace,
     TracedLayer,
     argument,
-    arguments,
     is_pointwise,
     op_name,
     run_with,
@@ -54,6 +54,7 @@ def network_geometry(trace: Trace, flow: ChannelFlow, groups: Sequence[ChannelGr
         buffer_per_unit[:, index] = _elements(flow, buffer, group_of, len(groups)) / np.maximum(units, 1)
     dense_elements = np.array([buffer.elements for buffer in memory.buffers], dtype=float)
     live, step_layer = memory.live_table()
+    fixed_macs, uncounted = count_products(trace)
     return NetworkGeometry(
         layers=tuple(layer.shape for layer in layers),
         group_names=tuple(group.name for group in groups),
@@ -64,12 +65,13 @@ def network_geometry(trace: Trace, flow: ChannelFlow, groups: Sequence[ChannelGr
         out_per_unit=out_per_unit,
         other_fixed=float(sum(math.prod(trace.tensor_shapes[name]) for name in others) - units @ other_per_unit),
         other_per_unit=other_per_unit,
-        fixed_macs=float(sum(_product_macs(node) for node in trace.nodes if node not in trace.layer_index)),
+        fixed_macs=fixed_macs,
         buffer_fixed=dense_elements - units @ buffer_per_unit,
         buffer_per_unit=buffer_per_unit,
         buffer_readers=tuple(buffer.quantized_readers(layers) for buffer in memory.buffers),
         live=live,
         step_layer=step_layer,
+        uncounted=uncounted,
     )
 
 
@@ -97,51 +99,6 @@ def _channels_per_unit(
                 in_per_unit[g, index] = multiplicity.get((layer.weight, layer.in_axis, g), 0) * conv_groups
     return in_per_unit, out_per_unit
 
-
-def _product_macs(node: Node) -> float:
-    """Return the multiply-accumulates of a product of activations or with a computed weight; 0 for other operators."""
-    name = op_name(node)
-    if name not in _PRODUCTS:
-        return 0
-    shapes = [shape_of(x) for x in node.all_input_nodes]
-    if name == "scaled_dot_product_attention":
-        query, key, value = shapes[:3]
-        return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
-    if name == "einsum":
-        return _einsum_macs(node)
-    if name in ("linear", "addmm", "baddbmm"):
-        factor = _PRODUCTS[name]
-        inner = shapes[0][-1] if factor is None else shape_of(arguments(node)[factor])[-1]
-        return math.prod(shape_of(node)) * inner
-    if name.startswith("conv"):
-        weight = shape_of(arguments(node)["weight"])
-        return math.prod(shape_of(node)) * math.prod(weight[1:])
-    # If both factors are the same node, `all_input_nodes` lists it once.
-    return math.prod(shape_of(node)) * shapes[0][-1]
-
-
-def _einsum_macs(node: Node) -> float:
-    equation, operands = argument(node, 0).replace(" ", "").split("->")[0], argument(node, 1)
-    sizes: dict[str | int, int] = {}
-    for letters, operand in zip(equation.split(","), operands, strict=True):
-        shape = shape_of(operand)
-        before, dots, after = letters.partition("...")
-        sizes.update(zip(before, shape, strict=False))
-        sizes.update(zip(reversed(after), reversed(shape), strict=False))
-        # The axes of the dots are numbered from the right; if one operand is broadcast, the size of the other counts.
-        hidden = shape[len(before) : len(shape) - len(after)] if dots else ()
-        for place, size in enumerate(reversed(hidden)):
-            sizes[place] = max(size, sizes.get(place, 1))
-    return math.prod(sizes.values()) if len(operands) > 1 else 0
-
-
-_PRODUCTS: dict[str, str | None] = {
-    **dict.fromkeys(("matmul", "mm", "bmm", "mv", "einsum", "scaled_dot_product_attention", "linear")),
-    **dict.fromkeys(f"conv{rank}d" for rank in (1, 2, 3)),
-    "addmm": "mat1",
-    "baddbmm": "batch1",
-}
-"""Products, and the argument whose last axis is summed over; None: the first operand."""
 
 _COPIES = ("clone", "contiguous", "to", "_to_copy", "type_as", "zeros_like", "ones_like", "full_like", "empty_like")
 """Elementwise operators whose result is new memory, in another layout or type."""

@@ -13,7 +13,7 @@ from secateur.envs.model_graph.channel_flow import ChannelFlow
 from secateur.envs.model_graph.dataflow import dataflow
 from secateur.envs.model_graph.geometry import network_geometry
 from secateur.envs.model_graph.plan import ChannelGroup, FrozenChannels, ModelGraph, TensorSlice
-from secateur.envs.model_graph.trace import Trace, argument
+from secateur.envs.model_graph.trace import Trace, argument, calling_module, op_name, shape_of
 
 
 def exclude_layers(trace: Trace, flow: ChannelFlow, patterns: Sequence[str]) -> None:
@@ -107,7 +107,17 @@ def _frozen(trace: Trace, flow: ChannelFlow, roots: np.ndarray, reasons: dict[in
         out = roots[flow.identities.of(layer.weight, layer.out_axis)].tolist()
         found = sorted(reasons[root] for root in out if root in reasons)
         frozen += [FrozenChannels(layer.shape.name, len(list(same)), reason) for reason, same in groupby(found)]
-    return frozen
+    return frozen + _computed(trace)
+
+
+def _computed(trace: Trace) -> list[FrozenChannels]:
+    """Return the operators whose weight is computed, once for each module; they are no layers."""
+    frozen = {}
+    for node in trace.computed:
+        channels = shape_of(node)[-1 if op_name(node) == "linear" else 1 - len(shape_of(argument(node, 1)))]
+        name = calling_module(node) or "the model's own forward pass"
+        frozen[name] = FrozenChannels(name, channels, f"the weight of its {op_name(node)} is computed in the forward pass")
+    return list(frozen.values())
 
 
 def _foldable(trace: Trace) -> tuple[tuple[str, str], ...]:

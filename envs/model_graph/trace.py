@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import operator
+import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +22,10 @@ from torch.utils import _pytree as pytree
 from secateur.cost_models.core import InputError, LayerShape
 
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
+_TERMINAL_CODE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_LONGEST_REASON = 400
+"""Characters of an error's message that are shown; some errors hold a whole graph."""
+
 _TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 
 
@@ -30,7 +36,7 @@ class TracedLayer:
     Attributes:
         shape: the dense layer, for the cost models.
         weight: name of its weight tensor.
-        bias: name of its bias parameter, or None.
+        bias: name of the bias parameter of its first call, or None.
         out_axis, in_axis: the weight's axes of output and input channels.
         transposed: whether it is a transposed convolution.
         nodes: its calls, in execution order.
@@ -57,6 +63,7 @@ class Trace:
         tensor_shapes: shape of each of these tensors, by name.
         parameters: names of those that are parameters.
         layers: the convolutions and linear layers, ordered by first call.
+        computed: the calls of convolutions and linear operators whose weight is not a parameter, but computed.
         batch_norms: batch norm node -> module path, for the `nn.BatchNorm` modules that are called once and registered
             once, so that they can be replaced.
     """
@@ -68,6 +75,7 @@ class Trace:
     tensor_shapes: Mapping[str, tuple[int, ...]]
     parameters: frozenset[str]
     layers: tuple[TracedLayer, ...]
+    computed: tuple[Node, ...]
     batch_norms: Mapping[Node, str]
 
     @cached_property
@@ -89,7 +97,10 @@ def trace_model(model: nn.Module, example_inputs: Sequence[Tensor]) -> Trace:
     exporter_log = logging.getLogger("torch._subclasses.fake_tensor")
     exporter_log.disabled, was_disabled = True, exporter_log.disabled  # it also prints a traceback
     try:
-        program = torch.export.export(model, inputs, strict=False)
+        with warnings.catch_warnings():
+            # Recurrent modules assign their own list of weights in every forward pass.
+            warnings.filterwarnings("ignore", message="The tensor attribute.*_flat_weights")
+            program = torch.export.export(model, inputs, strict=False)
     except Exception as error:  # the exporter and the user's forward may raise any error
         _try_forward(model, inputs)
         raise InputError(
@@ -118,8 +129,16 @@ def _try_forward(model: nn.Module, inputs: Sequence[Tensor]) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type if it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    """Return the first line of an error's message, without terminal colors, or its type if it has none."""
+    lines = _TERMINAL_CODE.sub("", str(error)).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")[:_LONGEST_REASON]
+
+
+def root_cause(error: BaseException) -> str:
+    """Return type and first line of the error that was raised first, of a chain of errors."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def schema_of(node: Node) -> Any:
@@ -129,10 +148,14 @@ def schema_of(node: Node) -> Any:
 
 def op_name(node: Node) -> str:
     """Return the operator's plain name: "conv2d", "getitem", "relu" (also for the in-place `relu_`)."""
-    schema = schema_of(node)
-    if schema is None:
+    if schema_of(node) is None:
         return "getitem" if node.target is operator.getitem else str(node.target)
-    return schema.name.split("::")[1].rstrip("_")
+    return plain_name(node.target)
+
+
+def plain_name(operator_function: Any) -> str:
+    """Return the plain name of an operator of ATen or another library, without its overload."""
+    return operator_function._schema.name.split("::")[1].rstrip("_")
 
 
 def arguments(node: Node) -> dict[str, Any]:
@@ -211,6 +234,7 @@ def _read(program: ExportedProgram, model: nn.Module) -> Trace:
         tensor_shapes={name: shape_of(node) for node, name in tensors.items()},
         parameters=frozenset(canonical[name] for name in signature.inputs_to_parameters.values()),
         layers=_layers(nodes, tensors, model),
+        computed=tuple(node for node in nodes if is_layer_call(node) and arguments(node)["weight"] not in tensors),
         batch_norms=_batch_norms(nodes, model),
     )
 
@@ -225,16 +249,21 @@ def _canonical_names(model: nn.Module) -> dict[str, str]:
     return names
 
 
-def _calling_module(node: Node) -> str | None:
+def calling_module(node: Node) -> str | None:
     """Return the path of the module whose forward calls the operator."""
     stack = node.meta.get("nn_module_stack")
     return list(stack.values())[-1][0] if stack else None
 
 
+def is_layer_call(node: Node) -> bool:
+    """Return whether the operator is a convolution or a linear operator."""
+    return op_name(node) in (*_CONVOLUTIONS, *_TRANSPOSED, "linear")
+
+
 def _layers(nodes: Sequence[Node], tensors: Mapping[Node, str], model: nn.Module) -> tuple[TracedLayer, ...]:
     calls: dict[str, list[Node]] = {}
     for node in nodes:
-        if op_name(node) in (*_CONVOLUTIONS, *_TRANSPOSED, "linear"):
+        if is_layer_call(node):
             weight = tensors.get(arguments(node)["weight"])
             if weight is not None:
                 calls.setdefault(weight, []).append(node)
@@ -247,15 +276,16 @@ def _layer(weight: str, nodes: tuple[Node, ...], tensors: Mapping[Node, str], mo
     size = shape_of(given["weight"])
     groups = 1 if linear else given["groups"]
     axes = (1, 0) if transposed else (0, 1)  # of the output and the input channels
-    owners = {model.get_submodule(_calling_module(call) or "") for call in nodes}
+    owners = {model.get_submodule(calling_module(call) or "") for call in nodes}
     # A module may be registered under several names; the layer has the name that its weight has.
     home, _, attribute = weight.rpartition(".")
     owner = model.get_submodule(home)
     owned = owners == {owner} and attribute == "weight"
+    quantizable = owned and isinstance(owner, (nn.Conv2d, nn.Linear))
     bias = tensors.get(given["bias"])
     positions, calls = _positions(nodes, linear, transposed)
     shape = LayerShape(
-        name=home if owned else weight.removesuffix("weight").rstrip("._"),
+        name=_layer_name(weight, model, quantizable),
         kind="linear" if linear else "conv",
         in_channels=size[axes[1]] * (1 if transposed else groups),
         out_channels=size[axes[0]] * (groups if transposed else 1),
@@ -265,9 +295,18 @@ def _layer(weight: str, nodes: tuple[Node, ...], tensors: Mapping[Node, str], mo
         conv_groups=groups,
         calls=calls,
         has_bias=bias is not None,
-        quantizable=owned and isinstance(owner, (nn.Conv2d, nn.Linear)),
+        quantizable=quantizable,
     )
     return TracedLayer(shape, weight, bias, *axes, transposed, nodes)
+
+
+def _layer_name(weight: str, model: nn.Module, quantizable: bool) -> str:
+    """Return the path of the module with this `weight`, or a name made of another parameter's, e.g. "attention.in_proj"."""
+    home, _, attribute = weight.rpartition(".")
+    if attribute == "weight" and (home or quantizable):
+        return home
+    name = weight.removesuffix("weight").rstrip("._")
+    return weight if not name or any(name == path for path, _ in model.named_modules()) else name
 
 
 def _positions(nodes: Sequence[Node], linear: bool, transposed: bool) -> tuple[tuple[int, int], int]:
@@ -301,7 +340,7 @@ def _batch_norms(nodes: Sequence[Node], model: nn.Module) -> dict[Node, str]:
     calls: dict[nn.Module, list[Node]] = {}
     for node in nodes:
         if op_name(node) == "batch_norm":
-            module = model.get_submodule(_calling_module(node) or "")
+            module = model.get_submodule(calling_module(node) or "")
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 calls.setdefault(module, []).append(node)
     paths = {module: path for path, module in model.named_modules()}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from secateur.cost_models.core import InputError
 from secateur.envs.model_graph.channel_flow import ChannelFlow
 from secateur.envs.model_graph.groups import build_graph, group_elements
 from secateur.envs.model_graph.plan import ModelGraph
@@ -34,12 +35,13 @@ def verified_graph(
         model: the traced model, in eval mode.
         example_inputs: example inputs of the model.
         trace, flow, graph: results of the analysis; new reasons are added to `flow`.
+    Raises:
+        InputError: if the forward pass accepts single images only.
     """
     inputs = _test_inputs(model, example_inputs, graph)
+    _check_batch(model, inputs)
     if _error_without(model, graph, inputs, range(len(graph.groups))) is None:
         return graph
-    if not _runs(model, inputs):  # a forward pass that accepts only single images
-        inputs = [x[:1] for x in inputs]
     while graph.groups:
         culprits = _culprits(model, graph, inputs, list(range(len(graph.groups))))
         if not culprits:
@@ -48,6 +50,23 @@ def verified_graph(
             flow.identities.freeze(group_elements(flow, graph.groups[index]), f"cannot be removed: {error}")
         graph = build_graph(trace, flow)
     return graph
+
+
+@torch.no_grad()
+def _check_batch(model: nn.Module, inputs: Sequence[Tensor]) -> None:
+    """Raise InputError unless the forward pass runs on two images and returns a tensor with one row for each of them."""
+    try:
+        outputs = [x for x in pytree.tree_leaves(model(*inputs)) if isinstance(x, Tensor)]
+    except Exception as error:  # the user's forward may raise any error
+        reason = first_line(error)
+    else:
+        if not outputs or any(x.dim() and len(x) == len(inputs[0]) for x in outputs):
+            return
+        reason = f"the output has shape {tuple(outputs[0].shape)}"
+    raise InputError(
+        f"The forward pass of {type(model).__name__} runs on one image but not on a batch of two: {reason}. Keep the first axis "
+        "free in it, for example `x.flatten(1)` in place of `x.view(1, -1)`."
+    )
 
 
 def _culprits(model: nn.Module, graph: ModelGraph, inputs: Sequence[Tensor], suspects: list[int]) -> dict[int, str]:

@@ -15,6 +15,7 @@ It trains a network like `model` on `data.train`, or finds a trained one in its 
 from __future__ import annotations
 
 import inspect
+import logging
 import pickle
 import sys
 import warnings
@@ -27,9 +28,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from secateur.envs.core import InputError
+from secateur.envs.model_graph.plain_layers import make_weights_plain, unwrapped
 from secateur.envs.tasks.imports import current_name, did_you_mean, import_object
 from secateur.envs.tasks.splits import TaskData
 from secateur.envs.tasks.training import Progress
+
+log = logging.getLogger(__name__)
 
 OURS, TORCHVISION = "secateur:", "torchvision:"
 """What the names of built-in factories start with."""
@@ -71,21 +75,30 @@ def load_model(
     Raises:
         InputError: if the factory is unknown or fails, or the weights are missing, unreadable or for another model.
     """
-    model = build_model(factory, factory_args)
+    model = call_factory(*find_factory(factory, factory_args), factory)
     if weights == TRAINED:
         weights = _train(factory, model, data, progress)
     if weights is not None:
         load_weights(model, weights)
-    return model.float().eval()
+    model = model.float().eval()
+    if changed := make_weights_plain(model):
+        log.warning(
+            f"{len(changed)} layers compute their weights (spectral norm, weight norm, masks, standardization). In the searched "
+            f"network the computed weights are stored, and the layers are plain layers of PyTorch: {', '.join(changed[:5])}"
+            f"{', ...' if len(changed) > 5 else '.'}"
+        )
+    return model
 
 
 def build_model(factory: str, factory_args: Mapping[str, object] | None = None) -> nn.Module:
-    """Return the network that the factory builds, with the factory's own initialization."""
-    return call_factory(*find_factory(factory, factory_args), factory)
+    """Return the network that the factory builds, in eval mode, with the factory's own initialization and plain weights."""
+    model = call_factory(*find_factory(factory, factory_args), factory).eval()
+    make_weights_plain(model)
+    return model
 
 
 def call_factory(function: Callable[..., object], arguments: Mapping[str, object], factory: str) -> nn.Module:
-    """Return the network that `function` builds; `factory` is its name in errors."""
+    """Return the network that `function` builds, without wrappers; `factory` is its name in errors."""
     try:
         model = function(**arguments)
     except Exception as error:  # the user's factory runs arbitrary code
@@ -94,7 +107,9 @@ def call_factory(function: Callable[..., object], arguments: Mapping[str, object
         ) from error
     if not isinstance(model, nn.Module):
         raise InputError(f"`model.factory: {factory}` must return a torch.nn.Module, but got {type(model).__name__}.")
-    return model
+    if (inner := unwrapped(model)) is not model:
+        log.warning(f"`model.factory: {factory}` returns {type(model).__name__}: the {type(inner).__name__} inside it is used.")
+    return inner
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:

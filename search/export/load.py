@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from secateur.cost_models.core import FLOAT_BITS
 from secateur.envs.core import InputError
+from secateur.envs.model_graph.plain_layers import make_weights_plain
 from secateur.envs.pruning.slicing import resize_model
 from secateur.envs.quantization.fake_quantize import set_activation_grid, set_quantized_weight
 from secateur.envs.quantization.packing import unpack_bits
@@ -53,14 +54,21 @@ def load_compressed(folder: str | Path, factory: Callable[..., nn.Module] | None
 def build_dense(model: Mapping[str, Any], factory: Callable[..., nn.Module] | None = None) -> nn.Module:
     """Return the network before compression; a function that policy.json names is called only if it makes networks."""
     if factory is not None:
-        return call_factory(factory, model["args"], model["factory"])
+        return _plain_network(factory, model["args"], model["factory"])
     function, arguments = find_factory(model["factory"], model["args"])
     if not is_model_factory(function):
         raise InputError(
             f"{POLICY} names `{model['factory']}`, which is neither a torch.nn.Module class nor a function of a module that has "
             "one, so it was not called. If it makes the network, pass it: load_compressed(folder, factory=...)."
         )
-    return call_factory(function, arguments, model["factory"])
+    return _plain_network(function, arguments, model["factory"])
+
+
+def _plain_network(factory: Callable[..., object], arguments: Mapping[str, object], name: str) -> nn.Module:
+    """Return the factory's network in eval mode with plain weights, as the search has it."""
+    model = call_factory(factory, arguments, name).eval()
+    make_weights_plain(model)
+    return model
 
 
 def _read_weights(path: Path, checksum: str) -> dict[str, Tensor]:

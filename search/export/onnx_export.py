@@ -24,10 +24,11 @@ from __future__ import annotations
 import ast
 import contextlib
 import copy
+import inspect
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -44,6 +45,7 @@ from secateur.cost_models.core import FLOAT_BITS
 from secateur.envs.core import InputError
 from secateur.envs.model_graph.folding import fold_batch_norms
 from secateur.envs.model_graph.plan import ModelGraph
+from secateur.envs.model_graph.trace import root_cause
 from secateur.envs.quantization.fake_quantize import ActivationQuantizer, activation_grid, quantized_weight
 from secateur.envs.quantization.quantizers import ActivationGrid, QuantizedWeight
 
@@ -139,7 +141,7 @@ def export_onnx(
     for name, layer in layers.items():  # the exact values of the codes, so that the tool cannot round them to others
         plain.get_submodule(name).weight = nn.Parameter(torch.from_numpy(layer.weight()))
     model = _float_model(plain, image_shape)
-    nodes = _layer_nodes(model, plain, graph)
+    nodes = _layer_nodes(model, plain, layers)
     layers = {name: layer for name, layer in layers.items() if name in nodes}
     notes: dict[str, str] = {}
     if layers:
@@ -247,14 +249,16 @@ def _execution(
 
 def _float_model(network: nn.Module, image_shape: Sequence[int]) -> onnx.ModelProto:
     """Return the ONNX graph of a network without quantizers."""
-    batch = torch.export.Dim("batch")
+    sizes: Any = {0: torch.export.Dim("batch")}
+    if any(p.kind is p.VAR_POSITIONAL for p in list(inspect.signature(network.forward).parameters.values())[:1]):
+        sizes = (sizes,)  # forward(*inputs)
     try:
         with quiet(), torch.no_grad():
             program = torch.onnx.export(
                 network,
                 (torch.zeros(2, *image_shape),),
                 dynamo=True,
-                dynamic_shapes=({0: batch},),
+                dynamic_shapes=(sizes,),
                 input_names=[INPUT],
                 output_names=[OUTPUT],
                 external_data=False,
@@ -263,16 +267,14 @@ def _float_model(network: nn.Module, image_shape: Sequence[int]) -> onnx.ModelPr
             assert program is not None, "the exporter based on dynamo returns a program"
             return program.model_proto
     except Exception as error:  # the exporter runs the user's forward and many passes of its own
-        reason = str(error).strip().splitlines() or [""]
         raise InputError(
-            f"torch.onnx cannot export this network: {type(error).__name__}: {reason[0]} Rewrite that operation of its forward."
+            f"torch.onnx cannot export this network: {root_cause(error)}. Rewrite that operation of its forward."
         ) from error
 
 
-def _layer_nodes(model: onnx.ModelProto, network: nn.Module, graph: ModelGraph) -> dict[str, list[onnx.NodeProto]]:
-    """Return the nodes that multiply by each layer's weight; layers that the exporter has merged have none."""
+def _layer_nodes(model: onnx.ModelProto, network: nn.Module, layers: Collection[str]) -> dict[str, list[onnx.NodeProto]]:
+    """Return the nodes that multiply by the weights of these layers; layers that the exporter has merged have none."""
     constants = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
-    layers = {layer.name for layer in graph.geometry.layers}
     nodes: dict[str, list[onnx.NodeProto]] = {}
     for node in model.graph.node:
         if node.op_type not in ("Conv", "Gemm", "MatMul") or node.input[1] not in constants:

@@ -171,6 +171,12 @@ def group_table(graph: ModelGraph) -> Table:
     return table
 
 
+def uncounted_lines(graph: ModelGraph) -> list[str]:
+    """Return a line about the operators whose multiply-accumulates are not known, if there are any."""
+    names = _names(graph.geometry.uncounted)
+    return [f"not counted in macs, bops, latency and energy, which cannot be limited: {names}"] if names else []
+
+
 def frozen_table(graph: ModelGraph) -> Table:
     """Return what is never pruned, and why."""
     table = Table("layer", "channels", "reason", title="Never pruned", title_justify="left")

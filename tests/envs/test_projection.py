@@ -91,6 +91,17 @@ def test_empty_space_is_refused(chain_graph):
         PolicySpace(chain_graph(), SpaceConfig(prune_ratio=None, weight_bits=(8,)))
 
 
+def test_a_budget_on_multiply_accumulates_that_are_not_known_is_refused(feasible_space):
+    space = feasible_space(prune_ratio=(0.0, 0.8))
+    geometry = space.policy_space.geometry
+    space.policy_space.geometry = replace(geometry, uncounted=("fft_rfft2 in `mixer`",))
+    with pytest.raises(
+        InputError, match="Budget 'phone' limits bops, but the multiply-accumulates of fft_rfft2 in `mixer` are not"
+    ):
+        space.check(Budget("phone", {"weight_bytes": 900.0, "bops": 1e9}))
+    space.check(Budget("memory", {"weight_bytes": 900.0}))
+
+
 BUDGETS = [
     Budget("macs", {"macs": 2000.0}),
     Budget("both", {"macs": 3000.0, "weight_bytes": 900.0}),

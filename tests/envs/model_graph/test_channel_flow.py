@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from secateur.cost_models.core import InputError
 from secateur.envs.model_graph import analyze
 from secateur.envs.model_graph.identities import Identities
+from secateur.envs.model_graph.trace import root_cause
 
 
 class Between(nn.Module):
@@ -185,6 +186,23 @@ def test_a_forward_that_cannot_be_traced_is_one_clear_sentence():
         analyze(Branching(), (torch.randn(1, 3, 10, 10),))
 
 
-def test_a_forward_for_single_images_is_analyzed():
-    graph, reasons = frozen_reasons(lambda a, b: pooled(a.reshape(1, -1, 8, 8) + b), verify=True)
-    assert [g.producers for g in graph.groups] == [("conv", "second")]
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda a, b: pooled(a.reshape(1, -1, 8, 8) + b), "The size of tensor a"),
+        (lambda a, b: pooled(a.reshape(1, -1, 8, 8, 8).mean(1) + b.mean(0)), r"the output has shape \(1, 5\)"),
+    ],
+)
+def test_a_forward_for_single_images_is_one_clear_sentence(function, reason):
+    with pytest.raises(InputError, match=f"of Between runs on one image but not on a batch of two: .*{reason}"):
+        frozen_reasons(function, verify=True)
+
+
+def test_messages_have_no_terminal_colors_and_name_the_first_cause():
+    try:
+        try:
+            raise TypeError("\x1b[96mshapes\x1b[0m differ\nfurther lines")
+        except TypeError as error:
+            raise RuntimeError("step 1 of 3") from error
+    except RuntimeError as error:
+        assert root_cause(error) == "TypeError: shapes differ"

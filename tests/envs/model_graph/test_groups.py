@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from secateur.cost_models.core import InputError
 from secateur.envs.model_graph import analyze
+from secateur.envs.pruning.slicing import slice_model
 from tests.envs.small_networks import SMALL_NETWORKS
 
 
@@ -206,3 +207,43 @@ def test_products_of_einsum_are_counted(equation, shapes, macs):
 
     geometry = analyze(Product(), (torch.ones(1, 2),), verify=False).geometry
     assert geometry.fixed_macs == macs
+
+
+def test_layers_of_bare_parameters_have_names_of_their_own():
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.conv = nn.Parameter(torch.randn(4, 3, 1, 1)), nn.Conv2d(4, 6, 1)
+            self.conv_weight, self.mix_weight = nn.Parameter(torch.randn(5, 6, 1, 1)), nn.Parameter(torch.randn(5, 5))
+
+        def forward(self, x):
+            x = F.conv2d(self.conv(F.conv2d(x, self.weight)), self.conv_weight)
+            return F.linear(x.mean((2, 3)), self.mix_weight)
+
+    graph = analyze(Bare(), image_of(4))
+    assert [layer.name for layer in graph.geometry.layers] == ["weight", "conv", "conv_weight", "mix"]
+    assert [group.name for group in graph.groups] == ["weight", "conv", "conv_weight"]
+
+
+@pytest.mark.parametrize("second_bias", [False, True])
+def test_a_shared_weight_with_two_biases_is_one_layer_and_all_biases_are_pruned(second_bias):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1, bias=second_bias)
+            self.c.weight, self.head = self.b.weight, nn.Linear(8, 5)
+
+        def forward(self, x):
+            return self.head(F.relu(self.c(F.relu(self.b(self.a(x))))).mean((2, 3)))
+
+    model = Tied()
+    graph = analyze(model, image_of(4))
+    (group,) = graph.groups
+    biases = {s.tensor for s in group.slices if s.tensor.endswith("bias")}
+    assert biases == {"a.bias", "b.bias", *(["c.bias"] if second_bias else [])}
+    assert [layer.name for layer in graph.geometry.layers] == ["a", "b", "head"]
+    assert total_parameters(graph) == sum(p.numel() for p in model.parameters())
+    sliced = slice_model(model, graph, [np.arange(5)])
+    shapes = graph.geometry.shapes([[5]])
+    biases_left = shapes.out_channels[0] @ [layer.has_bias for layer in graph.geometry.layers]
+    assert shapes.weights[0].sum() + biases_left + shapes.other_parameters[0] == sum(p.numel() for p in sliced.parameters())
