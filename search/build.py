@@ -62,7 +62,7 @@ def build_model_and_graph(config: SearchConfig, status: StatusCallback = log.inf
     status("loading data")
     data = load_data(**config.data.model_dump(), input_shape=config.model.input)
     status("loading the model")
-    model = load_model(config.model.factory, config.model.weights, config.model.args, data, _epochs_to(status))
+    model = load_model(config.model.factory, config.model.weights, config.model.args, data, _epochs_to(status), status)
     status("tracing the model")
     example = torch.zeros(1, *config.model.input)
     graph = analyze(model, (example,), exclude=config.space.exclude)
