@@ -23,7 +23,7 @@ from pathlib import Path
 from torch import nn
 
 from secateur.envs.core import InputError
-from secateur.envs.tasks.imports import current_name, did_you_mean, import_object
+from secateur.envs.tasks.imports import current_name, did_you_mean, import_object, is_own_code
 from secateur.envs.tasks.splits import TaskData
 from secateur.envs.tasks.training import Progress
 from secateur.envs.tasks.weights import load_weights
@@ -83,7 +83,7 @@ def call_factory(function: Callable[..., object], arguments: Mapping[str, object
     """Return the network that `function` builds; `factory` is its name in errors."""
     try:
         model = function(**arguments)
-    except Exception as error:  # the user's factory runs arbitrary code
+    except (Exception, SystemExit) as error:  # the user's factory runs arbitrary code
         raise InputError(
             f"`model.factory: {factory}` failed with arguments {arguments}: {type(error).__name__}: {error}"
         ) from error
@@ -127,9 +127,10 @@ def _find_in_torchvision(factory: str, arguments: dict[str, object]) -> tuple[Ca
 
 
 def is_model_factory(function: object) -> bool:
-    """Return whether this is a class of modules, or a function of torchvision's models or of a module that holds such a class.
+    """Return whether a factory that a file names, and not the user, may be called: it can be `os:system` as well as a network.
 
-    A name in a file of somebody else is called only if this is true: the file can name `os:system` as well as a network.
+    These may be called: a class of modules; a function of torchvision's models; a function of a module that holds a class of
+    modules; a function in a file of the user's own (`is_own_code`).
     """
     if isinstance(function, type):
         return issubclass(function, nn.Module)
@@ -139,9 +140,13 @@ def is_model_factory(function: object) -> bool:
     if home.partition(".")[0] == "torch":  # torch's functions make no networks, but torch.export.load reads pickles
         return False
     known = list(vars(sys.modules[home]).values()) if home in sys.modules else []
-    return home.startswith("torchvision.models.") or any(
-        isinstance(value, type) and issubclass(value, nn.Module) for value in known
-    )
+    holds_class = any(isinstance(value, type) and issubclass(value, nn.Module) for value in known)
+    return home.startswith("torchvision.models.") or holds_class or is_own_code(function)
+
+
+def not_called(factory: str) -> str:
+    """Return words for an error about a factory that `is_model_factory` does not allow."""
+    return f"`{factory}`, which is no torch.nn.Module class and no function of your own files, so it was not called"
 
 
 def _train(factory: str, model: nn.Module, data: TaskData | None, progress: Progress | None) -> Path:

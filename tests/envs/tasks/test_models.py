@@ -147,6 +147,10 @@ def make_number():
     return 3
 
 
+def leave():
+    raise SystemExit(0)
+
+
 @pytest.mark.parametrize(
     ("factory", "arguments", "words"),
     [
@@ -157,6 +161,7 @@ def make_number():
         ("resnet56", {}, '"package.module:name"'),
         (FACTORY, {"classes": 10}, "classes"),
         ("test_models:fail", {}, "no such depth"),
+        ("test_models:leave", {}, "failed with arguments {}: SystemExit"),
         ("test_models:make_number", {}, "must return a torch.nn.Module"),
         ("test_models:FACTORY", {}, "must be a function, but is str"),
     ],
