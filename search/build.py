@@ -38,7 +38,7 @@ from secateur.envs.racing import Race
 from secateur.envs.recovery import RECOVERIES, Recovery
 from secateur.envs.sensitivity import IMAGES, measure_sensitivities
 from secateur.envs.tasks.data import TaskData, load_data
-from secateur.envs.tasks.models import load_model
+from secateur.envs.tasks.models import check_outputs, load_model
 from secateur.envs.tasks.training import Progress, cache_directory
 from secateur.search.config import BudgetConfig, DeviceProfile, PluginEntry, SearchConfig
 from secateur.search.loop import Runner
@@ -48,6 +48,9 @@ from secateur.search.run.local_runner import LocalRunner
 from secateur.search.run.ray_runner import LOCAL, RayRunner
 
 log = logging.getLogger(__name__)
+
+CHECKED_IMAGES = 256
+"""Number of validation images for which the dense network's outputs are checked before anything else is computed."""
 
 
 def build_model_and_graph(config: SearchConfig, status: StatusCallback = log.info) -> tuple[TaskData, nn.Module, ModelGraph]:
@@ -156,9 +159,10 @@ def build_problem(config: SearchConfig, status: StatusCallback = log.info) -> Pr
     budgets, projection = build_budgets(config, costs), FeasibilityProjection(costs)
     for budget in budgets:
         projection.check(budget)
+    images, labels = data.tensors(data.validation)
+    check_outputs(model, images[:CHECKED_IMAGES])
     assembler, finalist_assembler = build_assemblers(config, data, model, graph, status)
     status("scoring the dense model")
-    images, labels = data.tensors(data.validation)
     everything = [np.arange(group.units) for group in graph.groups]
     if config.search.precision == "auto":
         precision = choose_precision(lambda: slice_model(model, graph, everything), graph, images, labels)

@@ -92,11 +92,12 @@ def report(inspection: Inspection) -> list[Table | str]:
     optional = [tables.frozen_table(graph), tables.calibration_table(inspection.calibration or {}, most)]
     shown += [table for table in optional if table.row_count]
     dense = ", ".join(f"{cost} {amount(cost, value)}" for cost, value in costs.dense.items())
-    images = 0 if inspection.data.calibration is None else len(inspection.data.calibration)
+    images = inspection.data.calibration
+    calibrated = None if images is None else min(len(images), settings.calibration["max_images"])
     lines = [
         f"dense: {dense}",
         *([tables.device_line(settings.device)] if isinstance(settings.device, Device) else []),
-        tables.calibration_line(inspection.calibration, min(images, settings.calibration["max_images"])),
+        *([] if calibrated is None else [tables.calibration_line(inspection.calibration, calibrated)]),
         f"data: {inspection.data.source}",
     ]
     return [*shown, tables.feasibility_report(inspection.feasibility), *lines]

@@ -20,7 +20,8 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from secateur.envs.core import InputError
 from secateur.envs.tasks.imports import current_name, did_you_mean, import_object, is_own_code
@@ -64,14 +65,44 @@ def load_model(
         progress: callback of the training, called after each epoch.
         status: called with one line that says what was taken from a weights file that holds more than a state dict.
     Raises:
-        InputError: if the factory is unknown or fails, or the weights are missing, unreadable or for another model.
+        InputError: if the factory is unknown or fails, or the weights are missing, unreadable, for another model or not finite.
     """
     model = build_model(factory, factory_args)
     if weights == TRAINED:
         weights = _train(factory, model, data, progress)
     if weights is not None:
         load_weights(model, weights, status)
+    _check_weights(model, factory)
     return model.float().eval()
+
+
+def _check_weights(model: nn.Module, factory: str) -> None:
+    """Raise InputError if a parameter or a batch norm's statistics are not finite; masks in other buffers may be infinite."""
+    statistics = [(name, tensor) for name, tensor in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
+    for name, tensor in (*model.named_parameters(), *statistics):
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
+            raise InputError(
+                f"The network of `model.factory: {factory}` is damaged: `{name}` holds NaN or infinite values. Repair it, or "
+                "name a file of trained weights in `model.weights`."
+            )
+
+
+@torch.inference_mode()
+def check_outputs(model: nn.Module, images: Tensor) -> None:
+    """Check the outputs of the dense network.
+
+    Args:
+        model: the dense network.
+        images: (N, C, H, W) float32 normalized.
+    Raises:
+        InputError: if an output is NaN or infinite.
+    """
+    broken = sum(int((~model(batch).isfinite()).flatten(1).any(1).sum()) for batch in images.split(64))
+    if broken:
+        raise InputError(
+            f"The network gives NaN or infinite outputs for {broken} of {len(images)} images before any compression. Check its "
+            "weights, and whether `data.mean` and `data.std` are those of its training."
+        )
 
 
 def build_model(factory: str, factory_args: Mapping[str, object] | None = None) -> nn.Module:

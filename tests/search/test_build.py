@@ -47,6 +47,11 @@ def policies(problem):
     return [space.decode(space.scale_to_budget(rng.uniform(size=space.used.shape), problem.budgets[0])) for _ in range(10)]
 
 
+def test_a_dense_network_without_finite_outputs_is_refused():
+    with pytest.raises(InputError, match="outputs for 200 of 200 images before any compression"):
+        build(data={**VALUES["data"], "std": [1e-40] * 3}, model={**VALUES["model"], "weights": None})
+
+
 def test_limits_are_absolute_and_drops_are_fractions(problem):
     small, tiny = problem.budgets
     assert small.limits == {"macs": pytest.approx(0.5 * problem.dense.costs["macs"])} and small.top1_drop is None
