@@ -19,8 +19,9 @@ from secateur.envs.rollout import rollout
 from secateur.envs.tasks.imports import did_you_mean
 from secateur.search.build import absolute_budget, build_problem, make_env
 from secateur.search.config import BudgetConfig, Overrides, SearchConfig
+from secateur.search.named_code import load_own_manifest
 from secateur.search.problem import Problem, StatusCallback
-from secateur.search.run.folder import AGENT, load_manifest
+from secateur.search.run.folder import AGENT
 
 ROLLOUTS = 256
 """Candidates per query, among which the agent chooses."""
@@ -79,7 +80,7 @@ def ask(
     """
     if evaluations < 1:
         raise InputError(f"`evaluations` must be at least 1, but got {evaluations}.")
-    settings, _ = load_manifest(run, overrides)
+    settings, _ = load_own_manifest(run, overrides)
     agent_folder(run, settings)  # before anything that takes long
     limits = _budget_config(budget)
     problem = build_problem(settings, status)

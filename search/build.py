@@ -38,7 +38,7 @@ from secateur.envs.quantization.quantizers import QUANTIZERS, Quantizer
 from secateur.envs.racing import Race
 from secateur.envs.recovery import RECOVERIES, Recovery
 from secateur.envs.sensitivity import IMAGES, measure_sensitivities
-from secateur.envs.tasks.core import Task, first_inputs
+from secateur.envs.tasks.core import Task, check_finite, first_inputs
 from secateur.envs.tasks.data import load_data
 from secateur.envs.tasks.models import load_model
 from secateur.envs.tasks.registry import build_task
@@ -52,6 +52,9 @@ from secateur.search.run.local_runner import LocalRunner
 from secateur.search.run.ray_runner import LOCAL, RayRunner
 
 log = logging.getLogger(__name__)
+
+CHECKED_IMAGES = 256
+"""Number of validation images for which the dense network's outputs are checked before anything else is computed."""
 
 
 def build_model_and_graph(
@@ -69,7 +72,7 @@ def build_model_and_graph(
     data = load_data(**config.data.model_dump(), input_shape=config.model.input)
     task = build_task(config.task.name, config.task.options, data)
     status("loading the model")
-    model = load_model(config.model.factory, config.model.weights, config.model.args, data, _epochs_to(status))
+    model = load_model(config.model.factory, config.model.weights, config.model.args, data, _epochs_to(status), status)
     status("tracing the model")
     example = torch.zeros(1, *config.model.input)
     graph = analyze(model, (example,), exclude=config.space.exclude)
@@ -164,6 +167,7 @@ def build_problem(config: SearchConfig, status: StatusCallback = log.info) -> Pr
     budgets, projection = build_budgets(config, costs, metric), FeasibilityProjection(costs)
     for budget in budgets:
         projection.check(budget)
+    check_finite(model, first_inputs(task, "validation", CHECKED_IMAGES))
     assembler, finalist_assembler = build_assemblers(config, task, model, graph, status)
     status("scoring the dense model")
     dense = dense_evaluation(task, model, costs)

@@ -187,13 +187,15 @@ def export(
         Path | None, typer.Option(help="Folder to write; default: RUN/exports/BUDGET, .../trial-NUMBER or .../front.")
     ] = None,
     pt2: Annotated[bool, typer.Option("--pt2", help="Write model.pt2 of torch.export too.")] = False,
+    overrides: Overrides = None,
 ) -> None:
     """Write models of a run: policy.json, safetensors and ONNX, loadable without pickles. Choose them with one option."""
     from secateur.search.export import run_exports
     from secateur.search.run.progress import SearchProgress
 
     with SearchProgress(Console(stderr=True)) as progress:
-        exports = run_exports.export(run, budget=budget, trial=trial, front=front, output=output, pt2=pt2, status=progress.status)
+        chosen: dict[str, Any] = {"budget": budget, "trial": trial, "front": front, "output": output, "pt2": pt2}
+        exports = run_exports.export(run, **chosen, overrides=overrides or (), status=progress.status)
     for one in exports:
         if not one.written:
             print(f"export: {one.folder} is there already")
@@ -211,12 +213,15 @@ def verify(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override where the data is: data.root=FOLDER.")
     ] = None,
+    factory: Annotated[
+        str | None, typer.Option(help="Factory of the network, if policy.json names one that is not called without this option.")
+    ] = None,
 ) -> None:
     """Check what an export promises: outputs, scores, costs, size and latency of its files. Exit code 1 if it is broken."""
     from secateur.search.export.verification_tables import verification_tables
     from secateur.search.export.verify import verify_export
 
-    verification = verify_export(folder, runtime, threads, overrides or ())
+    verification = verify_export(folder, runtime, threads, overrides or (), factory=factory)
     for table in verification_tables(verification):
         Console().print(table)
     for failure in verification.failures:

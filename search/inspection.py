@@ -93,11 +93,12 @@ def report(inspection: Inspection) -> list[Table | str]:
     shown += [table for table in optional if table.row_count]
     dense = ", ".join(f"{cost} {amount(cost, value)}" for cost, value in costs.dense.items())
     images = inspection.task.samples("calibration")
+    calibrated = min(images, settings.calibration["max_images"]) or None
     lines = [
         f"dense: {dense}",
         *tables.uncounted_lines(graph),
         *([tables.device_line(settings.device)] if isinstance(settings.device, Device) else []),
-        tables.calibration_line(inspection.calibration, min(images, settings.calibration["max_images"])),
+        *([] if calibrated is None else [tables.calibration_line(inspection.calibration, calibrated)]),
         f"data: {inspection.task.source}",
     ]
     return [*shown, tables.feasibility_report(inspection.feasibility), *lines]

@@ -29,7 +29,8 @@ Where we differ and why:
 3. There is no penalty between target and auxiliary variable as in Zhang et al.: clipped entries that agree have no error.
 4. In a sum, the operand that is computed last compensates the error (for example a convolution on a shortcut that runs after
    the branch).
-5. There is one batch, because every layer needs the refitted inputs of all images. `max_bytes` limits its memory: networks
+5. Batch norms without running statistics use those of the batch: a layer before one is refitted to its own dense outputs.
+6. There is one batch, because every layer needs the refitted inputs of all images. `max_bytes` limits its memory: networks
    with large activations use fewer images and more positions of each image, so a layer has the same number of samples.
 
 Layers that are not refitted: layers that run several times or never, layers without moments in the calibration (transposed
@@ -50,6 +51,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from secateur.cost_models.core import FLOAT_BITS, Count, Positive, Range, check_fields
 from secateur.envs.calibration.core import FULL, NONE, LayerStatistics, required
@@ -154,6 +156,8 @@ def dense_targets(candidate: CandidateNetwork, config: SequentialConfig) -> Dens
     plan = plan_forward(model, _refittable(candidate), hidden, all_images[:1])
     images = all_images[: _images_at_once(candidate, config)]
     chunks = images.split(_IMAGES_PER_CHUNK)
+    # With statistics of the batch, the values of an image depend on the batch: it is the batch of the compressed network's pass.
+    batches = (images,) if any(map(_uses_batch_statistics, modules.values())) else chunks
     rng = np.random.default_rng(config.seed)
     positions = {
         name: tuple(sample_positions(_num_positions(modules[name], target), most, rng) for _ in chunks)
@@ -161,16 +165,20 @@ def dense_targets(candidate: CandidateNetwork, config: SequentialConfig) -> Dens
     }
     readers = _by_value({name: target.value for name, target in plan.targets.items()})
     values: dict[str, list[Tensor]] = {name: [] for name in positions}
-    for index, chunk in enumerate(chunks):
+    by_image: set[str] = set()
 
-        def take(number: int, value: Tensor, index: int = index, images: int = len(chunk)) -> None:
-            for name in readers.get(number, ()):
-                if _is_per_image(value, plan.targets[name].sample, images, check=index == 0):
-                    values[name].append(outputs_at(modules[name], value, positions[name][index]).flatten(0, 1))
+    def check(number: int, value: Tensor) -> None:
+        by_image.update(name for name in readers.get(number, ()) if _is_by_image(value, plan.targets[name].sample))
 
-        observer = ValueObserver(plan.functions, take)
-        with observing(observer, hidden):
-            model(chunk)
+    def take(number: int, value: Tensor) -> None:
+        for name in by_image.intersection(readers.get(number, ())):
+            for part in value.split(_IMAGES_PER_CHUNK * len(plan.targets[name].sample)):
+                sampled = positions[name][len(values[name])]
+                values[name].append(outputs_at(modules[name], part, sampled).flatten(0, 1))
+
+    for on_value, batch in ((check, images[:1].repeat_interleave(2, 0)), *((take, batch) for batch in batches)):
+        with observing(ValueObserver(plan.functions, on_value), hidden):
+            model(batch)
     complete = {name: torch.cat(parts) for name, parts in values.items() if len(parts) == len(chunks)}
     return DenseTargets(plan, {name: positions[name] for name in complete}, complete, len(images))
 
@@ -233,11 +241,20 @@ def _by_value(numbers: Mapping[str, int | None]) -> dict[int, list[str]]:
     return layers
 
 
-def _is_per_image(value: Tensor, sample: Tensor, images: int, check: bool) -> bool:
-    """Return whether the first axis of a value is the axis of the images, possibly with several entries per image."""
-    if len(value) != images * len(sample) or value.shape[1:] != sample.shape[1:]:
+def _is_by_image(value: Tensor, sample: Tensor) -> bool:
+    """Return whether the first axis of a value is the axis of the images, possibly with several entries per image.
+
+    Args:
+        value: for a batch of two copies of the first image: statistics of this batch are those of the image alone.
+        sample: the value for the first image.
+    """
+    if len(value) != 2 * len(sample) or value.shape[1:] != sample.shape[1:]:
         return False
-    return not check or bool((value[: len(sample)] - sample).abs().max() <= 1e-2 * sample.abs().max())
+    return bool((value - torch.cat([sample, sample])).abs().max() <= 1e-2 * sample.abs().max())
+
+
+def _uses_batch_statistics(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and module.running_mean is None
 
 
 class _Pass:

@@ -8,7 +8,7 @@ A *batch of inputs* is a tensor, a tuple or a dict of tensors whose first axes a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from secateur.cost_models.core import InputError
 from secateur.envs.metric import Metric
 
 Inputs = Any
@@ -117,6 +118,28 @@ def call_model(model: Model, inputs: Inputs) -> Any:
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+
+
+@torch.inference_mode()
+def check_finite(model: Model, inputs: Sequence[Inputs]) -> None:
+    """Check the outputs of the dense network.
+
+    Args:
+        model: the dense network.
+        inputs: batches of inputs.
+    Raises:
+        InputError: if an output is NaN or infinite.
+    """
+    broken = 0
+    for batch in inputs:
+        outputs = tensors_of(call_model(model, batch))
+        finite = [x.isfinite().flatten(1).all(1) for x in outputs if len(x) == count_samples(batch)]
+        broken += int((~torch.stack(finite).all(0)).sum()) if finite else 0
+    if broken:
+        raise InputError(
+            f"The network gives NaN or infinite outputs for {broken} of {sum(map(count_samples, inputs))} samples before any "
+            "compression. Check its weights, and whether `data.mean` and `data.std` are those of its training."
+        )
 
 
 def first_inputs(task: Task, split: str, most: int) -> list[Inputs]:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateur.envs.tasks.data import TaskData, load_data
-from secateur.envs.tasks.models import load_weights
 from secateur.envs.tasks.training import Progress, Recipe, cached_weights
+from secateur.envs.tasks.weights import load_weights
 
 RECIPE = Recipe(epochs=30)
 """For images of 8x8: reaches 99 % of the digits' test images."""

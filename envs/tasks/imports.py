@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import os
+import site
 import sys
+import sysconfig
 from collections.abc import Iterable
+from pathlib import Path
 from types import ModuleType
 
 from secateur.envs.core import InputError
@@ -45,6 +49,21 @@ def import_object(path: str, place: str) -> tuple[ModuleType, object]:
     return module, getattr(module, name)
 
 
+def is_own_code(function: object) -> bool:
+    """Return whether this is a function from a file of the user's own: not of Python, an installed package or secateur.
+
+    A file that somebody else wrote can name any function that this machine has. Those of Python and of packages are the same
+    everywhere, so they are called only if the user names them.
+    """
+    if not inspect.isfunction(function) or function.__module__.partition(".")[0] in ("secateur", "torch"):
+        return False
+    file = Path(function.__code__.co_filename)
+    installed = {sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
+    installed |= {*site.getsitepackages(), site.getusersitepackages()}
+    packages = any(part in ("site-packages", "dist-packages") for part in file.parts)
+    return file.is_file() and not packages and not any(file.resolve().is_relative_to(Path(p).resolve()) for p in installed)
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return " Did you mean `x`?" for the closest known name, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1)
@@ -64,5 +83,5 @@ def _import_module(name: str, place: str) -> ModuleType:
         raise InputError(
             f"`{place}`: there is no module `{error.name}`. Install it, or start in the directory that holds it."
         ) from error
-    except Exception as error:  # the user's module runs arbitrary code on import
+    except (Exception, SystemExit) as error:  # the user's module runs arbitrary code on import
         raise InputError(f"`{place}`: importing `{name}` failed: {type(error).__name__}: {error}") from error

@@ -19,19 +19,22 @@ from secateur.envs.pruning.slicing import resize_model
 from secateur.envs.quantization.fake_quantize import set_activation_grid, set_quantized_weight
 from secateur.envs.quantization.packing import unpack_bits
 from secateur.envs.quantization.quantizers import ActivationGrid, QuantizedWeight
-from secateur.envs.tasks.models import call_factory, find_factory, is_model_factory
+from secateur.envs.tasks.models import build_model, call_factory, find_factory, is_model_factory, not_called
 from secateur.search.export.files import CODES, LEVELS, POLICY, SCALE, WEIGHTS, check_file, read_export
 
+Factory = str | Callable[..., nn.Module] | None
+"""A factory that the user names: "package.module:function", the function itself, or None: that of policy.json."""
 
-def load_compressed(folder: str | Path, factory: Callable[..., nn.Module] | None = None) -> nn.Module:
+
+def load_compressed(folder: str | Path, factory: Factory = None) -> nn.Module:
     """Return the compressed model in an export folder, in eval mode; its weights equal the scored ones bit for bit.
 
     Loading imports the module of the factory that policy.json names, which runs the code of that module, and calls the
-    factory if it looks like a factory of networks. With `factory` neither happens.
+    factory if `is_model_factory` allows it. With `factory` neither happens.
 
     Args:
         folder: of the export.
-        factory: called in place of the one that policy.json names, with the same arguments.
+        factory: called in place of the one that policy.json names, with the same arguments; a function, or its name.
     Raises:
         InputError: if the folder is no export, its files are damaged or were changed, the code of the model has changed, or
             policy.json names something that is not a factory of networks.
@@ -51,15 +54,18 @@ def load_compressed(folder: str | Path, factory: Callable[..., nn.Module] | None
     return model
 
 
-def build_dense(model: Mapping[str, Any], factory: Callable[..., nn.Module] | None = None) -> nn.Module:
-    """Return the network before compression; a function that policy.json names is called only if it makes networks."""
+def build_dense(model: Mapping[str, Any], factory: Factory = None) -> nn.Module:
+    """Return the network before compression; a function that policy.json names is called only if `is_model_factory` allows it."""
+    if isinstance(factory, str):
+        return build_model(factory, model["args"])
     if factory is not None:
         return _plain_network(factory, model["args"], model["factory"])
     function, arguments = find_factory(model["factory"], model["args"])
     if not is_model_factory(function):
+        name = model["factory"]
         raise InputError(
-            f"{POLICY} names `{model['factory']}`, which is neither a torch.nn.Module class nor a function of a module that has "
-            "one, so it was not called. If it makes the network, pass it: load_compressed(folder, factory=...)."
+            f"{POLICY} names {not_called(name)}. If it makes the network, name it: load_compressed(folder, factory=...).",
+            f"{POLICY} names {not_called(name)}. If it makes the network, name it: --factory {name}.",
         )
     return _plain_network(function, arguments, model["factory"])
 

@@ -10,8 +10,10 @@ from typing import Any
 
 from secateur.envs.metric import Metric
 from secateur.search.build import build_problem
+from secateur.search.config import Overrides
 from secateur.search.export.files import read_export
 from secateur.search.export.write import check_free, export_point, is_export_of
+from secateur.search.named_code import load_own_manifest
 from secateur.search.problem import Problem, StatusCallback
 from secateur.search.results.document import read_front
 from secateur.search.results.selection import (
@@ -23,7 +25,6 @@ from secateur.search.results.selection import (
     find_trial,
     trial_folder,
 )
-from secateur.search.run.folder import load_manifest
 from secateur.search.schema import metric_of
 
 
@@ -57,6 +58,7 @@ def export(
     front: bool = False,
     output: str | os.PathLike[str] | None = None,
     pt2: bool = False,
+    overrides: Overrides = (),
     status: StatusCallback = lambda text: None,
 ) -> list[Exported]:
     """Write models of a run: policy.json, safetensors and ONNX, loadable without pickles. Give one of the first three options.
@@ -68,6 +70,7 @@ def export(
         front: whether to export every policy of the front, a folder each.
         output: folder to write; default: RUN/exports/BUDGET, RUN/exports/trial-NUMBER or RUN/exports/front.
         pt2: whether to write model.pt2 of torch.export too.
+        overrides: changes of the run's configuration, such as {"data.root": "where/the/data/are/now"}.
         status: called with a few words at each stage.
     Returns:
         The exports, in the order of the front. Exports that are in their default folders already are not written again.
@@ -76,7 +79,7 @@ def export(
     """
     check_selection(budget, trial, front)
     run, output = Path(run), None if output is None else Path(output)
-    settings, _ = load_manifest(run)
+    settings, _ = load_own_manifest(run, overrides)
     document = read_front(run)
     if trial is not None:
         found = find_trial(run, trial)

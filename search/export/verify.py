@@ -42,7 +42,7 @@ from secateur.envs.tasks.supervised import SupervisedTask
 from secateur.search.config import DataSection, Overrides, apply_overrides
 from secateur.search.export.execution import recorded_execution
 from secateur.search.export.files import ONNX, POLICY, check_files, read_export
-from secateur.search.export.load import build_dense, load_compressed
+from secateur.search.export.load import Factory, build_dense, load_compressed
 from secateur.search.export.onnx_export import export_onnx
 from secateur.search.export.runtime_model import RuntimeModel
 from secateur.search.export.verification import (
@@ -54,6 +54,7 @@ from secateur.search.export.verification import (
     read_verification,
     write_verification,
 )
+from secateur.search.named_code import check_data_name
 from secateur.search.profiling.profiler import describe_machine
 from secateur.search.profiling.runtimes import find_runtime, measure_latencies, open_session
 from secateur.search.results.formatting import amount, percent
@@ -86,6 +87,7 @@ def verify_export(
     threads: int = 1,
     overrides: Overrides = (),
     seconds: float = SECONDS,
+    factory: Factory = None,
 ) -> Verification:
     """Check an export from its files alone, and write verify.json into it.
 
@@ -95,6 +97,7 @@ def verify_export(
         threads: of the runtime.
         overrides: ["data.root=FOLDER"] or {"data.root": FOLDER}, for data that has moved.
         seconds: how long each network is timed.
+        factory: factory of the network, for one that a policy.json of somebody else could not name; see `load_compressed`.
     Raises:
         InputError: if a file is missing, damaged or was changed, the runtime is not installed, or the data cannot be read.
     """
@@ -104,12 +107,12 @@ def verify_export(
     _check_complete(folder, document)
     check_files(folder, document)
     task = _load_task(document, overrides)
-    network = load_compressed(folder)
+    network = load_compressed(folder, factory)
     device = None if document["device"] is None else parse_device(document["device"], f"The device in {folder / POLICY}")
     outputs = _compare(network, folder, runtime, threads, task, document)
     validation = task.evaluate(network, "validation").score
     costs = _costs(network, document, device)
-    latency = _latency(folder, runtime, threads, task, document, device, seconds)
+    latency = _latency(folder, runtime, threads, task, document, device, seconds, factory)
     limits = check_limits(document, costs, latency, validation)
     failures = find_failures(document, outputs, costs, limits, validation)
     verification = Verification(
@@ -131,16 +134,20 @@ def verify_export(
 
 
 def verify_in_fresh_process(
-    folder: str | Path, runtime: str = "onnxruntime", threads: int = 1, overrides: Sequence[str] = ()
+    folder: str | Path, runtime: str = "onnxruntime", threads: int = 1, overrides: Sequence[str] = (), factory: str = ""
 ) -> Verification:
     """Return the result of `verify_export` in a process of its own, which has nothing but the files.
 
+    Args:
+        folder, runtime, threads, overrides: see `verify_export`.
+        factory: name of the network's factory; "": that of policy.json.
     Raises:
         InputError: as `verify_export` does.
         RuntimeError: if the process fails otherwise.
     """
     # -P: the working directory is not put before the standard library and the installed packages.
-    command = [sys.executable, "-P", "-m", "secateur.search.export.verify", str(folder), runtime, str(threads), *overrides]
+    command = [sys.executable, "-P", "-m", "secateur.search.export.verify", str(folder), runtime, str(threads)]
+    command += [factory, *overrides]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == INPUT_ERROR:
         raise InputError(done.stderr.strip().splitlines()[-1])
@@ -163,7 +170,9 @@ def _check_complete(folder: Path, document: Mapping[str, Any]) -> None:
 def _load_task(document: Mapping[str, Any], overrides: Overrides) -> SupervisedTask:
     """Return the task that the export was scored with."""
     values = {"data": dict(document["data_config"])}
-    for key in apply_overrides(values, overrides):
+    changed = apply_overrides(values, overrides)
+    check_data_name(str(values["data"].get("name")), changed, POLICY)
+    for key in changed:
         if not key.startswith("data."):
             reason = "must start with `data.`, for example data.root=data/images"
             raise InputError(f"overrides: {key}: {reason}", f"--set {key}: {reason}")
@@ -281,6 +290,7 @@ def _latency(
     document: Mapping[str, Any],
     device: Device | None,
     seconds: float,
+    factory: Factory,
 ) -> MeasuredLatency:
     """Measure the export and the dense network in float32, in turns. Times do not depend on the values of weights."""
     table = None if device is None else device.table
@@ -289,7 +299,7 @@ def _latency(
         precision, batch, here = device.float_precision, table.batch, device.machine == describe_machine()
     (images,) = first_inputs(task, "test", batch)
     with TemporaryDirectory() as temporary:
-        dense = build_dense(document["model"]).float().eval()
+        dense = build_dense(document["model"], factory).float().eval()
         shape = document["model"]["input"]
         graph = analyze(dense, (torch.zeros(1, *shape),), verify=False)
         export_onnx(dense, graph, shape, images, Path(temporary) / ONNX)
@@ -397,9 +407,9 @@ def _output_failures(outputs: Outputs, metric: Metric) -> list[str]:
 
 def main(arguments: Sequence[str]) -> int:
     """Verify and return the exit code: 0 if verify.json was written, 2 if the input cannot be used."""
-    folder, runtime, threads, *overrides = arguments
+    folder, runtime, threads, factory, *overrides = arguments
     try:
-        verify_export(folder, runtime, int(threads), overrides)
+        verify_export(folder, runtime, int(threads), overrides, factory=factory or None)
     except InputError as error:
         print(error, file=sys.stderr)
         return INPUT_ERROR

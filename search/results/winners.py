@@ -53,7 +53,7 @@ def verify_winners(
         finalists: of all budgets, the winner of each first.
         run: its folder.
         status: status callback.
-        verify: verifies a folder; takes the runtime and the number of threads.
+        verify: verifies a folder; takes the arguments of `verify_in_fresh_process`.
     """
     return [
         _Trials(problem, front, budget, run, status, verify).run([f for f in finalists if f.budget == budget.name])
@@ -114,10 +114,11 @@ class _Trials:
             device = self.problem.device
             table = None if device is None else device.table
             # PyTorch executes no ONNX files.
-            where: dict[str, Any] = {}
+            where: dict[str, Any] = {"factory": self.problem.config.model.factory}
             if table is not None and table.runtime != PyTorch.name:
-                where = {"runtime": table.runtime, "threads": table.threads}
-            outcome.verification = self.verify(folder, **where)
+                where |= {"runtime": table.runtime, "threads": table.threads}
+            # The user's configuration names these functions; files may not name every function.
+            outcome.verification = self.verify(folder, overrides=[f"data.name={self.problem.config.data.name}"], **where)
         except (InputError, RuntimeError) as error:
             # A long search must not lose its results because a winner cannot be exported or verified.
             log.info("checking the winner of %s failed", self.budget.name, exc_info=True)

@@ -17,6 +17,7 @@ from secateur.envs.core import Actor, Episode
 from secateur.search.build import build_agent, build_front, build_problem, open_runner, prepare
 from secateur.search.config import Overrides, SearchConfig
 from secateur.search.loop import Runner, run_loop
+from secateur.search.named_code import load_own_manifest
 from secateur.search.problem import Problem
 from secateur.search.results.document import write_front
 from secateur.search.results.finalize import dense_test_score, finalize
@@ -56,7 +57,7 @@ def resume(run: str | Path, overrides: Overrides = (), progress: SearchProgress 
     """
     run, progress = Path(run), progress or SearchProgress(Console(quiet=True))
     before, manifest = load_manifest(run)
-    config, _ = load_manifest(run, overrides)
+    config, _ = load_own_manifest(run, overrides)
     check_unchanged(before, config)
     with held(run):
         trials = load_study(run).trials

@@ -48,6 +48,21 @@ def policies(problem):
     return [space.decode(space.scale_to_budget(rng.uniform(size=space.used.shape), problem.budgets[0])) for _ in range(10)]
 
 
+class Infinite(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = torch.nn.Conv2d(3, 8, 3), torch.nn.Linear(8, 6)
+
+    def forward(self, x):
+        return self.fc(self.conv(x).mean((2, 3))) * float("inf")
+
+
+def test_a_dense_network_without_finite_outputs_is_refused(monkeypatch):
+    monkeypatch.syspath_prepend(__file__.rsplit("/", 1)[0])
+    with pytest.raises(InputError, match="outputs for 200 of 200 images before any compression"):
+        build(model={"factory": "test_build:Infinite", "input": [3, 8, 8]})
+
+
 def test_limits_are_absolute_and_drops_are_fractions(problem):
     small, tiny = problem.budgets
     assert small.limits == {"macs": pytest.approx(0.5 * problem.dense.costs["macs"])} and small.metric_drop is None

@@ -8,6 +8,7 @@ from secateur.cost_models.core import InputError
 from secateur.envs.tasks.data import load_data
 from secateur.search.build import build_assemblers, build_model_and_graph
 from secateur.search.config import load_config, parse_config
+from secateur.search.inspection import inspect, report
 
 VALUES = {
     "model": {"factory": "secateur:synthetic", "input": [3, 8, 8]},
@@ -83,6 +84,12 @@ def test_a_quantizer_may_use_the_statistics_that_a_recovery_makes(recovery, enou
     else:
         with pytest.raises(InputError, match="`quantizer: uniform`"):
             assemblers(**changes)
+
+
+def test_the_inspection_has_no_line_on_a_calibration_without_images():
+    lines = [line for line in report(inspect(VALUES)) if isinstance(line, str)]
+    assert any(line.startswith("dense: ") for line in lines)
+    assert not any(line.startswith("calibration: ") for line in lines)
 
 
 def test_published_configurations_calibrate():

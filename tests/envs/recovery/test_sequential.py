@@ -223,6 +223,26 @@ def test_removed_combinations_of_kept_channels_are_restored_exactly():
     assert error(problem(model, images, [], scores=scores).assemble(policy(assembler, 14 / 16, ("a1",))), model, images) > 1e-2
 
 
+def test_layers_between_batch_norms_without_running_statistics_are_refitted():
+    """Channels 1 and 3 are twice channels 0 and 2. The statistics are those of the whole batch of 100 images, not of chunks."""
+    torch.manual_seed(0)
+    norms = [nn.BatchNorm2d(channels, track_running_stats=False) for channels in (16, 24)]
+    first, second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 24, 3, padding=1)
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 10)]
+    model = nn.Sequential(first, norms[0], nn.ReLU(), second, norms[1], nn.ReLU(), *head).eval()
+    nn.init.uniform_(norms[0].bias, 0.1, 0.5)
+    for tensor, factor in ((first.weight.data, 1), (first.bias.data, 1), (norms[0].weight.data, 2), (norms[0].bias.data, 2)):
+        tensor[[1, 3]] = factor * tensor[[0, 2]]
+    images = pictures(100)
+    scores = tuple(np.ones(group.units) for group in problem(model, images, []).graph.groups)
+    scores[0][[1, 3]] = 0
+    found = []
+    for recoveries in ([], [Sequential(SequentialConfig(damping=1e-7))]):
+        assembler = problem(model, images, recoveries, scores=scores)
+        found.append(error(assembler.assemble(policy(assembler, 14 / 16, ("0",))), model, pictures(50, seed=1)))
+    assert found[0] > 1e-3 and found[1] < 1e-3 * found[0]
+
+
 # ------------------------------------------------------------------------------------------------------ sums and clipping
 
 

@@ -12,6 +12,7 @@ from secateur.envs.core import InputError
 from secateur.envs.tasks import synthetic
 from secateur.envs.tasks.data import DATASETS
 from secateur.envs.tasks.imports import FORMER_NAMES, current_name
+from secateur.envs.tasks.core import check_finite
 from secateur.envs.tasks.models import FACTORIES, find_factory, is_model_factory, load_model
 
 FACTORY = "secateur:resnet20"
@@ -147,6 +148,10 @@ def make_number():
     return 3
 
 
+def leave():
+    raise SystemExit(0)
+
+
 @pytest.mark.parametrize(
     ("factory", "arguments", "words"),
     [
@@ -157,6 +162,7 @@ def make_number():
         ("resnet56", {}, '"package.module:name"'),
         (FACTORY, {"classes": 10}, "classes"),
         ("test_models:fail", {}, "no such depth"),
+        ("test_models:leave", {}, "failed with arguments {}: SystemExit"),
         ("test_models:make_number", {}, "must return a torch.nn.Module"),
         ("test_models:FACTORY", {}, "must be a function, but is str"),
     ],
@@ -206,6 +212,40 @@ def test_trained_weights_come_from_the_factorys_module(tmp_path, monkeypatch):
         load_model(FACTORY, "trained", data=data)
     with pytest.raises(InputError, match="train_weights"):
         load_model("torchvision:alexnet", "trained", data=data)
+
+
+def broken_network(name, value):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    network.register_buffer("mask", torch.full((2,), float("-inf")))  # infinite masks are common
+    if name:
+        network.state_dict()[name].flatten()[1] = value
+    return network
+
+
+@pytest.mark.parametrize("name", ["0.weight", "1.running_var"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_factory_with_broken_weights_is_refused(name, value, monkeypatch):
+    monkeypatch.syspath_prepend(__file__.rsplit("/", 1)[0])
+    with pytest.raises(InputError, match=f"`{name}` holds NaN or infinite"):
+        load_model("test_models:broken_network", factory_args={"name": name, "value": value})
+
+
+def test_infinite_masks_are_allowed(monkeypatch):
+    monkeypatch.syspath_prepend(__file__.rsplit("/", 1)[0])
+    load_model("test_models:broken_network", factory_args={"name": None, "value": 0.0})
+
+
+class Logarithm(nn.Module):
+    def forward(self, x):
+        return x.flatten(1).log()
+
+
+def test_outputs_that_are_not_finite_are_counted():
+    images = torch.rand(80, 3, 2, 2) + 0.1
+    check_finite(Logarithm(), [images])
+    images[[3, 70], 0, 0, 0] = torch.tensor([0.0, -1.0])  # minus infinity and NaN
+    with pytest.raises(InputError, match="outputs for 2 of 80 images before any compression"):
+        check_finite(Logarithm(), [images])
 
 
 def test_model_is_a_module_in_eval_mode():

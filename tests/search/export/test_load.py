@@ -109,6 +109,19 @@ def test_a_function_that_makes_no_network_is_never_called(folder):
     assert isinstance(load_compressed(folder, lambda command: load_model(FACTORY)), torch.nn.Module)
 
 
+def test_a_function_of_a_module_without_classes_loads(folder, tmp_path, monkeypatch):
+    module = "from secateur.envs.tasks import synthetic\ndef make(): return synthetic.synthetic_net()\n"
+    (tmp_path / "module_without_classes.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    edit(folder, lambda d: d["model"].update(factory="module_without_classes:make"))
+    assert isinstance(load_compressed(folder), torch.nn.Module)
+
+
+def test_a_name_that_the_user_gives_is_called(folder):
+    edit(folder, lambda d: d["model"].update(factory="os:system"))
+    assert isinstance(load_compressed(folder, FACTORY), torch.nn.Module)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "\x00"])
 def test_a_damaged_policy_is_named(folder, text):
     (folder / POLICY).write_text(text)

@@ -127,7 +127,7 @@ def test_a_fresh_process_finds_the_same_whatever_is_in_the_working_directory(fol
 
 def test_the_sentence_of_a_fresh_process_is_its_error(folder, monkeypatch, capsys):
     (folder / ONNX).write_bytes(b"nothing")
-    assert main([str(folder), "onnxruntime", "1"]) == INPUT_ERROR
+    assert main([str(folder), "onnxruntime", "1", ""]) == INPUT_ERROR
     sentence = capsys.readouterr().err
     assert "model.onnx is not the file that was exported" in sentence
     done = SimpleNamespace(returncode=INPUT_ERROR, stderr=f"a warning\n{sentence}")
@@ -319,3 +319,11 @@ def test_an_export_that_was_not_verified_is_named(folder):
     (folder / VERIFY).write_text('{"schema": 1}')
     with pytest.raises(InputError, match="verify.json is damaged"):
         read_verification(folder)
+
+
+def test_data_of_a_policy_cannot_make_other_functions_run(folder):
+    edit(folder, lambda d: d["data_config"].update(name="os:system"))
+    with pytest.raises(InputError, match="policy.json names `os:system`.* not called"):
+        verify(folder)
+    with pytest.raises(InputError, match="`data.name: os:system` failed"):
+        verify(folder, overrides=["data.name=os:system"])

@@ -138,12 +138,14 @@ def test_a_failure_leaves_nothing_behind(tmp_path, write, without_onnx, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_factory_that_does_not_look_like_one_is_named_in_the_readme(tmp_path, untrained, write, without_onnx, monkeypatch):
-    (tmp_path / "plain_factory.py").write_text(
+def test_a_factory_of_an_installed_package_is_named_in_the_readme(tmp_path, untrained, write, without_onnx, monkeypatch):
+    installed = tmp_path / "site-packages"
+    installed.mkdir()
+    (installed / "plain_factory.py").write_text(
         "def net():\n    from secateur.envs.tasks.synthetic import synthetic_net\n\n    return synthetic_net()\n"
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.syspath_prepend(installed)
     model = SimpleNamespace(factory="plain_factory:net", args={}, input=(3, 8, 8))
     monkeypatch.setattr(untrained.config, "model", model)
     write(tmp_path / "phone")

@@ -192,7 +192,7 @@ def test_winners_are_exported_anew(tmp_path, monkeypatch):
         folder.mkdir(parents=True)
         (folder / "policy.json").write_text(json.dumps(policy_to_document(policy)))
 
-    def check(folder):
+    def check(folder, **arguments):
         return SimpleNamespace(
             limits=(), latency=SimpleNamespace(milliseconds=1.0, dense_milliseconds=2.0), passed=True, failures=(),
             runtime="onnxruntime", runtime_version="1", threads=1,

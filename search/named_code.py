@@ -1,0 +1,56 @@
+"""Names of functions in the files of runs and exports: which of them may be called.
+
+The user's own configuration and options may name any function. A manifest.json or policy.json may come from somebody else, and
+could name any function of this machine with any arguments. What such a file names is called only if it looks like what it should
+be (`is_model_factory`, `is_own_code`), or if the user names it too, with an option.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from typing import Any
+
+from secateur.envs.core import InputError
+from secateur.envs.tasks.imports import current_name, import_object, is_own_code
+from secateur.envs.tasks.models import find_factory, is_model_factory, not_called
+from secateur.search.config import Overrides, SearchConfig, apply_overrides
+from secateur.search.run.folder import MANIFEST, load_manifest
+
+
+def load_own_manifest(run: str | os.PathLike[str], overrides: Overrides = ()) -> tuple[SearchConfig, dict[str, Any]]:
+    """Return what `load_manifest` returns, for commands that build the model and the data again.
+
+    Raises:
+        InputError: as `load_manifest` does, and if the manifest names a function that may not be called.
+    """
+    config, manifest = load_manifest(run, overrides)
+    named = apply_overrides({}, overrides)
+    factory = config.model.factory
+    if not named & {"model", "model.factory"} and not is_model_factory(find_factory(factory)[0]):
+        raise _refused(f"{MANIFEST} names {not_called(factory)}. If it makes the network", f"model.factory={factory}")
+    check_data_name(config.data.name, named, MANIFEST)
+    return config, manifest
+
+
+def check_data_name(name: str, named: Collection[str], document: str) -> None:
+    """Check the function that a file names for its data.
+
+    Args:
+        name: name of the data: "package.module:function", or that of a known data set.
+        named: what the user has named, as "section.key"s.
+        document: name of the file.
+    Raises:
+        InputError: if the function may not be called.
+    """
+    name = current_name(name)
+    if ":" not in name or {"data", "data.name"} & set(named):
+        return
+    _, function = import_object(name, "data.name")
+    if not is_own_code(function):
+        problem = f"{document} names `{name}`, which is no function of your own files, so it was not called"
+        raise _refused(f"{problem}. If it makes the data", f"data.name={name}")
+
+
+def _refused(problem: str, override: str) -> InputError:
+    return InputError(f'{problem}, name it: overrides=["{override}"].', f"{problem}, name it: --set {override}.")
