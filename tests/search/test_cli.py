@@ -16,6 +16,7 @@ from secateur.envs.tasks import synthetic
 from secateur.envs.tasks.models import load_model
 from secateur.search.cli import app
 from secateur.search.config import load_config
+from secateur.search.schema import SCHEMA
 
 CONFIG = {
     "model": {"factory": "secateur:synthetic", "weights": "trained", "input": [3, 8, 8]},
@@ -79,7 +80,7 @@ def test_front_prints_tables_json_and_csv():
     one = secateur("front", "runs/small-1", "--budget", "watch")
     assert "watch" in one.stdout and "phone" not in one.stdout
     document = json.loads(secateur("front", "runs/small-1", "--format", "json").stdout)
-    assert document["schema"] == 1
+    assert document["schema"] == SCHEMA
     rows = secateur("front", "runs/small-1", "--format", "csv").stdout.splitlines()
     heading = "evaluation,on_front,fits,validation_top1,finalist_validation_top1,test_top1,macs"
     assert rows[0].startswith(heading) and len(rows) > 1
@@ -91,18 +92,18 @@ def test_an_exported_model_scores_the_same_in_a_fresh_process(folder):
     assert done.stdout == "export: runs/small-1/exports/watch is there already\n"  # the search has written it
     code = """
 import sys
-from secateur.envs.evaluator import top1
 from secateur.envs.tasks import synthetic
+from secateur.envs.tasks.classification import Classification
 from secateur.search.export.load import load_compressed
-data = synthetic.load(validation=256, train="rest")
-print(top1(load_compressed("runs/small-1/exports/watch"), *data.tensors(data.test)))
+task = Classification(synthetic.load(validation=256, train="rest"))
+print(task.evaluate(load_compressed("runs/small-1/exports/watch"), "test").score)
 """
     fresh = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=folder)
     score = float(fresh.stdout)
     recorded = json.loads((folder / "runs/small-1/exports/watch/policy.json").read_text())["scores"]["test"]["score"]
     document = json.loads((folder / "runs/small-1/front.json").read_text())
     winner = next(point for point in document["final"]["points"] if point["budget"] == "watch")
-    assert score == recorded == winner["top1"]
+    assert score == recorded == winner["score"]
     again = secateur("export", "runs/small-1", "--budget", "watch", "--output", "runs/small-1/exports/phone")
     assert again.exit_code == 2 and "exists already" in again.stderr
 
@@ -130,7 +131,7 @@ def test_an_export_is_refused_after_the_weights_were_swapped(folder):
 
     torch.save(load_model(CONFIG["model"]["factory"]).state_dict(), "net.pth")
     swapped = secateur(*command)
-    assert swapped.exit_code == 2 and "validation top-1 of the dense model was" in swapped.stderr
+    assert swapped.exit_code == 2 and "The top-1 of the dense model on the validation split was" in swapped.stderr
     assert sorted(run.rglob("*")) == before
 
     torch.save(trained.state_dict(), "net.pth")
@@ -140,7 +141,7 @@ def test_an_export_is_refused_after_the_weights_were_swapped(folder):
         point["score"] -= 0.02
     (run / "front.json").write_text(json.dumps(document))
     tested = secateur(*command)
-    assert tested.exit_code == 2 and "test top-1 of the exported policy was" in tested.stderr
+    assert tested.exit_code == 2 and "top-1 of the exported policy on the test split was" in tested.stderr
     assert sorted(run.rglob("*")) == before
 
     (run / "front.json").write_text(text)

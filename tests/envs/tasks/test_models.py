@@ -10,9 +10,9 @@ from torch import nn
 
 from secateur.envs.core import InputError
 from secateur.envs.tasks import synthetic
+from secateur.envs.tasks.core import check_finite
 from secateur.envs.tasks.data import DATASETS
 from secateur.envs.tasks.imports import FORMER_NAMES, current_name
-from secateur.envs.tasks.core import check_finite
 from secateur.envs.tasks.models import FACTORIES, find_factory, is_model_factory, load_model
 
 FACTORY = "secateur:resnet20"
@@ -244,7 +244,7 @@ def test_outputs_that_are_not_finite_are_counted():
     images = torch.rand(80, 3, 2, 2) + 0.1
     check_finite(Logarithm(), [images])
     images[[3, 70], 0, 0, 0] = torch.tensor([0.0, -1.0])  # minus infinity and NaN
-    with pytest.raises(InputError, match="outputs for 2 of 80 images before any compression"):
+    with pytest.raises(InputError, match="outputs for 2 of 80 samples before any compression"):
         check_finite(Logarithm(), [images])
 
 

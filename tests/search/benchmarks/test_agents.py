@@ -131,7 +131,7 @@ def test_tables_give_means_and_spreads_best_first():
         "| b | 10 | 0.3000 | 40.00 | 72.50 | 100 | 1.00 | 0.10 |",
     ]
     assert curves == ["| a | 0.4000 |", "| b | 0.3000 |"], "a run that ended early keeps its last value"
-    assert "small 70.00, tiny -" in outcome_line(rows[0])
+    assert "small 70.00 %, tiny -" in outcome_line(rows[0])
     assert summary([row("c", 0, {"small": 0.9}, (0.3,), evaluations=1)]).endswith("| c | 0.3000 |"), "a single point"
 
 

@@ -22,8 +22,9 @@ from secateur.envs.pruning.importance.core import DenseModel
 from secateur.envs.quantization.quantizers import QUANTIZERS
 from secateur.envs.recovery import RECOVERIES
 from secateur.envs.tasks import synthetic
+from secateur.envs.tasks.classification import Classification
 from secateur.envs.tasks.models import load_model
-from secateur.search.config import BudgetConfig, DataSection
+from secateur.search.config import BudgetConfig, DataSection, PluginEntry
 from secateur.search.export.write import write_export
 
 FACTORY = "secateur.envs.tasks.synthetic:synthetic_net"
@@ -52,12 +53,18 @@ def untrained() -> SimpleNamespace:
     config = SimpleNamespace(
         model=SimpleNamespace(factory=FACTORY, args={}, input=(3, 8, 8)),
         data=DataSection(name="secateur.envs.tasks.synthetic:load", calibration=64, validation=256, train="rest"),
+        task=PluginEntry(name="classification"),
         budgets={"phone": BudgetConfig({"macs": "<= 40%", "top1_drop": "<= 2"})},
     )
     dense = Evaluation(0.9, {"macs": 3e5, "weight_bytes": 1e4}, images=256)
     finalist_assembler = replace(assembler, recoveries=recoveries)
     return SimpleNamespace(
-        config=config, data=data, assembler=assembler, finalist_assembler=finalist_assembler, dense=dense, device=None
+        config=config,
+        task=Classification(data),
+        assembler=assembler,
+        finalist_assembler=finalist_assembler,
+        dense=dense,
+        device=None,
     )
 
 

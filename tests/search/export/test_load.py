@@ -81,7 +81,7 @@ def test_a_hand_edited_policy_is_found(folder):
     "change",
     [
         lambda d: d.pop("layers"),
-        lambda d: d.update(schema=2),
+        lambda d: d.update(schema=3),
         lambda d: d.pop("schema"),
         lambda d: d["layers"][0].update(weight_bits=4),
         lambda d: d["layers"][0].update(weight_shape=[1, 1]),

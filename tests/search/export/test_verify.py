@@ -208,7 +208,7 @@ def test_an_onnx_file_with_other_answers_is_a_failure(tmp_path, other_onnx, name
 
 
 def test_latency_limits_are_judged_only_where_the_device_was_measured():
-    document = {"budget": {"limits": {"latency_ms": 2.0}, "top1_drop": None}}
+    document = {"budget": {"limits": {"latency_ms": 2.0}, "metric_drop": None}}
     (limit,) = check_limits(document, (), LATENCY, 0.9)
     assert limit.found == 2.5 and limit.kept is False and limit.margin == pytest.approx(-0.25)
     assert _failures_of(limit) == ["latency_ms is 2.5 ms (measured), but the budget allows 2 ms."]
@@ -219,7 +219,7 @@ def test_latency_limits_are_judged_only_where_the_device_was_measured():
 
 def test_a_latency_limit_in_percent_is_one_of_the_dense_network_measured_beside_it():
     """2.5 of 5 ms are half, though 2 ms were predicted for half of a dense network of 4 ms."""
-    document = {"budget": {"limits": {"latency_ms": 2.0}, "top1_drop": None, "shares": {"latency_ms": 0.5}}}
+    document = {"budget": {"limits": {"latency_ms": 2.0}, "metric_drop": None, "shares": {"latency_ms": 0.5}}}
     (limit,) = check_limits(document, (), LATENCY, 0.9)
     assert (limit.limit, limit.found, limit.kept, limit.how) == (2.5, 2.5, True, "measured; 50.0 % of the dense network")
     (limit,) = check_limits(document, (), replace(LATENCY, dense_milliseconds=4.9), 0.9)

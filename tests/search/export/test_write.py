@@ -19,6 +19,7 @@ from secateur.envs.tasks.models import load_model
 from secateur.search.export.files import ONNX, POLICY, PT2, README, WEIGHTS, check_files, read_export
 from secateur.search.export.load import load_compressed
 from secateur.search.export.write import check_free, is_export_of, packed_tensors
+from secateur.search.schema import SCHEMA
 
 FACTORY = "secateur.envs.tasks.synthetic:synthetic_net"
 
@@ -38,10 +39,11 @@ def test_the_weights_file_is_as_small_as_the_bits_promise(tmp_path, untrained):
 
 def test_policy_json_says_what_was_kept_and_scored(exported, untrained, policy):
     document = read_export(exported)
-    assert document["schema"] == 1 and document["model"] == {"factory": FACTORY, "args": {}, "input": [3, 8, 8]}
+    assert document["schema"] == SCHEMA and document["metric"]["name"] == "top1"
+    assert document["model"] == {"factory": FACTORY, "args": {}, "input": [3, 8, 8]}
     assert [group["kept"] for group in document["groups"]] == [k.tolist() for k in untrained.assembler.kept(policy)]
     assert all(group["prune_ratio"] == 0.5 for group in document["groups"])
-    assert document["budget"] == {"name": "phone", "limits": {"macs": 1e5}, "top1_drop": 0.02, "shares": {"macs": 0.4}}
+    assert document["budget"] == {"name": "phone", "limits": {"macs": 1e5}, "metric_drop": 0.02, "shares": {"macs": 0.4}}
     assert document["scores"]["validation"] == {"score": 0.8, "images": 256}
     assert document["scores"]["test"] == {"score": 0.7, "images": 768}
     assert document["costs"] == {"macs": 9e4, "weight_bytes": 3e3}

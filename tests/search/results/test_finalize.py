@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from secateur.envs.core import Budget, CompressionPolicy, Evaluation
+from secateur.envs.metric import TOP1
 from secateur.search.results import finalize as module
 from secateur.search.results.finalize import finalize
 
@@ -26,7 +27,7 @@ def run(monkeypatch, validation, budgets, top=3):
     monkeypatch.setattr(module, "finalist_scores", scores)
     found = [SimpleNamespace(policy=policy, evaluation=Evaluation(0.8, {})) for policy in POLICIES]
     front = SimpleNamespace(best=lambda name, count: found[:count])
-    finalists = finalize(SimpleNamespace(budgets=budgets, dense=DENSE), front, top)
+    finalists = finalize(SimpleNamespace(budgets=budgets, dense=DENSE, task=SimpleNamespace(metric=TOP1)), front, top)
     return [(f.budget, POLICIES.index(f.policy)) for f in finalists], calls
 
 

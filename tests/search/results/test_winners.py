@@ -59,7 +59,8 @@ def trial(tmp_path, monkeypatch):
         def verify(folder, **where):
             if failure is not None:
                 raise failure
-            assert where == {"runtime": "openvino", "threads": 2}
+            named = {"factory": "m:net", "overrides": ["data.name=digits"]}  # by the user's configuration, not by the files
+            assert where == {"runtime": "openvino", "threads": 2, **named}
             return checked(measured[policy(int((folder / "policy.json").read_text()))], limit)
 
         monkeypatch.setattr(module, "write_export", write)
@@ -69,7 +70,8 @@ def trial(tmp_path, monkeypatch):
         everything = [SimpleNamespace(policy=f.policy, evaluation=f.proxy) for f in (*found, *scored.values())]
         front = SimpleNamespace(best=lambda name, count: everything[:count], evaluations=100)
         device = SimpleNamespace(table=SimpleNamespace(runtime="openvino", threads=2))
-        problem = SimpleNamespace(budgets=(BUDGET,), device=device)
+        config = SimpleNamespace(model=SimpleNamespace(factory="m:net"), data=SimpleNamespace(name="digits"))
+        problem = SimpleNamespace(budgets=(BUDGET,), device=device, config=config)
         (outcome,) = verify_winners(problem, front, found, tmp_path, lambda text: None, verify)
         return outcome, exported
 
