@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch.utils import _pytree as pytree
 from secateur.cost_models.core import InputError
 from secateur.envs.model_graph.channel_flow import ChannelFlow
 from secateur.envs.model_graph.groups import build_graph, group_elements
-from secateur.envs.model_graph.plan import ModelGraph
+from secateur.envs.model_graph.plan import ChannelGroup, ModelGraph, WrittenSize
 from secateur.envs.model_graph.trace import Trace, first_line
 from secateur.envs.pruning.slicing import masked_model, slice_model
 
@@ -42,14 +43,56 @@ def verified_graph(
     _check_batch(model, inputs)
     if _error_without(model, graph, inputs, range(len(graph.groups))) is None:
         return graph
+    sizes: dict[bytes, tuple[WrittenSize, ...]] = {}  # of the groups that need attributes to change with their units
     while graph.groups:
         culprits = _culprits(model, graph, inputs, list(range(len(graph.groups))))
         if not culprits:
             break
         for index, error in culprits.items():
-            flow.identities.freeze(group_elements(flow, graph.groups[index]), f"cannot be removed: {error}")
+            members = group_elements(flow, graph.groups[index])
+            found = () if members.tobytes() in sizes else _find_sizes(model, graph, inputs, index)
+            if found:
+                sizes[members.tobytes()] = found
+            else:
+                flow.identities.freeze(members, f"cannot be removed: {error}")
         graph = build_graph(trace, flow)
+        groups = [replace(group, sizes=sizes.get(group_elements(flow, group).tobytes(), ())) for group in graph.groups]
+        graph = replace(graph, groups=tuple(groups))
     return graph
+
+
+def _find_sizes(model: nn.Module, graph: ModelGraph, inputs: Sequence[Tensor], index: int) -> tuple[WrittenSize, ...]:
+    """Return attributes that must change with a group's units so that its units can be removed; () if none are found.
+
+    Modules often store a number of channels and use it in their forward pass, e.g. `x.split(self.width, dim=1)`. Tried are
+    integer attributes of the modules around the group's layers that are multiples of the number of units: each one alone,
+    then all of one module together. A trial succeeds if the outputs are those of the network with the same entries zeroed, both
+    with one unit less and with one unit left.
+    """
+    group = graph.groups[index]
+    for found in _size_candidates(model, group):
+        groups = [*graph.groups[:index], replace(group, sizes=found), *graph.groups[index + 1 :]]
+        trial = replace(graph, groups=tuple(groups))
+        kept = [np.arange(each.units) for each in graph.groups]
+        kept[index] = kept[index][:1]
+        if _error_without(model, trial, inputs, [index]) is None and _error(model, trial, inputs, kept) is None:
+            return found
+    return ()
+
+
+def _size_candidates(model: nn.Module, group: ChannelGroup) -> list[tuple[WrittenSize, ...]]:
+    """Return the attributes to try for a group, those of the nearest modules first."""
+    parents: dict[str, int] = {}  # path -> its length
+    for layer in (*group.producers, *group.consumers):
+        names = layer.split(".")[:-1]
+        parents |= {".".join(names[:count]): count for count in range(len(names) + 1)}
+    modules = dict(model.named_modules())
+    candidates = []
+    for path in sorted((path for path in parents if path in modules), key=lambda path: -parents[path]):
+        values = {name: value for name, value in vars(modules[path]).items() if type(value) is int and value > 1}
+        sizes = [WrittenSize(path, name, value // group.units) for name, value in values.items() if value % group.units == 0]
+        candidates += [(size,) for size in sizes] + ([tuple(sizes)] if len(sizes) > 1 else [])
+    return candidates
 
 
 @torch.no_grad()
@@ -85,12 +128,17 @@ def _culprits(model: nn.Module, graph: ModelGraph, inputs: Sequence[Tensor], sus
     return found or dict.fromkeys(suspects[half:], error)
 
 
-@torch.no_grad()
 def _error_without(model: nn.Module, graph: ModelGraph, inputs: Sequence[Tensor], removed: Sequence[int]) -> str | None:
     """Return the error of the forward pass when the middle unit of each of these groups is removed, or None."""
     kept = [np.arange(group.units) for group in graph.groups]
     for index in removed:
         kept[index] = np.delete(kept[index], graph.groups[index].units // 2)
+    return _error(model, graph, inputs, kept)
+
+
+@torch.no_grad()
+def _error(model: nn.Module, graph: ModelGraph, inputs: Sequence[Tensor], kept: Sequence[np.ndarray]) -> str | None:
+    """Return the error of the forward pass with these units, or how its outputs differ from the masked network's, or None."""
     try:
         outputs = slice_model(model, graph, kept)(*inputs)
     except Exception as error:  # the user's forward may raise any error

@@ -64,6 +64,10 @@ class Slicer:
         model = self._copier.copy(tensors)
         for path in {name.rpartition(".")[0] for name in positions}:
             _fix_attributes(model.get_submodule(path))
+        for group, units in zip(self._graph.groups, kept, strict=True):
+            for size in group.sizes:
+                module = model.get_submodule(size.module)
+                setattr(module, size.name, getattr(module, size.name) - size.per_unit * (group.units - len(units)))
         return model, positions
 
 
@@ -113,6 +117,26 @@ def resize_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     for module in model.modules():
         _fix_attributes(module)
     return model
+
+
+def written_sizes(model: nn.Module, graph: ModelGraph) -> dict[str, int]:
+    """Return {path of an attribute: its value in a sliced model} of the attributes that slicing changes, besides layers' own."""
+    sizes = [size for group in graph.groups for size in group.sizes]
+    return {f"{size.module}.{size.name}": getattr(model.get_submodule(size.module), size.name) for size in sizes}
+
+
+def set_written_sizes(model: nn.Module, sizes: Mapping[str, int]) -> None:
+    """Set the attributes of `written_sizes`, in place.
+
+    Raises:
+        InputError: if the model has no such integer attribute.
+    """
+    for path, value in sizes.items():
+        home, _, name = path.rpartition(".")
+        module = dict(model.named_modules()).get(home)
+        if type(value) is not int or type(vars(module or nn.Module()).get(name)) is not int:
+            raise InputError(f"The model has no integer attribute `{path}`: these sizes belong to another architecture.")
+        setattr(module, name, value)
 
 
 def kept_positions(model: nn.Module, graph: ModelGraph, kept: Sequence[np.ndarray]) -> Positions:
