@@ -31,13 +31,15 @@ class WrittenSize:
 
     Attributes:
         module: path of the module.
-        name: name of the attribute, an integer.
+        name: name of the attribute, an integer, or a list or tuple of integers.
         per_unit: what each unit of the group contributes to its value.
+        entry: which entry of a list or tuple; None: the attribute is an integer.
     """
 
     module: str
     name: str
     per_unit: int
+    entry: int | None = None
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from secateur.cost_models.core import InputError
 from secateur.envs.model_graph.channel_flow import ChannelFlow
 from secateur.envs.model_graph.groups import build_graph, group_elements
 from secateur.envs.model_graph.plan import ChannelGroup, ModelGraph, WrittenSize
-from secateur.envs.model_graph.trace import Trace, first_line
-from secateur.envs.pruning.slicing import masked_model, slice_model
+from secateur.envs.model_graph.shadows import narrow
+from secateur.envs.model_graph.trace import Trace, calling_module, first_line
+from secateur.envs.pruning.slicing import is_written_size, masked_model, slice_model
 
 RELATIVE_TOLERANCE = 1e-3
 """Largest difference, relative to the largest output, that is attributed to float32 rounding in a deep network."""
@@ -50,7 +51,8 @@ def verified_graph(
             break
         for index, error in culprits.items():
             members = group_elements(flow, graph.groups[index])
-            found = () if members.tobytes() in sizes else _find_sizes(model, graph, inputs, index)
+            known = members.tobytes() in sizes
+            found = () if known else _find_sizes(model, graph, inputs, index, _modules_with(trace, flow, members))
             if found:
                 sizes[members.tobytes()] = found
             else:
@@ -61,16 +63,23 @@ def verified_graph(
     return graph
 
 
-def _find_sizes(model: nn.Module, graph: ModelGraph, inputs: Sequence[Tensor], index: int) -> tuple[WrittenSize, ...]:
+def _find_sizes(
+    model: nn.Module, graph: ModelGraph, inputs: Sequence[Tensor], index: int, modules: Sequence[str]
+) -> tuple[WrittenSize, ...]:
     """Return attributes that must change with a group's units so that its units can be removed; () if none are found.
 
-    Modules often store a number of channels and use it in their forward pass, e.g. `x.split(self.width, dim=1)`. Tried are
-    integer attributes of the modules around the group's layers that are multiples of the number of units: each one alone,
-    then all of one module together. A trial succeeds if the outputs are those of the network with the same entries zeroed, both
-    with one unit less and with one unit left.
+    Modules often store numbers of channels and use them in their forward pass, e.g. `x.split(self.width, dim=1)`. Tried are the
+    numbers, alone or in lists, that are stored by modules whose forward pass uses the group's channels, and that are multiples of
+    the number of units: each one alone, then all of one module together. A trial succeeds if the outputs are those of the network
+    with the same entries zeroed, both with one unit less and with one unit left.
+
+    Args:
+        model, graph, inputs: the traced model, its structure, and inputs for its forward pass.
+        index: of the group.
+        modules: paths of the modules whose forward pass uses the group's channels.
     """
     group = graph.groups[index]
-    for found in _size_candidates(model, group):
+    for found in _size_candidates(model, group, modules):
         groups = [*graph.groups[:index], replace(group, sizes=found), *graph.groups[index + 1 :]]
         trial = replace(graph, groups=tuple(groups))
         kept = [np.arange(each.units) for each in graph.groups]
@@ -80,17 +89,33 @@ def _find_sizes(model: nn.Module, graph: ModelGraph, inputs: Sequence[Tensor], i
     return ()
 
 
-def _size_candidates(model: nn.Module, group: ChannelGroup) -> list[tuple[WrittenSize, ...]]:
-    """Return the attributes to try for a group, those of the nearest modules first."""
-    parents: dict[str, int] = {}  # path -> its length
-    for layer in (*group.producers, *group.consumers):
-        names = layer.split(".")[:-1]
-        parents |= {".".join(names[:count]): count for count in range(len(names) + 1)}
-    modules = dict(model.named_modules())
+def _modules_with(trace: Trace, flow: ChannelFlow, members: np.ndarray) -> list[str]:
+    """Return the paths of the modules whose own forward pass uses some of these channels, in execution order."""
+    wanted, paths = set(flow.identities.find(members).tolist()), []
+    for node in trace.nodes:
+        path = calling_module(node)
+        if path is None or path in paths or node in trace.layer_index:
+            continue
+        operands = [ids for x in node.all_input_nodes for ids in pytree.tree_leaves(flow.shadows.get(x, ()))]
+        if any(not wanted.isdisjoint(flow.identities.find(narrow(ids).numpy()).ravel().tolist()) for ids in operands):
+            paths.append(path)
+    return paths
+
+
+def _size_candidates(model: nn.Module, group: ChannelGroup, modules: Sequence[str]) -> list[tuple[WrittenSize, ...]]:
+    """Return the attributes to try for a group: each one alone, then all of one module."""
     candidates = []
-    for path in sorted((path for path in parents if path in modules), key=lambda path: -parents[path]):
-        values = {name: value for name, value in vars(modules[path]).items() if type(value) is int and value > 1}
-        sizes = [WrittenSize(path, name, value // group.units) for name, value in values.items() if value % group.units == 0]
+    for path in modules:
+        module = model.get_submodule(path)
+        if type(module).__module__.startswith("torch."):  # slicing sets the attributes of PyTorch's own modules
+            continue
+        sizes = [
+            WrittenSize(path, name, number // group.units, entry)
+            for name, value in vars(module).items()
+            if is_written_size(value)
+            for entry, number in ([(None, value)] if isinstance(value, int) else enumerate(value))
+            if number > 1 and number % group.units == 0
+        ]
         candidates += [(size,) for size in sizes] + ([tuple(sizes)] if len(sizes) > 1 else [])
     return candidates
 

@@ -62,6 +62,33 @@ class SelectivePaths(nn.Module):
         return (x * gates).sum(1)
 
 
+class PartialConv(nn.Module):
+    """A quarter of the channels is convolved, as in FasterNet."""
+
+    def __init__(self, channels=12):
+        super().__init__()
+        self.convolved, self.untouched = channels // 4, channels - channels // 4
+        self.conv = nn.Conv2d(self.convolved, self.convolved, 3, padding=1)
+
+    def forward(self, x):
+        left, right = torch.split(x, [self.convolved, self.untouched], dim=1)
+        return x + torch.cat([self.conv(left), right], 1)
+
+
+class MixedConv(nn.Module):
+    """Each part of the channels has its own kernel, as in MixNet and InceptionNeXt."""
+
+    def __init__(self, parts=(6, 4, 2)):
+        super().__init__()
+        self.splits = parts
+        kernels = (1, 3, 5)
+        self.convs = nn.ModuleList(nn.Conv2d(n, n, k, padding=k // 2, groups=n) for n, k in zip(parts, kernels, strict=True))
+
+    def forward(self, x):
+        parts = torch.split(x, self.splits, 1)
+        return torch.cat([conv(part) for conv, part in zip(self.convs, parts, strict=True)], 1)
+
+
 class FixedView(nn.Module):
     """The number is a constant of the code."""
 
@@ -78,9 +105,11 @@ def network(block):
 
 
 BLOCKS = {
-    ScaleBlock: {"2.enter": ("width", 1)},
-    CrossStage: {"2.expand": ("expand_chs", 2)},
-    SelectivePaths: {"0": ("in_channels", 2)},
+    ScaleBlock: {"2.enter": ("width", 1, None)},
+    CrossStage: {"2.expand": ("expand_chs", 2, None)},
+    SelectivePaths: {"0": ("in_channels", 2, None)},
+    PartialConv: {"0": ("convolved", 1, None), "0#2": ("untouched", 1, None)},
+    MixedConv: {"0": ("splits", 1, 0), "0#2": ("splits", 1, 1), "0#3": ("splits", 1, 2)},
 }
 
 
@@ -89,32 +118,43 @@ def test_stored_numbers_of_channels_change_with_the_plan(block):
     model, images = network(block()), torch.randn(2, 3, 8, 8)
     graph = analyze(model, (images,))
     assert [frozen.layer for frozen in graph.frozen] == ["5"]
-    found = {group.name: (size.name, size.per_unit) for group in graph.groups for size in group.sizes}
+    found = {group.name: (size.name, size.per_unit, size.entry) for group in graph.groups for size in group.sizes}
     assert found == BLOCKS[block]
     rng = np.random.default_rng(0)
     for _ in range(3):
         kept = [np.sort(rng.choice(g.units, rng.integers(1, g.units + 1), replace=False)) for g in graph.groups]
         sliced = slice_model(model, graph, kept)
         torch.testing.assert_close(sliced(images), masked_model(model, graph, kept)(images), rtol=1e-4, atol=1e-5)
-    assert written_sizes(model, graph) == {f"2.{name}": getattr(model[2], name) for name, _ in BLOCKS[block].values()}
 
 
-def test_a_sliced_model_is_rebuilt_from_its_tensors_and_sizes():
-    model, images = network(ScaleBlock()), torch.randn(2, 3, 8, 8)
+@pytest.mark.parametrize(("block", "expected"), [(ScaleBlock, {"2.width": 3}), (MixedConv, {"2.splits": [3, 2, 1]})])
+def test_a_sliced_model_is_rebuilt_from_its_tensors_and_sizes(block, expected):
+    model, images = network(block()), torch.randn(2, 3, 8, 8)
     graph = analyze(model, (images,))
     kept = [np.arange(g.units // 2) for g in graph.groups]
     sliced = slice_model(model, graph, kept)
     sizes = written_sizes(sliced, graph)
-    assert sizes == {"2.width": 3}
-    rebuilt = network(ScaleBlock())
+    assert sizes == expected
+    rebuilt = network(block())
     set_written_sizes(rebuilt, sizes)
     assert torch.equal(resize_model(rebuilt, sliced.state_dict())(images), sliced(images))
 
 
-@pytest.mark.parametrize("sizes", [{"2.widths": 3}, {"9.width": 3}, {"2.width": "3"}, {"2.training": 1}])
+@pytest.mark.parametrize("sizes", [{"2.widths": 3}, {"9.width": 3}, {"2.width": "3"}, {"2.width": [3]}, {"2.training": 1}])
 def test_sizes_of_another_architecture_are_refused(sizes):
-    with pytest.raises(InputError, match="has no integer attribute"):
+    with pytest.raises(InputError, match="has no attribute `"):
         set_written_sizes(network(ScaleBlock()), sizes)
+
+
+def test_parts_of_different_sizes_that_are_one_group_are_frozen():
+    class Halves(nn.Module):
+        def forward(self, x):
+            return torch.cat([*x.split([4, x.shape[1] - 4], 1)], 1)
+
+    graph = analyze(network(Halves()), (torch.zeros(1, 3, 8, 8),))
+    assert {frozen.layer: frozen.reason for frozen in graph.frozen}[
+        "0"
+    ] == "a split at constant sizes has its units in different parts"
 
 
 def test_numbers_in_the_code_still_freeze_their_channels():

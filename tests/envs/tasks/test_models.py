@@ -10,9 +10,9 @@ from torch import nn
 
 from secateur.envs.core import InputError
 from secateur.envs.tasks import synthetic
+from secateur.envs.tasks.core import check_finite
 from secateur.envs.tasks.data import DATASETS
 from secateur.envs.tasks.imports import FORMER_NAMES, current_name
-from secateur.envs.tasks.core import check_finite
 from secateur.envs.tasks.models import FACTORIES, find_factory, is_model_factory, load_model
 
 FACTORY = "secateur:resnet20"
