@@ -42,7 +42,9 @@ class SpaceConfig:
     Attributes:
         prune_ratio: (least, largest) share of a group's units removed, 0 <= least <= largest < 1; None: no pruning. A group
             with one possible width gets it without a decision.
-        channel_multiple: widths in channels of a group's first producer are multiples of this, or dense.
+        channel_multiple: the channels that a group gives to each of its layers are multiples of this, or dense. If a layer
+            gets its channels from several sources, the number of removed channels is a multiple, so that a sum that was a
+            multiple stays one. A group without such widths is not pruned.
         weight_bits, activation_bits: allowed bit-widths, 2..8 or 32; a single one is applied everywhere without a decision;
             None: 32.
         exclude: patterns of layer names that are neither pruned nor quantized.
@@ -167,14 +169,10 @@ class PolicySpace:
 
     def _prune_decision(self, target: int, group: ChannelGroup, ratios: tuple[float, float]) -> Decision | None:
         low, high = ratios
-        multiplicity = self._channels_per_unit(target, group.producers[0])
         # Rounding guards against 0.1 * 30 = 3.0000000000000004 costing a channel.
         least, most = int(np.ceil(round((1 - high) * group.units, 9))), int(np.floor(round((1 - low) * group.units, 9)))
-        widths = [
-            width
-            for width in range(most, max(least, 1) - 1, -1)
-            if width == group.units or width * multiplicity % self.config.channel_multiple == 0
-        ]
+        possible = np.arange(most, max(least, 1) - 1, -1)
+        widths = possible[self._aligned(target, possible)].tolist()
         self._base_widths[target] = widths[0] if widths else group.units
         if len(widths) < 2:
             return None
@@ -185,10 +183,18 @@ class PolicySpace:
         values = tuple(removed.round(6).tolist())
         return Decision(f"prune_ratio/{group.name}", "prune_ratio", target, tuple(widths), values, actions)
 
-    def _channels_per_unit(self, group: int, layer: str) -> float:
-        """How many output channels of `layer` go with one unit of the group."""
-        index = [shape.name for shape in self.geometry.layers].index(layer)
-        return self.geometry.out_per_unit[group, index]
+    def _aligned(self, target: int, widths: np.ndarray) -> np.ndarray:
+        """Return which widths of a group are dense or keep the channel multiple in every layer, (widths,) bool."""
+        geometry, multiple = self.geometry, self.config.channel_multiple
+        units = geometry.group_units
+        removed = units[target] - widths[:, None]
+        aligned = np.ones(len(widths), bool)
+        for fixed, per_unit in ((geometry.out_fixed, geometry.out_per_unit), (geometry.in_fixed, geometry.in_per_unit)):
+            several_sources = (fixed > 0) | (np.count_nonzero(per_unit, axis=0) > 1)
+            dense_aligned = (fixed + units @ per_unit) % multiple == 0
+            counts = np.where(several_sources & dense_aligned, removed, widths[:, None]) * per_unit[target]
+            aligned &= (counts.round() % multiple == 0).all(axis=1)
+        return aligned | (removed[:, 0] == 0)
 
     @cached_property
     def level_actions(self) -> tuple[np.ndarray, ...]:

@@ -47,12 +47,14 @@ class ChannelFlow:
     Attributes:
         identities: the union-find.
         shadows: node -> `Shadow`, or a list of them for operators with several results.
+        splits: for each operator that cuts channels into parts of different sizes, the identities in each part.
     """
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
         self.identities = Identities(dict(trace.tensor_shapes))
         self.shadows: dict[Node, Shadow | list[Shadow]] = {}
+        self.splits: list[list[np.ndarray]] = []
         for node, name in trace.tensors.items():
             self.shadows[node] = self._tensor_shadow(name)
         for node in trace.inputs:
@@ -379,7 +381,7 @@ class ChannelFlow:
             if len(set(sizes)) == 1:
                 self._couple_parts(x, axis, len(sizes))
             else:
-                self._freeze([argument(node, 0)], f"{op_name(node)} cuts channels into parts of constant sizes")
+                self.splits.append([narrow(part).numpy() for part in x.split(sizes, axis)])
         return list(x.split(sizes, axis))
 
     def _slice(self, node: Node) -> Shadow | list[Tensor]:

@@ -37,7 +37,9 @@ def build_graph(trace: Trace, flow: ChannelFlow) -> ModelGraph:
     reasons = flow.identities.reasons()
     groups: list[ChannelGroup] = []
     for members in _groups(trace, flow, roots, set(reasons)):
-        if len(members) > 1:
+        if _differ_in_a_split(flow, roots, roots[members[:, 0]]):
+            reasons |= dict.fromkeys(roots[members[:, 0]].tolist(), "a split at constant sizes has its units in different parts")
+        elif len(members) > 1:
             groups.append(_channel_group(trace, flow, members, [group.producers[0] for group in groups]))
         else:
             reasons[int(roots[members[0, 0]])] = "a single coupled unit: nothing would be left"
@@ -52,6 +54,19 @@ def build_graph(trace: Trace, flow: ChannelFlow) -> ModelGraph:
         seconds=0.0,
         operations=dataflow(trace),
     )
+
+
+def _differ_in_a_split(flow: ChannelFlow, roots: np.ndarray, units: np.ndarray) -> bool:
+    """Return whether a split has different numbers of channels of some units in one of its parts.
+
+    The sizes of the parts then depend on which units are removed, and not only on their number.
+    """
+    for parts in flow.splits:
+        for part in parts:
+            found = roots[part[part >= 0]]
+            if len(set((found == units[:, None]).sum(axis=1).tolist())) > 1:
+                return True
+    return False
 
 
 def group_elements(flow: ChannelFlow, group: ChannelGroup) -> np.ndarray:

@@ -26,6 +26,23 @@ class TensorSlice:
 
 
 @dataclass(frozen=True)
+class WrittenSize:
+    """An attribute of a module with a number of channels that the forward pass uses, e.g. `x.split(self.width, dim=1)`.
+
+    Attributes:
+        module: path of the module.
+        name: name of the attribute, an integer, or a list or tuple of integers.
+        per_unit: what each unit of the group contributes to its value.
+        entry: which entry of a list or tuple; None: the attribute is an integer.
+    """
+
+    module: str
+    name: str
+    per_unit: int
+    entry: int | None = None
+
+
+@dataclass(frozen=True)
 class ChannelGroup:
     """Coupled channels: each unit can only be removed from all of its tensors together.
 
@@ -36,6 +53,7 @@ class ChannelGroup:
         slices: all positions of the units.
         producers: names of the conv/linear layers whose outputs belong to the group, in execution order.
         consumers: names of the conv/linear layers that read the group's channels.
+        sizes: attributes that change with the number of units.
     """
 
     name: str
@@ -43,6 +61,7 @@ class ChannelGroup:
     slices: tuple[TensorSlice, ...]
     producers: tuple[str, ...]
     consumers: tuple[str, ...]
+    sizes: tuple[WrittenSize, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,9 +13,10 @@ from torch.utils import _pytree as pytree
 from secateur.cost_models.core import InputError
 from secateur.envs.model_graph.channel_flow import ChannelFlow
 from secateur.envs.model_graph.groups import build_graph, group_elements
-from secateur.envs.model_graph.plan import ModelGraph
-from secateur.envs.model_graph.trace import Trace, first_line
-from secateur.envs.pruning.slicing import masked_model, slice_model
+from secateur.envs.model_graph.plan import ChannelGroup, ModelGraph, WrittenSize
+from secateur.envs.model_graph.shadows import narrow
+from secateur.envs.model_graph.trace import Trace, calling_module, first_line
+from secateur.envs.pruning.slicing import is_written_size, masked_model, slice_model
 
 RELATIVE_TOLERANCE = 1e-3
 """Largest difference, relative to the largest output, that is attributed to float32 rounding in a deep network."""
@@ -42,14 +44,80 @@ def verified_graph(
     _check_batch(model, inputs)
     if _error_without(model, graph, inputs, range(len(graph.groups))) is None:
         return graph
+    sizes: dict[bytes, tuple[WrittenSize, ...]] = {}  # of the groups that need attributes to change with their units
     while graph.groups:
         culprits = _culprits(model, graph, inputs, list(range(len(graph.groups))))
         if not culprits:
             break
         for index, error in culprits.items():
-            flow.identities.freeze(group_elements(flow, graph.groups[index]), f"cannot be removed: {error}")
+            members = group_elements(flow, graph.groups[index])
+            known = members.tobytes() in sizes
+            found = () if known else _find_sizes(model, graph, inputs, index, _modules_with(trace, flow, members))
+            if found:
+                sizes[members.tobytes()] = found
+            else:
+                flow.identities.freeze(members, f"cannot be removed: {error}")
         graph = build_graph(trace, flow)
+        groups = [replace(group, sizes=sizes.get(group_elements(flow, group).tobytes(), ())) for group in graph.groups]
+        graph = replace(graph, groups=tuple(groups))
     return graph
+
+
+def _find_sizes(
+    model: nn.Module, graph: ModelGraph, inputs: Sequence[Tensor], index: int, modules: Sequence[str]
+) -> tuple[WrittenSize, ...]:
+    """Return attributes that must change with a group's units so that its units can be removed; () if none are found.
+
+    Modules often store numbers of channels and use them in their forward pass, e.g. `x.split(self.width, dim=1)`. Tried are the
+    numbers, alone or in lists, that are stored by modules whose forward pass uses the group's channels, and that are multiples of
+    the number of units: each one alone, then all of one module together. A trial succeeds if the outputs are those of the network
+    with the same entries zeroed, both with one unit less and with one unit left.
+
+    Args:
+        model, graph, inputs: the traced model, its structure, and inputs for its forward pass.
+        index: of the group.
+        modules: paths of the modules whose forward pass uses the group's channels.
+    """
+    group = graph.groups[index]
+    for found in _size_candidates(model, group, modules):
+        groups = [*graph.groups[:index], replace(group, sizes=found), *graph.groups[index + 1 :]]
+        trial = replace(graph, groups=tuple(groups))
+        kept = [np.arange(each.units) for each in graph.groups]
+        kept[index] = kept[index][:1]
+        if _error_without(model, trial, inputs, [index]) is None and _error(model, trial, inputs, kept) is None:
+            return found
+    return ()
+
+
+def _modules_with(trace: Trace, flow: ChannelFlow, members: np.ndarray) -> list[str]:
+    """Return the paths of the modules whose own forward pass uses some of these channels, in execution order."""
+    wanted, paths = set(flow.identities.find(members).tolist()), []
+    for node in trace.nodes:
+        path = calling_module(node)
+        if path is None or path in paths or node in trace.layer_index:
+            continue
+        operands = [ids for x in node.all_input_nodes for ids in pytree.tree_leaves(flow.shadows.get(x, ()))]
+        if any(not wanted.isdisjoint(flow.identities.find(narrow(ids).numpy()).ravel().tolist()) for ids in operands):
+            paths.append(path)
+    return paths
+
+
+def _size_candidates(model: nn.Module, group: ChannelGroup, modules: Sequence[str]) -> list[tuple[WrittenSize, ...]]:
+    """Return the attributes to try for a group: each one alone, then all of one module."""
+    candidates = []
+    for path in modules:
+        module = model.get_submodule(path)
+        if type(module).__module__.startswith("torch."):  # slicing sets the attributes of PyTorch's own modules
+            continue
+        sizes = [
+            WrittenSize(path, name, number // group.units, entry)
+            for name, value in vars(module).items()
+            if is_written_size(value)
+            for entry, number in ([(None, value)] if isinstance(value, int) else enumerate(value))
+            if number > 1 and number % group.units == 0
+        ]
+        candidates += [(size,) for size in sizes] + ([tuple(sizes)] if len(sizes) > 1 else [])
+    return candidates
 
 
 @torch.no_grad()
@@ -85,12 +153,17 @@ def _culprits(model: nn.Module, graph: ModelGraph, inputs: Sequence[Tensor], sus
     return found or dict.fromkeys(suspects[half:], error)
 
 
-@torch.no_grad()
 def _error_without(model: nn.Module, graph: ModelGraph, inputs: Sequence[Tensor], removed: Sequence[int]) -> str | None:
     """Return the error of the forward pass when the middle unit of each of these groups is removed, or None."""
     kept = [np.arange(group.units) for group in graph.groups]
     for index in removed:
         kept[index] = np.delete(kept[index], graph.groups[index].units // 2)
+    return _error(model, graph, inputs, kept)
+
+
+@torch.no_grad()
+def _error(model: nn.Module, graph: ModelGraph, inputs: Sequence[Tensor], kept: Sequence[np.ndarray]) -> str | None:
+    """Return the error of the forward pass with these units, or how its outputs differ from the masked network's, or None."""
     try:
         outputs = slice_model(model, graph, kept)(*inputs)
     except Exception as error:  # the user's forward may raise any error

@@ -7,7 +7,7 @@ import copy
 import io
 import pickle
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from secateur.cost_models.core import InputError
 
 if TYPE_CHECKING:
-    from secateur.envs.model_graph.plan import ModelGraph
+    from secateur.envs.model_graph.plan import ModelGraph, WrittenSize
 
 
 Positions = dict[str, dict[int, np.ndarray]]
@@ -64,6 +64,9 @@ class Slicer:
         model = self._copier.copy(tensors)
         for path in {name.rpartition(".")[0] for name in positions}:
             _fix_attributes(model.get_submodule(path))
+        for group, units in zip(self._graph.groups, kept, strict=True):
+            for size in group.sizes:
+                _shrink(model.get_submodule(size.module), size, size.per_unit * (group.units - len(units)))
         return model, positions
 
 
@@ -113,6 +116,43 @@ def resize_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     for module in model.modules():
         _fix_attributes(module)
     return model
+
+
+def _shrink(module: nn.Module, size: WrittenSize, removed: int) -> None:
+    """Subtract the removed channels from an attribute of a module."""
+    value = getattr(module, size.name)
+    if size.entry is None:
+        setattr(module, size.name, value - removed)
+    else:
+        less = [number - removed * (entry == size.entry) for entry, number in enumerate(value)]
+        setattr(module, size.name, type(value)(less))
+
+
+def written_sizes(model: nn.Module, graph: ModelGraph) -> dict[str, int | list[int]]:
+    """Return {path of an attribute: its value in a sliced model} of the attributes that slicing changes, besides layers' own."""
+    sizes = [size for group in graph.groups for size in group.sizes]
+    values = {f"{size.module}.{size.name}": getattr(model.get_submodule(size.module), size.name) for size in sizes}
+    return {path: value if isinstance(value, int) else list(value) for path, value in values.items()}
+
+
+def set_written_sizes(model: nn.Module, sizes: Mapping[str, int | list[int]]) -> None:
+    """Set the attributes of `written_sizes`, in place.
+
+    Raises:
+        InputError: if the model has no such attribute.
+    """
+    modules = dict(model.named_modules())
+    for path, value in sizes.items():
+        home, _, name = path.rpartition(".")
+        old = vars(modules[home]).get(name) if home in modules else None
+        if not is_written_size(old) or not is_written_size(value) or isinstance(old, int) != isinstance(value, int):
+            raise InputError(f"The model has no attribute `{path}` for the sizes {value}: they belong to another architecture.")
+        setattr(modules[home], name, tuple(cast(list, value)) if isinstance(old, tuple) else value)
+
+
+def is_written_size(value: object) -> bool:
+    """Return whether this is an integer, or a list or tuple of integers."""
+    return type(value) is int or (type(value) in (list, tuple) and all(type(x) is int for x in cast(list, value)))
 
 
 def kept_positions(model: nn.Module, graph: ModelGraph, kept: Sequence[np.ndarray]) -> Positions:

@@ -76,9 +76,8 @@ def load_model(
     model = model.float().eval()
     if changed := make_weights_plain(model):
         log.warning(
-            f"{len(changed)} layers compute their weights (spectral norm, weight norm, masks, standardization). In the searched "
-            f"network the computed weights are stored, and the layers are plain layers of PyTorch: {', '.join(changed[:5])}"
-            f"{', ...' if len(changed) > 5 else '.'}"
+            "Computed weights (spectral norm, weight norm, masks, standardization) are stored as plain weights in the searched "
+            f"network: {', '.join(changed[:5])}{f' and {len(changed) - 5} more' if len(changed) > 5 else ''}."
         )
     return model
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from secateur.cost_models.core import FLOAT_BITS
 from secateur.envs.core import InputError
 from secateur.envs.model_graph.plain_layers import make_weights_plain
-from secateur.envs.pruning.slicing import resize_model
+from secateur.envs.pruning.slicing import resize_model, set_written_sizes
 from secateur.envs.quantization.fake_quantize import set_activation_grid, set_quantized_weight
 from secateur.envs.quantization.packing import unpack_bits
 from secateur.envs.quantization.quantizers import ActivationGrid, QuantizedWeight
@@ -44,6 +44,7 @@ def load_compressed(folder: str | Path, factory: Factory = None) -> nn.Module:
     try:
         packed = _read_weights(folder / WEIGHTS, document["weights_sha256"])
         model = build_dense(document["model"], factory).float().eval()
+        set_written_sizes(model, document.get("sizes", {}))  # exports of earlier versions have none
         restore_layers(model, packed, document["layers"])
         with torch.inference_mode():
             model(torch.zeros(1, *document["model"]["input"]))

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from secateur.cost_models.core import FLOAT_BITS
 from secateur.envs.core import Budget, CompressionPolicy, Evaluation, InputError
 from secateur.envs.policy_space import document_to_policy, policy_to_document
+from secateur.envs.pruning.slicing import written_sizes
 from secateur.envs.quantization.fake_quantize import activation_grid, quantized_weight
 from secateur.envs.quantization.packing import pack_bits
 from secateur.envs.tasks.core import first_inputs
@@ -296,6 +297,7 @@ def _document(
             }
             for group, units in zip(graph.groups, kept, strict=True)
         ],
+        "sizes": written_sizes(network, graph),
         "layers": layer_entries(network),
         "execution": [asdict(execution) for execution in executions],
         "note": "In model.safetensors weights are stored in their bits. In PyTorch activation bits are simulated: values are "

@@ -6,12 +6,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
 
 from secateur.cost_models import COST_MODELS
 from secateur.envs.core import Budget, InputError
 from secateur.envs.costs import PolicyCosts
 from secateur.envs.feasibility import FeasibleSpace
 from secateur.envs.metric import TOP1
+from secateur.envs.model_graph import analyze
 from secateur.envs.policy_space import PolicySpace, SpaceConfig, document_to_policy, policy_to_document
 
 
@@ -56,6 +60,35 @@ def test_decisions_follow_the_layers_and_only_where_there_is_a_choice(chain_grap
 def test_widths_keep_the_channel_multiple_or_stay_dense(chain_graph):
     space = PolicySpace(chain_graph((10, 6)), SpaceConfig((0.0, 0.9), channel_multiple=4))
     assert [d.levels for d in space.decisions] == [(10, 8, 4), (6, 4)]
+
+
+class SplitAndConcatenate(nn.Module):
+    """A block as in YOLO's C2f: half of the channels passes by, and all parts are concatenated."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.first, self.inner = nn.Conv2d(3, first, 1), nn.Conv2d(first // 2, 16, 3, padding=1)
+        self.last, self.head = nn.Conv2d(first + 16, 32, 1), nn.Linear(32, 10)
+
+    def forward(self, x):
+        left, right = F.relu(self.first(x)).chunk(2, 1)
+        x = torch.cat([left, right, F.relu(self.inner(right))], 1)
+        return self.head(F.relu(self.last(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("first", "groups"), [(32, ["first", "inner", "last"]), (24, ["first", "inner", "last"]), (16, ["inner", "last"])]
+)
+def test_every_layer_of_a_group_keeps_the_channel_multiple_or_stays_dense(first, groups):
+    graph = analyze(SplitAndConcatenate(first), (torch.zeros(1, 3, 8, 8),))
+    assert [group.name for group in graph.groups] == ["first", "inner", "last"]
+    space = PolicySpace(graph, SpaceConfig(channel_multiple=8))
+    assert [decision.name for decision in space.decisions] == [f"prune_ratio/{name}" for name in groups]
+    dense = graph.geometry.shapes()
+    shapes = space.shapes(np.array(list(np.ndindex(*space.num_levels))))
+    for channels, full in ((shapes.in_channels, dense.in_channels), (shapes.out_channels, dense.out_channels)):
+        assert ((channels % 8 == 0) | (channels == full)).all()
+    assert set(shapes.out_channels[:, 1]) == {8, 16}
 
 
 def test_every_encoding_of_a_policy_has_an_inverse(feasible_space):

@@ -63,7 +63,7 @@ def test_a_constant_freezes_the_whole_class():
         (lambda a, b: pooled(a * torch.arange(8.0).view(1, 8, 1, 1)), "meets"),
         (lambda a, b: pooled(torch.cat([a[:, :5], b[:, 5:]], 1)), "slice picks channels at constant positions"),
         (lambda a, b: pooled(a.roll(1, 1)), "roll picks channels at constant positions"),
-        (lambda a, b: pooled(torch.cat([*a.split([2, 6], 1)], 1)), "split_with_sizes cuts channels"),
+        (lambda a, b: pooled(torch.cat([*a.split([2, 6], 1)], 1)), "a split at constant sizes has its units"),
         (lambda a, b: pooled(a[:, [1, 0, 2, 3, 4, 5, 6, 7]]), "enters index"),
         (lambda a, b: torch.einsum("nchw,c->nc", a, torch.ones(8)), "enters einsum"),
     ],
