@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
+from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
 from secateur.cost_models.core import InputError, LayerShape
@@ -265,7 +266,8 @@ def _layer(weight: str, nodes: tuple[Node, ...], tensors: Mapping[Node, str], mo
         conv_groups=groups,
         calls=calls,
         has_bias=bias is not None,
-        quantizable=owned and isinstance(owner, (nn.Conv2d, nn.Linear)),
+        quantizable=owned and isinstance(owner, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)),
+        own_weight=owned and isinstance(owner, (_ConvNd, nn.Linear)),
     )
     return TracedLayer(shape, weight, bias, *axes, transposed, nodes)
 
