@@ -136,6 +136,7 @@ class LayerShape:
         calls: number of calls of the layer in one forward pass.
         has_bias: whether it has a bias vector.
         quantizable: whether weight and activation bit-widths can be chosen for it.
+        own_weight: whether the layer is a module whose `weight` no other module uses.
     """
 
     name: str
@@ -149,6 +150,7 @@ class LayerShape:
     calls: int = 1
     has_bias: bool = False
     quantizable: bool = True
+    own_weight: bool = True
 
     @property
     def depthwise(self) -> bool:

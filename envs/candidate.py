@@ -19,6 +19,7 @@ from secateur.envs.piece_cache import PieceCache
 from secateur.envs.pruning.slicing import Positions, kept_positions
 from secateur.envs.quantization.fake_quantize import is_quantized, set_activation_grid, set_quantized_weight
 from secateur.envs.quantization.quantizers.core import Quantizer
+from secateur.envs.weight_layout import as_stored, is_transposed, outputs_first
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class KeptAxes:
     """The kept part of a layer's dense weight after slicing.
 
     Attributes:
-        outputs, inputs: kept positions of axis 0 and axis 1, sorted.
+        outputs, inputs: kept positions of axis 0 and axis 1 of `outputs_first`, sorted.
         conv_groups: kept conv groups, sorted; a depthwise convolution loses one conv group with each channel.
     """
 
@@ -92,9 +93,11 @@ class CandidateNetwork:
         """Return the kept part of a layer's weight."""
         dense = self.dense_layers[name]
         axes = self._axes.get(f"{name}.weight", {})
-        outputs, inputs = (axes.get(axis, np.arange(dense.weight.shape[axis])) for axis in (0, 1))
-        conv_groups = getattr(dense, "groups", 1)
-        per_group = dense.weight.shape[0] // conv_groups
+        conv_groups, size = getattr(dense, "groups", 1), outputs_first(dense).shape
+        # Transposed convolutions store the inputs first; those with conv groups are not pruned.
+        stored = (1, 0) if is_transposed(dense) else (0, 1)
+        outputs, inputs = (axes.get(axis, np.arange(length)) for axis, length in zip(stored, size, strict=False))
+        per_group = size[0] // conv_groups
         return KeptAxes(outputs, inputs, np.unique(outputs // per_group) if conv_groups > 1 else np.zeros(1, int))
 
     def statistics(self, name: str) -> LayerStatistics | None:
@@ -115,9 +118,9 @@ class CandidateNetwork:
         return self.layers[name].bias is not None or self.norm(name) is not None
 
     def set_weight(self, name: str, weight: Tensor) -> None:
-        """Replace a layer's weight by a weight of the same shape."""
+        """Replace a layer's weight; `weight` has the shape of `outputs_first`."""
         layer = self.layers[name]
-        layer.weight = nn.Parameter(weight.detach(), layer.weight.requires_grad)
+        layer.weight = nn.Parameter(as_stored(layer, weight.detach()), layer.weight.requires_grad)
 
     def shift(self, name: str, shift: Tensor) -> None:
         """Add `shift`, (outputs,), to a layer's output, by its bias or the running mean of the batch norm after it."""

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from secateur.cost_models.core import LayerShape
 from secateur.envs.calibration.core import CHANNEL, DIAGONAL, FULL, NONE, Calibration, CalibrationConfig, LayerStatistics
-from secateur.envs.calibration.patches import Layer, is_plain, num_positions, patches, sample_positions
+from secateur.envs.calibration.patches import Layer, is_product, num_positions, patches, sample_positions
 from secateur.envs.core import InputError
 from secateur.envs.model_graph.plan import ModelGraph
+from secateur.envs.weight_layout import outputs_first
 
 _FLOAT_BYTES = 4
 _STRIP = 128
@@ -56,11 +57,12 @@ def _modules(model: nn.Module, graph: ModelGraph) -> dict[str, nn.Module]:
 
 def _planned(shape: LayerShape, layer: nn.Module, config: CalibrationConfig) -> LayerPlan:
     samples = _FLOAT_BYTES * config.samples
-    if not is_plain(layer):
-        return LayerPlan(NONE, samples, reason="its output is not its weight times patches of zero-padded images")
-    if not shape.quantizable:
+    if not is_product(layer):
+        return LayerPlan(NONE, samples, reason="it has a forward pass of its own")
+    if not shape.own_weight:
         return LayerPlan(NONE, samples, reason="its weight is used outside of its module")
-    groups, channels, entries = getattr(layer, "groups", 1), layer.weight.shape[1], layer.weight[0].numel()
+    weight = outputs_first(layer)
+    groups, channels, entries = getattr(layer, "groups", 1), weight.shape[1], weight[0].numel()
     too_large = 0
     for kind, size in ((FULL, entries), (CHANNEL, channels)):
         matrix = _FLOAT_BYTES * groups * (size + 1) ** 2
@@ -120,7 +122,7 @@ class _Observer:
 
     def __init__(self, kind: str, layer: nn.Module, config: CalibrationConfig, rng: np.random.Generator, samples: int) -> None:
         self.kind, self.config, self.rng, self.samples_per_call = kind, config, rng, samples
-        self.area = layer.weight[0, 0].numel() if is_plain(layer) and kind != NONE else 1
+        self.area = layer.weight[0, 0].numel() if is_product(layer) and kind != NONE else 1
         self.images = 1
         self.total: Tensor | None = None
         self.count = 0
@@ -134,7 +136,7 @@ class _Observer:
         self.low, self.high = np.minimum(self.low, low.numpy()), np.maximum(self.high, high.numpy())
         self.samples.append(x.flatten()[torch.from_numpy(self.rng.integers(x.numel(), size=self.samples_per_call))])
         if self.kind != NONE:
-            assert is_plain(layer)
+            assert is_product(layer)
             rows = self._rows(layer, x)
             moments = _power_sums(rows) if self.kind == DIAGONAL else _upper_moments(rows)
             self.total = moments.double() if self.total is None else self.total.add_(moments)
@@ -150,7 +152,7 @@ class _Observer:
             return patches(layer, x, picked).flatten(0, 1).transpose(0, 1)
         pixels = x.flatten(2)
         picked = sample_positions(pixels.shape[2], most, self.rng)
-        rows = pixels[:, :, picked].transpose(1, 2).reshape(-1, layer.groups, layer.weight.shape[1])
+        rows = pixels[:, :, picked].transpose(1, 2).reshape(-1, layer.groups, x.shape[1] // layer.groups)
         return rows.transpose(0, 1)
 
     def statistics(self, name: str) -> LayerStatistics:

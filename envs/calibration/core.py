@@ -60,17 +60,15 @@ class CalibrationConfig:
 class LayerStatistics:
     """Statistics of the input of a convolution or linear layer. The arrays are read-only: torch needs a copy (`torch.tensor`).
 
-    u denotes the inputs of one output of one conv group at one position, in the order of `weight[0].flatten()`. It has
-    n = input channels per conv group x kernel area entries. The weight's input axis (axis 1) has `channels` = n / kernel area
-    positions.
+    u denotes the inputs of one output of one conv group at one position, in the order of `outputs_first(layer)[0].flatten()`. It
+    has n = input channels per conv group x kernel area entries; `channels` = n / kernel area is the weight's number of inputs.
 
     Attributes:
         kind: contents of `moments`; all are means over images and sampled positions, float32:
             "full": (conv_groups, n + 1, n + 1), mean of [u, 1] [u, 1]^T;
             "channel": (conv_groups, channels + 1, channels + 1), mean of [x, 1] [x, 1]^T, with the channels x at one pixel;
             "diagonal": (conv_groups, 2, channels), means of x and of x^2;
-            "none": (0,), for layers of other types (transposed convolutions, padding other than zeros, custom forward
-            passes) and for weights that are used outside of their module.
+            "none": (0,), for layers with a forward pass of their own and for weights that are used outside of their module.
         moments: see `kind`.
         low, high: smallest and largest value of the whole input.
         samples: (up to CalibrationConfig.samples,) float32, sorted: random values of the input.

@@ -5,14 +5,20 @@ Recoveries without images compute from them the statistics of each layer's input
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.fx import Node
 
 from secateur.envs.model_graph.plan import Operation
 from secateur.envs.model_graph.trace import Trace, argument, arguments, is_pointwise, op_name, schema_of, shape_of
 
-_PASSED_THROUGH = ("dropout", "feature_dropout", "clone", "contiguous", "detach", "alias", "max_pool2d", "avg_pool2d",
-                   "adaptive_avg_pool2d", "adaptive_max_pool2d", "upsample_nearest2d", "upsample_bilinear2d")  # fmt: skip
+_PASSED_THROUGH = (
+    *("dropout", "feature_dropout", "clone", "contiguous", "detach", "alias", "upsample_bilinear2d"),
+    *(f"{kind}_pool{rank}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for rank in (1, 2, 3)),
+    *(f"upsample_nearest{rank}d" for rank in (1, 2, 3)),
+    *("upsample_linear1d", "upsample_trilinear3d"),
+)
 """Operators that change the values of a channel little and keep the correlations between channels."""
 
 
@@ -79,23 +85,24 @@ def _of_one(node: Node, name: str, operand: Node, source: int) -> Operation | in
         return source
     if name == "mean":
         axes = arguments(node).get("dim") or ()
-        return source if len(before) == 4 and {axis % 4 for axis in axes} == {2, 3} else None
+        return source if {axis % len(before) for axis in axes} == set(range(2, len(before))) != set() else None
     if name == "slice":
         return source if not _axis(node, "dim", 1) and not _axis(node, "dim", 0) else None
     if name == "pad":
         return _pad(node, source, len(before))
-    if name in ("flatten", "view", "reshape", "_unsafe_view", "squeeze") and len(before) == 4 and len(after) == 2:
-        if before[0] == after[0] and after[1] == before[1] * before[2] * before[3]:
-            return Operation("flatten", (source,), arguments=(("height", before[2]), ("width", before[3])))
+    if name in ("flatten", "view", "reshape", "_unsafe_view", "squeeze") and len(before) > 2 == len(after):
+        if before[0] == after[0] and after[1] == math.prod(before[1:]):
+            names = ("depth", "height", "width")[-len(before[2:]) :]
+            return Operation("flatten", (source,), arguments=tuple(zip(names, before[2:], strict=True)))
     return None
 
 
 def _pad(node: Node, source: int, rank: int) -> Operation | int | None:
     given = arguments(node)
     widths = list(given["pad"]) + [0] * (2 * rank - len(given["pad"]))
-    if given["mode"] != "constant" or given["value"] or rank != 4 or any(widths[6:]) or min(widths) < 0:
+    if given["mode"] != "constant" or given["value"] or rank < 3 or any(widths[-2:]) or min(widths) < 0:
         return None
-    before, after = widths[4:6]
+    before, after = widths[-4:-2]  # of the channels; the widths start at the last axis
     return Operation("pad", (source,), arguments=(("before", before), ("after", after))) if before or after else source
 
 

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from secateur.envs.weight_layout import as_stored, outputs_first
+
 if TYPE_CHECKING:
     from secateur.envs.model_graph.plan import ModelGraph
 
@@ -25,8 +27,8 @@ def fold_batch_norms(model: nn.Module, graph: ModelGraph) -> None:
         if isinstance(norm, nn.Identity):
             continue
         weight, bias = fuse_conv_bn_weights(
-            layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            outputs_first(layer), layer.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
         )
-        layer.weight, layer.bias = nn.Parameter(weight.detach()), nn.Parameter(bias.detach())
+        layer.weight, layer.bias = nn.Parameter(as_stored(layer, weight.detach())), nn.Parameter(bias.detach())
         parent, _, child = norm_name.rpartition(".")
         setattr(model.get_submodule(parent), child, nn.Identity().train(norm.training))

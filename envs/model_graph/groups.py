@@ -136,14 +136,16 @@ def _computed(trace: Trace) -> list[FrozenChannels]:
 
 
 def _foldable(trace: Trace) -> tuple[tuple[str, str], ...]:
-    """Return (layer, batch norm) for each quantizable layer that is called once and whose only reader is a batch norm."""
+    """Return (layer, batch norm) for each layer with its own weight that is called once and whose only reader is a batch norm."""
     pairs = []
     for layer in trace.layers:
         node = layer.nodes[0]
         readers = list(node.users)
-        if len(layer.nodes) == 1 and layer.shape.quantizable and len(readers) == 1:
+        if len(layer.nodes) == 1 and layer.shape.own_weight and len(readers) == 1:
             name = trace.batch_norms.get(readers[0])
-            # Without running statistics nothing can be folded; the batch norm must normalize the axis of the channels.
-            if name is not None and argument(readers[0], 3) is not None and node.meta["val"].dim() in (2, 4):
+            # Without running statistics nothing can be folded; the batch norm must normalize the axis of the channels, which
+            # is not the second one of tokens or of a single image.
+            batched = node.meta["val"].dim() == len(trace.tensor_shapes[layer.weight])
+            if name is not None and argument(readers[0], 3) is not None and batched:
                 pairs.append((layer.shape.name, name))
     return tuple(pairs)

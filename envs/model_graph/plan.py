@@ -80,7 +80,7 @@ class Operation:
     Attributes:
         kind: "layer": a convolution or linear layer; "batch_norm"; "function": an elementwise function; "add"; "mul";
             "cat": concatenation along the channels; "pad": padding with `before` and `after` channels of zeros; "flatten":
-            every channel becomes `height` x `width` channels.
+            every channel becomes one channel for each of its pixels (depth, height, width).
         inputs: indices of earlier operations; -1: an unknown value, which only layers and batch norms may read.
         name: name of the layer, the batch norm, or the function ("aten.relu.default").
         arguments: (name, value) pairs; for a function, all arguments except its input.

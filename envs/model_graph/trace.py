@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
+from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
 from secateur.cost_models.core import InputError, LayerShape
@@ -281,7 +282,7 @@ def _layer(weight: str, nodes: tuple[Node, ...], tensors: Mapping[Node, str], mo
     home, _, attribute = weight.rpartition(".")
     owner = model.get_submodule(home)
     owned = owners == {owner} and attribute == "weight"
-    quantizable = owned and isinstance(owner, (nn.Conv2d, nn.Linear))
+    quantizable = owned and isinstance(owner, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
     bias = tensors.get(given["bias"])
     positions, calls = _positions(nodes, linear, transposed)
     shape = LayerShape(
@@ -296,6 +297,7 @@ def _layer(weight: str, nodes: tuple[Node, ...], tensors: Mapping[Node, str], mo
         calls=calls,
         has_bias=bias is not None,
         quantizable=quantizable,
+        own_weight=owned and isinstance(owner, (_ConvNd, nn.Linear)),
     )
     return TracedLayer(shape, weight, bias, *axes, transposed, nodes)
 

@@ -22,6 +22,7 @@ import torch
 
 from secateur.envs.calibration.core import NONE
 from secateur.envs.candidate import CandidateNetwork
+from secateur.envs.weight_layout import outputs_first
 
 
 @dataclass(frozen=True)
@@ -44,5 +45,6 @@ class BiasCorrection:
             if statistics is None or statistics.kind == NONE or not candidate.has_intercept(name):
                 continue
             mean = torch.tensor(statistics.mean())  # (conv groups, n)
-            error = (weight - candidate.layers[name].weight.detach()).view(len(mean), -1, mean.shape[1])
+            layer = candidate.layers[name]
+            error = (outputs_first(layer, weight) - outputs_first(layer)).view(len(mean), -1, mean.shape[1])
             candidate.shift(name, (error @ mean[:, :, None]).flatten())

@@ -35,6 +35,7 @@ from torch import Tensor
 from secateur.cost_models.core import Positive, check_fields
 from secateur.envs.calibration.core import CHANNEL, DIAGONAL, NONE, LayerStatistics, required
 from secateur.envs.candidate import CandidateNetwork, KeptAxes
+from secateur.envs.weight_layout import kernel_use, outputs_first
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,12 @@ class LeastSquares:
         """Return weight and shift of the kept outputs; the solution for all outputs is cached, by kept inputs."""
         intercept = candidate.has_intercept(name)
         key = ("least_squares", name, self.config.damping, intercept, axes.inputs.tobytes())
-        dense = candidate.dense_layers[name].weight.detach()
+        layer = candidate.dense_layers[name]
+        dense, use = outputs_first(layer), kernel_use(layer)
 
         def solve() -> tuple[Tensor, Tensor]:
             solutions = [
-                refit(weight, axes.inputs, replace(statistics, moments=moments[None]), self.config.damping, intercept)
+                refit(weight, axes.inputs, replace(statistics, moments=moments[None]), self.config.damping, intercept, use)
                 for weight, moments in zip(dense.chunk(len(statistics.moments)), statistics.moments, strict=True)
             ]
             weights, shifts = zip(*solutions, strict=True)
@@ -96,7 +98,7 @@ class LeastSquares:
 
 
 def refit(
-    weight: Tensor, kept_in: np.ndarray, statistics: LayerStatistics, damping: float, intercept: bool
+    weight: Tensor, kept_in: np.ndarray, statistics: LayerStatistics, damping: float, intercept: bool, use: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Return eq. (1) and the intercept: (outputs, kept inputs, ...) and (outputs,), float32.
 
@@ -107,12 +109,13 @@ def refit(
             kernel; with kind "diagonal", only the mean of the removed inputs is compensated, by the intercept.
         damping: lambda, relative to the mean of the diagonal.
         intercept: whether there is an intercept; without it, the second result is zero.
+        use: share of the kernel positions that an output reads on average; see `kernel_use`.
     """
     removed_in = np.setdiff1d(np.arange(weight.shape[1]), kept_in)
     rows = weight.double().reshape(*weight.shape[:2], -1)  # (outputs, inputs, area)
     if statistics.kind == DIAGONAL:
         mean = torch.from_numpy(statistics.moments[0, 0, removed_in]).double()
-        shift = (rows[:, removed_in].sum(2) @ mean).float()
+        shift = use * (rows[:, removed_in].sum(2) @ mean).float()
         return weight[:, kept_in].clone(), shift if intercept else torch.zeros_like(shift)
     per_channel = statistics.kind == CHANNEL
     rows = rows.transpose(1, 2).flatten(0, 1) if per_channel else rows.flatten(1)  # (outputs [x area], entries)
@@ -129,5 +132,5 @@ def refit(
     if per_channel:
         area = weight[0, 0].numel()
         refitted = refitted.view(len(weight), area, len(kept_in)).transpose(1, 2)
-        shift = shift.view(len(weight), area).sum(1)
+        shift = use * shift.view(len(weight), area).sum(1)
     return refitted.reshape(len(weight), len(kept_in), *weight.shape[2:]).contiguous(), shift

@@ -33,8 +33,8 @@ Where we differ and why:
 6. There is one batch, because every layer needs the refitted inputs of all images. `max_bytes` limits its memory: networks
    with large activations use fewer images and more positions of each image, so a layer has the same number of samples.
 
-Layers that are not refitted: layers that run several times or never, layers without moments in the calibration (transposed
-convolutions, padding other than zeros, weights with several users), layers whose first axis is not the axis of the images. For
+Layers that are not refitted: layers that run several times or never, layers without moments in the calibration (forward
+passes of their own, weights with several users), layers whose first axis is not the axis of the images. For
 layers with more than `max_inputs` unknowns per output, only the intercept is refitted. If the forward pass of a candidate calls
 other functions than the dense network's, layers after the difference are not refitted.
 """
@@ -58,6 +58,7 @@ from secateur.envs.calibration.core import FULL, NONE, LayerStatistics, required
 from secateur.envs.calibration.patches import outputs_at, patches, sample_positions
 from secateur.envs.candidate import CandidateNetwork
 from secateur.envs.recovery.common.forward_values import ForwardPlan, Target, ValueObserver, observing, plan_forward
+from secateur.envs.weight_layout import outputs_first
 
 log = logging.getLogger(__name__)
 
@@ -220,10 +221,11 @@ def _sample_sizes(modules: Mapping[str, Any], plan: ForwardPlan, images: int, co
     sizes = []
     for name, target in plan.targets.items():
         layer, entries = modules[name], images * len(target.sample)
-        unknowns = layer.weight[0].numel()
+        weight = outputs_first(layer)
+        unknowns = weight[0].numel()
         patch_bytes = _FLOAT_BYTES * unknowns * getattr(layer, "groups", 1)
         most = min(config.samples, entries * _num_positions(layer, target), _MAX_PATCH_BYTES / patch_bytes)
-        sizes.append((entries, _FLOAT_BYTES * layer.weight.shape[0], most, unknowns + _FREE_UNKNOWNS))
+        sizes.append((entries, _FLOAT_BYTES * len(weight), most, unknowns + _FREE_UNKNOWNS))
     table = np.array(sizes, dtype=float).reshape(-1, 4)
     all_entries, target_bytes, limits, weights = table.T
     per_unknown = config.samples / _FREE_UNKNOWNS
@@ -299,7 +301,8 @@ class _Pass:
             return
         candidate = self.candidate
         parts = zip(self._chunks(name, inputs[0]), self.dense.positions[name], strict=True)
-        rows = torch.cat([patches(layer, part, positions).flatten(0, 1) for part, positions in parts])
+        size = target.sample.shape[2:]
+        rows = torch.cat([patches(layer, part, positions, size).flatten(0, 1) for part, positions in parts])
         kept = torch.from_numpy(candidate.kept_axes(name).outputs)
         wanted, other = self.dense.values[name], self.others.pop(name, None)
         wanted = wanted if len(kept) == wanted.shape[1] else wanted.index_select(1, kept)
@@ -310,14 +313,14 @@ class _Pass:
         statistics = None
         if fit.inputs.shape[2] <= self.config.max_inputs:
             fit.solve(self.config.damping, target.clip, self.config.clip_rounds)
-            candidate.set_weight(name, fit.weight.float().reshape(layer.weight.shape))
+            candidate.set_weight(name, fit.weight.float().reshape(outputs_first(layer).shape))
             statistics = fit.statistics(required(candidate.calibration, "a calibration").layers.get(name))
         else:
             fit.move_center()
         if quantized:
             candidate.quantize(name, statistics)
         if fit.has_intercept:
-            candidate.shift(name, fit.shift(layer.weight))
+            candidate.shift(name, fit.shift(outputs_first(layer)))
             if quantized:  # the mean rounding error is compensated; a bias correction must not correct it again
                 candidate.float_weights[name] = layer.weight.detach()
 
@@ -337,7 +340,7 @@ class _LayerFit:
     def __init__(self, layer: Any, norm: Any, rows: Tensor, wanted: Tensor, other: Tensor | None, has_intercept: bool) -> None:
         self.norm, self.wanted, self.other, self.has_intercept = norm, wanted, other, has_intercept
         groups = rows.shape[1]
-        self.weight = layer.weight.detach().view(groups, -1, rows.shape[2]).double()
+        self.weight = outputs_first(layer).view(groups, -1, rows.shape[2]).double()
         self.bias = torch.zeros(self.weight.shape[:2]) if layer.bias is None else layer.bias.view(groups, -1)
         inputs = rows.transpose(0, 1)  # (conv_groups, samples, n)
         mean = inputs.mean(1, keepdim=True) if has_intercept else torch.zeros(groups, 1, rows.shape[2])
@@ -432,8 +435,12 @@ class _LayerFit:
         return replace(dense, kind=FULL, moments=moments.float().numpy(), count=self.inputs.shape[1])
 
     def shift(self, weight: Tensor) -> Tensor:
-        """Return the shift of the layer's output, (outputs,), with which it equals `center` for the mean input."""
-        return (self.center - self._product(weight.detach().view(self.weight.shape).double()) - self.bias).flatten().float()
+        """Return the shift of the layer's output, (outputs,), with which it equals `center` for the mean input.
+
+        Args:
+            weight: the layer's new weight, `outputs_first`.
+        """
+        return (self.center - self._product(weight.view(self.weight.shape).double()) - self.bias).flatten().float()
 
 
 def _solution(covariance: Tensor, damping: Tensor) -> Callable[[Tensor], Tensor]:

@@ -53,7 +53,7 @@ def filters(layer: Any, norm: Any) -> Filters:
 
 def is_depthwise(layer: nn.Module) -> bool:
     """Return whether every conv group has one input channel."""
-    return isinstance(layer, nn.Conv2d) and layer.groups > 1 and layer.groups == layer.in_channels
+    return is_plain(layer) and not isinstance(layer, nn.Linear) and 1 < layer.groups == layer.in_channels
 
 
 def normed_producers(candidate: CandidateNetwork, group: ChannelGroup) -> Iterator[tuple[str, TensorSlice]]:

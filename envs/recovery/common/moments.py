@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.envs.calibration.core import FULL, LayerStatistics
-from secateur.envs.calibration.patches import Layer, is_plain
+from secateur.envs.calibration.patches import PlainLayer, is_plain
 from secateur.envs.candidate import CandidateNetwork
 from secateur.envs.model_graph.plan import ModelGraph, Operation
 
@@ -51,13 +52,13 @@ class Moments:
         mean: (channels,) float32.
         covariance: (channels, channels) float32.
         known: False if the moments follow from an unknown input, taken as white noise: then only correlations are valid.
-        size: (height, width) if each channel was flattened into height x width channels.
+        size: spatial size, if each channel was flattened into a channel per pixel; else ().
     """
 
     mean: Tensor
     covariance: Tensor
     known: bool = True
-    size: tuple[int, int] = (1, 1)
+    size: tuple[int, ...] = ()
 
     def restricted(self, channels: np.ndarray) -> Moments:
         """Return the moments of some of the channels."""
@@ -100,7 +101,7 @@ def cached_moments(candidate: CandidateNetwork, spatial_correlation: float) -> d
     )
 
 
-def output_moments(layer: Layer, weight: Tensor, moments: Moments, spatial_correlation: float) -> tuple[Tensor, Tensor]:
+def output_moments(layer: PlainLayer, weight: Tensor, moments: Moments, spatial_correlation: float) -> tuple[Tensor, Tensor]:
     """Return mean (without the bias) and variance of a layer's outputs by eq. (2), (outputs,) each.
 
     Args:
@@ -131,23 +132,26 @@ def kept_moments(candidate: CandidateNetwork, name: str, moments: Moments) -> Mo
 # ---------------------------------------------------------------------------------------------------------- eq. (1)-(4)
 
 
-def _grouped(layer: nn.Module, weight: Tensor, size: tuple[int, int]) -> Tensor:
+def _grouped(layer: nn.Module, weight: Tensor, size: tuple[int, ...]) -> Tensor:
     """Return a weight as (conv groups, outputs, channels, positions) float32; `size` as in `Moments`."""
     groups = getattr(layer, "groups", 1)
     channels = weight.shape[1] // math.prod(size)
     return weight.detach().float().reshape(groups, len(weight) // groups, channels, -1)
 
 
-def _decorrelated(rows: Tensor, layer: nn.Module, size: tuple[int, int], r: float) -> tuple[Tensor, ...]:
+def _decorrelated(rows: Tensor, layer: nn.Module, size: tuple[int, ...], r: float) -> tuple[Tensor, ...]:
     """Return W L with S = L L^T for each position, (conv groups, outputs, channels): eq. (2) is the sum over these parts."""
     return (rows @ torch.linalg.cholesky(_spatial(layer, size, r)).float()).unbind(3)
 
 
-def _spatial(layer: nn.Module, size: tuple[int, int], r: float) -> Tensor:
+def _spatial(layer: Any, size: tuple[int, ...], r: float) -> Tensor:
     """Return S of eq. (2), (positions, positions) float64."""
-    size, dilation = getattr(layer, "kernel_size", size), getattr(layer, "dilation", (1, 1))
+    if not isinstance(layer, nn.Linear):
+        size = layer.kernel_size
+    dilation = getattr(layer, "dilation", (1,) * len(size))
     axes = (torch.arange(n, dtype=torch.float64) * d for n, d in zip(size, dilation, strict=True))
-    return torch.kron(*(r ** (axis[:, None] - axis).abs() for axis in axes))
+    blocks = (r ** (axis[:, None] - axis).abs() for axis in axes)
+    return reduce(torch.kron, blocks, torch.ones(1, 1, dtype=torch.float64))
 
 
 def _layer(layer: nn.Module, moments: Moments | None, r: float) -> Moments | None:
@@ -229,7 +233,7 @@ def _mul(operation: Operation, inputs: list[Moments]) -> Moments:
 
 
 def _cat(operation: Operation, inputs: list[Moments]) -> Moments | None:
-    if any(x.size != (1, 1) for x in inputs):
+    if any(math.prod(x.size) > 1 for x in inputs):
         return None
     return Moments(torch.cat([x.mean for x in inputs]), torch.block_diag(*(x.covariance for x in inputs)))
 

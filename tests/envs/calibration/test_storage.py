@@ -17,13 +17,18 @@ from secateur.envs.model_graph import analyze
 CONFIG = CalibrationConfig(max_matrix_bytes=400, samples=20)
 
 
+class Doubled(nn.ConvTranspose2d):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
 class Kinds(nn.Module):
     """One layer of every kind under CONFIG."""
 
     def __init__(self):
         super().__init__()
         self.full, self.channel = nn.Conv2d(2, 4, 1), nn.Conv2d(4, 9, 3)
-        self.up, self.diagonal = nn.ConvTranspose2d(9, 9, 2), nn.Linear(9 * 25, 3)
+        self.up, self.diagonal = Doubled(9, 9, 2), nn.Linear(9 * 25, 3)
         self.register_buffer("shift", torch.zeros(1), persistent=False)
 
     def forward(self, x):

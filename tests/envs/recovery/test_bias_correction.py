@@ -86,11 +86,10 @@ def test_means_of_outputs_are_the_dense_ones_where_they_can_be():
     assert recovery.after_quantization and recovery.needs_images
     recovery.apply(candidate)
     corrected = mean_outputs(network, seen)
-    for name in ("biased", "normed", "depthwise", "tokens", "head"):
-        assert (quantized[name] - expected[name]).abs().max() > 1e-3
-        assert torch.allclose(corrected[name], expected[name], atol=1e-4)
-    for name in ("bare", "transposed"):
-        assert torch.equal(corrected[name], quantized[name])
+    for name in ("biased", "normed", "depthwise", "transposed", "tokens", "head"):
+        before_correction, after = ((means[name] - expected[name]).abs().max() for means in (quantized, corrected))
+        assert after < 0.05 * before_correction and before_correction > 1e-4, name
+    assert torch.equal(corrected["bare"], quantized["bare"])
     assert all(candidate.layers[name].weight is weight for name, weight in weights.items())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 

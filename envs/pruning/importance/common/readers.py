@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 
 from secateur.envs.calibration.core import CHANNEL, DIAGONAL, NONE, LayerStatistics, required
 from secateur.envs.model_graph.plan import ChannelGroup, TensorSlice
 from secateur.envs.pruning.importance.common.unit_slices import named_parameters
 from secateur.envs.pruning.importance.core import DenseModel
+from secateur.envs.weight_layout import is_transposed, outputs_first
 
 _ROUNDING = 1e-6
 
@@ -66,7 +67,7 @@ def reader(dense: DenseModel, name: str, after_norm: bool = False) -> Reader | N
         return None
     layer: Any = dict(dense.model.named_modules())[name]
     norm = _norm(dense, name)
-    weight = layer.weight.detach().double()
+    weight = outputs_first(layer).double()
     if after_norm and norm is not None:
         scale = torch.rsqrt(norm.running_var + norm.eps) * (1 if norm.weight is None else norm.weight)
         weight = weight * scale.detach().double().view(-1, *[1] * (weight.dim() - 1))
@@ -81,7 +82,7 @@ def reader(dense: DenseModel, name: str, after_norm: bool = False) -> Reader | N
 def unit_entries(dense: DenseModel, group: ChannelGroup, name: str) -> np.ndarray | None:
     """Return the entries of each unit in a consumer's `Reader`, (units, block); None if the units are not on its input axis."""
     place = input_place(dense.model, group, name)
-    if place is None or place.axis != 1:
+    if place is None:
         return None
     statistics = required(dense.calibration, "a calibration").layers[name]
     if statistics.kind == DIAGONAL:
@@ -114,7 +115,7 @@ def input_place(model: nn.Module, group: ChannelGroup, name: str) -> TensorSlice
     if not isinstance(layer, (nn.Linear, _ConvNd)):
         return None
     parameters = named_parameters(model)
-    axis = 0 if isinstance(layer, _ConvTransposeNd) else 1
+    axis = 0 if is_transposed(layer) else 1
     places = [s for s in group.slices if s.axis == axis and parameters.get(s.tensor) is layer.weight]
     return places[0] if places else None
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from secateur.envs.model_graph.plan import ChannelGroup, TensorSlice
+from secateur.envs.weight_layout import is_transposed
 
 
 def unit_rows(tensor: Tensor, place: TensorSlice) -> Tensor:
@@ -30,7 +30,7 @@ def producer_weights(model: nn.Module, group: ChannelGroup) -> list[TensorSlice]
     named = []
     for place in places:
         layer = place.tensor.removesuffix("weight").rstrip("._")
-        output_axis = 1 if isinstance(modules.get(layer), _ConvTransposeNd) else 0
+        output_axis = 1 if is_transposed(modules.get(layer)) else 0
         if layer in group.producers and place.axis == output_axis:
             named.append(place)
     return named or places
