@@ -15,6 +15,7 @@ from secateur.cost_models.core import FLOAT_BITS
 from secateur.envs.calibration.core import Calibration
 from secateur.envs.candidate import CandidateNetwork
 from secateur.envs.core import CompressionPolicy
+from secateur.envs.inputs import Inputs
 from secateur.envs.model_graph.plan import ModelGraph
 from secateur.envs.piece_cache import PieceCache
 from secateur.envs.pruning.slicing import Slicer
@@ -33,7 +34,7 @@ class Assembler:
         quantizer: plug-in of envs/quantization/quantizers.
         recoveries: plug-ins of envs/recovery, applied in this order.
         calibration: statistics of every layer's input; None if no plug-in needs images.
-        images: normalized calibration images, (N, C, H, W) float32; None if no plug-in needs images.
+        images: calibration inputs, usually (N, C, H, W) float32 normalized; None if no plug-in needs images.
         cache: cache of pieces that several candidates need; every process fills its own cache.
         dtype: number format of the recoveries' forward passes; see `CandidateNetwork`.
     """
@@ -44,7 +45,7 @@ class Assembler:
     quantizer: Quantizer
     recoveries: Sequence[Recovery]
     calibration: Calibration | None = None
-    images: torch.Tensor | None = None
+    images: Inputs | None = None
     cache: PieceCache = field(default_factory=PieceCache)
     dtype: torch.dtype = torch.float32
 

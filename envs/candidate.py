@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from secateur.cost_models.core import FLOAT_BITS
 from secateur.envs.calibration.core import NONE, Calibration, LayerStatistics
+from secateur.envs.inputs import Inputs
 from secateur.envs.model_graph.plan import ModelGraph
 from secateur.envs.piece_cache import PieceCache
 from secateur.envs.pruning.slicing import Positions, kept_positions
@@ -48,7 +49,7 @@ class CandidateNetwork:
         layer_bits: {layer: (weight_bits, activation_bits)} of the quantized layers; 32: not quantized.
         quantizer: plug-in of envs/quantization/quantizers.
         calibration: statistics of the dense network; None if no plug-in needs images.
-        images: calibration images, (N, C, H, W) float32 normalized; None if no plug-in needs images.
+        images: calibration inputs, usually (N, C, H, W) float32 normalized; None if no plug-in needs images.
         cache: cache of computed pieces, shared by all candidates of a process.
         positions: kept positions of the dense tensors; None: they are computed when they are needed.
         dtype: number format of forward passes in which recoveries only estimate statistics.
@@ -62,7 +63,7 @@ class CandidateNetwork:
     layer_bits: Mapping[str, tuple[int, int]]
     quantizer: Quantizer
     calibration: Calibration | None
-    images: Tensor | None
+    images: Inputs | None
     cache: PieceCache
     positions: Positions | None = None
     dtype: torch.dtype = torch.float32
@@ -99,6 +100,16 @@ class CandidateNetwork:
         outputs, inputs = (axes.get(axis, np.arange(length)) for axis, length in zip(stored, size, strict=False))
         per_group = size[0] // conv_groups
         return KeptAxes(outputs, inputs, np.unique(outputs // per_group) if conv_groups > 1 else np.zeros(1, int))
+
+    def given_images(self) -> Inputs:
+        """Return the calibration inputs.
+
+        Raises:
+            ValueError: if there are none.
+        """
+        if self.images is None:
+            raise ValueError("A plug-in needs images, but there are no calibration images.")
+        return self.images
 
     def statistics(self, name: str) -> LayerStatistics | None:
         """Return the dense network's statistics of a layer's kept inputs, None if there are none."""

@@ -23,8 +23,8 @@ import torch
 from torch import nn
 
 from secateur.envs.core import CompressionPolicy
+from secateur.envs.inputs import Inputs, call_model
 from secateur.envs.policy_space import PolicySpace
-from secateur.envs.tasks.core import Inputs, call_model
 
 log = logging.getLogger(__name__)
 

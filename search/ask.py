@@ -19,6 +19,7 @@ from secateur.envs.rollout import rollout
 from secateur.envs.tasks.imports import did_you_mean
 from secateur.search.build import absolute_budget, build_problem, make_env
 from secateur.search.config import BudgetConfig, Overrides, SearchConfig
+from secateur.search.given import Given
 from secateur.search.named_code import load_own_manifest
 from secateur.search.problem import Problem, StatusCallback
 from secateur.search.run.folder import AGENT
@@ -65,6 +66,7 @@ def ask(
     evaluations: int = 3,
     overrides: Overrides = (),
     status: StatusCallback = lambda text: None,
+    given: Given | None = None,
 ) -> Reply:
     """Return the best policies that the agent of a run proposes, measured.
 
@@ -75,15 +77,16 @@ def ask(
         evaluations: how many policies are measured.
         overrides: changes of the run's configuration, such as {"data.root": "where/the/data/are/now"}.
         status: status callback, called at each stage.
+        given: model and task as Python objects, if the run began with such (`Run.given`).
     Raises:
         InputError: for a run without such an agent, or a budget or preference that cannot be used.
     """
     if evaluations < 1:
         raise InputError(f"`evaluations` must be at least 1, but got {evaluations}.")
-    settings, _ = load_own_manifest(run, overrides)
+    settings, _ = load_own_manifest(run, overrides, given)
     agent_folder(run, settings)  # before anything that takes long
     limits = _budget_config(budget)
-    problem = build_problem(settings, status)
+    problem = build_problem(settings, status, given)
     wanted = absolute_budget("asked", limits, problem.space.dense_costs, problem.task.metric)
     problem.space.check(wanted)
     status("querying the agent")

@@ -26,6 +26,7 @@ from secateur.envs.core import Budget, Evaluation, InputError, Sensitivities
 from secateur.envs.costs import PolicyCosts
 from secateur.envs.evaluator import Evaluator, Precision, choose_precision
 from secateur.envs.feasibility import FeasibleSpace
+from secateur.envs.inputs import call_model, tensors_of_inputs
 from secateur.envs.metric import Metric
 from secateur.envs.model_graph import ModelGraph, analyze
 from secateur.envs.policy_space import PolicySpace, SpaceConfig
@@ -38,13 +39,15 @@ from secateur.envs.quantization.quantizers import QUANTIZERS, Quantizer
 from secateur.envs.racing import Race
 from secateur.envs.recovery import RECOVERIES, Recovery
 from secateur.envs.sensitivity import IMAGES, measure_sensitivities
-from secateur.envs.tasks.core import Task, check_finite, first_inputs
+from secateur.envs.tasks.core import Task, all_samples, check_finite, first_inputs
 from secateur.envs.tasks.data import load_data
+from secateur.envs.tasks.functions import FunctionTask
 from secateur.envs.tasks.models import load_model
 from secateur.envs.tasks.registry import build_task
 from secateur.envs.tasks.supervised import SupervisedTask
 from secateur.envs.tasks.training import Progress, cache_directory
 from secateur.search.config import BudgetConfig, DeviceProfile, PluginEntry, SearchConfig
+from secateur.search.given import Given
 from secateur.search.loop import Runner
 from secateur.search.problem import Evaluated, Problem, StatusCallback
 from secateur.search.results.front import Front
@@ -60,7 +63,7 @@ CHECKED_IMAGES = 256
 def build_model_and_graph(
     config: SearchConfig, status: StatusCallback = log.info
 ) -> tuple[SupervisedTask, nn.Module, ModelGraph]:
-    """Return task, model and graph: what `secateur inspect` needs.
+    """Return task, model and graph of the sections `model`, `data` and `task`: what `secateur inspect` needs.
 
     Args:
         config: the configuration.
@@ -79,6 +82,15 @@ def build_model_and_graph(
     with torch.inference_mode():
         task.check(model(example))
     return task, model, graph
+
+
+def trace_given(given: Given, config: SearchConfig, status: StatusCallback) -> tuple[FunctionTask, nn.Module, ModelGraph]:
+    """Return task, model and graph of the user's objects."""
+    status("tracing the model")
+    graph = analyze(given.model, tuple(tensors_of_inputs(given.example)), exclude=config.space.exclude)
+    with torch.inference_mode():
+        given.task.check(call_model(given.model, given.example))
+    return given.task, given.model, graph
 
 
 def _epochs_to(status: StatusCallback) -> Progress:
@@ -154,13 +166,22 @@ def build_objectives(config: SearchConfig, costs: PolicyCosts, metric: Metric) -
     return (metric.name, *(limited or ["macs"]))
 
 
-def build_problem(config: SearchConfig, status: StatusCallback = log.info) -> Problem:
-    """Return the search that the configuration describes; arguments as in `build_model_and_graph`.
+def build_problem(config: SearchConfig, status: StatusCallback = log.info, given: Given | None = None) -> Problem:
+    """Return the search that the configuration describes.
 
+    Args:
+        config: the configuration.
+        status: status callback; called at each stage, and at each epoch if the model is trained first.
+        given: model and task as Python objects; None: the configuration names them.
     Raises:
         InputError: for anything in the configuration that cannot be used, before anything is written.
     """
-    task, model, graph = build_model_and_graph(config, status)
+    task: Task
+    if given is None:
+        task, model, graph = build_model_and_graph(config, status)
+        task = task.without_training_data()
+    else:
+        task, model, graph = trace_given(given, config, status)
     metric = task.metric
     config = resolve_device(config, model, graph, status)
     costs = build_costs(config, graph)
@@ -178,7 +199,7 @@ def build_problem(config: SearchConfig, status: StatusCallback = log.info) -> Pr
         precision = Precision(config.search.precision, "chosen in the configuration")
     magnitudes = [mean_over_producers(model, group, lambda rows: rows.abs().mean(1)) for group in graph.groups]
     space = FeasibleSpace(costs, build_objectives(config, costs, metric), metric, dense.score, magnitudes)
-    return Problem(config, task.without_training_data(), assembler, finalist_assembler, space, budgets, dense, precision)
+    return Problem(config, task, assembler, finalist_assembler, space, budgets, dense, precision, given)
 
 
 def dense_evaluation(task: Task, model: nn.Module, costs: PolicyCosts) -> Evaluation:
@@ -189,7 +210,7 @@ def dense_evaluation(task: Task, model: nn.Module, costs: PolicyCosts) -> Evalua
 
 
 def build_assemblers(
-    config: SearchConfig, task: SupervisedTask, model: nn.Module, graph: ModelGraph, status: StatusCallback = log.info
+    config: SearchConfig, task: Task, model: nn.Module, graph: ModelGraph, status: StatusCallback = log.info
 ) -> tuple[Assembler, Assembler]:
     """Return what turns policies into networks, for the search and for finalists.
 
@@ -206,13 +227,12 @@ def build_assemblers(
                 f"`data.calibration` is 0, but calibration images are needed by {', '.join(users)}. "
                 "Set `data.calibration` to a number of images, or choose what needs none, such as the recovery `data_free`."
             )
-        assert task.data.calibration is not None
-        images, labels = task.data.tensors(task.data.calibration)
+        images, labels = all_samples(task, "calibration")
         settings = build_options(CalibrationConfig, config.calibration)
         calibration = cached_calibration(model, graph, images, settings, cache_directory() / "calibration", status)
     status("ranking the channels")
     rng = np.random.default_rng(config.search.seed)
-    scores = plugins.importance.scores(DenseModel(model, graph, calibration, images, labels, rng))
+    scores = plugins.importance.scores(DenseModel(model, graph, calibration, images, labels, rng, task.loss))
     assembler = Assembler(model, graph, tuple(scores), plugins.quantizer, plugins.recoveries, calibration, images)
     return assembler, replace(assembler, recoveries=plugins.finalist_recoveries)
 

@@ -15,16 +15,25 @@ from secateur.envs.core import InputError
 from secateur.envs.tasks.imports import current_name, import_object, is_own_code
 from secateur.envs.tasks.models import find_factory, is_model_factory, not_called
 from secateur.search.config import Overrides, SearchConfig, apply_overrides
+from secateur.search.given import Given
 from secateur.search.run.folder import MANIFEST, load_manifest
 
 
-def load_own_manifest(run: str | os.PathLike[str], overrides: Overrides = ()) -> tuple[SearchConfig, dict[str, Any]]:
+def load_own_manifest(
+    run: str | os.PathLike[str], overrides: Overrides = (), given: Given | None = None
+) -> tuple[SearchConfig, dict[str, Any]]:
     """Return what `load_manifest` returns, for commands that build the model and the data again.
 
+    Args:
+        run: its folder.
+        overrides: changes of the run's configuration.
+        given: model and data as Python objects, if the run began with such: then nothing is called by name.
     Raises:
         InputError: as `load_manifest` does, and if the manifest names a function that may not be called.
     """
     config, manifest = load_manifest(run, overrides)
+    if given is not None:
+        return config, manifest
     named = apply_overrides({}, overrides)
     factory = config.model.factory
     if not named & {"model", "model.factory"} and not is_model_factory(find_factory(factory)[0]):

@@ -11,8 +11,9 @@ from secateur.envs.core import Budget, CompressionPolicy, Evaluation
 from secateur.envs.evaluator import Precision
 from secateur.envs.feasibility import FeasibleSpace
 from secateur.envs.model_graph import ModelGraph
-from secateur.envs.tasks.supervised import SupervisedTask
+from secateur.envs.tasks.core import Task
 from secateur.search.config import SearchConfig
+from secateur.search.given import Given
 
 StatusCallback = Callable[[str], None]
 """Called with each stage of a long operation, in a few words."""
@@ -34,16 +35,18 @@ class Problem:
         budgets: satisfiable budgets with absolute limits.
         dense: float32 score and costs of the dense model on the validation split.
         precision: number format of the search's forward passes.
+        given: the user's objects; None: the configuration names model and data.
     """
 
     config: SearchConfig
-    task: SupervisedTask
+    task: Task
     assembler: Assembler
     finalist_assembler: Assembler
     space: FeasibleSpace
     budgets: tuple[Budget, ...]
     dense: Evaluation
     precision: Precision
+    given: Given | None = None
 
     @property
     def graph(self) -> ModelGraph:

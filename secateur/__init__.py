@@ -1,6 +1,6 @@
 """secateur: automated compression search for PyTorch vision models. This module is the public API.
 
-    search(config, overrides)   run a search; returns a `Run`
+    search(config, overrides)   run a search; returns a `Run`. Also search(model, inputs=..., calibration=..., evaluate=...)
     resume(run)                 continue an interrupted run, or extend a finished one
     load_run(folder)            the `Run` in a folder: front and trials as tables, winners, exports
     ask(run, budget)            policies for any budget from the agent of a finished run
@@ -10,6 +10,7 @@
     inspect(config)             layers, coupled groups, costs, and which budgets can be met
     profile(config)             measure this machine and write a device file
     load_config(source)         the configuration in a file or a dict
+    Metric                      name, direction and range of a metric of your own
     InputError                  raised for input that cannot be used; a ValueError
 
 Each is imported when it is first used, so `import secateur` is fast and imports neither torch nor Ray. Modules below this one
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from secateur.cost_models.core import InputError
+    from secateur.envs.metric import Metric
     from secateur.search.ask import ask
     from secateur.search.config import load_config
     from secateur.search.export.load import load_compressed
@@ -36,6 +38,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "InputError",
+    "Metric",
     "Run",
     "__version__",
     "ask",
@@ -52,6 +55,7 @@ __all__ = [
 
 _HOMES = {
     "InputError": "secateur.cost_models.core:InputError",
+    "Metric": "secateur.envs.metric:Metric",
     "Run": "secateur.search.run.handle:Run",
     "ask": "secateur.search.ask:ask",
     "export": "secateur.search.export.run_exports:export",

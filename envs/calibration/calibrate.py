@@ -13,6 +13,7 @@ from secateur.cost_models.core import LayerShape
 from secateur.envs.calibration.core import CHANNEL, DIAGONAL, FULL, NONE, Calibration, CalibrationConfig, LayerStatistics
 from secateur.envs.calibration.patches import Layer, is_product, num_positions, patches, sample_positions
 from secateur.envs.core import InputError
+from secateur.envs.inputs import Inputs, call_model
 from secateur.envs.model_graph.plan import ModelGraph
 from secateur.envs.weight_layout import outputs_first
 
@@ -73,13 +74,13 @@ def _planned(shape: LayerShape, layer: nn.Module, config: CalibrationConfig) -> 
 
 
 @torch.inference_mode()
-def calibrate(model: nn.Module, graph: ModelGraph, images: Tensor, config: CalibrationConfig) -> Calibration:
+def calibrate(model: nn.Module, graph: ModelGraph, images: Inputs, config: CalibrationConfig) -> Calibration:
     """Return the statistics of every convolution and linear layer that runs as a module.
 
     Args:
         model: the dense network, in eval mode.
         graph: structure of the dense network.
-        images: calibration images, (N, C, H, W) float32 normalized.
+        images: calibration inputs, usually (N, C, H, W) float32 normalized.
         config: how the statistics are collected.
     Raises:
         InputError: if the input of a layer has NaN or infinite values.
@@ -92,7 +93,7 @@ def calibrate(model: nn.Module, graph: ModelGraph, images: Tensor, config: Calib
         for batch in batches:
             for observer in observers.values():
                 observer.images = len(batch)
-            model(batch)
+            call_model(model, batch)
     finally:
         for hook in hooks:
             hook.remove()

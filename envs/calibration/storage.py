@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from secateur.envs.calibration.calibrate import calibrate
 from secateur.envs.calibration.core import Calibration, CalibrationConfig, LayerStatistics
+from secateur.envs.inputs import Inputs, tensors_of_inputs
 from secateur.envs.model_graph.plan import ModelGraph
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ MAX_FOLDER_BYTES = 2_000_000_000
 def cached_calibration(
     model: nn.Module,
     graph: ModelGraph,
-    images: Tensor,
+    images: Inputs,
     config: CalibrationConfig,
     folder: Path,
     status: Callable[[str], None] = logger.info,
@@ -106,13 +107,14 @@ def load_calibration(path: Path, key: str) -> Calibration:
     return Calibration(layers, header["images"], CalibrationConfig(**header["config"]))
 
 
-def _key(model: nn.Module, graph: ModelGraph, images: Tensor, config: CalibrationConfig) -> str:
+def _key(model: nn.Module, graph: ModelGraph, images: Inputs, config: CalibrationConfig) -> str:
     """Return a hash of everything that determines a calibration: code, architecture, weights, images, configuration."""
     digest = hashlib.blake2b(digest_size=16)
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
     digest.update(f"{model}{graph.geometry.layers}{graph.operations}{astuple(config)}".encode())
-    tensors = [*model.named_parameters(), *model.named_buffers(), ("", images[: config.max_images])]
+    inputs = [("", x) for x in tensors_of_inputs(images[: config.max_images])]
+    tensors = [*model.named_parameters(), *model.named_buffers(), *inputs]
     for name, tensor in tensors:
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)

@@ -16,13 +16,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from secateur.cost_models.core import Range, check_fields
-from secateur.envs.calibration.core import required
 from secateur.envs.candidate import CandidateNetwork
+from secateur.envs.inputs import call_model, map_inputs
 from secateur.envs.number_format import convert_network, prepare_images
 from secateur.envs.pruning.slicing import share_tensors
 
@@ -73,11 +74,13 @@ class BatchNorm:
             norm.num_batches_tracked = torch.zeros_like(norm.num_batches_tracked)
             norm.train()
             norm.momentum = None
-        images = prepare_images(required(candidate.images, "images")[: self.config.max_images], candidate.dtype)
+        images = candidate.given_images()[: self.config.max_images]
+        # Batches of equal size, because all batches have equal weight in the mean.
+        parts = np.array_split(np.arange(len(images)), -(-len(images) // self.config.batch_size))
         with torch.inference_mode():
-            # Batches of equal size, because all batches have equal weight in the mean.
-            for batch in images.tensor_split(-(-len(images) // self.config.batch_size)):
-                network(batch)
+            for part in parts:
+                batch = map_inputs(lambda x: prepare_images(x, candidate.dtype), images[part[0] : part[-1] + 1])
+                call_model(network, batch)
         return {name: (norm.running_mean, norm.running_var, norm.num_batches_tracked) for name, norm in norms.items()}
 
 

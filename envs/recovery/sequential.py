@@ -57,6 +57,7 @@ from secateur.cost_models.core import FLOAT_BITS, Count, Positive, Range, check_
 from secateur.envs.calibration.core import FULL, NONE, LayerStatistics, required
 from secateur.envs.calibration.patches import outputs_at, patches, sample_positions
 from secateur.envs.candidate import CandidateNetwork
+from secateur.envs.inputs import call_model, map_inputs
 from secateur.envs.recovery.common.forward_values import ForwardPlan, Target, ValueObserver, observing, plan_forward
 from secateur.envs.weight_layout import outputs_first
 
@@ -153,7 +154,7 @@ class DenseTargets:
 def dense_targets(candidate: CandidateNetwork, config: SequentialConfig) -> DenseTargets:
     """Return the dense network's values, from one pass over the images."""
     model, modules, hidden = candidate.dense_model, candidate.dense_layers, _layer_modules(candidate, candidate.dense_layers)
-    all_images = required(candidate.images, "images")
+    all_images = candidate.given_images()
     plan = plan_forward(model, _refittable(candidate), hidden, all_images[:1])
     images = all_images[: _images_at_once(candidate, config)]
     chunks = images.split(_IMAGES_PER_CHUNK)
@@ -177,9 +178,12 @@ def dense_targets(candidate: CandidateNetwork, config: SequentialConfig) -> Dens
                 sampled = positions[name][len(values[name])]
                 values[name].append(outputs_at(modules[name], part, sampled).flatten(0, 1))
 
-    for on_value, batch in ((check, images[:1].repeat_interleave(2, 0)), *((take, batch) for batch in batches)):
+    for on_value, batch in (
+        (check, map_inputs(lambda x: x.repeat_interleave(2, 0), images[:1])),
+        *((take, batch) for batch in batches),
+    ):
         with observing(ValueObserver(plan.functions, on_value), hidden):
-            model(batch)
+            call_model(model, batch)
     complete = {name: torch.cat(parts) for name, parts in values.items() if len(parts) == len(chunks)}
     return DenseTargets(plan, {name: positions[name] for name in complete}, complete, len(images))
 
@@ -204,7 +208,7 @@ def _images_at_once(candidate: CandidateNetwork, config: SequentialConfig) -> in
     geometry = candidate.graph.geometry
     elements = geometry.buffer_fixed + geometry.group_units @ geometry.buffer_per_unit
     peak = 2 * _FLOAT_BYTES * float((geometry.live @ elements).max(initial=1.0))
-    return max(1, min(config.max_images, len(required(candidate.images, "images")), int(config.max_bytes / peak)))
+    return max(1, min(config.max_images, len(candidate.given_images()), int(config.max_bytes / peak)))
 
 
 def _num_positions(layer: nn.Module, target: Target) -> int:
@@ -271,12 +275,12 @@ class _Pass:
 
     def run(self) -> None:
         """Refit all layers."""
-        layers, images = self.candidate.layers, required(self.candidate.images, "images")[: self.dense.images]
+        layers, images = self.candidate.layers, self.candidate.given_images()[: self.dense.images]
         # These hooks run after the existing pre-hooks, so the input is already quantized.
         hooks = [layers[name].register_forward_pre_hook(partial(self.refit, name)) for name in self.targets]
         try:
             with observing(self.observer, _layer_modules(self.candidate, layers)):
-                self.candidate.network(images)
+                call_model(self.candidate.network, images)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from secateur.cost_models.core import InputError
+from secateur.envs.inputs import call_model
 from secateur.envs.metric import TOP1, Metric
-from secateur.envs.tasks.core import Batch, Metrics, Model, call_model, kl_divergence
+from secateur.envs.tasks.core import Batch, Metrics, Model, kl_divergence
 from secateur.envs.tasks.supervised import SupervisedTask
 
 

@@ -2,15 +2,13 @@
 
 To add a task, implement `Task`, or subclass `secateur.envs.tasks.supervised.SupervisedTask`, which divides the work further.
 
-A *batch of inputs* is a tensor, a tuple or a dict of tensors whose first axes are the samples: a model is called as `model(x)`,
-`model(*x)` or `model(**x)` (`call_model`).
+A *batch of inputs* is a tensor, or several of them as the arguments of the model (`secateur.envs.inputs`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -20,10 +18,8 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from secateur.cost_models.core import InputError
+from secateur.envs.inputs import Inputs, call_model, concatenate
 from secateur.envs.metric import Metric
-
-Inputs = Any
-"""A batch of inputs: a tensor, a tuple or a dict of tensors."""
 
 Model = Callable[..., Any]
 """An nn.Module, or whatever runs like one, for example an exported file in its runtime."""
@@ -101,6 +97,10 @@ class Task(Protocol):
         """Return the training loss of a batch, a scalar with gradients."""
         ...
 
+    def check(self, outputs: Any) -> None:
+        """Raise InputError unless these can be the outputs of a model for this task; called once, with one sample."""
+        ...
+
     def agreement(self, reference: Any, outputs: Any) -> np.ndarray | None:
         """Return the share of equal answers of each sample, (samples,); None: the outputs are no choices among answers."""
         ...
@@ -113,11 +113,12 @@ class Task(Protocol):
 # ---------------------------------------------------------------------------------------------- inputs and outputs as trees
 
 
-def call_model(model: Model, inputs: Inputs) -> Any:
-    """Return the model's outputs for a batch of inputs."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+def all_samples(task: Task, split: str) -> tuple[Inputs, Tensor | None]:
+    """Return all inputs of a split in one batch, and their targets if these are tensors."""
+    batches = list(task.batches(split))
+    targets = [batch.targets for batch in batches]
+    together = torch.cat(targets) if all(isinstance(target, Tensor) for target in targets) else None
+    return concatenate([batch.inputs for batch in batches]), together
 
 
 @torch.inference_mode()
@@ -133,11 +134,11 @@ def check_finite(model: Model, inputs: Sequence[Inputs]) -> None:
     broken = 0
     for batch in inputs:
         outputs = tensors_of(call_model(model, batch))
-        finite = [x.isfinite().flatten(1).all(1) for x in outputs if len(x) == count_samples(batch)]
+        finite = [x.isfinite().flatten(1).all(1) for x in outputs if len(x) == len(batch)]
         broken += int((~torch.stack(finite).all(0)).sum()) if finite else 0
     if broken:
         raise InputError(
-            f"The network gives NaN or infinite outputs for {broken} of {sum(map(count_samples, inputs))} samples before any "
+            f"The network gives NaN or infinite outputs for {broken} of {sum(map(len, inputs))} samples before any "
             "compression. Check its weights, and whether `data.mean` and `data.std` are those of its training."
         )
 
@@ -146,15 +147,11 @@ def first_inputs(task: Task, split: str, most: int) -> list[Inputs]:
     """Return the inputs of the first batches of a split: at least `most` samples where it has them, cut to `most`."""
     found: list[Inputs] = []
     for batch in task.batches(split):
-        left = most - sum(map(count_samples, found))
+        left = most - sum(map(len, found))
         if left <= 0:
             break
-        found.append(map_tensors(partial(_first, count=left), batch.inputs))
+        found.append(batch.inputs[:left])
     return found
-
-
-def _first(x: Tensor, count: int) -> Tensor:
-    return x[:count]
 
 
 def tensors_of(tree: Any) -> list[Tensor]:
@@ -169,11 +166,6 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
         return function(leaf) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
     return pytree.tree_map(mapped, tree)
-
-
-def count_samples(inputs: Inputs) -> int:
-    """Return the number of samples in a batch of inputs: the length of the first axis of its first tensor."""
-    return next((len(leaf) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim()), 0)
 
 
 def relative_error(reference: Any, outputs: Any) -> Tensor:

@@ -28,7 +28,7 @@ def load_data(
     train: int | str = 0,
     validation_from: str = "test",
     seed: int = 0,
-    input_shape: tuple[int, int, int] | None = None,
+    input_shape: tuple[int, ...] | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
 ) -> TaskData:

@@ -15,6 +15,9 @@ from types import ModuleType
 
 from secateur.envs.core import InputError
 
+OBJECT = "object:"
+"""What the names of a model and data begin with that were Python objects; their search can be continued with the same objects."""
+
 FORMER_NAMES = {
     **{f"envs.tasks.cifar_resnet:{name}": f"secateur:{name}" for name in ("resnet20", "resnet32", "resnet44", "resnet56")},
     "envs.tasks.cifar_resnet:vgg16_bn": "secateur:vgg16_bn",

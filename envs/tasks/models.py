@@ -24,7 +24,7 @@ from torch import nn
 
 from secateur.envs.core import InputError
 from secateur.envs.model_graph.plain_layers import make_weights_plain, unwrapped
-from secateur.envs.tasks.imports import current_name, did_you_mean, import_object, is_own_code
+from secateur.envs.tasks.imports import OBJECT, current_name, did_you_mean, import_object, is_own_code
 from secateur.envs.tasks.splits import TaskData
 from secateur.envs.tasks.training import Progress
 from secateur.envs.tasks.weights import load_weights
@@ -72,7 +72,7 @@ def load_model(
         weights = _train(factory, model, data, progress)
     if weights is not None:
         load_weights(model, weights, status)
-    _check_weights(model, factory)
+    check_weights(model, f"The network of `model.factory: {factory}`")
     model = model.float().eval()
     if changed := make_weights_plain(model):
         log.warning(
@@ -82,13 +82,13 @@ def load_model(
     return model
 
 
-def _check_weights(model: nn.Module, factory: str) -> None:
+def check_weights(model: nn.Module, what: str) -> None:
     """Raise InputError if a parameter or a batch norm's statistics are not finite; masks in other buffers may be infinite."""
     statistics = [(name, tensor) for name, tensor in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
     for name, tensor in (*model.named_parameters(), *statistics):
         if tensor.is_floating_point() and not tensor.float().isfinite().all():
             raise InputError(
-                f"The network of `model.factory: {factory}` is damaged: `{name}` holds NaN or infinite values. Repair it, or "
+                f"{what} is damaged: `{name}` holds NaN or infinite values. Repair it, or "
                 "name a file of trained weights in `model.weights`."
             )
 
@@ -124,6 +124,11 @@ def find_factory(
         InputError: if there is no such function.
     """
     factory, arguments = current_name(factory), dict(factory_args or {})
+    if factory.startswith(OBJECT):
+        raise InputError(
+            f"The model was a Python object, `{factory.removeprefix(OBJECT)}`, so it cannot be built by name. Pass it: "
+            "load_compressed(folder, model), or continue with the `Run` that secateur.search returned."
+        )
     if factory.startswith(TORCHVISION):
         return _find_in_torchvision(factory, arguments)
     name = factory.removeprefix(OURS)

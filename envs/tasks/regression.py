@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from secateur.cost_models.core import InputError
+from secateur.envs.inputs import call_model
 from secateur.envs.metric import Metric
-from secateur.envs.tasks.core import Batch, Metrics, Model, call_model
+from secateur.envs.tasks.core import Batch, Metrics, Model
 from secateur.envs.tasks.supervised import SupervisedTask
 
 

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from secateur.envs.inputs import call_model
 from secateur.envs.metric import Metric
-from secateur.envs.tasks.core import Batch, Metrics, Model, Stop, call_model, relative_error
+from secateur.envs.tasks.core import Batch, Metrics, Model, Stop, relative_error
 from secateur.envs.tasks.splits import TaskData
 
 PIXELS = 65536

@@ -18,6 +18,7 @@ from torch import nn
 from secateur.agents.core import SequenceActor
 from secateur.envs.core import Actor, CompressionPolicy
 from secateur.envs.evaluator import Evaluator, prepare_network
+from secateur.envs.inputs import Inputs, call_model
 from secateur.envs.piece_cache import PieceCache
 from secateur.envs.recovery import RECOVERIES
 from secateur.search.benchmarks.policies import random_actors
@@ -145,9 +146,9 @@ def _timed_parts(evaluator: Evaluator, policy: CompressionPolicy) -> tuple[dict[
 
 
 @torch.inference_mode()
-def _bare_forward(network: nn.Module, batches: Sequence[torch.Tensor]) -> None:
+def _bare_forward(network: nn.Module, batches: Sequence[Inputs]) -> None:
     for batch in batches:
-        network(batch)
+        call_model(network, batch)
 
 
 def evaluations_per_second(runner: Runner, actors: Sequence[SequenceActor]) -> float:

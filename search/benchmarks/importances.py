@@ -17,6 +17,7 @@ from secateur.agents import AGENTS
 from secateur.envs.core import Budget, Episode
 from secateur.envs.pruning.importance import IMPORTANCES
 from secateur.envs.pruning.importance.core import DenseModel
+from secateur.envs.tasks.core import all_samples
 from secateur.search.benchmarks.policies import choose_budget
 from secateur.search.benchmarks.records import Records, Row, config_record
 from secateur.search.benchmarks.recovery_settings import RECOVERY_SETTINGS, calibrated_problem, with_recoveries
@@ -120,11 +121,11 @@ def compare_importances(
 
 def _scores(problem: Problem, name: str) -> tuple[np.ndarray, ...]:
     """Return the scores of an importance; each importance has the same generator, so that their order does not matter."""
-    data = problem.task.data
-    assert data.calibration is not None, "a calibrated problem has calibration images"
-    images, labels = data.tensors(data.calibration)
+    images, labels = all_samples(problem.task, "calibration")
     rng = np.random.default_rng(problem.config.search.seed)
-    dense = DenseModel(problem.assembler.model, problem.graph, problem.assembler.calibration, images, labels, rng)
+    dense = DenseModel(
+        problem.assembler.model, problem.graph, problem.assembler.calibration, images, labels, rng, problem.task.loss
+    )
     return tuple(build_plugin(IMPORTANCES, PluginEntry(name=name)).scores(dense))
 
 

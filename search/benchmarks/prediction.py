@@ -31,6 +31,7 @@ from torch import nn
 from secateur.envs.core import Budget, CompressionPolicy, InputError
 from secateur.envs.evaluator import Evaluator, processor_has_bfloat16
 from secateur.envs.tasks.data import REST, Split, load_data
+from secateur.envs.tasks.supervised import SupervisedTask
 from secateur.envs.tasks.training import FineTuning, fine_tune
 from secateur.search.benchmarks.policies import choose_budget, random_policies
 from secateur.search.benchmarks.records import Records, Row, config_record
@@ -206,6 +207,7 @@ def outcome(experiment: Experiment, policy: CompressionPolicy) -> dict[str, Any]
 def _fine_tuned(experiment: Experiment, policy: CompressionPolicy) -> nn.Module:
     problem = experiment.problem
     network = with_recoveries(problem.assembler, RECOVERY_SETTINGS[experiment.start]).assemble(policy)
+    assert isinstance(problem.task, SupervisedTask), "the configuration names the data"
     return fine_tune(network, replace(problem.task.data, train=experiment.train), experiment.tuning)
 
 

@@ -23,6 +23,7 @@ from secateur.envs.core import CompressionPolicy, InputError
 from secateur.envs.model_graph import ModelGraph
 from secateur.envs.piece_cache import PieceCache
 from secateur.envs.pruning.slicing import kept_positions
+from secateur.envs.tasks.core import all_samples
 from secateur.search.problem import Problem
 
 
@@ -39,7 +40,8 @@ def straightforward_top1(problem: Problem, policy: CompressionPolicy, pruning: M
         InputError: if Torch-Pruning cannot remove the channels.
     """
     assembler = problem.assembler
-    images, labels = problem.task.data.tensors(problem.task.data.validation)
+    images, labels = all_samples(problem.task, "validation")
+    assert isinstance(images, torch.Tensor) and labels is not None, "a classification task"
     candidate = CandidateNetwork(
         pruned_network(assembler, policy, images[:1], pruning),
         assembler.model,

@@ -61,13 +61,13 @@ class ModelSection(Section):
         factory: function that returns the module: "secateur:resnet56", "torchvision:resnet18" or "package.module:function".
         weights: safetensors or torch file of its state dict; "trained": train it first; None: as the factory returns it.
         args: keyword arguments of the factory.
-        input: (channels, height, width) of one image.
+        input: shape of one input, usually (channels, height, width) of an image.
     """
 
     factory: Annotated[StrictStr, AfterValidator(current_name)]
     weights: StrictStr | None = None
     args: dict[str, Any] = {}
-    input: tuple[PositiveInt, PositiveInt, PositiveInt]
+    input: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
 
 class DataSection(Section):

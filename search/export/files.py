@@ -12,6 +12,9 @@ from secateur.envs.core import InputError
 from secateur.search.run.folder import read_json
 
 POLICY, WEIGHTS, ONNX, PT2, README = "policy.json", "model.safetensors", "model.onnx", "model.pt2", "README.md"
+INPUT, LOGITS, OUTPUT = "input", "logits", "output"
+"""Names in an ONNX file: of the input, of class scores (N, classes), of another output."""
+
 CODES, SCALE, LEVELS = ".weight.codes", ".weight.scale", ".weight.levels"
 """Endings of the tensors in model.safetensors that stand for a quantized weight."""
 
@@ -52,3 +55,8 @@ def file_checksum(path: Path) -> str:
     """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def input_names(count: int) -> list[str]:
+    """Return the names of so many inputs in an ONNX file."""
+    return [INPUT] if count == 1 else [f"{INPUT}{index}" for index in range(count)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from secateur.cost_models.core import FLOAT_BITS
 from secateur.envs.core import InputError
+from secateur.envs.inputs import call_model, described_inputs
 from secateur.envs.model_graph.plain_layers import make_weights_plain
 from secateur.envs.pruning.slicing import resize_model, set_written_sizes
 from secateur.envs.quantization.fake_quantize import set_activation_grid, set_quantized_weight
@@ -22,8 +24,8 @@ from secateur.envs.quantization.quantizers import ActivationGrid, QuantizedWeigh
 from secateur.envs.tasks.models import build_model, call_factory, find_factory, is_model_factory, not_called
 from secateur.search.export.files import CODES, LEVELS, POLICY, SCALE, WEIGHTS, check_file, read_export
 
-Factory = str | Callable[..., nn.Module] | None
-"""A factory that the user names: "package.module:function", the function itself, or None: that of policy.json."""
+Factory = str | Callable[..., nn.Module] | nn.Module | None
+"""What the user names: a factory "package.module:function", the function itself, or the dense model. None: see policy.json."""
 
 
 def load_compressed(folder: str | Path, factory: Factory = None) -> nn.Module:
@@ -34,7 +36,8 @@ def load_compressed(folder: str | Path, factory: Factory = None) -> nn.Module:
 
     Args:
         folder: of the export.
-        factory: called in place of the one that policy.json names, with the same arguments; a function, or its name.
+        factory: called in place of the one that policy.json names, with the same arguments; a function, or its name. Or the dense
+            model, which is copied.
     Raises:
         InputError: if the folder is no export, its files are damaged or were changed, the code of the model has changed, or
             policy.json names something that is not a factory of networks.
@@ -47,7 +50,7 @@ def load_compressed(folder: str | Path, factory: Factory = None) -> nn.Module:
         set_written_sizes(model, document.get("sizes", {}))  # exports of earlier versions have none
         restore_layers(model, packed, document["layers"])
         with torch.inference_mode():
-            model(torch.zeros(1, *document["model"]["input"]))
+            call_model(model, described_inputs(document["model"]))
     except InputError:
         raise
     except Exception as error:  # a hand-edited file can break any step above in its own way
@@ -57,6 +60,9 @@ def load_compressed(folder: str | Path, factory: Factory = None) -> nn.Module:
 
 def build_dense(model: Mapping[str, Any], factory: Factory = None) -> nn.Module:
     """Return the network before compression; a function that policy.json names is called only if `is_model_factory` allows it."""
+    if isinstance(factory, nn.Module):
+        dense = copy.deepcopy(factory)
+        return _plain_network(lambda **arguments: dense, {}, type(factory).__name__)
     if isinstance(factory, str):
         return build_model(factory, model["args"])
     if factory is not None:

@@ -39,17 +39,19 @@ import onnx
 import torch
 from onnx import numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-from torch import Tensor, nn
+from torch import nn
 
 from secateur.cost_models.core import FLOAT_BITS
 from secateur.envs.core import InputError
+from secateur.envs.inputs import Inputs, call_model, samples_like, tensors_of_inputs
 from secateur.envs.model_graph.folding import fold_batch_norms
 from secateur.envs.model_graph.plan import ModelGraph
 from secateur.envs.model_graph.trace import root_cause
 from secateur.envs.quantization.fake_quantize import ActivationQuantizer, activation_grid, quantized_weight
 from secateur.envs.quantization.quantizers import ActivationGrid, QuantizedWeight
+from secateur.envs.tasks.core import tensors_of
+from secateur.search.export.files import LOGITS, OUTPUT, input_names
 
-INPUT, OUTPUT = "input", "logits"
 INTEGER_BITS = 8
 LARGEST_CODE = 127
 DATA_SUFFIX = ".data"
@@ -108,20 +110,20 @@ class _IntegerLayer:
 def export_onnx(
     network: nn.Module,
     graph: ModelGraph,
-    image_shape: Sequence[int],
-    images: Tensor,
+    images: Inputs,
     path: str | Path,
     in_float: Mapping[str, str] | None = None,
 ) -> list[LayerExecution]:
     """Write an ONNX file and return how each of its layers is executed.
 
-    The input is "input", (N, C, H, W) float32 normalised, the output "logits", (N, classes) float32; N is free.
+    One input is called "input", and class scores (N, classes) "logits"; another output is "output", and several inputs or outputs
+    are numbered. The number N of samples is free.
 
     Args:
         network: with simulated quantization, eval mode; it is left as it is.
         graph: plan of the dense network that it was made from.
-        image_shape: (channels, height, width).
-        images: (N, C, H, W) calibration images, normalized; a few dozen. They give the ranges of values without a grid.
+        images: calibration inputs, usually (N, C, H, W) float32 normalized; a few dozen. They give the ranges of values without a
+            grid, and the shapes of the inputs.
         path: of the file. Above 1.8 GB the weights go to a second file beside it.
         in_float: {layer: reason, a sentence} of layers that stay in float32 although they have the bits for integers.
     Raises:
@@ -140,7 +142,7 @@ def export_onnx(
     }
     for name, layer in layers.items():  # the exact values of the codes, so that the tool cannot round them to others
         plain.get_submodule(name).weight = nn.Parameter(torch.from_numpy(layer.weight()))
-    model = _float_model(plain, image_shape)
+    model = _float_model(plain, images)
     nodes = _layer_nodes(model, plain, layers)
     layers = {name: layer for name, layer in layers.items() if name in nodes}
     notes: dict[str, str] = {}
@@ -247,20 +249,29 @@ def _execution(
 # ----------------------------------------------------------------------------------------------------------- float graph
 
 
-def _float_model(network: nn.Module, image_shape: Sequence[int]) -> onnx.ModelProto:
+@torch.no_grad()
+def _output_names(network: nn.Module, images: Inputs) -> list[str]:
+    outputs = tensors_of(call_model(network, images[:1]))
+    if len(outputs) == 1:
+        return [LOGITS if outputs[0].dim() == 2 else OUTPUT]
+    return [f"{OUTPUT}{index}" for index in range(len(outputs))]
+
+
+def _float_model(network: nn.Module, images: Inputs) -> onnx.ModelProto:
     """Return the ONNX graph of a network without quantizers."""
-    sizes: Any = {0: torch.export.Dim("batch")}
+    example, batch = samples_like(images, 2), torch.export.Dim("batch")
+    sizes: Any = tuple({0: batch} for _ in example)
     if any(p.kind is p.VAR_POSITIONAL for p in list(inspect.signature(network.forward).parameters.values())[:1]):
-        sizes = (sizes,)  # forward(*inputs)
+        sizes = (sizes,)  # forward(*inputs) has one parameter
     try:
         with quiet(), torch.no_grad():
             program = torch.onnx.export(
                 network,
-                (torch.zeros(2, *image_shape),),
+                example,
                 dynamo=True,
-                dynamic_shapes=(sizes,),
-                input_names=[INPUT],
-                output_names=[OUTPUT],
+                dynamic_shapes=sizes,
+                input_names=input_names(len(example)),
+                output_names=_output_names(network, images),
                 external_data=False,
                 verbose=False,
             )
@@ -314,19 +325,22 @@ def _save(model: onnx.ModelProto, path: Path) -> None:
 class _Images(CalibrationDataReader):
     """Gives the calibration images to ONNX Runtime in batches."""
 
-    def __init__(self, images: Tensor):
-        self._batches: Iterator[Tensor] = iter(images.split(CALIBRATION_BATCH))
+    def __init__(self, images: Inputs):
+        self._names = input_names(len(tensors_of_inputs(images)))
+        self._batches: Iterator[Inputs] = iter(images.split(CALIBRATION_BATCH))
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         batch = next(self._batches, None)
-        return None if batch is None else {INPUT: batch.numpy()}
+        if batch is None:
+            return None
+        return {name: x.numpy() for name, x in zip(self._names, tensors_of_inputs(batch), strict=True)}
 
 
 def _quantize(
     model: onnx.ModelProto,
     layers: Mapping[str, _IntegerLayer],
     nodes: Mapping[str, Sequence[onnx.NodeProto]],
-    images: Tensor,
+    images: Inputs,
     folder: Path,
 ) -> tuple[onnx.ModelProto, dict[str, str]]:
     """Return the graph with the layers in integers, and {layer: note} for layers that read another grid."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from secateur.envs.inputs import inputs_of
+from secateur.envs.tasks.imports import OBJECT
 from secateur.envs.tasks.models import find_factory, is_model_factory
-from secateur.search.export.files import ONNX, PT2
+from secateur.search.export.files import ONNX, PT2, input_names
 from secateur.search.schema import metric_of
 
 
@@ -20,19 +22,15 @@ def export_readme(document: Mapping[str, Any], name: str) -> str:
     metric = metric_of(document)
     scores = [(split, score) for split, score in document["scores"].items() if score is not None]
     lines = "\n".join(
-        f"- {split} {metric.label}: {metric.text(score['score'])} of {score['images']} images" for split, score in scores
+        f"- {split} {metric.label}: {metric.text(score['score'])}{_samples(score['images'])}" for split, score in scores
     )
     costs = "\n".join(
         f"- {cost}: {_number(value)} ({100 * value / document['dense_costs'][cost]:.1f} % of dense)"
         for cost, value in document["costs"].items()
     )
-    mean, std = ([round(value, 6) for value in document["normalization"][key]] for key in ("mean", "std"))
-    shape = ", ".join(map(str, document["model"]["input"]))
     factory = document["model"]["factory"]
-    imported, override = "", ""
-    if not is_model_factory(find_factory(factory)[0]):
-        module, _, function = factory.partition(":")
-        imported, override = f"\nfrom {module} import {function}", f", factory={function}"
+    imported, argument, loading = _loading(factory)
+    torch_call, numpy_call = _calls(document)
     return f"""# {factory}, compressed for the budget "{document["budget"]["name"]}"
 
 In PyTorch:
@@ -41,9 +39,8 @@ In PyTorch:
 import torch
 from secateur import load_compressed{imported}
 
-model = load_compressed("{name}"{override})  # this folder; a torch.nn.Module in eval mode
-mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in ({mean}, {std}))
-logits = model((pixels.float() / 255 - mean) / std)  # pixels: (N, {shape}) uint8
+model = load_compressed("{name}"{argument})  # this folder; a torch.nn.Module in eval mode
+{torch_call}
 ```
 
 In ONNX Runtime, {_executed(document)}:
@@ -54,17 +51,58 @@ import numpy as np, onnxruntime
 options = onnxruntime.SessionOptions()
 options.add_session_config_entry("session.x64quantprecision", "1")  # exact 8-bit sums on processors without VNNI
 session = onnxruntime.InferenceSession("{name}/{ONNX}", options, providers=["CPUExecutionProvider"])
-mean, std = (np.array(values, np.float32).reshape(1, -1, 1, 1) for values in ({mean}, {std}))
-(logits,) = session.run(None, {{"input": (pixels.astype(np.float32) / 255 - mean) / std}})  # pixels: (N, {shape}) uint8
+{numpy_call}
 ```
-{_pt2_readme(document, name, mean, std, shape)}
+{_pt2_readme(document, name, torch_call)}
 {costs}
 {lines}
 
-Loading in PyTorch imports the module of `{factory}` and calls it: its code runs. Load only exports from people you trust.
+{loading}
 
 {document["note"]}{_execution_notes(document)}
 """
+
+
+def _loading(factory: str) -> tuple[str, str, str]:
+    """Return an import, the further argument of `load_compressed`, and a sentence about what loading does."""
+    if factory.startswith(OBJECT):
+        model = factory.removeprefix(OBJECT)
+        return "", ", dense", f"`dense` is the model that was compressed, a `{model}` object; its weights do not matter."
+    calls = f"Loading in PyTorch imports the module of `{factory}` and calls it: its code runs."
+    trust = f"{calls} Load only exports from people you trust."
+    if is_model_factory(find_factory(factory)[0]):
+        return "", "", trust
+    module, _, function = factory.partition(":")
+    return f"\nfrom {module} import {function}", f", factory={function}", trust
+
+
+def _calls(document: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the lines that run the model in PyTorch and in ONNX Runtime."""
+    inputs, normalization = inputs_of(document["model"]), document["normalization"]
+    output = "logits" if document.get("task", {}).get("name", "classification") == "classification" else "outputs"
+    if normalization is None:
+        names = ["x"] if len(inputs) == 1 else [f"x{index}" for index in range(len(inputs))]
+        shapes = "; ".join(
+            f"{name}: (N, {', '.join(map(str, entry['shape']))}) {entry['dtype']}"
+            for name, entry in zip(names, inputs, strict=True)
+        )
+        feeds = ", ".join(f'"{given}": {name}' for given, name in zip(input_names(len(inputs)), names, strict=True))
+        return (
+            f"{output} = model({', '.join(names)})  # {shapes}",
+            f"{output} = session.run(None, {{{feeds}}})  # the same arrays",
+        )
+    mean, std = ([round(value, 6) for value in normalization[key]] for key in ("mean", "std"))
+    pixels = f"# pixels: (N, {', '.join(map(str, inputs[0]['shape']))}) uint8"
+    return (
+        f"mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in ({mean}, {std}))\n"
+        f"{output} = model((pixels.float() / 255 - mean) / std)  {pixels}",
+        f"mean, std = (np.array(values, np.float32).reshape(1, -1, 1, 1) for values in ({mean}, {std}))\n"
+        f'({output},) = session.run(None, {{"input": (pixels.astype(np.float32) / 255 - mean) / std}})  {pixels}',
+    )
+
+
+def _samples(count: int) -> str:
+    return f" of {count} samples" if count else ""
 
 
 def _number(value: float) -> str:
@@ -91,7 +129,7 @@ def _execution_notes(document: Mapping[str, Any]) -> str:
     return f"\n\nHow `{ONNX}` executes these layers:\n{lines}" if lines else ""
 
 
-def _pt2_readme(document: Mapping[str, Any], name: str, mean: list[float], std: list[float], shape: str) -> str:
+def _pt2_readme(document: Mapping[str, Any], name: str, torch_call: str) -> str:
     if PT2 not in document["files"]:
         return ""
     return f"""
@@ -101,7 +139,6 @@ With torch alone, quantization simulated:
 import torch
 
 model = torch.export.load("{name}/{PT2}").module()
-mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in ({mean}, {std}))
-logits = model((pixels.float() / 255 - mean) / std)  # pixels: (N, {shape}) uint8
+{torch_call}
 ```
 """

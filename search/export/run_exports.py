@@ -13,6 +13,7 @@ from secateur.search.build import build_problem
 from secateur.search.config import Overrides
 from secateur.search.export.files import read_export
 from secateur.search.export.write import check_free, export_point, is_export_of
+from secateur.search.given import Given
 from secateur.search.named_code import load_own_manifest
 from secateur.search.problem import Problem, StatusCallback
 from secateur.search.results.document import read_front
@@ -60,6 +61,7 @@ def export(
     pt2: bool = False,
     overrides: Overrides = (),
     status: StatusCallback = lambda text: None,
+    given: Given | None = None,
 ) -> list[Exported]:
     """Write models of a run: policy.json, safetensors and ONNX, loadable without pickles. Give one of the first three options.
 
@@ -72,6 +74,7 @@ def export(
         pt2: whether to write model.pt2 of torch.export too.
         overrides: changes of the run's configuration, such as {"data.root": "where/the/data/are/now"}.
         status: called with a few words at each stage.
+        given: model and task as Python objects, if the run began with such (`Run.given`).
     Returns:
         The exports, in the order of the front. Exports that are in their default folders already are not written again.
     Raises:
@@ -79,12 +82,12 @@ def export(
     """
     check_selection(budget, trial, front)
     run, output = Path(run), None if output is None else Path(output)
-    settings, _ = load_own_manifest(run, overrides)
+    settings, _ = load_own_manifest(run, overrides, given)
     document = read_front(run)
     if trial is not None:
         found = find_trial(run, trial)
         check_free(output or trial_folder(run, trial))
-        problem = build_problem(settings, status)
+        problem = build_problem(settings, status, given)
         chosen = chosen_trial(run, found, problem.space.policy_space, output)
         return [_write(chosen, problem, document, pt2, status)]
     selected = [chosen_winner(run, document, budget, output)] if budget is not None else chosen_front(run, document, output)
@@ -94,7 +97,7 @@ def export(
         check_free(one.folder)
     written: dict[Path, Exported] = {}
     if missing:
-        problem = build_problem(settings, status)
+        problem = build_problem(settings, status, given)
         written = {one.folder: _write(one, problem, document, pt2, status) for one in missing}
     return [written.get(one.folder) or _exported(one.folder, written=False) for one in selected]
 

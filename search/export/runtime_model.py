@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from secateur.envs.tasks.core import Inputs, call_model
+from secateur.envs.inputs import Inputs, call_model
 from secateur.search.profiling.runtimes import Session
 
 

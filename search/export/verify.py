@@ -32,10 +32,11 @@ from secateur.cost_models.core import FLOAT_BITS, CostModel, LayerShapes
 from secateur.cost_models.device import Device, parse_device
 from secateur.cost_models.latency_table import TableLatency
 from secateur.envs.core import InputError
+from secateur.envs.inputs import Inputs, call_model, described_inputs, tensors_of_inputs
 from secateur.envs.metric import Metric, drop_name, loss_of
 from secateur.envs.model_graph import analyze
 from secateur.envs.quantization.fake_quantize import ActivationQuantizer, activation_grid, quantized_weight
-from secateur.envs.tasks.core import Metrics, call_model, first_inputs, tensors_of
+from secateur.envs.tasks.core import Metrics, Task, first_inputs, tensors_of
 from secateur.envs.tasks.data import load_data
 from secateur.envs.tasks.registry import build_task
 from secateur.envs.tasks.supervised import SupervisedTask
@@ -88,6 +89,7 @@ def verify_export(
     overrides: Overrides = (),
     seconds: float = SECONDS,
     factory: Factory = None,
+    task: Task | None = None,
 ) -> Verification:
     """Check an export from its files alone, and write verify.json into it.
 
@@ -98,6 +100,7 @@ def verify_export(
         overrides: ["data.root=FOLDER"] or {"data.root": FOLDER}, for data that has moved.
         seconds: how long each network is timed.
         factory: factory of the network, for one that a policy.json of somebody else could not name; see `load_compressed`.
+        task: scores the model, in place of the task and the data that policy.json names.
     Raises:
         InputError: if a file is missing, damaged or was changed, the runtime is not installed, or the data cannot be read.
     """
@@ -106,7 +109,7 @@ def verify_export(
     document = read_export(folder)
     _check_complete(folder, document)
     check_files(folder, document)
-    task = _load_task(document, overrides)
+    task = _load_task(document, overrides) if task is None else task
     network = load_compressed(folder, factory)
     device = None if document["device"] is None else parse_device(document["device"], f"The device in {folder / POLICY}")
     outputs = _compare(network, folder, runtime, threads, task, document)
@@ -189,9 +192,7 @@ def _load_task(document: Mapping[str, Any], overrides: Overrides) -> SupervisedT
 # --------------------------------------------------------------------------------------------------------------- outputs
 
 
-def _compare(
-    network: nn.Module, folder: Path, runtime: str, threads: int, task: SupervisedTask, document: Mapping[str, Any]
-) -> Outputs:
+def _compare(network: nn.Module, folder: Path, runtime: str, threads: int, task: Task, document: Mapping[str, Any]) -> Outputs:
     (example,) = first_inputs(task, "test", 1)
     executed = RuntimeModel(open_session(folder / ONNX, runtime, threads), network, example)
     largest, mean, agreement = _output_differences(task, network, executed)
@@ -211,7 +212,7 @@ def _compare(
 
 
 @torch.inference_mode()
-def _output_differences(task: SupervisedTask, network: nn.Module, executed: nn.Module) -> tuple[float, float, float | None]:
+def _output_differences(task: Task, network: nn.Module, executed: nn.Module) -> tuple[float, float, float | None]:
     """Return largest and mean difference of an output in its tensor's standard deviations, and the share of equal answers."""
     differences: list[list[np.ndarray]] = []
     wanted_values: list[list[np.ndarray]] = []
@@ -252,7 +253,7 @@ def _costs(network: nn.Module, document: Mapping[str, Any], device: Device | Non
     """Return every promised cost and that of the loaded network, which is analyzed like an unknown model."""
     models: dict[str, CostModel] = {name: model() for name, model in COST_MODELS.items()}
     models |= {} if device is None else device.cost_models()
-    shapes = _shapes(network, document["model"]["input"])
+    shapes = _shapes(network, described_inputs(document["model"]))
     found: dict[str, float | None] = {}
     for name in document["costs"]:
         try:
@@ -269,7 +270,7 @@ def _cost(model: CostModel, shapes: LayerShapes, document: Mapping[str, Any]) ->
     return float(model.total(shapes)[0])
 
 
-def _shapes(network: nn.Module, image_shape: Sequence[int]) -> LayerShapes:
+def _shapes(network: nn.Module, example: Inputs) -> LayerShapes:
     """Return the shapes and bits of a compressed network, (1, ...) each."""
     weights = {name: weight.bits for name, module in network.named_modules() if (weight := quantized_weight(module))}
     inputs = {name: grid.bits for name, module in network.named_modules() if (grid := activation_grid(module))}
@@ -277,7 +278,7 @@ def _shapes(network: nn.Module, image_shape: Sequence[int]) -> LayerShapes:
     for module in plain.modules():
         for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, ActivationQuantizer)]:
             del module._forward_pre_hooks[key]
-    geometry = analyze(plain, (torch.zeros(1, *image_shape),), verify=False).geometry
+    geometry = analyze(plain, tuple(tensors_of_inputs(example)), verify=False).geometry
     bits = [[of_layer.get(layer.name, FLOAT_BITS) for layer in geometry.layers] for of_layer in (weights, inputs)]
     return geometry.shapes(None, *map(np.array, bits))
 
@@ -286,7 +287,7 @@ def _latency(
     folder: Path,
     runtime: str,
     threads: int,
-    task: SupervisedTask,
+    task: Task,
     document: Mapping[str, Any],
     device: Device | None,
     seconds: float,
@@ -300,12 +301,12 @@ def _latency(
     (images,) = first_inputs(task, "test", batch)
     with TemporaryDirectory() as temporary:
         dense = build_dense(document["model"], factory).float().eval()
-        shape = document["model"]["input"]
-        graph = analyze(dense, (torch.zeros(1, *shape),), verify=False)
-        export_onnx(dense, graph, shape, images, Path(temporary) / ONNX)
+        example = described_inputs(document["model"])
+        graph = analyze(dense, tuple(tensors_of_inputs(example)), verify=False)
+        export_onnx(dense, graph, images, Path(temporary) / ONNX)
         files = (folder / ONNX, Path(temporary) / ONNX)
         sessions = [open_session(file, runtime, threads, precision) for file in files]
-        ours, theirs = measure_latencies(sessions, images.numpy(), seconds)
+        ours, theirs = measure_latencies(sessions, [x.numpy() for x in tensors_of_inputs(images)], seconds)
     return MeasuredLatency(
         ours.milliseconds,
         ours.low,

@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,12 +26,13 @@ from torch import Tensor, nn
 
 from secateur.cost_models.core import FLOAT_BITS
 from secateur.envs.core import Budget, CompressionPolicy, Evaluation, InputError
+from secateur.envs.inputs import Inputs, call_model, describe_inputs, samples_like
 from secateur.envs.policy_space import document_to_policy, policy_to_document
 from secateur.envs.pruning.slicing import written_sizes
 from secateur.envs.quantization.fake_quantize import activation_grid, quantized_weight
 from secateur.envs.quantization.packing import pack_bits
-from secateur.envs.tasks.core import first_inputs
-from secateur.envs.tasks.models import build_model
+from secateur.envs.tasks.core import first_inputs, tensors_of
+from secateur.envs.tasks.supervised import SupervisedTask
 from secateur.search.export.execution import layers_in_float
 from secateur.search.export.files import (
     CODES,
@@ -113,23 +114,26 @@ def _write_models(
 ) -> list[LayerExecution]:
     """Write model.safetensors, model.onnx and perhaps model.pt2; return how each layer of model.onnx is executed."""
     save_file(packed_tensors(network), draft / WEIGHTS)
-    graph, shape = problem.assembler.graph, problem.config.model.input
-    ranges = problem.assembler.images  # None only if no layer has activation bits; then no range is measured
-    ranges = torch.zeros(1, *shape) if ranges is None else ranges[:RANGE_IMAGES]
+    graph, ranges = problem.assembler.graph, problem.assembler.images
+    if ranges is None:  # no layer has activation bits, so no range is measured
+        (ranges,) = first_inputs(problem.task, "validation", 1)
+    ranges = ranges[:RANGE_IMAGES]
     in_float = layers_in_float(problem.device, graph.geometry.shapes(policy.widths, policy.weight_bits, policy.activation_bits))
-    executions = export_onnx(network, graph, shape, ranges, draft / ONNX, in_float)
+    executions = export_onnx(network, graph, ranges, draft / ONNX, in_float)
     if pt2:
-        _write_pt2(network, shape, draft / PT2)
+        _write_pt2(network, ranges, draft / PT2)
     return executions
 
 
 def _read_back(draft: Path, problem: Problem, network: nn.Module) -> nn.Module:
     """Return the model in the folder; RuntimeError if it computes something else than `network`."""
     # The user's own configuration named the factory, so here it is called without a check.
-    loaded = load_compressed(draft, lambda **arguments: build_model(problem.config.model.factory, arguments))
+    given = problem.given
+    loaded = load_compressed(draft, problem.config.model.factory if given is None else given.model)
     (images,) = first_inputs(problem.task, "validation", 16)
     with torch.inference_mode():
-        if not torch.equal(loaded(images), network(images)):
+        pairs = zip(tensors_of(call_model(loaded, images)), tensors_of(call_model(network, images)), strict=True)
+        if not all(torch.equal(*pair) for pair in pairs):
             raise RuntimeError("The exported model computes something else than the one that was searched.")
     return loaded
 
@@ -258,19 +262,23 @@ def _document(
     test: Evaluation | None,
     executions: list[LayerExecution],
 ) -> dict[str, Any]:
-    model, data, graph = problem.config.model, problem.task.data, problem.assembler.graph
+    model, graph = problem.config.model, problem.assembler.graph
+    data = problem.task.data if isinstance(problem.task, SupervisedTask) else None
+    (example,) = first_inputs(problem.task, "validation", 1)
     kept = problem.assembler.kept(policy)
     return {
         "schema": SCHEMA,
         "task": problem.config.task.model_dump(mode="json"),
         "metric": asdict(problem.task.metric),
-        "model": {"factory": model.factory, "args": model.args, "input": list(model.input)},
-        "normalization": {
+        "model": {"factory": model.factory, "args": model.args, "input": list(model.input), "inputs": describe_inputs(example)},
+        "normalization": None
+        if data is None
+        else {
             "formula": "(pixel / 255 - mean) / std",
             "mean": [float(value) for value in data.mean],
             "std": [float(value) for value in data.std],
         },
-        "classes": list(data.classes),
+        "classes": [] if data is None else list(data.classes),
         "policy": policy_to_document(policy),
         "budget": {
             "name": budget.name,
@@ -285,7 +293,7 @@ def _document(
             "test": None if test is None else {"score": test.score, "images": test.images},
             "dense_validation": {"score": problem.dense.score, "images": problem.dense.images},
         },
-        "data": data.source,
+        "data": problem.task.source,
         "data_config": problem.config.data.model_dump(mode="json"),
         "device": None if problem.device is None else problem.device.document(),
         "groups": [
@@ -313,13 +321,14 @@ def _shares_of_dense(problem: Problem, budget: Budget) -> dict[str, float]:
     return {cost: limit.value for cost, limit in limits.items() if limit.relative and cost in budget.limits}
 
 
-def _write_pt2(network: nn.Module, image_shape: Sequence[int], path: Path) -> None:
+def _write_pt2(network: nn.Module, images: Inputs, path: Path) -> None:
     """Write the network as torch.export has it, without the stack traces, which name files of this machine."""
     batch = torch.export.Dim("batch")
     with warnings.catch_warnings(), torch.inference_mode():  # so quantizers use operators that torch.export knows
         warnings.simplefilter("ignore")  # they concern torch's own parts
         try:
-            program = torch.export.export(network, (torch.zeros(2, *image_shape),), dynamic_shapes=({0: batch},))
+            example = samples_like(images, 2)
+            program = torch.export.export(network, example, dynamic_shapes=tuple({0: batch} for _ in example))
         except Exception as error:  # it runs the user's forward
             reason = (str(error).strip().splitlines() or [""])[0]
             failed = f"torch.export cannot export this network: {type(error).__name__}: {reason} Leave out"

@@ -293,30 +293,34 @@ def measure_latency(session: Session, image: np.ndarray, seconds: float = 1.0, l
 
 
 def measure_latencies(
-    sessions: Sequence[Session], image: np.ndarray, seconds: float = 1.0, least_repeats: int = 10
+    sessions: Sequence[Session], image: np.ndarray | Sequence[np.ndarray], seconds: float = 1.0, least_repeats: int = 10
 ) -> list[Latency]:
     """Return how long one run of each session takes; all take turns, so that disturbances of the machine affect all of them.
 
     Args:
+        sessions: what to run.
+        image: its input, (N, C, H, W) float32, or several inputs.
         seconds: for each session.
+        least_repeats: repeats even if they take longer.
     """
+    inputs = [image] if isinstance(image, np.ndarray) else list(image)
     for session in sessions:
         for _ in range(WARM_UP):
-            session.run(image)
+            session.run(*inputs)
     times: list[list[list[float]]] = []  # (turns, sessions, TURN)
     started = _clock()
     while len(times) * TURN < least_repeats or _clock() - started < seconds * len(sessions):
-        times.append([_turn(session, image) for session in sessions])
+        times.append([_turn(session, inputs) for session in sessions])
     milliseconds = 1e3 * np.array(times).swapaxes(0, 1).reshape(len(sessions), -1)
     low, median, high = np.quantile(milliseconds, [0.1, 0.5, 0.9], axis=1)
     repeats = milliseconds.shape[1]
     return [Latency(float(m), float(lo), float(hi), repeats) for m, lo, hi in zip(median, low, high, strict=True)]
 
 
-def _turn(session: Session, image: np.ndarray) -> list[float]:
+def _turn(session: Session, inputs: Sequence[np.ndarray]) -> list[float]:
     """Return the seconds of `TURN` runs, after one that brings the model back into the caches."""
-    session.run(image)
-    return [_timed(session, image) for _ in range(TURN)]
+    session.run(*inputs)
+    return [_timed(session, inputs) for _ in range(TURN)]
 
 
 def fastest(milliseconds: np.ndarray) -> float:
@@ -325,10 +329,10 @@ def fastest(milliseconds: np.ndarray) -> float:
     return float(np.sort(milliseconds)[:count].mean()) + TICK_MS / 2
 
 
-def _timed(session: Session, image: np.ndarray) -> float:
+def _timed(session: Session, inputs: Sequence[np.ndarray]) -> float:
     """Return the seconds of one run; for one thread without the time in which other processes held its core."""
     wall, processor = time.perf_counter(), time.process_time()
-    session.run(image)
+    session.run(*inputs)
     processor, wall = time.process_time() - processor, time.perf_counter() - wall
     # Only Linux is known to count processor time in nanoseconds.
     return min(wall, processor) if session.threads == 1 and sys.platform == "linux" else wall

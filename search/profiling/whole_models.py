@@ -22,7 +22,8 @@ from secateur.envs.core import InputError
 from secateur.envs.model_graph.folding import fold_batch_norms
 from secateur.envs.model_graph.plan import ModelGraph
 from secateur.envs.pruning.slicing import kept_positions, slice_model
-from secateur.search.export.onnx_export import INPUT, OUTPUT, quiet
+from secateur.search.export.files import INPUT, LOGITS
+from secateur.search.export.onnx_export import quiet
 from secateur.search.profiling.runtimes import OnnxRuntimeSession
 
 TWINS = ("_quantized_zero_point", "_quantized_scale", "_zero_point", "_quantized", "_scale")
@@ -168,7 +169,7 @@ def make_distinct(model: nn.Module) -> None:
 def export_to_onnx(network: nn.Module, images: torch.Tensor) -> onnx.ModelProto:
     """Return the network as an ONNX model with a fixed batch; the initializers keep the names of its tensors."""
     with quiet():
-        program = torch.onnx.export(network, (images,), dynamo=True, input_names=[INPUT], output_names=[OUTPUT], verbose=False)
+        program = torch.onnx.export(network, (images,), dynamo=True, input_names=[INPUT], output_names=[LOGITS], verbose=False)
     assert program is not None, "the exporter based on dynamo returns a program"
     return program.model_proto
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from secateur.envs.core import Budget, CompressionPolicy, InputError
 from secateur.search.export.verification import Verification
-from secateur.search.export.verify import verify_in_fresh_process
+from secateur.search.export.verify import verify_export, verify_in_fresh_process
 from secateur.search.export.write import write_export
 from secateur.search.problem import Problem
 from secateur.search.profiling.runtimes import PyTorch
@@ -113,16 +113,23 @@ class _Trials:
             outcome.folder = folder
             device = self.problem.device
             table = None if device is None else device.table
+            where: dict[str, Any] = {}
             # PyTorch executes no ONNX files.
-            where: dict[str, Any] = {"factory": self.problem.config.model.factory}
             if table is not None and table.runtime != PyTorch.name:
                 where |= {"runtime": table.runtime, "threads": table.threads}
-            # The user's configuration names these functions; files may not name every function.
-            outcome.verification = self.verify(folder, overrides=[f"data.name={self.problem.config.data.name}"], **where)
+            outcome.verification = self._verified(folder, where)
         except (InputError, RuntimeError) as error:
             # A long search must not lose its results because a winner cannot be exported or verified.
             log.info("checking the winner of %s failed", self.budget.name, exc_info=True)
             outcome.note = f"The winner of budget '{self.budget.name}' was not checked: {error}"
+
+    def _verified(self, folder: Path, where: Mapping[str, Any]) -> Verification:
+        """Verify an export in a fresh process, or here if model and metric are Python objects, which no other process has."""
+        given, config = self.problem.given, self.problem.config
+        if given is not None:
+            return verify_export(folder, factory=given.model, task=given.task, **where)
+        # The user's configuration names these functions; files may not name every function.
+        return self.verify(folder, factory=config.model.factory, overrides=[f"data.name={config.data.name}"], **where)
 
     def _keeps(self, costs: Mapping[str, float]) -> bool:
         return costs[LATENCY] * self.factor <= self.budget.limits[LATENCY]

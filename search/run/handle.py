@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,27 +22,66 @@ from secateur.search.run.progress import SearchProgress
 from secateur.search.run.study import Study, load_study, trials_table
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
+    from secateur.envs.metric import Metric
+    from secateur.envs.tasks.core import Batch
     from secateur.search.ask import Reply
     from secateur.search.export.run_exports import Exported
+    from secateur.search.given import Given
 
 
-def search(config: ConfigSource, overrides: Overrides = (), progress: SearchProgress | bool = False) -> Run:
+def search(
+    config: ConfigSource | nn.Module,
+    overrides: Overrides = (),
+    progress: SearchProgress | bool = False,
+    *,
+    inputs: Any = None,
+    calibration: Any = None,
+    evaluate: Callable[[Any], float] | None = None,
+    test: Callable[[Any], float] | None = None,
+    metric: Metric | None = None,
+    loss: Callable[[nn.Module, Batch], Tensor] | None = None,
+    divergence: Callable[[Any, Any], Tensor] | None = None,
+    **settings: Any,
+) -> Run:
     """Run a search, and return the run: study, Pareto front, winners with test scores, exported and verified.
 
     Whatever ends the search early (Ctrl-C, an error) leaves a run folder with everything that was found; `resume` continues it.
 
     Args:
-        config: a configuration, the path of a YAML file, or its content as a dict.
-        overrides: ["search.evaluations=50"] or {"search.evaluations": 50}; they win over `config`.
+        config: a configuration, the path of a YAML file, or its content as a dict. Or a model: then `inputs` and `calibration`
+            are needed, and `settings` take the place of a configuration.
+        overrides: ["search.evaluations=50"] or {"search.evaluations": 50}; they win over everything else.
         progress: True: show the progress on stderr.
+        inputs: example inputs of the model: a tensor, a tuple of positional arguments, or a dict of keyword arguments. The first
+            axis is the batch.
+        calibration: loader or list of batches: inputs, or tuples that begin with the inputs. The first 512 samples are used for
+            statistics of activations; no labels are needed.
+        evaluate: scores a model in the search: takes a module in eval mode, returns one number. It also gets modules that run an
+            exported file. None: the score is the divergence from the dense model's outputs on a part of `calibration`.
+        test: scores the finalists, on data that `evaluate` has not used. None: `evaluate` does.
+        metric: what `evaluate` and `test` return.
+        loss: training loss of a model on a batch (inputs, targets); some importances need it.
+        divergence: of the dense model's outputs and another's, (samples,). Default: KL divergence of class scores (samples,
+            classes), relative squared error of other outputs.
+        settings: `budgets` and other sections of a configuration, and `agent`, `options`, `evaluations`, `seed`, `workers` and
+            `time_limit` of its section `search`.
     Raises:
         InputError: if something in the configuration cannot be used; nothing is written then.
     """
-    settings = load_config(config, overrides)
+    given = None
+    if not isinstance(config, str | os.PathLike | Mapping | SearchConfig):
+        from secateur.search.given import given_config, make_given
+
+        given = make_given(config, inputs, calibration, evaluate, test, metric, loss, divergence)
+        config = given_config(given, settings)
+    elif settings or inputs is not None or calibration is not None or evaluate is not None:
+        named = [*settings, *(["inputs, calibration, evaluate"] if not settings else [])]
+        raise InputError(f"`{named[0]}` goes with a model object; with a configuration, use `overrides`.")
+    resolved = load_config(config, overrides)
     with _shown(progress) as display:
-        return Run(engine.search(settings, display))
+        return Run(engine.search(resolved, display, given), given)
 
 
 def resume(run: str | os.PathLike[str], overrides: Overrides = (), progress: SearchProgress | bool = False) -> Run:
@@ -56,8 +95,9 @@ def resume(run: str | os.PathLike[str], overrides: Overrides = (), progress: Sea
         InputError: if the folder is not a run, another process searches in it, or the overrides change what was searched;
             nothing is written then.
     """
+    given = run.given if isinstance(run, Run) else None
     with _shown(progress) as display:
-        return Run(engine.resume(Path(run), overrides, display))
+        return Run(engine.resume(Path(run), overrides, display, given), given)
 
 
 def load_run(folder: str | os.PathLike[str]) -> Run:
@@ -90,6 +130,7 @@ class Winner:
         test_score: in the metric's unit; None before the search has ended.
         verified: whether its export kept all promises; None: not verified.
         folder: its export; None: not exported by the search.
+        dense: the dense model, if the search was given a Python object in this process.
     """
 
     budget: str
@@ -101,6 +142,7 @@ class Winner:
     test_score: float | None
     verified: bool | None
     folder: Path | None
+    dense: nn.Module | None = field(default=None, compare=False, repr=False)
 
     def model(self) -> nn.Module:
         """Return the compressed network in eval mode, loaded from the export.
@@ -114,7 +156,7 @@ class Winner:
             )
         from secateur.search.export.load import load_compressed
 
-        return load_compressed(self.folder)
+        return load_compressed(self.folder, self.dense)
 
 
 @dataclass(frozen=True)
@@ -125,9 +167,11 @@ class Run:
 
     Attributes:
         folder: of the run.
+        given: model and task, if the search was given Python objects in this process.
     """
 
     folder: Path
+    given: Given | None = field(default=None, compare=False, repr=False)
 
     def __fspath__(self) -> str:
         return str(self.folder)
@@ -191,6 +235,7 @@ class Run:
             None if final is None else final["score"],
             check.get("passed"),
             self.folder / check["export"] if check.get("export") else None,
+            None if self.given is None else self.given.model,
         )
 
     def export(
@@ -205,7 +250,7 @@ class Run:
         """Write models of this run; see `secateur.export`."""
         from secateur.search.export.run_exports import export
 
-        return export(self, budget=budget, trial=trial, front=front, output=output, pt2=pt2)
+        return export(self, budget=budget, trial=trial, front=front, output=output, pt2=pt2, given=self.given)
 
     def resume(self, overrides: Overrides = (), progress: SearchProgress | bool = False) -> Run:
         """Continue this run; see `secateur.resume`."""
@@ -221,7 +266,7 @@ class Run:
         """Return policies for any budget from the run's agent; see `secateur.ask`."""
         from secateur.search.ask import ask
 
-        return ask(self, budget, preference, evaluations, overrides)
+        return ask(self, budget, preference, evaluations, overrides, given=self.given)
 
 
 def _only_budget(document: Mapping[str, Any]) -> str:

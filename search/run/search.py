@@ -16,6 +16,7 @@ from secateur.cost_models.device import write_device
 from secateur.envs.core import Actor, Episode
 from secateur.search.build import build_agent, build_front, build_problem, open_runner, prepare
 from secateur.search.config import Overrides, SearchConfig
+from secateur.search.given import Given
 from secateur.search.loop import Runner, run_loop
 from secateur.search.named_code import load_own_manifest
 from secateur.search.problem import Problem
@@ -30,8 +31,10 @@ from secateur.search.run.sensitivities import read_sensitivities, write_sensitiv
 from secateur.search.run.study import StudyRecorder, load_study
 
 
-def search(config: SearchConfig, progress: SearchProgress | None = None) -> Path:
+def search(config: SearchConfig, progress: SearchProgress | None = None, given: Given | None = None) -> Path:
     """Run the search that `config` describes, and return its run folder (the engine of `secateur.search`).
+
+    `given` are model and task as Python objects; None: the configuration names them.
 
     front.json is on disk from the start on and follows every change, and the study holds every evaluation as soon as it is
     done. After Ctrl-C or an error both hold everything that was found, and `resume` continues from there.
@@ -41,28 +44,31 @@ def search(config: SearchConfig, progress: SearchProgress | None = None) -> Path
     """
     check_run_folder(config.output)
     progress = progress or SearchProgress(Console(quiet=True))
-    problem = build_problem(config, progress.status)
+    problem = build_problem(config, progress.status, given)
     return _run(problem, None, None, progress)
 
 
-def resume(run: str | Path, overrides: Overrides = (), progress: SearchProgress | None = None) -> Path:
+def resume(
+    run: str | Path, overrides: Overrides = (), progress: SearchProgress | None = None, given: Given | None = None
+) -> Path:
     """Go on with a run until its configuration's evaluations are done, as if it had never stopped (search/run/replay.py).
 
     Args:
         run: its folder.
         overrides: changes of the run's configuration, such as {"search.evaluations": 500}.
         progress: follows it; default: in silence.
+        given: the run's model and task as Python objects, if it began with such.
     Raises:
         InputError: if the folder is no run, another process searches in it, or the configuration differs; nothing is written.
     """
     run, progress = Path(run), progress or SearchProgress(Console(quiet=True))
     before, manifest = load_manifest(run)
-    config, _ = load_own_manifest(run, overrides)
+    config, _ = load_own_manifest(run, overrides, given)
     check_unchanged(before, config)
     with held(run):
         trials = load_study(run).trials
         check_evaluations(run, len(trials), config)
-        problem = build_problem(config, progress.status)
+        problem = build_problem(config, progress.status, given)
         check_same_score(run, manifest, problem)
         return _run(problem, run, Recorded(trials, problem), progress)
 

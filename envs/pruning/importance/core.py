@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import numpy as np
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from secateur.envs.calibration.core import Calibration, required
+from secateur.cost_models.core import InputError
+from secateur.envs.calibration.core import Calibration
+from secateur.envs.inputs import Inputs, call_model
 from secateur.envs.model_graph.plan import ModelGraph
+from secateur.envs.tasks.core import Batch
+
+
+def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the mean cross-entropy of a batch with classes."""
+    return F.cross_entropy(call_model(model, batch.inputs), batch.targets)
 
 
 @dataclass(frozen=True)
@@ -20,25 +30,42 @@ class DenseModel:
         model: the dense network, in eval mode.
         graph: its plan.
         calibration: statistics of every layer's input; None if the importance does not need images.
-        images, labels: calibration images (N, C, H, W) float32 normalized and their classes (N,); None if the importance does
-            not need images.
+        images, labels: calibration inputs, usually (N, C, H, W) float32 normalized, and their targets, usually classes (N,); None
+            if the importance does not need images.
         rng: the only source of randomness.
+        loss: training loss of a model on a batch; by default the cross-entropy of classes.
     """
 
     model: nn.Module
     graph: ModelGraph
     calibration: Calibration | None
-    images: Tensor | None
+    images: Inputs | None
     labels: Tensor | None
     rng: np.random.Generator
+    loss: Callable[[nn.Module, Batch], Tensor] = cross_entropy
 
-    def first_images(self, most: int) -> tuple[Tensor, Tensor]:
-        """Return the first calibration images and their labels, at most `most`.
+    def first_images(self, most: int) -> Inputs:
+        """Return the first calibration inputs, at most `most`.
 
         Raises:
             ValueError: if there are none.
         """
-        return required(self.images, "images")[:most], required(self.labels, "labels")[:most]
+        if self.images is None:
+            raise ValueError("An importance needs images, but there are no calibration images.")
+        return self.images[:most]
+
+    def first_batches(self, most: int, size: int) -> list[Batch]:
+        """Return the first calibration inputs, at most `most`, with their targets, `size` per batch.
+
+        Raises:
+            InputError: if there are no targets.
+        """
+        if self.labels is None:
+            raise InputError(
+                "This `importance` needs the targets of the calibration data. Choose another one, such as `l1_norm`."
+            )
+        images = self.first_images(most)
+        return list(map(Batch, images.split(size), self.labels[:most].split(size)))
 
 
 class Importance(Protocol):

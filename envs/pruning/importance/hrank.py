@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.cost_models.core import Count, check_fields
+from secateur.envs.inputs import call_model
 from secateur.envs.pruning.importance.common.readers import input_channels
 from secateur.envs.pruning.importance.common.unit_slices import mean_l1_norm
 from secateur.envs.pruning.importance.core import DenseModel
@@ -52,7 +53,7 @@ class HRank:
 
     def scores(self, dense: DenseModel) -> tuple[np.ndarray, ...]:
         """See `Importance.scores`; runs the network once over the images."""
-        images, _ = dense.first_images(self.config.max_images)
+        images = dense.first_images(self.config.max_images)
         totals: list[Tensor | None] = [None] * len(dense.graph.groups)
         hooks = []
         for index, group in enumerate(dense.graph.groups):
@@ -64,7 +65,7 @@ class HRank:
         try:
             with torch.inference_mode():
                 for batch in images.split(self.config.batch_size):
-                    dense.model(batch)
+                    call_model(dense.model, batch)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -18,7 +18,6 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from secateur.cost_models.core import Count, check_fields
@@ -51,17 +50,15 @@ class Taylor:
     needs_images: ClassVar[bool] = True
 
     def scores(self, dense: DenseModel) -> tuple[np.ndarray, ...]:
-        """See `Importance.scores`; the loss is the cross-entropy in eval mode, so batch statistics have no effect."""
+        """See `Importance.scores`; the loss is taken in eval mode, so batch statistics have no effect."""
         model = copy.deepcopy(dense.model).eval().requires_grad_(True)
         parameters = named_parameters(model)
         places = [_gates(model, group) for group in dense.graph.groups]
         totals = [np.zeros(group.units) for group in dense.graph.groups]
-        images, labels = dense.first_images(self.config.max_images)
-        size = self.config.batch_size
-        batches = list(zip(images.split(size), labels.split(size), strict=True))
-        for batch_images, batch_labels in batches:
+        batches = dense.first_batches(self.config.max_images, self.config.batch_size)
+        for batch in batches:
             model.zero_grad()
-            F.cross_entropy(model(batch_images), batch_labels).backward()
+            dense.loss(model, batch).backward()
             for total, group_places in zip(totals, places, strict=True):
                 total += _first_order(parameters, group_places) ** 2 / len(batches)
         return tuple(totals)

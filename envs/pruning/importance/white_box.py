@@ -31,7 +31,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secateur.cost_models.core import Count, NonNegative, Positive, check_fields
+from secateur.cost_models.core import Count, InputError, NonNegative, Positive, check_fields
+from secateur.envs.inputs import call_model
 from secateur.envs.pruning.importance.common.readers import input_channels
 from secateur.envs.pruning.importance.common.unit_slices import mean_l1_norm
 from secateur.envs.pruning.importance.core import DenseModel
@@ -82,14 +83,16 @@ class WhiteBox:
 
     def _train(self, masked: _MaskedModel, dense: DenseModel) -> None:
         generator = torch.Generator().manual_seed(int(dense.rng.integers(2**63)))
-        images, labels = dense.first_images(self.config.max_images)
+        ((images, labels),) = dense.first_batches(self.config.max_images, self.config.max_images)
+        if labels.dim() != 1 or labels.is_floating_point():
+            raise InputError("`importance: white_box` needs one class per image. Choose another importance.")
         masks = list(masked.masks.values())
         optimizer = torch.optim.Adam(masks, self.config.learning_rate)
         for _ in range(self.config.epochs):
             for picked in torch.randperm(len(images), generator=generator).split(self.config.batch_size):
                 masked.coefficients = class_coefficients(labels[picked], masked.classes, generator)
                 scores = torch.cat([mask.mean(0) for mask in masks])
-                loss = F.cross_entropy(masked.model(images[picked]), labels[picked])
+                loss = F.cross_entropy(call_model(masked.model, images[picked]), labels[picked])
                 optimizer.zero_grad()
                 (loss + self.config.sparsity * scores.abs().mean()).backward()
                 optimizer.step()
@@ -101,7 +104,7 @@ class _MaskedModel:
     def __init__(self, dense: DenseModel) -> None:
         self.model = copy.deepcopy(dense.model).eval().requires_grad_(False)
         with torch.no_grad():
-            self.classes = self.model(dense.first_images(1)[0]).shape[1]
+            self.classes = call_model(self.model, dense.first_images(1)).shape[1]
         self.coefficients = torch.empty(0, self.classes)
         self.masks: dict[str, Tensor] = {}
         for group in dense.graph.groups:

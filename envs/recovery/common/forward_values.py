@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from secateur.envs.inputs import Inputs, call_model, map_inputs
+
 _ADDITIONS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__)
 _CLIPS = {
     **dict.fromkeys((F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_), (0.0, float("inf"))),
@@ -103,7 +105,7 @@ def observing(mode: ValueObserver | _Recorder, modules: Mapping[str, nn.Module])
 
 
 def plan_forward(
-    model: nn.Module, layers: Mapping[str, str | None], hidden: Mapping[str, nn.Module], image: Tensor
+    model: nn.Module, layers: Mapping[str, str | None], hidden: Mapping[str, nn.Module], image: Inputs
 ) -> ForwardPlan:
     """Return the targets of the layers.
 
@@ -111,7 +113,7 @@ def plan_forward(
         model: the dense network, in eval mode.
         layers: {layer: batch norm that is its only reader, or None}.
         hidden: modules whose pre-hooks are not observed.
-        image: one image as a batch.
+        image: one sample as a batch.
     """
     modules = dict(model.named_modules())
     recorder = _Recorder()
@@ -129,10 +131,10 @@ def plan_forward(
     watched = {*layers, *filter(None, layers.values())}
     hooks = [modules[name].register_forward_pre_hook(lambda *_, name=name: enter(name)) for name in watched]
     hooks += [modules[name].register_forward_hook(lambda *args, name=name: leave(name, args[2])) for name in watched]
-    image = image.clone()  # tensors made in inference mode have no versions, their clones do
+    image = map_inputs(Tensor.clone, image)  # tensors made in inference mode have no versions, their clones do
     try:
         with observing(recorder, hidden):
-            model(image)
+            call_model(model, image)
     finally:
         for hook in hooks:
             hook.remove()

@@ -99,7 +99,7 @@ def folder(tmp_path: Path, exported: Path) -> Path:
 def without_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exports with an empty model.onnx, which takes no time."""
 
-    def write(network, graph, image_shape, images, path, in_float):
+    def write(network, graph, images, path, in_float):
         path.write_bytes(b"")
         return []
 

@@ -138,7 +138,7 @@ def images_like(dense, count=200):
 def test_a_float_network_gives_the_same_outputs_in_any_batch(dense, request, tmp_path):
     network, graph, images = request.getfixturevalue(dense)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    executed = export_onnx(network, graph, SHAPE, images, tmp_path / "model.onnx")
+    executed = export_onnx(network, graph, images, tmp_path / "model.onnx")
     assert [layer.name for layer in executed] == [layer.name for layer in graph.geometry.layers]
     assert {(layer.weight_bits, layer.activation_bits, layer.executed, layer.note) for layer in executed} == {
         (32, 32, "float32", "")
@@ -158,7 +158,7 @@ def eight_bits(conv_net, tmp_path_factory):
     network, path = quantized(conv_net, (8, 8)), tmp_path_factory.mktemp("eight") / "model.onnx"
     with torch.no_grad():
         before = network(conv_net[2])
-        executed = export_onnx(network, conv_net[1], SHAPE, conv_net[2], path)
+        executed = export_onnx(network, conv_net[1], conv_net[2], path)
         assert torch.equal(network(conv_net[2]), before), "the export has changed the network"
     assert all(quantized_weight(network.get_submodule(layer.name)) for layer in conv_net[1].geometry.layers)
     return network, path, executed
@@ -207,7 +207,7 @@ def test_large_networks_keep_their_weights_in_a_second_file(conv_net, eight_bits
 
 def test_linear_layers_on_tokens_become_integers(token_net, tmp_path):
     network, path = quantized(token_net, (8, 8)), tmp_path / "model.onnx"
-    executed = export_onnx(network, token_net[1], SHAPE, token_net[2], path)
+    executed = export_onnx(network, token_net[1], token_net[2], path)
     assert {layer.name: layer.executed for layer in executed} == dict.fromkeys(("patches", "grow", "shrink", "head"), "int8")
     stored = [codes for codes, _ in stored_weights(path).values()]
     for name in ("grow", "shrink"):
@@ -222,7 +222,7 @@ def test_only_layers_with_bits_for_weight_and_input_become_integers(conv_net, tm
     bits = {"stem": (4, 8), "depthwise": (8, 8), "project": (4, 32), "plain": (32, 8), "linear": (8, 8)}
     network, path = quantized(conv_net, bits), tmp_path / "model.onnx"
     in_float = {"stem": "It is faster so.", "plain": "It is faster so.", "squeeze": "It is faster so."}
-    executed = {layer.name: layer for layer in export_onnx(network, conv_net[1], SHAPE, conv_net[2], path, in_float)}
+    executed = {layer.name: layer for layer in export_onnx(network, conv_net[1], conv_net[2], path, in_float)}
     assert [name for name, layer in executed.items() if layer.executed == "int8"] == ["depthwise", "linear"]
     assert set(stored_weights(path)) == {"depthwise.weight", "linear.weight"}
     assert executed["stem"].note == "It is faster so."
@@ -238,7 +238,7 @@ def test_a_network_kept_in_float_computes_with_the_rounded_weights(conv_net, tmp
     """Without a rounded input, only the order of sums differs from the network with rounded weights."""
     weights_only, both = quantized(conv_net, (3, 32)), quantized(conv_net, (3, 8))
     in_float = {layer.name: "It is faster so." for layer in conv_net[1].geometry.layers}
-    executed = export_onnx(both, conv_net[1], SHAPE, conv_net[2], tmp_path / "model.onnx", in_float)
+    executed = export_onnx(both, conv_net[1], conv_net[2], tmp_path / "model.onnx", in_float)
     assert {(layer.executed, layer.kept_in_float) for layer in executed} == {("float32", True)}
     with torch.no_grad():
         expected = weights_only(conv_net[2]).numpy()
@@ -251,7 +251,7 @@ def test_fewer_bits_are_stored_in_bytes_exactly(conv_net, tmp_path, quantizer, b
     per_layer = {name: (bits[index % 2], 8) for index, name in enumerate(names)}
     network, path = quantized(conv_net, per_layer, quantizer), tmp_path / "model.onnx"
     norms = dict(conv_net[1].batch_norms)
-    executed = export_onnx(network, conv_net[1], SHAPE, conv_net[2], path)
+    executed = export_onnx(network, conv_net[1], conv_net[2], path)
     assert all(layer.executed == "int8" and layer.note == "" for layer in executed)
     for name, (codes, scale) in stored_weights(path).items():
         name = name.removesuffix(".weight")
@@ -268,7 +268,7 @@ def test_fewer_bits_are_stored_in_bytes_exactly(conv_net, tmp_path, quantizer, b
 
 def test_powers_of_two_that_do_not_fit_a_byte_are_rounded_with_a_note(conv_net, tmp_path):
     network, path = quantized(conv_net, (6, 8), "power_of_two"), tmp_path / "model.onnx"
-    executed = {layer.name: layer for layer in export_onnx(network, conv_net[1], SHAPE, conv_net[2], path)}
+    executed = {layer.name: layer for layer in export_onnx(network, conv_net[1], conv_net[2], path)}
     assert "nearest of 255 levels" in executed["plain"].note
     difference, same = compare(network, path, images_like(conv_net))
     assert difference < CLOSE and same > 0.9
@@ -276,7 +276,7 @@ def test_powers_of_two_that_do_not_fit_a_byte_are_rounded_with_a_note(conv_net, 
 
 def test_inputs_of_fewer_bits_get_256_levels_over_the_same_range(conv_net, tmp_path):
     network, path = quantized(conv_net, (8, 4)), tmp_path / "model.onnx"
-    executed = export_onnx(network, conv_net[1], SHAPE, conv_net[2], path)
+    executed = export_onnx(network, conv_net[1], conv_net[2], path)
     assert all("over the range of the 4-bit grid" in layer.note for layer in executed)
     finer = quantized(conv_net, (8, 8))
     with torch.no_grad():
@@ -297,7 +297,7 @@ def test_two_readers_of_a_tensor_share_the_wider_grid_and_a_note_says_so(tmp_pat
 
     dense = made(Fork)
     network = quantized(dense, {"left": (8, 8), "right": (8, 2)})
-    left, right = export_onnx(network, dense[1], SHAPE, dense[2], tmp_path / "model.onnx")[1:]
+    left, right = export_onnx(network, dense[1], dense[2], tmp_path / "model.onnx")[1:]
     notes = [note for note in (left.note, right.note) if "grid of layer" in note]
     assert left.executed == right.executed == "int8" and len(notes) == 1
 
@@ -325,7 +325,7 @@ def test_a_weight_that_is_a_bare_parameter_is_exported(tmp_path):
 
     dense, path = made(Bare), tmp_path / "model.onnx"
     network = quantized(dense, {"linear": (8, 8)})
-    executed = export_onnx(network, dense[1], SHAPE, dense[2], path)
+    executed = export_onnx(network, dense[1], dense[2], path)
     assert [(layer.name, layer.executed) for layer in executed] == [("kernel", "float32"), ("linear", "int8")]
     assert compare(network, path, images_like(dense))[0] < CLOSE
 
@@ -342,7 +342,7 @@ def test_a_forward_with_any_number_of_inputs_is_exported(tmp_path):
     for network in (Wrapped().eval(), nn.DataParallel(Wrapped().module).eval()):
         path, images = tmp_path / "model.onnx", torch.randn(3, *SHAPE)
         graph = analyze(network, (images,))
-        export_onnx(network, graph, SHAPE, images, path)
+        export_onnx(network, graph, images, path)
         np.testing.assert_allclose(run(path, images), network(images).detach().numpy(), atol=1e-5)
 
 
@@ -357,6 +357,6 @@ def test_what_torch_cannot_export_is_one_sentence(tmp_path):
 
     network, graph, images = made(Unknown)
     with pytest.raises(InputError, match="torch.onnx cannot export this network: .*bessel_j0") as raised:
-        export_onnx(network, graph, SHAPE, images, tmp_path / "model.onnx")
+        export_onnx(network, graph, images, tmp_path / "model.onnx")
     assert str(raised.value).isprintable() and len(str(raised.value)) < 600
     assert list(tmp_path.iterdir()) == []

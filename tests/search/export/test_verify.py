@@ -193,7 +193,7 @@ def other_onnx(tmp_path_factory, problem):
     """The ONNX file of another network, with two channels per group."""
     other = problem.finalist_assembler.assemble(CompressionPolicy((2, 2, 2)[: len(problem.graph.groups)], (32,) * 5, (32,) * 5))
     path = tmp_path_factory.mktemp("other") / ONNX
-    export_onnx(other, problem.graph, (3, 8, 8), problem.assembler.images, path)
+    export_onnx(other, problem.graph, problem.assembler.images, path)
     return path
 
 

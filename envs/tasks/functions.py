@@ -1,0 +1,300 @@
+"""A task from Python functions and a loader: the user's own metric, or none."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.cost_models.core import InputError
+from secateur.envs.inputs import Arguments, Inputs, call_model, concatenate, tensors_of_inputs
+from secateur.envs.metric import Metric
+from secateur.envs.tasks.core import Batch, Metrics, Model, Stop, kl_divergence, relative_error, tensors_of
+
+Evaluate = Callable[[Any], float]
+"""Scores a model: takes a module in eval mode and returns one number."""
+
+DIVERGENCE = Metric("divergence", higher_is_better=False, best=0.0)
+"""How far outputs are from the dense model's: the score where there is no `evaluate`."""
+
+
+def output_divergence(reference: Any, outputs: Any) -> Tensor:
+    """Return how far outputs are from the dense model's, (samples,).
+
+    KL divergence in nats for one tensor of class scores (samples, classes), else the relative squared error of all tensors.
+    """
+    tensors = tensors_of(reference)
+    if len(tensors) == 1 and tensors[0].dim() == 2 and tensors[0].shape[1] > 1:
+        return kl_divergence(tensors[0], tensors_of(outputs)[0])
+    return relative_error(reference, outputs)
+
+
+@dataclass(frozen=True)
+class FunctionTask:
+    """A task that scores models with functions; a `secateur.envs.tasks.core.Task`.
+
+    Attributes:
+        metric: what the functions return.
+        given: batches of the calibration loader; targets are None if the loader has none.
+        evaluate_validation: scores models in the search.
+        evaluate_test: scores finalists; None: `evaluate_validation` does.
+        training_loss: loss of a model on a batch (inputs, targets); None: there is none.
+        compare: divergence of two outputs, per sample.
+    """
+
+    metric: Metric
+    given: tuple[Batch, ...]
+    evaluate_validation: Evaluate
+    evaluate_test: Evaluate | None = None
+    training_loss: Callable[[nn.Module, Batch], Tensor] | None = None
+    compare: Callable[[Any, Any], Tensor] = output_divergence
+
+    @property
+    def source(self) -> str:
+        """One sentence about the data."""
+        samples = f"Python objects: {self.samples('calibration')} calibration samples"
+        if self.evaluate_test is None:
+            return f"{samples}; `evaluate` gives the validation scores and the test scores, because there is no function `test`."
+        return f"{samples}; `evaluate` gives the validation scores, `test` the test scores."
+
+    def samples(self, split: str) -> int:
+        """Return the number of calibration samples; of the other splits only the functions know it: 0."""
+        return sum(len(batch.inputs) for batch in self.given) if split == "calibration" else 0
+
+    def batches(self, split: str, size: int | None = None) -> Iterator[Batch]:
+        """Return the calibration batches for every split: the functions keep their data to themselves."""
+        return iter(self.given)
+
+    def evaluate(self, model: Model, split: str, stop: Stop | None = None) -> Metrics:
+        """Return the score that the split's function gives.
+
+        Raises:
+            InputError: if the function returns anything but a finite number.
+        """
+        name, function = "evaluate", self.evaluate_validation
+        if split == "test" and self.evaluate_test is not None:
+            name, function = "test", self.evaluate_test
+        with torch.no_grad():
+            score = function(model)
+        return Metrics(_number(score, name), 0)
+
+    def loss(self, model: Model, batch: Batch) -> Tensor:
+        """Return the training loss of a batch.
+
+        Raises:
+            InputError: if there is none.
+        """
+        if self.training_loss is None:
+            raise InputError("A training loss is needed: pass `loss`, a function of the model and a batch (inputs, targets).")
+        return self.training_loss(model, batch)  # type: ignore[arg-type]
+
+    def divergence(self, reference: Any, outputs: Any) -> Tensor:
+        """Return how far outputs are from a reference model's, (samples,)."""
+        return self.compare(reference, outputs)
+
+    def agreement(self, reference: Any, outputs: Any) -> None:
+        """Return None: nothing is known of the outputs' meaning."""
+
+    def check(self, outputs: Any) -> None:
+        """Raise InputError unless the outputs hold a tensor."""
+        if not tensors_of(outputs):
+            raise InputError(
+                f"The model must return tensors, or a tuple, list or dict of them, but returns {type(outputs).__name__}."
+            )
+
+
+def _number(score: Any, name: str) -> float:
+    """Return the score as a float."""
+    try:
+        if isinstance(score, str | bytes):
+            raise TypeError("text is no score, even if it holds digits")
+        value = float(score)
+    except (TypeError, ValueError):
+        shown = (
+            f"a tensor of shape {tuple(score.shape)}" if isinstance(score, Tensor) else f"{type(score).__name__} {score!r:.60}"
+        )
+        raise InputError(f"`{name}` must return one number, but returned {shown}.") from None
+    if isinstance(score, str | bytes):
+        raise InputError(f"`{name}` must return one number, but returned the text {score!r:.60}.")
+    if not math.isfinite(value):
+        raise InputError(f"`{name}` returned {value}, which is no score. Check the model and the data of `{name}`.")
+    return value
+
+
+@dataclass(frozen=True)
+class DenseOutputs:
+    """Scores a model by the mean divergence of its outputs from the dense model's; picklable.
+
+    Attributes:
+        batches: inputs, each with the dense model's outputs.
+        compare: divergence of two outputs, per sample.
+    """
+
+    batches: tuple[tuple[Inputs, Any], ...]
+    compare: Callable[[Any, Any], Tensor]
+
+    def __call__(self, model: Model) -> float:
+        """Return the mean divergence."""
+        found = [self.compare(outputs, call_model(model, inputs)) for inputs, outputs in self.batches]
+        return float(torch.cat(found).double().mean())
+
+
+# ------------------------------------------------------------------------------------------------------ from user's objects
+
+
+def example_inputs(model: nn.Module, inputs: Any) -> Inputs:
+    """Return the example inputs as a batch of one sample.
+
+    Args:
+        model: they are for.
+        inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments, which must be the first ones of the
+            model's `forward`; the first axis of each tensor is the batch.
+    Raises:
+        InputError: if they are something else.
+    """
+    if isinstance(inputs, Mapping):
+        inputs = _positional(model, inputs)
+    tensors = (inputs,) if isinstance(inputs, Tensor) else inputs
+    if not isinstance(tensors, tuple | list) or not tensors or not all(isinstance(x, Tensor) for x in tensors):
+        raise InputError("`inputs` must be a tensor, a tuple of tensors, or a dict of tensors by name of the parameter.")
+    if any(x.dim() < 2 or not len(x) for x in tensors):
+        shapes = ", ".join(str(tuple(x.shape)) for x in tensors)
+        raise InputError(
+            f"The first axis of every input must be the batch, with at least one sample, but the shapes are {shapes}."
+        )
+    batch: Inputs = tensors[0] if len(tensors) == 1 else Arguments(tuple(tensors))
+    return batch[:1]
+
+
+def _positional(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
+    import inspect
+
+    names = [name for name, p in inspect.signature(model.forward).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    if set(names[: len(inputs)]) != set(inputs):
+        raise InputError(
+            f"`inputs` names {', '.join(inputs)}, but the first parameters of {type(model).__name__}.forward are "
+            f"{', '.join(names[: len(inputs)]) or 'none'}. Wrap the model in a module whose forward takes these inputs first."
+        )
+    return tuple(inputs[name] for name in names[: len(inputs)])
+
+
+def read_loader(loader: Iterable[Any], example: Inputs, samples: int) -> tuple[Batch, ...]:
+    """Return the first batches of a loader, `samples` samples at most; an endless loader is read no further.
+
+    Args:
+        loader: yields inputs, or tuples or lists that begin with the inputs, the rest being targets; with several inputs also
+            dicts by position order.
+        example: one sample of the inputs, with the right shapes.
+        samples: number of samples.
+    Raises:
+        InputError: if the loader is empty, or yields something else.
+    """
+    batches: list[Batch] = []
+    wanted = tensors_of_inputs(example)
+    left = samples
+    try:
+        iterator = iter(loader)
+    except TypeError:
+        raise InputError(f"`calibration` must be a loader or a list of batches, but is {type(loader).__name__}.") from None
+    for item in iterator:
+        batch = _batch_of(item, example, wanted)
+        batches.append(Batch(batch.inputs[:left], batch.targets if len(batch.inputs) <= left else _first(batch.targets, left)))
+        left -= len(batches[-1].inputs)
+        if left <= 0:
+            break
+    if not batches:
+        raise InputError("`calibration` yields no batch. A loader can be read once only if it is a generator: pass a list.")
+    return tuple(batches)
+
+
+def _batch_of(item: Any, example: Inputs, wanted: Sequence[Tensor]) -> Batch:
+    parts = tuple(item.values()) if isinstance(item, Mapping) else tuple(item) if isinstance(item, tuple | list) else (item,)
+    given, rest = parts[: len(wanted)], parts[len(wanted) :]
+    if len(given) == 1 and isinstance(given[0], tuple | list) and len(wanted) > 1:  # ((x1, x2), y)
+        given, rest = tuple(given[0]), parts[1:]
+    fits = len(given) == len(wanted) and all(
+        isinstance(x, Tensor) and x.shape[1:] == like.shape[1:] and x.is_floating_point() == like.is_floating_point() and len(x)
+        for x, like in zip(given, wanted, strict=False)
+    )
+    if not fits:
+        shown = (
+            ", ".join(f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__ for x in given) or "nothing"
+        )
+        needed = ", ".join(f"(N, {', '.join(map(str, x.shape[1:]))}) {x.dtype}" for x in wanted)
+        raise InputError(f"`calibration` must yield inputs like the example, {needed}, but yields {shown}.")
+    tensors = tuple(x.detach().to(like.dtype) for x, like in zip(given, wanted, strict=True))
+    inputs: Inputs = Arguments(tensors) if isinstance(example, Arguments) else tensors[0]
+    return Batch(inputs, rest[0] if len(rest) == 1 else (rest or None))
+
+
+def _first(targets: Any, count: int) -> Any:
+    return targets[:count] if isinstance(targets, Tensor) else None
+
+
+def divergence_task(model: nn.Module, given: Sequence[Batch], compare: Callable[[Any, Any], Tensor]) -> FunctionTask:
+    """Return the task of staying close to the dense model; half of the samples are calibration, a quarter validation and test.
+
+    Raises:
+        InputError: if there are fewer than four samples.
+    """
+    inputs = concatenate([batch.inputs for batch in given])
+    count, size = len(inputs), max(len(batch.inputs) for batch in given)
+    if count < 4:
+        raise InputError(f"Without `evaluate`, `calibration` must hold at least 4 samples, but it holds {count}.")
+    half, quarter = count // 2, count // 4
+
+    def scored(part: Inputs) -> DenseOutputs:
+        with torch.no_grad():
+            return DenseOutputs(tuple((batch, call_model(model, batch)) for batch in part.split(size)), compare)
+
+    calibration = tuple(Batch(batch) for batch in inputs[:half].split(size))
+    validation, test = scored(inputs[half : half + quarter]), scored(inputs[half + quarter :])
+    return FunctionTask(DIVERGENCE, calibration, validation, test, compare=compare)
+
+
+def check_functions(task: FunctionTask, model: nn.Module) -> None:
+    """Check the functions on the dense model, before the search.
+
+    Raises:
+        InputError: if a function fails, returns no number, changes the model, or scores noise better than the model.
+    """
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    scores = {}
+    for split, name in (("validation", "evaluate"), ("test", "test")):
+        try:
+            scores[split] = task.evaluate(model, split).score
+        except InputError:
+            raise
+        except Exception as error:  # the user's function runs arbitrary code
+            raise InputError(f"`{name}` failed on the dense model: {type(error).__name__}: {error}") from error
+        model.eval()
+        after = model.state_dict()
+        changed = [key for key, tensor in before.items() if not torch.equal(after[key], tensor)]
+        if changed:
+            raise InputError(f"`{name}` changes the model: `{changed[0]}` is another after the call. It may only run the model.")
+    noise = noise_score(task, model)
+    dense = scores["validation"]
+    if noise is not None and task.metric.drop(noise, dense) < 0:
+        better = "higher" if task.metric.higher_is_better else "lower"
+        raise InputError(
+            f"A model with random weights scores {task.metric.text(noise)} {task.metric.label}, the given one "
+            f"{task.metric.text(dense)}, "
+            f"and {better} is said to be better. Check `higher_is_better` of `metric`, and the weights of the model."
+        )
+
+
+def noise_score(task: FunctionTask, model: nn.Module) -> float | None:
+    """Return the score of the model with its weights in random order; None if it cannot be scored."""
+    noisy, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
+    for parameter in noisy.parameters():
+        flat = parameter.data.flatten()
+        parameter.data = flat[torch.randperm(len(flat), generator=generator)].view_as(parameter)
+    try:
+        return task.evaluate(noisy, "validation").score
+    except Exception:  # random outputs may break what the user's function does with them
+        return None
