@@ -70,8 +70,8 @@ def _find_sizes(
 
     Modules often store numbers of channels and use them in their forward pass, e.g. `x.split(self.width, dim=1)`. Tried are the
     numbers, alone or in lists, that are stored by modules whose forward pass uses the group's channels, and that are multiples of
-    the number of units: each one alone, then all of one module together. A trial succeeds if the outputs are those of the network
-    with the same entries zeroed, both with one unit less and with one unit left.
+    the number of units. A trial succeeds if the outputs are those of the network with the same entries zeroed, both with one unit
+    less and with one unit left.
 
     Args:
         model, graph, inputs: the traced model, its structure, and inputs for its forward pass.
@@ -103,21 +103,23 @@ def _modules_with(trace: Trace, flow: ChannelFlow, members: np.ndarray) -> list[
 
 
 def _size_candidates(model: nn.Module, group: ChannelGroup, modules: Sequence[str]) -> list[tuple[WrittenSize, ...]]:
-    """Return the attributes to try for a group: each one alone, then all of one module."""
-    candidates = []
+    """Return the attributes to try: each one, the same one in all modules of a class, all of one module, all of them."""
+    alone: list[WrittenSize] = []
+    of_class: dict[tuple[type, str, int | None], list[WrittenSize]] = {}
     for path in modules:
         module = model.get_submodule(path)
         if type(module).__module__.startswith("torch."):  # slicing sets the attributes of PyTorch's own modules
             continue
-        sizes = [
-            WrittenSize(path, name, number // group.units, entry)
-            for name, value in vars(module).items()
-            if is_written_size(value)
-            for entry, number in ([(None, value)] if isinstance(value, int) else enumerate(value))
-            if number > 1 and number % group.units == 0
-        ]
-        candidates += [(size,) for size in sizes] + ([tuple(sizes)] if len(sizes) > 1 else [])
-    return candidates
+        for name, value in vars(module).items():
+            if not is_written_size(value):
+                continue
+            for entry, number in [(None, value)] if isinstance(value, int) else enumerate(value):
+                if number > 1 and number % group.units == 0:
+                    alone.append(WrittenSize(path, name, number // group.units, entry))
+                    of_class.setdefault((type(module), name, entry), []).append(alone[-1])
+    of_module = [[size for size in alone if size.module == path] for path in modules]
+    together = [tuple(sizes) for sizes in (*of_class.values(), *of_module, alone) if len(sizes) > 1]
+    return [*((size,) for size in alone), *dict.fromkeys(together)]
 
 
 @torch.no_grad()

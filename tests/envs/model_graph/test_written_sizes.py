@@ -127,6 +127,17 @@ def test_stored_numbers_of_channels_change_with_the_plan(block):
         torch.testing.assert_close(sliced(images), masked_model(model, graph, kept)(images), rtol=1e-4, atol=1e-5)
 
 
+def test_blocks_that_share_their_channels_change_together():
+    model, images = network(nn.Sequential(PartialConv(), PartialConv(), PartialConv())), torch.randn(2, 3, 8, 8)
+    graph = analyze(model, (images,))
+    found = {group.name: [(size.module, size.name) for size in group.sizes] for group in graph.groups}
+    blocks = ["2.0", "2.1", "2.2"]
+    assert found == {"0": [(block, "convolved") for block in blocks], "0#2": [(block, "untouched") for block in blocks]}
+    kept = [np.array([1]), np.array([0, 4, 8])]
+    sliced = slice_model(model, graph, kept)
+    torch.testing.assert_close(sliced(images), masked_model(model, graph, kept)(images), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("block", "expected"), [(ScaleBlock, {"2.width": 3}), (MixedConv, {"2.splits": [3, 2, 1]})])
 def test_a_sliced_model_is_rebuilt_from_its_tensors_and_sizes(block, expected):
     model, images = network(block()), torch.randn(2, 3, 8, 8)
