@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,7 +37,19 @@ class Arguments:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Arguments:
         """Return `function` of every tensor."""
-        return Arguments(tuple(map(function, self.tensors)))
+        return replace(self, tensors=tuple(map(function, self.tensors)))
+
+    def call(self, model: Callable[..., Any]) -> Any:
+        """Return the model's outputs."""
+        return model(*self.tensors)
+
+
+class ImageList(Arguments):
+    """One tensor of images that goes into a model as a list of single images, as detectors take them."""
+
+    def call(self, model: Callable[..., Any]) -> Any:
+        """Return the model's outputs."""
+        return model(list(self.tensors[0]))
 
 
 Inputs = Tensor | Arguments
@@ -46,7 +58,7 @@ Inputs = Tensor | Arguments
 
 def call_model(model: Callable[..., Any], inputs: Inputs) -> Any:
     """Return the model's outputs for a batch of inputs."""
-    return model(*tensors_of_inputs(inputs))
+    return inputs.call(model) if isinstance(inputs, Arguments) else model(inputs)
 
 
 def map_inputs(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
@@ -63,7 +75,7 @@ def concatenate(batches: Sequence[Inputs]) -> Inputs:
     """Return one batch of all samples; all tensors of an argument must have the same shape but for the first axis."""
     columns = zip(*map(tensors_of_inputs, batches), strict=True)
     tensors = tuple(torch.cat(column) for column in columns)
-    return Arguments(tensors) if isinstance(batches[0], Arguments) else tensors[0]
+    return replace(batches[0], tensors=tensors) if isinstance(batches[0], Arguments) else tensors[0]
 
 
 def samples_like(inputs: Inputs, count: int) -> tuple[Tensor, ...]:

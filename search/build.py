@@ -26,9 +26,10 @@ from secateur.envs.core import Budget, Evaluation, InputError, Sensitivities
 from secateur.envs.costs import PolicyCosts
 from secateur.envs.evaluator import Evaluator, Precision, choose_precision
 from secateur.envs.feasibility import FeasibleSpace
-from secateur.envs.inputs import call_model, tensors_of_inputs
+from secateur.envs.inputs import Inputs, call_model, tensors_of_inputs
 from secateur.envs.metric import Metric
 from secateur.envs.model_graph import ModelGraph, analyze
+from secateur.envs.parts import take_parts
 from secateur.envs.policy_space import PolicySpace, SpaceConfig
 from secateur.envs.projection import FeasibilityProjection
 from secateur.envs.pruning.importance import IMPORTANCES
@@ -41,10 +42,8 @@ from secateur.envs.recovery import RECOVERIES, Recovery
 from secateur.envs.sensitivity import IMAGES, measure_sensitivities
 from secateur.envs.tasks.core import Task, all_samples, check_finite, first_inputs
 from secateur.envs.tasks.data import load_data
-from secateur.envs.tasks.functions import FunctionTask
 from secateur.envs.tasks.models import load_model
 from secateur.envs.tasks.registry import build_task
-from secateur.envs.tasks.supervised import SupervisedTask
 from secateur.envs.tasks.training import Progress, cache_directory
 from secateur.search.config import BudgetConfig, DeviceProfile, PluginEntry, SearchConfig
 from secateur.search.given import Given
@@ -60,9 +59,7 @@ CHECKED_IMAGES = 256
 """Number of validation images for which the dense network's outputs are checked before anything else is computed."""
 
 
-def build_model_and_graph(
-    config: SearchConfig, status: StatusCallback = log.info
-) -> tuple[SupervisedTask, nn.Module, ModelGraph]:
+def build_model_and_graph(config: SearchConfig, status: StatusCallback = log.info) -> tuple[Task, nn.Module, ModelGraph]:
     """Return task, model and graph of the sections `model`, `data` and `task`: what `secateur inspect` needs.
 
     Args:
@@ -76,21 +73,25 @@ def build_model_and_graph(
     task = build_task(config.task.name, config.task.options, data)
     status("loading the model")
     model = load_model(config.model.factory, config.model.weights, config.model.args, data, _epochs_to(status), status)
-    status("tracing the model")
-    example = torch.zeros(1, *config.model.input)
-    graph = analyze(model, (example,), exclude=config.space.exclude)
-    with torch.inference_mode():
-        task.check(model(example))
-    return task, model, graph
+    task = task.without_training_data()
+    return traced(task, model, first_inputs(task, "validation", 1)[0], config, status)
 
 
-def trace_given(given: Given, config: SearchConfig, status: StatusCallback) -> tuple[FunctionTask, nn.Module, ModelGraph]:
-    """Return task, model and graph of the user's objects."""
+def traced(
+    task: Task, model: nn.Module, example: Inputs, config: SearchConfig, status: StatusCallback
+) -> tuple[Task, nn.Module, ModelGraph]:
+    """Return task, model and graph of what is compressed: the model, or its parts (`model.part`).
+
+    Raises:
+        InputError: if the model does not suit the task, or cannot be traced.
+    """
     status("tracing the model")
-    graph = analyze(given.model, tuple(tensors_of_inputs(given.example)), exclude=config.space.exclude)
     with torch.inference_mode():
-        given.task.check(call_model(given.model, given.example))
-    return given.task, given.model, graph
+        task.check(call_model(model, example))
+    if config.model.parts:
+        task, model = take_parts(task, model, config.model.parts)
+        example = first_inputs(task, "validation", 1)[0]
+    return task, model, analyze(model, tuple(tensors_of_inputs(example)), exclude=config.space.exclude)
 
 
 def _epochs_to(status: StatusCallback) -> Progress:
@@ -176,12 +177,10 @@ def build_problem(config: SearchConfig, status: StatusCallback = log.info, given
     Raises:
         InputError: for anything in the configuration that cannot be used, before anything is written.
     """
-    task: Task
     if given is None:
         task, model, graph = build_model_and_graph(config, status)
-        task = task.without_training_data()
     else:
-        task, model, graph = trace_given(given, config, status)
+        task, model, graph = traced(given.task, given.model, given.example, config, status)
     metric = task.metric
     config = resolve_device(config, model, graph, status)
     costs = build_costs(config, graph)
@@ -193,7 +192,9 @@ def build_problem(config: SearchConfig, status: StatusCallback = log.info, given
     status("scoring the dense model")
     dense = dense_evaluation(task, model, costs)
     everything = [np.arange(group.units) for group in graph.groups]
-    if config.search.precision == "auto":
+    if config.model.parts:
+        precision = Precision("float32", "parts of a model are scored in float32")
+    elif config.search.precision == "auto":
         precision = choose_precision(lambda: slice_model(model, graph, everything), graph, task, dense.score)
     else:
         precision = Precision(config.search.precision, "chosen in the configuration")

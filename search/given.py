@@ -29,7 +29,10 @@ from secateur.envs.tasks.models import check_weights
 SAMPLES = 512
 """Calibration samples that are read from the loader."""
 
-SHORTCUTS = {name: f"search.{name}" for name in ("agent", "options", "evaluations", "seed", "workers", "time_limit")}
+SHORTCUTS = {
+    "part": "model.part",
+    **{name: f"search.{name}" for name in ("agent", "options", "evaluations", "seed", "workers", "time_limit")},
+}
 """{keyword argument: what it sets in the configuration}."""
 
 
@@ -96,10 +99,10 @@ def given_config(given: Given, settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     values = {name: value for name, value in settings.items() if name not in SHORTCUTS}
     section = dict(values.get("search", {}))
-    section |= {name: settings[name] for name in SHORTCUTS if name in settings}
+    section |= {name: settings[name] for name in SHORTCUTS if name in settings and name != "part"}
     values["search"] = section
     shape = list(tensors_of_inputs(given.example)[0].shape[1:])
     kind = type(given.model)
-    values["model"] = {"factory": f"{OBJECT}{kind.__module__}.{kind.__qualname__}", "input": shape}
+    values["model"] = {"factory": f"{OBJECT}{kind.__module__}.{kind.__qualname__}", "input": shape, "part": settings.get("part")}
     values["data"] = {"name": f"{OBJECT}loader", "calibration": given.task.samples("calibration"), "validation": 1}
     return values

@@ -13,7 +13,7 @@ from secateur.envs.core import Budget, InputError
 from secateur.envs.costs import PolicyCosts
 from secateur.envs.model_graph import ModelGraph
 from secateur.envs.projection import FeasibilityProjection
-from secateur.envs.tasks.supervised import SupervisedTask
+from secateur.envs.tasks.core import Task
 from secateur.search.build import (
     Feasibility,
     build_budgets,
@@ -43,7 +43,7 @@ class Inspection:
     """
 
     config: SearchConfig
-    task: SupervisedTask
+    task: Task
     graph: ModelGraph
     costs: PolicyCosts
     budgets: tuple[Budget, ...]

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from secateur.envs.tasks.classification import Classification, ClassificationConfig
+from secateur.envs.tasks.detection import Detection, DetectionConfig
 from secateur.envs.tasks.regression import Regression, RegressionConfig
 from secateur.envs.tasks.restoration import Restoration, RestorationConfig
 from secateur.envs.tasks.segmentation import Segmentation, SegmentationConfig
@@ -18,6 +19,7 @@ TASKS: Mapping[str, tuple[type, type[SupervisedTask]]] = {
     "classification": (ClassificationConfig, Classification),
     "segmentation": (SegmentationConfig, Segmentation),
     "restoration": (RestorationConfig, Restoration),
+    "detection": (DetectionConfig, Detection),
     "regression": (RegressionConfig, Regression),
 }
 """{name: (class of its options, task)}; a task is made as `task(data, options)`."""

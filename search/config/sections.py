@@ -62,12 +62,19 @@ class ModelSection(Section):
         weights: safetensors or torch file of its state dict; "trained": train it first; None: as the factory returns it.
         args: keyword arguments of the factory.
         input: shape of one input, usually (channels, height, width) of an image.
+        part: path of the submodule that is compressed, or several; None: the whole model. The whole is scored.
     """
 
     factory: Annotated[StrictStr, AfterValidator(current_name)]
     weights: StrictStr | None = None
     args: dict[str, Any] = {}
     input: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+    part: StrictStr | Annotated[tuple[StrictStr, ...], Field(min_length=1)] | None = None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Paths of the compressed submodules; empty: the whole model."""
+        return () if self.part is None else (self.part,) if isinstance(self.part, str) else self.part
 
 
 class DataSection(Section):

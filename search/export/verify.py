@@ -35,6 +35,7 @@ from secateur.envs.core import InputError
 from secateur.envs.inputs import Inputs, call_model, described_inputs, tensors_of_inputs
 from secateur.envs.metric import Metric, drop_name, loss_of
 from secateur.envs.model_graph import analyze
+from secateur.envs.parts import PartTask, parts_of, take_parts
 from secateur.envs.quantization.fake_quantize import ActivationQuantizer, activation_grid, quantized_weight
 from secateur.envs.tasks.core import Metrics, Task, first_inputs, tensors_of
 from secateur.envs.tasks.data import load_data
@@ -111,6 +112,8 @@ def verify_export(
     check_files(folder, document)
     task = _load_task(document, overrides) if task is None else task
     network = load_compressed(folder, factory)
+    if paths := document["model"].get("part"):
+        task, network = take_parts(task if not isinstance(task, PartTask) else task.task, network, paths)
     device = None if document["device"] is None else parse_device(document["device"], f"The device in {folder / POLICY}")
     outputs = _compare(network, folder, runtime, threads, task, document)
     validation = task.evaluate(network, "validation").score
@@ -193,7 +196,7 @@ def _load_task(document: Mapping[str, Any], overrides: Overrides) -> SupervisedT
 
 
 def _compare(network: nn.Module, folder: Path, runtime: str, threads: int, task: Task, document: Mapping[str, Any]) -> Outputs:
-    (example,) = first_inputs(task, "test", 1)
+    example = first_inputs(task, "test", 1)[0]
     executed = RuntimeModel(open_session(folder / ONNX, runtime, threads), network, example)
     largest, mean, agreement = _output_differences(task, network, executed)
     simulated_metrics, executed_metrics = task.evaluate(network, "test"), task.evaluate(executed, "test")
@@ -298,9 +301,10 @@ def _latency(
     precision, batch, here = "float32", 1, False
     if device is not None and table is not None and (table.runtime, table.threads) == (runtime, threads):
         precision, batch, here = device.float_precision, table.batch, device.machine == describe_machine()
-    (images,) = first_inputs(task, "test", batch)
+    images = first_inputs(task, "test", batch)[0]
     with TemporaryDirectory() as temporary:
         dense = build_dense(document["model"], factory).float().eval()
+        dense = parts_of(task, dense)
         example = described_inputs(document["model"])
         graph = analyze(dense, tuple(tensors_of_inputs(example)), verify=False)
         export_onnx(dense, graph, images, Path(temporary) / ONNX)

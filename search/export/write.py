@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from secateur.cost_models.core import FLOAT_BITS
 from secateur.envs.core import Budget, CompressionPolicy, Evaluation, InputError
 from secateur.envs.inputs import Inputs, call_model, describe_inputs, samples_like
+from secateur.envs.parts import parts_of, whole_with
 from secateur.envs.policy_space import document_to_policy, policy_to_document
 from secateur.envs.pruning.slicing import written_sizes
 from secateur.envs.quantization.fake_quantize import activation_grid, quantized_weight
@@ -113,10 +114,10 @@ def _write_models(
     draft: Path, problem: Problem, policy: CompressionPolicy, network: nn.Module, pt2: bool
 ) -> list[LayerExecution]:
     """Write model.safetensors, model.onnx and perhaps model.pt2; return how each layer of model.onnx is executed."""
-    save_file(packed_tensors(network), draft / WEIGHTS)
+    save_file(packed_tensors(whole_with(problem.task, network)), draft / WEIGHTS)
     graph, ranges = problem.assembler.graph, problem.assembler.images
     if ranges is None:  # no layer has activation bits, so no range is measured
-        (ranges,) = first_inputs(problem.task, "validation", 1)
+        ranges = first_inputs(problem.task, "validation", 1)[0]
     ranges = ranges[:RANGE_IMAGES]
     in_float = layers_in_float(problem.device, graph.geometry.shapes(policy.widths, policy.weight_bits, policy.activation_bits))
     executions = export_onnx(network, graph, ranges, draft / ONNX, in_float)
@@ -130,9 +131,10 @@ def _read_back(draft: Path, problem: Problem, network: nn.Module) -> nn.Module:
     # The user's own configuration named the factory, so here it is called without a check.
     given = problem.given
     loaded = load_compressed(draft, problem.config.model.factory if given is None else given.model)
-    (images,) = first_inputs(problem.task, "validation", 16)
+    images = first_inputs(problem.task, "validation", 16)[0]
+    compressed = parts_of(problem.task, loaded)
     with torch.inference_mode():
-        pairs = zip(tensors_of(call_model(loaded, images)), tensors_of(call_model(network, images)), strict=True)
+        pairs = zip(tensors_of(call_model(compressed, images)), tensors_of(call_model(network, images)), strict=True)
         if not all(torch.equal(*pair) for pair in pairs):
             raise RuntimeError("The exported model computes something else than the one that was searched.")
     return loaded
@@ -263,14 +265,20 @@ def _document(
     executions: list[LayerExecution],
 ) -> dict[str, Any]:
     model, graph = problem.config.model, problem.assembler.graph
-    data = problem.task.data if isinstance(problem.task, SupervisedTask) else None
-    (example,) = first_inputs(problem.task, "validation", 1)
+    data = problem.task.data if isinstance(problem.task, SupervisedTask) else None  # parts get no pixels
+    example = first_inputs(problem.task, "validation", 1)[0]
     kept = problem.assembler.kept(policy)
     return {
         "schema": SCHEMA,
         "task": problem.config.task.model_dump(mode="json"),
         "metric": asdict(problem.task.metric),
-        "model": {"factory": model.factory, "args": model.args, "input": list(model.input), "inputs": describe_inputs(example)},
+        "model": {
+            "factory": model.factory,
+            "args": model.args,
+            "input": list(model.input),
+            "inputs": describe_inputs(example),
+            "part": list(model.parts),
+        },
         "normalization": None
         if data is None
         else {

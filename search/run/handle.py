@@ -65,8 +65,8 @@ def search(
         loss: training loss of a model on a batch (inputs, targets); some importances need it.
         divergence: of the dense model's outputs and another's, (samples,). Default: KL divergence of class scores (samples,
             classes), relative squared error of other outputs.
-        settings: `budgets` and other sections of a configuration, and `agent`, `options`, `evaluations`, `seed`, `workers` and
-            `time_limit` of its section `search`.
+        settings: `budgets` and other sections of a configuration, `part` (path of the submodule to compress), and `agent`,
+            `options`, `evaluations`, `seed`, `workers` and `time_limit` of its section `search`.
     Raises:
         InputError: if something in the configuration cannot be used; nothing is written then.
     """
