@@ -229,7 +229,7 @@ def test_convolutions_of_every_rank_become_integers(rank, tmp_path):
     graph = analyze(model.eval(), (images[:1],))
     dense = model, graph, images
     network = quantized(dense, {layer.name: (8, 8) for layer in graph.geometry.layers if layer.quantizable})
-    executed = {layer.name: layer.executed for layer in export_onnx(network, graph, shape, images, path)}
+    executed = {layer.name: layer.executed for layer in export_onnx(network, graph, images, path)}
     assert executed.pop("up") == "float32" and list(executed.values()) == ["int8"] * 5
     stored = stored_weights(path)
     for name in executed:
