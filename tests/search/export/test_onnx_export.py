@@ -197,6 +197,53 @@ def test_integer_kernels_run_where_they_were_promised(eight_bits, tmp_path):
     assert kinds.count("QLinearAdd") == 1  # the other sum has a product as operand, which is in float
 
 
+class AnyRank(nn.Module):
+    """Convolutions with one, two or three axes: strides, dilation, conv groups, padding modes, a transposed one in float."""
+
+    def __init__(self, rank):
+        super().__init__()
+        convolution, transposed, norm, pool = (
+            getattr(nn, f"{name}{rank}d") for name in ("Conv", "ConvTranspose", "BatchNorm", "AdaptiveAvgPool")
+        )
+        self.stem, self.stem_norm = convolution(3, 8, 3, padding=1, bias=False), norm(8)
+        self.up, self.up_norm = transposed(8, 8, 2, stride=2, bias=False), norm(8)
+        self.wide = convolution(8, 8, 3, padding=2, dilation=2, groups=2)
+        self.depthwise = convolution(8, 8, 3, stride=2, padding=1, groups=8, padding_mode="replicate")
+        self.circular = convolution(8, 8, 3, padding="same", padding_mode="circular")
+        self.pool, self.head = pool(1), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = F.relu(self.up_norm(self.up(F.relu(self.stem_norm(self.stem(x))))))
+        x = F.relu(self.circular(F.relu(self.depthwise(F.relu(self.wide(x))))))
+        return self.head(self.pool(x).flatten(1))
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_convolutions_of_every_rank_become_integers(rank, tmp_path):
+    torch.manual_seed(0)
+    shape, path = (3, 6, 5, 4)[: rank + 1], tmp_path / "model.onnx"
+    model, images = AnyRank(rank), torch.randn(64, *shape)
+    for norm in (model.stem_norm, model.up_norm):
+        norm.momentum = None
+    model.train()(images)
+    graph = analyze(model.eval(), (images[:1],))
+    dense = model, graph, images
+    network = quantized(dense, {layer.name: (8, 8) for layer in graph.geometry.layers if layer.quantizable})
+    executed = {layer.name: layer.executed for layer in export_onnx(network, graph, images, path)}
+    assert executed.pop("up") == "float32" and list(executed.values()) == ["int8"] * 5
+    stored = stored_weights(path)
+    for name in executed:
+        assert np.array_equal(stored[f"{name}.weight"][0], quantized_weight(network.get_submodule(name)).codes.numpy()), name
+    difference, _ = compare(network, path, images)
+    assert difference < CLOSE
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimized.onnx"), 3
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert kinds.count("QLinearConv") == 4 and kinds.count("ConvTranspose") == 1 and "Conv" not in kinds
+
+
 def test_large_networks_keep_their_weights_in_a_second_file(conv_net, eight_bits, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_export, "MAX_ONE_FILE", 1000)
     onnx_export._save(onnx.load(eight_bits[1]), tmp_path / "model.onnx")
