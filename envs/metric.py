@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 
@@ -58,28 +57,33 @@ class Metric:
 
         Both ends known: linear from 0 at the worst score to 1 at the best. Only the worst known: 1 at the dense model's score.
         Only the best known, as with errors: 1 at the best score and 1/2 at the dense model's distance from it, or at a distance
-        of 1 if the dense model has the best score. No end known: 1/2 at the dense model's score (a logistic curve).
+        of 1 if the dense model has the best score. No end known: 1/2 at the dense model's score (an S-shaped curve).
 
         Args:
             score: to be rescaled.
             dense: score of the dense model.
         """
         if self.worst is not None:
-            end = self.best if self.best is not None else dense
-            return (score - self.worst) / ((end - self.worst) or self._sign)
+            return (score - self.worst) / self._span(self.worst, dense)
         if self.best is not None:
             return 1 / (1 + abs(self.best - score) / (abs(self.best - dense) or 1.0))
-        return 1 / (1 + math.exp(-max(min(self._sign * (score - dense) / (abs(dense) or 1.0), 500.0), -500.0)))
+        gain = self._sign * (score - dense) / (abs(dense) or 1.0)
+        return (1 + gain / (1 + abs(gain))) / 2
 
     def score(self, quality: float, dense: float) -> float:
         """Return the score of a quality: the inverse of `quality`, for qualities in (0, 1)."""
         if self.worst is not None:
-            end = self.best if self.best is not None else dense
-            return self.worst + quality * ((end - self.worst) or self._sign)
+            return self.worst + quality * self._span(self.worst, dense)
         quality = min(max(quality, 1e-9), 1 - 1e-9)
         if self.best is not None:
             return self.best - self._sign * (1 / quality - 1) * (abs(self.best - dense) or 1.0)
-        return dense + self._sign * math.log(quality / (1 - quality)) * (abs(dense) or 1.0)
+        place = 2 * quality - 1
+        return dense + self._sign * place / (1 - abs(place)) * (abs(dense) or 1.0)
+
+    def _span(self, worst: float, dense: float) -> float:
+        """Return the difference between quality 1 and quality 0."""
+        span = (self.best if self.best is not None else dense) - worst
+        return span if span * self._sign > 0 else float(self._sign)  # a dense model at the worst score
 
     def chance_quality(self, dense: float) -> float:
         """Return the quality of a model that guesses."""

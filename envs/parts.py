@@ -254,6 +254,11 @@ def parts_of(task: Task, whole: nn.Module) -> nn.Module:
     return Parts(whole, task.parts.signatures).eval() if isinstance(task, PartTask) else whole
 
 
+def part_names(task: Task) -> list[str]:
+    """Return the paths of the parts; none, if the task is about a whole model."""
+    return list(task.parts.signatures) if isinstance(task, PartTask) else []
+
+
 def whole_with(task: Task, network: nn.Module) -> nn.Module:
     """Return a copy of the whole model with these parts in it; a model that is no `Parts` is the whole itself."""
     if not isinstance(task, PartTask):

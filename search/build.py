@@ -29,7 +29,7 @@ from secateur.envs.feasibility import FeasibleSpace
 from secateur.envs.inputs import Inputs, call_model, tensors_of_inputs
 from secateur.envs.metric import Metric
 from secateur.envs.model_graph import ModelGraph, analyze
-from secateur.envs.parts import take_parts
+from secateur.envs.parts import PartTask, take_parts
 from secateur.envs.policy_space import PolicySpace, SpaceConfig
 from secateur.envs.projection import FeasibilityProjection
 from secateur.envs.pruning.importance import IMPORTANCES
@@ -42,6 +42,7 @@ from secateur.envs.recovery import RECOVERIES, Recovery
 from secateur.envs.sensitivity import IMAGES, measure_sensitivities
 from secateur.envs.tasks.core import Task, all_samples, check_finite, first_inputs
 from secateur.envs.tasks.data import load_data
+from secateur.envs.tasks.detection import Detection
 from secateur.envs.tasks.models import load_model
 from secateur.envs.tasks.registry import build_task
 from secateur.envs.tasks.training import Progress, cache_directory
@@ -88,8 +89,8 @@ def traced(
     status("tracing the model")
     with torch.inference_mode():
         task.check(call_model(model, example))
-    if config.model.parts:
-        task, model = take_parts(task, model, config.model.parts)
+    if parts := config.model.parts or (task.parts_of(model) if isinstance(task, Detection) else ()):
+        task, model = take_parts(task, model, parts)
         example = first_inputs(task, "validation", 1)[0]
     return task, model, analyze(model, tuple(tensors_of_inputs(example)), exclude=config.space.exclude)
 
@@ -192,7 +193,7 @@ def build_problem(config: SearchConfig, status: StatusCallback = log.info, given
     status("scoring the dense model")
     dense = dense_evaluation(task, model, costs)
     everything = [np.arange(group.units) for group in graph.groups]
-    if config.model.parts:
+    if isinstance(task, PartTask):
         precision = Precision("float32", "parts of a model are scored in float32")
     elif config.search.precision == "auto":
         precision = choose_precision(lambda: slice_model(model, graph, everything), graph, task, dense.score)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.cost_models.core import InputError
 from secateur.envs.inputs import ImageList, call_model, tensors_of_inputs
@@ -50,6 +50,13 @@ class Detection(SupervisedTask):
     def metric(self) -> Metric:
         """Mean average precision over classes and thresholds."""
         return Metric("map", unit="%", worst=0.0, best=1.0)
+
+    def parts_of(self, model: nn.Module) -> tuple[str, ...]:
+        """Return the parts of one of torchvision's detectors that can be traced; () for other models."""
+        if not type(model).__module__.startswith("torchvision.models.detection."):
+            return ()
+        known = dict(model.named_modules())
+        return tuple(path for path in ("backbone", "head", "rpn.head") if path in known)
 
     def batches(self, split: str, size: int | None = None) -> Any:
         """Return the batches of a split: lists of images."""

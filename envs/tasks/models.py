@@ -146,12 +146,15 @@ def find_factory(
 def _find_in_torchvision(factory: str, arguments: dict[str, object]) -> tuple[Callable[..., object], dict[str, object]]:
     from torchvision import models
 
-    name, known = factory.removeprefix(TORCHVISION), models.list_models(module=models)
+    name, kinds = factory.removeprefix(TORCHVISION), (models, models.detection, models.segmentation, models.video)
+    known = [one for kind in kinds for one in models.list_models(module=kind)]
     if name not in known:
         raise InputError(f"`model.factory: {factory}`: torchvision has no model `{name}`.{did_you_mean(name, known)}")
+    builder = models.get_model_builder(name)
     if name in ("googlenet", "inception_v3"):
         arguments = {"init_weights": True, **arguments}  # without it, torchvision warns
-    return models.get_model_builder(name), {"weights": None, **arguments}
+    downloads = [option for option in ("weights", "weights_backbone") if option in inspect.signature(builder).parameters]
+    return builder, {**dict.fromkeys(downloads), **arguments}
 
 
 def is_model_factory(function: object) -> bool:

@@ -39,7 +39,8 @@ import onnx
 import torch
 from onnx import numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from secateur.cost_models.core import FLOAT_BITS
 from secateur.envs.core import InputError
@@ -131,6 +132,7 @@ def export_onnx(
     """
     path, in_float = Path(path), in_float or {}
     plain = copy.deepcopy(network).eval()
+    plain.register_forward_hook(_only_tensors)
     weights = {name: weight for name, module in plain.named_modules() if (weight := quantized_weight(module)) is not None}
     grids = {name: grid for name, module in plain.named_modules() if (grid := _take_grid(module)) is not None}
     gains = _batch_norm_gains(plain, graph)
@@ -247,6 +249,12 @@ def _execution(
 
 
 # ----------------------------------------------------------------------------------------------------------- float graph
+
+
+def _only_tensors(module: nn.Module, args: Any, outputs: Any) -> Any:
+    """Forward hook: return the tensors of the outputs; an ONNX file has no other outputs, such as numbers."""
+    leaves = pytree.tree_leaves(outputs)
+    return outputs if all(isinstance(leaf, Tensor) for leaf in leaves) else tuple(tensors_of(outputs))
 
 
 @torch.no_grad()

@@ -31,5 +31,7 @@ class RuntimeModel(nn.Module):
         """Return the outputs of model.onnx, in the structure of the network's."""
         given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         found = iter(self.session.run(*(leaf.numpy() for leaf in given)))
-        leaves = [torch.from_numpy(next(found)) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        leaves = [
+            torch.from_numpy(next(found)) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves
+        ]  # the rest is constant
         return pytree.tree_unflatten(leaves, self._structure)

@@ -227,13 +227,19 @@ def _output_differences(task: Task, network: nn.Module, executed: nn.Module) -> 
         wanted_values.append([a.numpy().ravel() for a, _ in tensors])
         agreements.append(task.agreement(wanted, found))
     shares = [
-        np.concatenate(difference) / max(float(np.concatenate(values).std()), np.finfo(np.float32).tiny)
+        np.concatenate(difference) / _scale(np.concatenate(values))
         for difference, values in zip(zip(*differences, strict=True), zip(*wanted_values, strict=True), strict=True)
     ]
     equal = (
         None if agreements[0] is None else float(np.concatenate([shared for shared in agreements if shared is not None]).mean())
     )
     return max(float(share.max()) for share in shares), float(np.mean([share.mean() for share in shares])), equal
+
+
+def _scale(values: np.ndarray) -> float:
+    """Return the standard deviation of an output, or 1 % of its size if it hardly varies: rounding errors follow the size."""
+    size = float(np.sqrt(np.square(values, dtype=float).mean()))
+    return max(float(values.std()), 0.01 * size, float(np.finfo(np.float32).tiny))
 
 
 def _dense_score(document: Mapping[str, Any]) -> float:

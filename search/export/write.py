@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from secateur.cost_models.core import FLOAT_BITS
 from secateur.envs.core import Budget, CompressionPolicy, Evaluation, InputError
 from secateur.envs.inputs import Inputs, call_model, describe_inputs, samples_like
-from secateur.envs.parts import parts_of, whole_with
+from secateur.envs.parts import part_names, parts_of, whole_with
 from secateur.envs.policy_space import document_to_policy, policy_to_document
 from secateur.envs.pruning.slicing import written_sizes
 from secateur.envs.quantization.fake_quantize import activation_grid, quantized_weight
@@ -277,7 +277,7 @@ def _document(
             "args": model.args,
             "input": list(model.input),
             "inputs": describe_inputs(example),
-            "part": list(model.parts),
+            "part": part_names(problem.task),
         },
         "normalization": None
         if data is None

@@ -44,7 +44,7 @@ def test_tokens_have_no_channels_last():
 
 def recalibrated(dtype, config=None):
     network = Net()
-    candidate = SimpleNamespace(network=network, layers=dict(network.named_modules()), images=images(), dtype=dtype)
+    candidate = SimpleNamespace(network=network, layers=dict(network.named_modules()), given_images=images, dtype=dtype)
     BatchNorm(config or BatchNormConfig(batch_size=32)).apply(candidate)
     return network
 
@@ -87,6 +87,8 @@ def test_statistics_kept_in_float32_are_finer_than_bfloat16():
 def test_a_network_without_batch_norms_is_left_alone(count):
     network = nn.Sequential(nn.Conv2d(3, 4, 1))
     weight = network[0].weight
-    candidate = SimpleNamespace(network=network, layers=dict(network.named_modules()), images=images(count), dtype=torch.bfloat16)
+    candidate = SimpleNamespace(
+        network=network, layers=dict(network.named_modules()), given_images=lambda: images(count), dtype=torch.bfloat16
+    )
     BatchNorm().apply(candidate)
     assert network[0].weight is weight

@@ -7,6 +7,7 @@ from torch import nn
 
 from secateur.envs.core import Sensitivities
 from secateur.envs.sensitivity import LEVELS, WORST, measure_sensitivities
+from secateur.envs.tasks.core import kl_divergence
 
 IMAGES = torch.linspace(-1, 1, 7 * 3).view(7, 3, 1, 1)
 
@@ -41,7 +42,7 @@ def network(space, asked=None):
 
 
 def test_curves_are_mean_divergences_of_the_class_probabilities(space):
-    curves = measure_sensitivities(space, network(space), IMAGES.split(3))
+    curves = measure_sensitivities(space, network(space), IMAGES.split(3), kl_divergence)
     assert curves.shape == (len(space.decisions), 65) and (curves[:, 0] == 0).all()
     dense = torch.log_softmax(IMAGES.flatten(1), 1)
     for index, shift in enumerate([2.0, 1.0, 1.0]):
@@ -55,7 +56,7 @@ def test_curves_are_mean_divergences_of_the_class_probabilities(space):
 
 def test_few_networks_are_made_and_each_differs_in_one_choice(space):
     asked, told = [], []
-    measure_sensitivities(space, network(space, asked), [IMAGES], told.append)
+    measure_sensitivities(space, network(space, asked), [IMAGES], kl_divergence, told.append)
     assert len(asked) == len(set(asked)) <= 1 + LEVELS * len(space.decisions)
     levels = [space.policy_to_levels(policy) for policy in asked]
     assert (levels[0] == space.weakest).all()
@@ -69,7 +70,7 @@ def test_a_choice_that_cannot_be_tried_is_the_worst_and_ends_nothing(space):
             raise RuntimeError("singular")
         return network(space)(policy)
 
-    curves = measure_sensitivities(space, make, [IMAGES])
+    curves = measure_sensitivities(space, make, [IMAGES], kl_divergence)
     assert curves[0, -1] == WORST and 0 < curves[0, 16] < 1 and curves[1, -1] < 1
 
 

@@ -22,6 +22,9 @@ class Bare:
     def layers(self) -> dict[str, nn.Module]:
         return dict(self.network.named_modules())
 
+    def given_images(self) -> torch.Tensor:
+        return self.images
+
 
 def test_statistics_are_the_plain_average_over_the_images():
     torch.manual_seed(0)
