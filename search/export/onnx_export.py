@@ -267,17 +267,14 @@ def _output_names(network: nn.Module, images: Inputs) -> list[str]:
 
 def _float_model(network: nn.Module, images: Inputs) -> onnx.ModelProto:
     """Return the ONNX graph of a network without quantizers."""
-    example, batch = samples_like(images, 2), torch.export.Dim("batch")
-    sizes: Any = tuple({0: batch} for _ in example)
-    if any(p.kind is p.VAR_POSITIONAL for p in list(inspect.signature(network.forward).parameters.values())[:1]):
-        sizes = (sizes,)  # forward(*inputs) has one parameter
+    example = samples_like(images, 2)
     try:
         with quiet(), torch.no_grad():
             program = torch.onnx.export(
                 network,
                 example,
                 dynamo=True,
-                dynamic_shapes=sizes,
+                dynamic_shapes=free_batch(network, len(example)),
                 input_names=input_names(len(example)),
                 output_names=_output_names(network, images),
                 external_data=False,
@@ -289,6 +286,14 @@ def _float_model(network: nn.Module, images: Inputs) -> onnx.ModelProto:
         raise InputError(
             f"torch.onnx cannot export this network: {root_cause(error)}. Rewrite that operation of its forward."
         ) from error
+
+
+def free_batch(network: nn.Module, inputs: int) -> tuple[Any, ...]:
+    """Return `dynamic_shapes` for torch's exporters: the first axis of every input is free, and the same for all."""
+    batch = torch.export.Dim("batch")
+    axes = tuple({0: batch} for _ in range(inputs))
+    first = next(iter(inspect.signature(network.forward).parameters.values()))
+    return (axes,) if first.kind is first.VAR_POSITIONAL else axes  # forward(*inputs) has one parameter
 
 
 def _layer_nodes(model: onnx.ModelProto, network: nn.Module, layers: Collection[str]) -> dict[str, list[onnx.NodeProto]]:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from secateur.cost_models.core import FLOAT_BITS
 from secateur.envs.core import Budget, CompressionPolicy, Evaluation, InputError
 from secateur.envs.inputs import Inputs, call_model, describe_inputs, samples_like
+from secateur.envs.model_graph.trace import root_cause
 from secateur.envs.parts import part_names, parts_of, whole_with
 from secateur.envs.policy_space import document_to_policy, policy_to_document
 from secateur.envs.pruning.slicing import written_sizes
@@ -50,7 +51,7 @@ from secateur.search.export.files import (
     read_export,
 )
 from secateur.search.export.load import load_compressed
-from secateur.search.export.onnx_export import LayerExecution, export_onnx
+from secateur.search.export.onnx_export import LayerExecution, export_onnx, free_batch
 from secateur.search.export.readme import export_readme
 from secateur.search.results.document import winner
 from secateur.search.results.finalize import finalist_scores
@@ -331,15 +332,13 @@ def _shares_of_dense(problem: Problem, budget: Budget) -> dict[str, float]:
 
 def _write_pt2(network: nn.Module, images: Inputs, path: Path) -> None:
     """Write the network as torch.export has it, without the stack traces, which name files of this machine."""
-    batch = torch.export.Dim("batch")
     with warnings.catch_warnings(), torch.inference_mode():  # so quantizers use operators that torch.export knows
         warnings.simplefilter("ignore")  # they concern torch's own parts
         try:
             example = samples_like(images, 2)
-            program = torch.export.export(network, example, dynamic_shapes=tuple({0: batch} for _ in example))
+            program = torch.export.export(network, example, dynamic_shapes=free_batch(network, len(example)))
         except Exception as error:  # it runs the user's forward
-            reason = (str(error).strip().splitlines() or [""])[0]
-            failed = f"torch.export cannot export this network: {type(error).__name__}: {reason} Leave out"
+            failed = f"torch.export cannot export this network: {root_cause(error)}. Leave out"
             raise InputError(f"{failed} `pt2`.", f"{failed} --pt2.") from error
         for node in program.graph.nodes:
             node.meta.pop("stack_trace", None)
