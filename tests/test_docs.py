@@ -266,7 +266,7 @@ def test_python_compiles_and_names_the_public_interface_only(page):
         if page.name == "extending.md":
             continue  # it adds to the internals
         imported = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-        assert imported == [], "only `import secateur`"
+        assert not [node for node in imported if (node.module or "").startswith("secateur")], "only `import secateur`"
         named = [
             node.attr
             for node in ast.walk(tree)
@@ -279,6 +279,18 @@ def test_python_compiles_and_names_the_public_interface_only(page):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "run"
         }
         assert of_runs <= {*dir(secateur.Run), *secateur.Run.__annotations__}
+
+
+def test_the_program_for_ones_own_model_works(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (program,) = blocks(ROOT / "docs" / "tasks.md", "python")
+    assert len(program.splitlines()) < 60
+    defined = {"__name__": "own_model"}
+    exec(compile(program, "tasks.md", "exec"), defined)
+    best, small = defined["run"].best("camera"), defined["small"]
+    sizes = [sum(p.numel() for p in network.parameters()) for network in (small, defined["model"])]
+    assert best.verified and type(small) is defined["Net"] and sizes[0] < 0.5 * sizes[1]
+    assert defined["accuracy"](slice(1400, None))(small) == pytest.approx(best.test_score)
 
 
 def test_the_agent_that_extending_shows_works(toy):

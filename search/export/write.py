@@ -64,6 +64,9 @@ SAME_QUALITY = 0.005
 """Scores of the same network differ by less than this: another number of threads changes the order of sums, and with it
 the last bits and sometimes an answer."""
 
+READ_BACK = 1e-5
+"""Largest difference between the outputs of the model read back and those of the searched one, by the largest output."""
+
 RANGE_IMAGES = 64
 """Calibration images that give the ranges of sums and outputs in the ONNX file."""
 
@@ -136,7 +139,8 @@ def _read_back(draft: Path, problem: Problem, network: nn.Module) -> nn.Module:
     compressed = parts_of(problem.task, loaded)
     with torch.inference_mode():
         pairs = zip(tensors_of(call_model(compressed, images)), tensors_of(call_model(network, images)), strict=True)
-        if not all(torch.equal(*pair) for pair in pairs):
+        # Kernels may sum in another order if memory is aligned otherwise, so the last bits may differ.
+        if not all(torch.allclose(found, wanted, 0, READ_BACK * float(wanted.abs().max())) for found, wanted in pairs):
             raise RuntimeError("The exported model computes something else than the one that was searched.")
     return loaded
 
