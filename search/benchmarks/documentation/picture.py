@@ -92,7 +92,7 @@ def draw(shown: dict[str, Any], dark: bool) -> str:
     from matplotlib import pyplot
 
     ink = "#e6edf3" if dark else "#1f2328"
-    style = {
+    style: Any = {
         "svg.fonttype": "none", "svg.hashsalt": "secateur", "font.family": "sans-serif", "font.size": 10,
         "text.color": ink, "axes.labelcolor": ink, "axes.edgecolor": ink, "xtick.color": ink, "ytick.color": ink,
         "axes.spines.top": False, "axes.spines.right": False, "axes.facecolor": "none",
