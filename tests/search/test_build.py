@@ -59,7 +59,7 @@ class Infinite(torch.nn.Module):
 
 def test_a_dense_network_without_finite_outputs_is_refused(monkeypatch):
     monkeypatch.syspath_prepend(__file__.rsplit("/", 1)[0])
-    with pytest.raises(InputError, match="outputs for 200 of 200 images before any compression"):
+    with pytest.raises(InputError, match="outputs for 200 of 200 samples before any compression"):
         build(model={"factory": "test_build:Infinite", "input": [3, 8, 8]})
 
 

@@ -46,7 +46,7 @@ def error_of(dense):
     """An evaluate function: the error against the dense model's own answers."""
     with torch.no_grad():
         answers = dense(IMAGES[:48], VECTORS[:48])["scores"]
-    return lambda m: float((m(IMAGES[:48], VECTORS[:48])["scores"] - answers).square().mean().sqrt())
+    return lambda m: float((m(IMAGES[:48], VECTORS[:48])["scores"].detach() - answers).square().mean().sqrt())
 
 
 @pytest.fixture(scope="module")

@@ -65,6 +65,7 @@ def untrained() -> SimpleNamespace:
         finalist_assembler=finalist_assembler,
         dense=dense,
         device=None,
+        given=None,
     )
 
 

@@ -90,7 +90,7 @@ def test_a_hand_edited_policy_is_found(folder):
         lambda d: d["layers"].pop(0),
         lambda d: d["model"].update(factory="secateur.envs.tasks.synthetic:no_such_net"),
         lambda d: d["model"].update(factory="secateur.envs.tasks.cifar_resnet:resnet20"),
-        lambda d: d["model"].update(input=[5, 8, 8]),
+        lambda d: d["model"].update(inputs=[{"shape": [5, 8, 8], "dtype": "float32"}]),
         lambda d: d["model"].update(args=[1]),
     ],
 )

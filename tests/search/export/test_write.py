@@ -40,7 +40,13 @@ def test_the_weights_file_is_as_small_as_the_bits_promise(tmp_path, untrained):
 def test_policy_json_says_what_was_kept_and_scored(exported, untrained, policy):
     document = read_export(exported)
     assert document["schema"] == SCHEMA and document["metric"]["name"] == "top1"
-    assert document["model"] == {"factory": FACTORY, "args": {}, "input": [3, 8, 8]}
+    assert document["model"] == {
+        "factory": FACTORY,
+        "args": {},
+        "input": [3, 8, 8],
+        "inputs": [{"shape": [3, 8, 8], "dtype": "float32"}],
+        "part": [],
+    }
     assert [group["kept"] for group in document["groups"]] == [k.tolist() for k in untrained.assembler.kept(policy)]
     assert all(group["prune_ratio"] == 0.5 for group in document["groups"])
     assert document["budget"] == {"name": "phone", "limits": {"macs": 1e5}, "metric_drop": 0.02, "shares": {"macs": 0.4}}

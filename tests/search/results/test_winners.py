@@ -71,7 +71,7 @@ def trial(tmp_path, monkeypatch):
         front = SimpleNamespace(best=lambda name, count: everything[:count], evaluations=100)
         device = SimpleNamespace(table=SimpleNamespace(runtime="openvino", threads=2))
         config = SimpleNamespace(model=SimpleNamespace(factory="m:net"), data=SimpleNamespace(name="digits"))
-        problem = SimpleNamespace(budgets=(BUDGET,), device=device, config=config)
+        problem = SimpleNamespace(budgets=(BUDGET,), device=device, config=config, given=None)
         (outcome,) = verify_winners(problem, front, found, tmp_path, lambda text: None, verify)
         return outcome, exported
 
