@@ -73,7 +73,9 @@ def build_model_and_graph(config: SearchConfig, status: StatusCallback = log.inf
     data = load_data(**config.data.model_dump(), input_shape=config.model.input)
     task = build_task(config.task.name, config.task.options, data)
     status("loading the model")
-    model = load_model(config.model.factory, config.model.weights, config.model.args, data, _epochs_to(status), status)
+    model = load_model(
+        config.model.factory, config.model.weights, config.model.args, task, _epochs_to(status, task.metric), status
+    )
     task = task.without_training_data()
     return traced(task, model, first_inputs(task, "validation", 1)[0], config, status)
 
@@ -95,10 +97,10 @@ def traced(
     return task, model, analyze(model, tuple(tensors_of_inputs(example)), exclude=config.space.exclude)
 
 
-def _epochs_to(status: StatusCallback) -> Progress:
+def _epochs_to(status: StatusCallback, metric: Metric) -> Progress:
     """Return a progress callback that reports each epoch of a training through `status`."""
     return lambda at: status(
-        f"training the model, epoch {at.epoch} of {at.epochs}: loss {at.loss:.3f}, top-1 {100 * at.top1:.1f} %"
+        f"training the model, epoch {at.epoch} of {at.epochs}: loss {at.loss:.3f}, {metric.label} {metric.text(at.score)}"
     )
 
 

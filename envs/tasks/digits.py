@@ -11,7 +11,9 @@ from pathlib import Path
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secateur.envs.tasks.data import TaskData, load_data
+from secateur.envs.tasks.classification import Classification
+from secateur.envs.tasks.data import load_data
+from secateur.envs.tasks.supervised import SupervisedTask
 from secateur.envs.tasks.training import Progress, Recipe, cached_weights
 from secateur.envs.tasks.weights import load_weights
 
@@ -70,15 +72,15 @@ def digits_resnet(widths: tuple[int, ...] = (16, 32, 64), num_classes: int = 10,
     return DigitsResNet(tuple(widths), num_classes, stem_stride)
 
 
-def train_weights(model: nn.Module, data: TaskData, progress: Progress | None = None) -> Path:
-    """Return a weights file of `model` trained on `data.train`, cached (the hook of `secateur.envs.tasks.models`)."""
-    recipe = RECIPE if max(data.image_shape) <= 8 else LARGE_RECIPE
-    return cached_weights("digits", model, data, recipe, progress)
+def train_weights(model: nn.Module, task: SupervisedTask, progress: Progress | None = None) -> Path:
+    """Return a cached weights file of `model` trained on the task's training split; see `secateur.envs.tasks.models`."""
+    recipe = RECIPE if max(task.data.image_shape) <= 8 else LARGE_RECIPE
+    return cached_weights("digits", model, task, recipe, progress)
 
 
 def trained_digits_model(cache_dir: Path | None = None, progress: Progress | None = None) -> DigitsResNet:
     """Return the network trained on all training images of the digits at 8x8, in eval mode."""
-    data = load_data("digits", validation=300, train="rest")
+    task = Classification(load_data("digits", validation=300, train="rest"))
     model = digits_resnet()
-    load_weights(model, cached_weights("digits", model, data, RECIPE, progress, cache_dir))
+    load_weights(model, cached_weights("digits", model, task, RECIPE, progress, cache_dir))
     return model.eval()

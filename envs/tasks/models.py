@@ -6,10 +6,10 @@
 `weights` is a file (safetensors, or torch.save of a state dict or a checkpoint; see weights.py) or the word "trained": then
 the module of the factory must offer
 
-    def train_weights(model: nn.Module, data: TaskData, progress: Progress | None = None) -> Path
+    def train_weights(model: nn.Module, task: SupervisedTask, progress: Progress | None = None) -> Path
 
-It trains a network like `model` on `data.train`, or finds a trained one in its cache, and returns a weights file.
-`secateur.envs.tasks.digits` is an example.
+It trains a network like `model` for the task on `task.data.train`, or finds a trained one in its cache, and returns a weights
+file. `secateur.envs.tasks.digits` is an example.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import nn
 from secateur.envs.core import InputError
 from secateur.envs.model_graph.plain_layers import make_weights_plain, unwrapped
 from secateur.envs.tasks.imports import OBJECT, current_name, did_you_mean, import_object, is_own_code
-from secateur.envs.tasks.splits import TaskData
+from secateur.envs.tasks.supervised import SupervisedTask
 from secateur.envs.tasks.training import Progress
 from secateur.envs.tasks.weights import load_weights
 
@@ -39,9 +39,11 @@ FACTORIES = {
     **{name: f"{_CIFAR}:{name}" for name in ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "vgg16_bn")},
     "digits": "secateur.envs.tasks.digits:digits_resnet",
     "synthetic": "secateur.envs.tasks.synthetic:synthetic_net",
+    "unet": "secateur.envs.tasks.unet:unet",
+    "edsr": "secateur.envs.tasks.edsr:edsr",
 }
 """{name: function}: "secateur:<name>" in a configuration calls the function. The CIFAR networks take 3x32x32 images,
-"digits" 1x8x8, "synthetic" 3x8x8."""
+"digits" 1x8x8, "synthetic" 3x8x8, "unet" 1x64x64; "edsr" takes 1x32x32 and gives 1x64x64."""
 
 TRAINED = "trained"
 """Given in place of a weights file: the network is trained with the recipe of its module."""
@@ -51,7 +53,7 @@ def load_model(
     factory: str,
     weights: str | Path | None = None,
     factory_args: Mapping[str, object] | None = None,
-    data: TaskData | None = None,
+    task: SupervisedTask | None = None,
     progress: Progress | None = None,
     status: Callable[[str], None] = log.info,
 ) -> nn.Module:
@@ -61,7 +63,7 @@ def load_model(
         factory: "secateur:resnet56", "torchvision:resnet18" or "package.module:function".
         weights: a file, "trained", or None for the factory's own initialization.
         factory_args: keyword arguments of the factory.
-        data: needed by "trained" only.
+        task: needed by "trained" only.
         progress: callback of the training, called after each epoch.
         status: called with one line that says what was taken from a weights file that holds more than a state dict.
     Raises:
@@ -69,7 +71,7 @@ def load_model(
     """
     model = call_factory(*find_factory(factory, factory_args), factory)
     if weights == TRAINED:
-        weights = _train(factory, model, data, progress)
+        weights = _train(factory, model, task, progress)
     if weights is not None:
         load_weights(model, weights, status)
     check_weights(model, f"The network of `model.factory: {factory}`")
@@ -180,7 +182,7 @@ def not_called(factory: str) -> str:
     return f"`{factory}`, which is no torch.nn.Module class and no function of your own files, so it was not called"
 
 
-def _train(factory: str, model: nn.Module, data: TaskData | None, progress: Progress | None) -> Path:
+def _train(factory: str, model: nn.Module, task: SupervisedTask | None, progress: Progress | None) -> Path:
     """Return the weights file that the factory's module trains."""
     train_weights = getattr(inspect.getmodule(find_factory(factory)[0]), "train_weights", None)
     if train_weights is None:
@@ -188,6 +190,6 @@ def _train(factory: str, model: nn.Module, data: TaskData | None, progress: Prog
             f"`model.weights: trained` needs a function `train_weights` beside `model.factory: {factory}`. "
             "Name a weights file instead."
         )
-    if data is None or data.train is None:
+    if task is None or task.data.train is None:
         raise InputError('`model.weights: trained` needs training images: load the data with train="rest".')
-    return train_weights(model, data, progress)
+    return train_weights(model, task, progress)

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from torch.nn.functional import interpolate
+from torch.nn.functional import avg_pool2d, interpolate
 
 from secateur.envs.core import InputError
+from secateur.envs.tasks.scenes import CLASSES, DIGITS_TRAIN, digit_scans, digit_scenes
 from secateur.envs.tasks.splits import Dataset, Pool, array_pool
 from secateur.envs.tasks.synthetic import draw_dataset
 
@@ -25,29 +26,53 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CROP_SHARE = 0.875
 """Side of the center crop over the shorter side of the resized image: the usual 224 of 256."""
 
-DIGITS_TRAIN = 1000
-"""How many of scikit-learn's 1,797 digits are training images; the others are the test images."""
-
 
 def read_digits(root: str | Path | None, input_shape: tuple[int, int, int] | None) -> Dataset:
     """Return scikit-learn's bundled handwritten digits: 1,000 training and 797 test images, drawn at random.
 
     They are 1x8x8; a larger `input_shape` with one channel enlarges them by bilinear interpolation.
-
-    Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998 (its test part).
     """
-    from sklearn.datasets import load_digits  # only this reader needs scikit-learn
-
-    digits = load_digits()
-    # The file is ordered by writer, so the parts are drawn. The draw never changes, because trained weights are cached.
-    order = np.random.default_rng(0).permutation(len(digits.target))
-    pixels = torch.from_numpy(digits.images[order, None] * (255 / 16))
+    scans, labels = digit_scans()
+    pixels = torch.from_numpy(scans[:, None] * (255 / 16))
     if input_shape is not None and input_shape[0] == 1 and min(input_shape[1:]) > 8:
         pixels = interpolate(pixels, tuple(input_shape[1:]), mode="bilinear")
     images = pixels.round().numpy().astype(np.uint8)
-    labels = digits.target.astype(np.int64)[order]
     train, test = (array_pool(images[part], labels[part]) for part in (slice(DIGITS_TRAIN), slice(DIGITS_TRAIN, None)))
     return Dataset(train, test, tuple("0123456789"), mean=(0.305,), std=(0.376,))
+
+
+def read_digit_scenes(root: str | Path | None, input_shape: tuple[int, int, int] | None) -> Dataset:
+    """Return the scenes of `secateur.envs.tasks.scenes`, 1x64x64, with the class of every pixel; no files are needed."""
+    train, test = (array_pool((255 * part.images).round().astype(np.uint8), part.masks) for part in digit_scenes())
+    return Dataset(train, test, CLASSES, mean=(0.197,), std=(0.172,))
+
+
+def read_digit_scenes_x2(root: str | Path | None, input_shape: tuple[int, int, int] | None) -> Dataset:
+    """Return the generated scenes without noise as targets, 1x64x64, and their averages over 2x2 pixels as inputs, 1x32x32.
+
+    Both are float32 in [0, 1].
+    """
+    train, test = (_halved_pool(part.images) for part in digit_scenes(noise=0.0))
+    return Dataset(train, test, (), mean=(0.0,), std=(1.0,))
+
+
+def read_cifar10_x2(root: str | Path | None, input_shape: tuple[int, int, int] | None) -> Dataset:
+    """Return photographs of CIFAR-10 as targets, 3x32x32, and their averages over 2x2 pixels as inputs, 3x16x16.
+
+    Both are float32 in [0, 1]. They are the first 8,000 training and the first 2,000 test images.
+    """
+    photographs = read_cifar10(root, input_shape)
+    assert photographs.train is not None, "CIFAR-10 has training images"
+    train, test = (
+        _halved_pool(pool.read(np.arange(min(most, len(pool.labels)))).astype(np.float32) / 255)
+        for pool, most in ((photographs.train, 8000), (photographs.test, 2000))
+    )
+    return Dataset(train, test, (), mean=(0.0,) * 3, std=(1.0,) * 3)
+
+
+def _halved_pool(images: np.ndarray) -> Pool:
+    """Return a pool whose targets are the images (N, C, H, W), and whose inputs are their averages over 2x2 pixels."""
+    return array_pool(avg_pool2d(torch.from_numpy(images), 2).numpy(), images)
 
 
 def read_synthetic(root: str | Path | None, input_shape: tuple[int, int, int] | None) -> Dataset:
@@ -134,8 +159,11 @@ def _checked_pool(arrays: Mapping[str, np.ndarray], part: str, path: Path, holds
 
 DATASETS: Mapping[str, Callable[..., Dataset]] = {
     "digits": read_digits,
+    "digit_scenes": read_digit_scenes,
+    "digit_scenes_x2": read_digit_scenes_x2,
     "synthetic": read_synthetic,
     "cifar10": read_cifar10,
+    "cifar10_x2": read_cifar10_x2,
     "cifar100": read_cifar100,
     "fashion_mnist": read_fashion_mnist,
     "image_folder": read_image_folder,

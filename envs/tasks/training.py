@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -19,7 +20,11 @@ from torch.nn import functional as F
 
 from secateur.cost_models.core import Count, Positive, Range, check_fields
 from secateur.envs.core import InputError
+from secateur.envs.inputs import call_model
+from secateur.envs.tasks.classification import Classification
+from secateur.envs.tasks.core import Batch, map_tensors
 from secateur.envs.tasks.splits import Split, TaskData
+from secateur.envs.tasks.supervised import SupervisedTask
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +37,13 @@ class TrainingProgress:
         epoch: number of finished epochs.
         epochs: number of all epochs.
         loss: mean loss on the training images.
-        top1: fraction of the training images that are classified correctly.
+        score: the task's metric on the training images.
     """
 
     epoch: int
     epochs: int
     loss: float
-    top1: float
+    score: float
 
 
 Progress = Callable[[TrainingProgress], None]
@@ -47,10 +52,12 @@ Progress = Callable[[TrainingProgress], None]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: SGD with momentum under a one-cycle learning rate.
+    """How to train, under a one-cycle learning rate.
 
     Attributes:
-        shift: images are shifted by up to this many pixels in each direction; the border is filled with black.
+        shift: images are shifted by up to this many pixels in each direction; the border is filled with black. The
+            targets are not shifted, so it must be 0 for tasks whose targets are images.
+        optimizer: SGD with momentum 0.9, or AdamW.
         seed: random seed for initialization, order of the images and shifts.
     """
 
@@ -59,6 +66,7 @@ class Recipe:
     learning_rate: float = 0.1
     weight_decay: float = 5e-4
     shift: int = 1
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     seed: int = 0
 
 
@@ -95,20 +103,20 @@ def cache_directory() -> Path:
 def cached_weights(
     name: str,
     model: nn.Module,
-    data: TaskData,
+    task: SupervisedTask,
     recipe: Recipe,
     progress: Progress | None = None,
     cache_dir: Path | None = None,
 ) -> Path:
     """Return a safetensors file with the weights of a trained network of the architecture `model`.
 
-    The file's name holds a hash of the recipe, the architecture and the training images: if one of them changes, a network
-    is trained again. `model` is not changed.
+    The file's name holds a hash of the recipe, the architecture, the task and its training split: if one of them changes, a
+    network is trained again. `model` is not changed.
     """
-    path = Path(cache_dir or cache_directory()) / f"{name}-{_recipe_hash(model, data, recipe)}.safetensors"
+    path = Path(cache_dir or cache_directory()) / f"{name}-{_recipe_hash(model, task, recipe)}.safetensors"
     if path.is_file():
         return path
-    trained = train(model, data, recipe, progress)
+    trained = train(model, task, recipe, progress)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Two searches may train at the same time: each writes its own file, and the rename is atomic.
     handle, unfinished = tempfile.mkstemp(dir=path.parent, suffix=".unfinished")
@@ -119,27 +127,31 @@ def cached_weights(
     return path
 
 
-def train(model: nn.Module, data: TaskData, recipe: Recipe, progress: Progress | None = None) -> nn.Module:
-    """Return a network of the architecture `model`, trained from scratch on `data.train`, in eval mode.
+def train(model: nn.Module, task: SupervisedTask, recipe: Recipe, progress: Progress | None = None) -> nn.Module:
+    """Return a network of the architecture `model`, trained from scratch on the task's training split, in eval mode.
 
     Raises:
         InputError: if there are no training images.
     """
-    images, labels = data.tensors(_training_images(data, "Training"))
+    images, targets = task.data.tensors(_training_images(task.data, "Training"))
     generator = torch.Generator().manual_seed(recipe.seed)
     model = _fresh(model, recipe.seed).train()
-    steps = -(-len(labels) // recipe.batch_size) * recipe.epochs
-    optimizer = torch.optim.SGD(model.parameters(), lr=recipe.learning_rate, momentum=0.9, weight_decay=recipe.weight_decay)
+    steps = -(-len(targets) // recipe.batch_size) * recipe.epochs
+    optimizer: torch.optim.Optimizer
+    if recipe.optimizer == "sgd":
+        optimizer = torch.optim.SGD(model.parameters(), recipe.learning_rate, 0.9, weight_decay=recipe.weight_decay)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, total_steps=steps)
 
-    def batch_at(indices: Tensor) -> tuple[Tensor, Tensor]:
-        return _shifted(images[indices], recipe.shift, generator), labels[indices]
+    def batch_at(indices: Tensor) -> Batch:
+        return Batch(_shifted(images[indices], recipe.shift, generator), targets[indices])
 
-    return _descend(model, batch_at, len(labels), recipe, optimizer, schedule, generator, torch.float32, progress)
+    return _descend(model, task, batch_at, len(targets), recipe, optimizer, schedule, generator, torch.float32, progress)
 
 
 def fine_tune(network: nn.Module, data: TaskData, config: FineTuning, progress: Progress | None = None) -> nn.Module:
-    """Return a copy of the network, fine-tuned on all of `data.train`, in eval mode.
+    """Return a copy of a classifier, fine-tuned on all of `data.train`, in eval mode.
 
     Quantized weights would not stay on their grids: fine-tune the float network and quantize it afterwards.
 
@@ -156,21 +168,23 @@ def fine_tune(network: nn.Module, data: TaskData, config: FineTuning, progress: 
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
-    def batch_at(indices: Tensor) -> tuple[Tensor, Tensor]:
+    def batch_at(indices: Tensor) -> Batch:
         images, labels = data.tensors(Split(train.images[indices.numpy()], train.labels[indices.numpy()]))
         if config.flip:
             mirrored = torch.rand(len(images), generator=generator) < 0.5
             images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
         images = _shifted(images, config.shift, generator)
-        return images.contiguous(memory_format=torch.channels_last), labels
+        return Batch(images.contiguous(memory_format=torch.channels_last), labels)
 
     dtype = getattr(torch, config.precision)
-    return _descend(network, batch_at, len(train), config, optimizer, schedule, generator, dtype, progress)
+    task = Classification(data)
+    return _descend(network, task, batch_at, len(train), config, optimizer, schedule, generator, dtype, progress)
 
 
 def _descend(
     model: nn.Module,
-    batch_at: Callable[[Tensor], tuple[Tensor, Tensor]],
+    task: SupervisedTask,
+    batch_at: Callable[[Tensor], Batch],
     count: int,
     recipe: Recipe | FineTuning,
     optimizer: torch.optim.Optimizer,
@@ -182,7 +196,8 @@ def _descend(
     """Return the model after `recipe.epochs` epochs of `count` images each, in eval mode.
 
     Args:
-        batch_at: image indices -> augmented images and labels.
+        task: gives the loss, and the score of the training images.
+        batch_at: image indices -> augmented images and their targets.
         count: number of training images.
         recipe: number of epochs, largest batch size, and random seed for the network's own random numbers.
         schedule: learning-rate schedule; it makes one step after every batch.
@@ -194,21 +209,22 @@ def _descend(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)  # for dropout
         for epoch in range(1, recipe.epochs + 1):
-            loss_sum, correct = 0.0, 0
+            loss_sum, counted = 0.0, []
             # Batches of equal size, because batch norm has no variance for a batch of one image.
-            for batch in torch.randperm(count, generator=generator).tensor_split(batches):
-                images, labels = batch_at(batch)
+            for indices in torch.randperm(count, generator=generator).tensor_split(batches):
+                batch = batch_at(indices)
                 with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-                    logits = model(images)
-                loss = F.cross_entropy(logits.float(), labels)
+                    outputs = call_model(model, batch.inputs)
+                outputs = map_tensors(Tensor.float, outputs)
+                loss = task.loss(lambda *inputs, outputs=outputs: outputs, batch)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-                loss_sum += loss.item() * len(batch)
-                correct += int((logits.argmax(1) == labels).sum())
+                loss_sum += loss.item() * len(indices)
+                counted.append(task.statistics(map_tensors(Tensor.detach, outputs), batch.targets))
             if progress is not None:
-                progress(TrainingProgress(epoch, recipe.epochs, loss_sum / count, correct / count))
+                progress(TrainingProgress(epoch, recipe.epochs, loss_sum / count, task.summarize(np.concatenate(counted)).score))
     return model.eval()
 
 
@@ -244,11 +260,11 @@ def _shifted(images: Tensor, shift: int, generator: torch.Generator) -> Tensor:
     return padded[index[0], index[1], rows, columns]
 
 
-def _recipe_hash(model: nn.Module, data: TaskData, recipe: Recipe) -> str:
+def _recipe_hash(model: nn.Module, task: SupervisedTask, recipe: Recipe) -> str:
     digest = hashlib.sha256()
     # The printed module tree holds layers and settings; the cache name distinguishes different forward passes.
-    digest.update(f"{model}{asdict(recipe)}{data.mean}{data.std}".encode())
-    train = _training_images(data, "Training")
+    digest.update(f"{model}{asdict(recipe)}{type(task).__name__}{task.config}{task.data.mean}{task.data.std}".encode())
+    train = _training_images(task.data, "Training")
     digest.update(train.images.tobytes())
     digest.update(train.labels.tobytes())
     return digest.hexdigest()[:16]

@@ -13,6 +13,7 @@ import yaml
 from typer.testing import CliRunner
 
 from secateur.envs.tasks import synthetic
+from secateur.envs.tasks.classification import Classification
 from secateur.envs.tasks.models import load_model
 from secateur.search.cli import app
 from secateur.search.config import load_config
@@ -121,7 +122,7 @@ def test_front_of_one_budget_holds_nothing_of_the_others():
 
 def test_an_export_is_refused_after_the_weights_were_swapped(folder):
     data = synthetic.load(validation=256, train="rest")
-    trained = load_model(CONFIG["model"]["factory"], "trained", data=data)
+    trained = load_model(CONFIG["model"]["factory"], "trained", task=Classification(data))
     torch.save(trained.state_dict(), "net.pth")
     changes = ("--set", "model.weights=net.pth", "--set", "output.root=swapped", "--set", "finalize.verify=false")
     assert secateur("search", write(folder), *changes).exit_code == 0

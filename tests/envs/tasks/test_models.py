@@ -10,6 +10,7 @@ from torch import nn
 
 from secateur.envs.core import InputError
 from secateur.envs.tasks import synthetic
+from secateur.envs.tasks.classification import Classification
 from secateur.envs.tasks.core import check_finite
 from secateur.envs.tasks.data import DATASETS
 from secateur.envs.tasks.imports import FORMER_NAMES, current_name
@@ -202,16 +203,16 @@ def test_trained_weights_come_from_the_factorys_module(tmp_path, monkeypatch):
     monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path))
     epochs = []
     data = synthetic.load()
-    model = load_model("secateur:synthetic", "trained", {"width": 4}, data, epochs.append)
+    model = load_model("secateur:synthetic", "trained", {"width": 4}, Classification(data), epochs.append)
     images, labels = data.tensors(data.test)
     assert (model(images).argmax(1) == labels).float().mean() > 0.6
     assert [step.epoch for step in epochs] == list(range(1, synthetic.RECIPE.epochs + 1))
     with pytest.raises(InputError, match="train=.rest"):
-        load_model("secateur:synthetic", "trained", data=synthetic.load(train=0))
+        load_model("secateur:synthetic", "trained", task=Classification(synthetic.load(train=0)))
     with pytest.raises(InputError, match="train_weights"):
-        load_model(FACTORY, "trained", data=data)
+        load_model(FACTORY, "trained", task=Classification(data))
     with pytest.raises(InputError, match="train_weights"):
-        load_model("torchvision:alexnet", "trained", data=data)
+        load_model("torchvision:alexnet", "trained", task=Classification(data))
 
 
 def broken_network(name, value):
