@@ -263,7 +263,8 @@ def _shifted(images: Tensor, shift: int, generator: torch.Generator) -> Tensor:
 def _recipe_hash(model: nn.Module, task: SupervisedTask, recipe: Recipe) -> str:
     digest = hashlib.sha256()
     # The printed module tree holds layers and settings; the cache name distinguishes different forward passes.
-    digest.update(f"{model}{asdict(recipe)}{type(task).__name__}{task.config}{task.data.mean}{task.data.std}".encode())
+    options = vars(task).get("config")
+    digest.update(f"{model}{asdict(recipe)}{type(task).__name__}{options}{task.data.mean}{task.data.std}".encode())
     train = _training_images(task.data, "Training")
     digest.update(train.images.tobytes())
     digest.update(train.labels.tobytes())

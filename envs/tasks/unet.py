@@ -54,7 +54,8 @@ class UNet(nn.Module):
         self.head = nn.Conv2d(widths[0], classes, 1)
 
     def forward(self, image: Tensor) -> Tensor:
-        x, skips = F.relu(self.stem(image)), []
+        x = F.relu(self.stem(image))
+        skips: list[Tensor] = []
         for block in self.down:
             x = block(F.max_pool2d(x, 2) if skips else x)
             skips.append(x)
