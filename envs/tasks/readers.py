@@ -23,6 +23,9 @@ if TYPE_CHECKING:  # torchvision is imported by the readers that need it
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Mean and standard deviation of ImageNet's channels; the published CIFAR-10 ResNets were trained with them too."""
 
+IGNORED = 255
+"""Label of pixels that have no class."""
+
 CROP_SHARE = 0.875
 """Side of the center crop over the shorter side of the resized image: the usual 224 of 256."""
 
@@ -128,11 +131,13 @@ def read_image_folder(root: str | Path | None, input_shape: tuple[int, int, int]
 
 
 def read_arrays(root: str | Path | None, input_shape: tuple[int, int, int] | None) -> Dataset:
-    """Return the .npz file `root`: x_test (N, H, W, C) uint8, y_test (N,), and optionally x_train, y_train and classes.
+    """Return the .npz file `root`: x_test, y_test, and optionally x_train, y_train and classes.
 
-    `classes` holds one name per class; without it, the classes are 0 to the largest label and their numbers are their names.
+    Inputs are images (N, H, W, C) uint8, or float32 (N, ...) as the model takes them. Targets are classes (N,), a class of every
+    pixel (N, H, W), or float32 (N, ...) for other tasks. `classes` holds one name per class; without it, the classes are 0 to the
+    largest label, 255 of pixels left out, and their numbers are their names.
     """
-    holds = "x_test (N, H, W, C) in uint8 and y_test (N,), and optionally x_train, y_train and classes"
+    holds = "x_test (N, H, W, C) in uint8 or (N, ...) in float32 and y_test (N, ...), and optionally x_train, y_train and classes"
     path = Path(root or "").expanduser()
     if not path.is_file():
         raise InputError(f"`data.root: {root}` must name a .npz file that holds {holds}.")
@@ -140,21 +145,32 @@ def read_arrays(root: str | Path | None, input_shape: tuple[int, int, int] | Non
     pools = {part: _checked_pool(arrays, part, path, holds) for part in ("train", "test") if f"x_{part}" in arrays}
     if "test" not in pools:
         raise InputError(f"`data.root: {path}` has no x_test. It must hold {holds}.")
-    count = 1 + max(int(pool.labels.max(initial=0)) for pool in pools.values())
+    count = max(_count_classes(pool.labels) for pool in pools.values())
     classes = tuple(map(str, arrays["classes"].tolist() if "classes" in arrays else range(count)))
-    channels = arrays["x_test"].shape[3]
+    channels = arrays["x_test"].shape[-1] if arrays["x_test"].dtype == np.uint8 else 1
     mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,) * channels, (0.5,) * channels)
     return Dataset(pools.get("train"), pools["test"], classes, mean, std)
 
 
+def _count_classes(labels: np.ndarray) -> int:
+    """Return the number of classes; 0: the targets are no classes."""
+    if labels.dtype.kind == "f":
+        return 0
+    known = labels if labels.ndim == 1 else labels[labels != IGNORED]
+    return 1 + int(known.max(initial=0))
+
+
 def _checked_pool(arrays: Mapping[str, np.ndarray], part: str, path: Path, holds: str) -> Pool:
-    images, labels = arrays[f"x_{part}"], arrays.get(f"y_{part}", np.empty(0))
-    if images.dtype != np.uint8 or images.ndim != 4 or labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+    inputs, targets = arrays[f"x_{part}"], arrays.get(f"y_{part}", np.empty(0))
+    images = inputs.dtype == np.uint8 and inputs.ndim == 4
+    known = targets.dtype.kind in "iu" or targets.dtype == np.float32
+    if not (images or inputs.dtype == np.float32) or targets.shape[:1] != inputs.shape[:1] or not known:
         raise InputError(
-            f"`data.root: {path}` must hold {holds}, but x_{part} is {images.shape} in {images.dtype} "
-            f"and y_{part} {labels.shape} in {labels.dtype}."
+            f"`data.root: {path}` must hold {holds}, but x_{part} is {inputs.shape} in {inputs.dtype} "
+            f"and y_{part} {targets.shape} in {targets.dtype}."
         )
-    return array_pool(images.transpose(0, 3, 1, 2), labels.astype(np.int64))
+    classes = targets.astype(np.int64) if targets.dtype.kind in "iu" and targets.ndim == 1 else targets
+    return array_pool(inputs.transpose(0, 3, 1, 2) if images else inputs, classes)
 
 
 DATASETS: Mapping[str, Callable[..., Dataset]] = {

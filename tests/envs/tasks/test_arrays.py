@@ -2,10 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 
 from secateur.envs.core import InputError
 from secateur.envs.tasks.classification import Classification
 from secateur.envs.tasks.data import load_data
+from secateur.envs.tasks.regression import Regression
+from secateur.envs.tasks.segmentation import Segmentation
 
 
 def arrays(count=12, part="test", size=(4, 5, 3), classes=6):
@@ -77,6 +80,7 @@ def test_what_a_file_without_training_images_cannot_give(write, options, words):
         ({"x_test": np.zeros((12, 4, 5), np.uint8)}, r"x_test is \(12, 4, 5\)"),
         ({"y_test": np.zeros(11, int)}, r"y_test \(11,\)"),
         ({"y_test": np.zeros(12, float)}, "in float64"),
+        ({"x_test": np.zeros((12, 4), np.int16)}, "in int16"),
         ({"y_test": np.array([{}] * 12)}, "cannot be read"),
         ({"y_test": np.full(12, 7), "classes": np.array(["a", "b"])}, "must be in 0..1, but are in 7..7"),
     ],
@@ -95,3 +99,20 @@ def test_missing_and_damaged_files_are_refused(write, tmp_path):
     (tmp_path / "images.npz").write_bytes(b"PK\x03\x04 nothing")
     with pytest.raises(InputError, match="cannot be read"):
         load_data("arrays", tmp_path / "images.npz", calibration=4, validation=4)
+
+
+def test_inputs_and_targets_of_other_tasks_are_read(write):
+    rng = np.random.default_rng(0)
+    pixels = np.where(rng.random((12, 4, 5)) < 0.1, 255, rng.integers(0, 3, (12, 4, 5))).astype(np.uint8)
+    pixels[0, 0, 0] = 2
+    data = load_data("arrays", write(**arrays() | {"y_test": pixels}), calibration=4, validation=4)
+    assert data.num_classes == 3 and data.validation.labels.shape == (4, 4, 5), "255 is no class"
+    Segmentation(data).check(torch.zeros(1, 3, 4, 5))
+    numbers = {"x_test": rng.random((12, 7), np.float32), "y_test": rng.random((12, 2), np.float32)}
+    data = load_data("arrays", write(**numbers), calibration=4, validation=4)
+    assert data.num_classes == 0 and data.image_shape == (7,)
+    task = Regression(data)
+    (batch,) = task.batches("test")
+    assert task.evaluate(lambda x: batch.targets + 0.5, "test").score == pytest.approx(0.5)
+    with pytest.raises(InputError, match="needs one class per image"):
+        Classification(data)
