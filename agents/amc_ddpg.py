@@ -17,7 +17,7 @@ Where we differ and why:
 1. The state is the observation of our environment (envs/observation.py), and a step has one action for each kind of choice (prune
    ratio, weight bits, activation bits). AMC has 11 features and one prune ratio.
 2. One run searches several budgets in turn with the same networks: the limits are part of the observation. AMC searches one.
-3. The reward is top-1, which differs from AMC's -error by a constant. Lower costs than the budget asks for earn nothing.
+3. The reward is the quality, which differs from AMC's -error by a constant. Lower costs than the budget asks for earn nothing.
 4. The warm-up has 30 episodes instead of 100, because a search has 200 to 300 of them instead of 400.
 5. Evaluations run in parallel: episodes are learned from in the order in which they were asked for, and a choice does not know
    the last `lookahead` of them (episode_queue.py).
@@ -55,7 +55,7 @@ class Trajectory:
     Attributes:
         observations: (num_steps + 1, observation_dim).
         actions: executed, (num_steps, action_dim) in [0, 1].
-        reward: top-1 of the episode; 0 before it is evaluated.
+        reward: quality of the episode; 0 before it is evaluated.
     """
 
     observations: np.ndarray

@@ -90,7 +90,7 @@ class Queryable(Protocol):
         ...
 
     def predict_quality(self, sequences: np.ndarray) -> np.ndarray:
-        """Return the top-1 that the agent expects of executed sequences, (n,) of (n, num_steps, action_dim)."""
+        """Return the quality that the agent expects of executed sequences, (n,) of (n, num_steps, action_dim)."""
         ...
 
 
@@ -153,7 +153,7 @@ def check_preference(owner: str, preference: Sequence[float]) -> None:
 
 
 def simplex(owner: str, preference: Sequence[float] | None, objectives: Sequence[str]) -> np.ndarray:
-    """Return a preference scaled to a sum of 1, (num_objectives,); None: top-1 alone.
+    """Return a preference scaled to a sum of 1, (num_objectives,); None: quality alone.
 
     Raises:
         InputError: if there is not one weight for each objective, or a weight is wrong.

@@ -10,10 +10,10 @@ public: its state, reward, networks and training cannot be reproduced, and this 
    CAPQL); the whole vector of the critic with the smaller scalarized value (PD-MORL). See targets.py. A switch, off by default
    because it did not help (config.py): evaluated policies are chosen by the critics' values of complete sequences, which depend
    on no preference, so the maximum only reaches them through the actor's rollouts.
-3. *Costs are never learned*. The critics predict top-1 alone; costs of a completion come from the simulated environment
+3. *Costs are never learned*. The critics predict the quality alone; costs of a completion come from the simulated environment
    (`ActionSpace.simulate`), and so does their slope by the action in the actor's gradient, as a finite difference.
 4. *Completions are valued at their end*. The simulator reaches the last step anyway, and there the critics need no
-   bootstrapping: a complete sequence alone decides top-1, and the top-1 of evaluated sequences is known.
+   bootstrapping: a complete sequence alone decides the quality, and that of evaluated sequences is known.
 5. *The sequence belongs to the state*: an observation alone does not contain the choices for earlier layers.
 6. *Hindsight*: an episode can be practiced under other preferences (HPR-CAPQL) and under every budget that would have executed
    the same actions, because raw reward components are stored. Switches as well, off for the same reason. gamma is 1 and only the
@@ -239,7 +239,7 @@ class EnvelopeDdpg:
         return max(LEAST_NOISE, NOISE * NOISE_DECAY ** max(self.queue.asked - self.config.warmup, 0))
 
     def _expected(self, sequences: np.ndarray) -> np.ndarray:
-        """Return the expected rewards of executed sequences, (n, num_objectives): predicted top-1, exact costs."""
+        """Return the expected rewards of executed sequences, (n, num_objectives): predicted quality, exact costs."""
         return np.column_stack([self.predict_quality(sequences), -self.space.cost_shares(sequences)])
 
     def _gains(self, rewards: np.ndarray) -> np.ndarray:

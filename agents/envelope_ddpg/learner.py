@@ -3,7 +3,7 @@
 The critics see *afterstates*: the sequence with the current action filled in. At the last step the sequence is complete. It alone
 decides the accuracy, so all other inputs are zero there: the critics' values at the last step predict the accuracy of policies.
 
-The critics predict *scores*: the log-odds of top-1. Compression changes log-odds by a similar amount everywhere, but top-1 little
+The critics predict *scores*: log-odds of qualities. Compression changes log-odds by a similar amount everywhere, but top-1 little
 near the dense model and much under tight budgets, where large errors would dominate all others.
 """
 
@@ -77,7 +77,7 @@ class Learner:
         self.memories: list[Memory] = []
         self.pool = Pool(POOLED * config.planned)
         self.center, self.scale = float(_logit(np.array(space.dense_quality / 2))), 1.0  # of scores
-        self.spread = 1.0  # of top-1
+        self.spread = 1.0  # of qualities
         self.errors: list[np.ndarray] = []  # of the critics and the additive model, on the scores of episodes that were new, (2,)
         self._steps, self._kinds = torch.from_numpy(self.step_of), torch.from_numpy(self.kind_of)
         self._ends = torch.empty(0, inputs)  # the critics' inputs at the end of every episode
@@ -128,7 +128,7 @@ class Learner:
             return torch.sigmoid(raw)[0].numpy()
 
     def predictions(self, sequences: np.ndarray, target: bool = False) -> np.ndarray:
-        """Return the top-1 that each critic expects of complete sequences, (critics, n).
+        """Return the quality that each critic expects of complete sequences, (critics, n).
 
         With `additive`, they are blended with the additive model: the one with the smaller errors on the latest episodes gets the
         larger share. The standard deviation of the additive model is spread over the critics, from pessimistic to optimistic.
@@ -241,7 +241,7 @@ class Learner:
     def update_critics(self) -> None:
         """Take one step towards known returns and planned targets.
 
-        The costs of a completion are known, so only the top-1 part of the envelope's vector loss has a gradient.
+        The costs of a completion are known, so only the quality part of the envelope's vector loss has a gradient.
         """
         chosen = torch.from_numpy(self.rng.integers(len(self.memories), size=self.config.batch))
         values = self.critic(self._smoothed(self._ends[chosen]))[..., 0]
@@ -265,7 +265,7 @@ class Learner:
         return torch.cat([noisy, (1.5 * noisy**2 - 0.5) * taken, inputs[:, 2 * entries :]], dim=1)
 
     def update_actor(self) -> None:
-        """Take one step along the deterministic policy gradient: the critics' for top-1, the simulated slopes for the costs."""
+        """Take one step along the deterministic policy gradient: the critics' for it, the simulated slopes for the costs."""
         rows = self.pool.sample(self.rng, self.config.batch)
         actions = torch.sigmoid(self.actor(rows["before"])[0])
         inputs = self.with_actions(rows["after"], rows["steps"], actions)
@@ -317,7 +317,7 @@ def _logit(quality: np.ndarray) -> np.ndarray:
 
 
 def _quality(scores: Tensor) -> Tensor:
-    """Return the top-1 of scores: the inverse of `_score`."""
+    """Return the quality of scores: the inverse of `_logit`."""
     return torch.sigmoid(scores) * (1 + 2 * EDGE) - EDGE
 
 

@@ -49,14 +49,14 @@ def plan_targets(
     alternatives: int,
     mixing: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return target top-1 of each transition, (n,), and the slope of its weighted costs by its action, (n, action_dim).
+    """Return target qualities of each transition, (n,), and the slope of its weighted costs by its action, (n, action_dim).
 
     Args:
         space: simulates.
         rng: draws preferences and noise.
         transitions: n of them.
         policy: completes the sequences.
-        predict: top-1 of complete sequences, (critics, m).
+        predict: quality of complete sequences, (critics, m).
         alternatives: preferences per transition whose completions the envelope compares, its own included.
         mixing: share of the envelope target.
     """
