@@ -37,7 +37,7 @@ def load_data(
     Args:
         name: a key of `DATASETS`, or "package.module:function" of a function that takes root, calibration, validation,
             test, train, validation_from and seed as keywords and returns a `TaskData` (`split_dataset` makes one).
-        root: folder of the files; "digits" does not use it.
+        root: folder of the files; "digits" and the scenes made of them do not use it.
         calibration, validation, test, train: number of images, or "rest". Calibration images are drawn from the
             training images and may be in `train` too. If calibration or train is 0, that split is None. If the dataset has
             no training images, calibration, validation and test are drawn from the test images, without overlap.

@@ -21,7 +21,7 @@ from secateur.envs.tasks.scenes import CLASSES
 from secateur.envs.tasks.supervised import SupervisedTask
 from secateur.envs.tasks.training import Progress, Recipe, cached_weights
 
-RECIPE = Recipe(epochs=6, batch_size=32, learning_rate=0.01, weight_decay=1e-4, shift=0, optimizer="adamw")
+RECIPE = Recipe(epochs=6, batch_size=8, learning_rate=0.005, weight_decay=1e-4, shift=0, optimizer="adamw")
 
 
 def _block(in_channels: int, out_channels: int) -> nn.Sequential:
