@@ -129,6 +129,8 @@ def _caption(document: Mapping[str, Any], rows: int) -> str:
     dense_final = document["final"]["dense"]
     images = f"{document['dense']['images']:,} validation"
     images += f" and {dense_final['images']:,} test images" if dense_final is not None else " images"
+    if not document["dense"]["images"]:
+        images = "scored by functions that were passed"  # only they know how many samples they use
     more = f" The best {MAX_ROWS} of {rows}; front.csv has all." if rows > MAX_ROWS else ""
     device = f" On the device: {document['device']}." if document.get("device") else ""
     repaired = "Finalists get their own recovery, then are scored again."
