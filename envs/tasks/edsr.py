@@ -1,4 +1,4 @@
-"""A small super-resolution network in the manner of EDSR, x2, trained in about two minutes.
+"""A small super-resolution network in the manner of EDSR, x2, trained in some minutes.
 
 Configuration: `model: {factory: "secateur:edsr", weights: trained, input: [1, 32, 32]}`,
 `data: {name: digit_scenes_x2, train: rest, ...}`, `task: restoration`.

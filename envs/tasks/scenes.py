@@ -46,7 +46,7 @@ class Scenes:
         images: (N, 1, 64, 64) float32 in [0, 1].
         masks: (N, 64, 64) uint8, the class of each pixel: 0 for the background, 1 + d for a stroke of the digit d.
         boxes: (N, 4, 5) float32, for each digit the left, top, right and bottom edges of its strokes in pixels, and its class as
-            in `masks`; unused rows are 0.
+            in `masks`; the class of unused rows is -1, as `detection` takes them.
         scans: (N, 4) int64, the index of each digit's scan; -1 in unused rows.
     """
 
@@ -109,6 +109,7 @@ def draw_scenes(pixels: np.ndarray, digits: np.ndarray, allowed: np.ndarray, cou
     images = np.empty((count, 1, SIZE, SIZE), np.float32)
     masks = np.zeros((count, SIZE, SIZE), np.uint8)
     boxes = np.zeros((count, MOST_DIGITS, 5), np.float32)
+    boxes[:, :, 4] = -1
     scans = np.full((count, MOST_DIGITS), -1)
     for scene in range(count):
         paper, contrast = rng.uniform(0, 0.3), rng.uniform(0.4, 0.7)

@@ -1,4 +1,4 @@
-"""A small U-Net for the generated scenes of `secateur.envs.tasks.scenes`, trained in about two minutes.
+"""A small U-Net for the generated scenes of `secateur.envs.tasks.scenes`, trained in some minutes.
 
 Configuration: `model: {factory: "secateur:unet", weights: trained, input: [1, 64, 64]}`,
 `data: {name: digit_scenes, train: rest, ...}`, `task: segmentation`.

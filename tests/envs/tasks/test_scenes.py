@@ -56,7 +56,7 @@ def test_boxes_enclose_the_strokes_of_their_digit(parts):
         left_over = parts[0].masks[scene].copy()
         for (left, top, right, bottom, label), scan in zip(parts[0].boxes[scene], parts[0].scans[scene], strict=True):
             if scan < 0:
-                assert label == left == right == 0
+                assert label == -1 and left == right == 0
                 continue
             window = left_over[int(top) : int(bottom), int(left) : int(right)]
             strokes = window == label
