@@ -177,6 +177,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "budgets-bits": lambda results: budgets_table(results / "budgets_bits", short=False),
     "half": half_table,
     "budgets-rerun": rerun_table,
+    "segmentation": lambda results: reported_table(results / "segmentation"),
+    "super-resolution": lambda results: reported_table(results / "super_resolution"),
     "ask": lambda results: reported_table(results / "ask"),
     "sensitivities": lambda results: reported_table(results / "sensitivities"),
     "quantizers": lambda results: reported_table(results / "quantizers"),

@@ -47,6 +47,7 @@ TASKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TASKS)
 def test_a_search_ends_with_a_verified_winner(kind, tmp_path):
     task, data, shape, output, metric = TASKS[kind]
