@@ -158,7 +158,11 @@ class PartTask:
         raise InputError("A training loss is not available for parts of a model. Choose an importance that needs none.")
 
     def check(self, outputs: Any) -> None:
-        """Accept all outputs: the whole's were checked."""
+        """Accept all outputs: those of the whole were checked."""
+
+    def parts_of(self, model: nn.Module) -> tuple[str, ...]:
+        """Return (): parts have no parts of their own."""
+        return ()
 
     def agreement(self, reference: Any, outputs: Any) -> None:
         """Return None: nothing is known of the outputs' meaning."""

@@ -11,7 +11,6 @@ from itertools import product
 from typing import Any
 
 import numpy as np
-import torch
 from pydantic import TypeAdapter
 from torch import nn
 
@@ -26,7 +25,7 @@ from secateur.envs.core import Budget, Evaluation, InputError, Sensitivities
 from secateur.envs.costs import PolicyCosts
 from secateur.envs.evaluator import Evaluator, Precision, choose_precision
 from secateur.envs.feasibility import FeasibleSpace
-from secateur.envs.inputs import Inputs, call_model, tensors_of_inputs
+from secateur.envs.inputs import Inputs, tensors_of_inputs
 from secateur.envs.metric import Metric
 from secateur.envs.model_graph import ModelGraph, analyze
 from secateur.envs.parts import PartTask, take_parts
@@ -40,9 +39,8 @@ from secateur.envs.quantization.quantizers import QUANTIZERS, Quantizer
 from secateur.envs.racing import Race
 from secateur.envs.recovery import RECOVERIES, Recovery
 from secateur.envs.sensitivity import IMAGES, measure_sensitivities
-from secateur.envs.tasks.core import Task, all_samples, check_finite, first_inputs
+from secateur.envs.tasks.core import Task, all_samples, check_finite, first_inputs, first_outputs
 from secateur.envs.tasks.data import load_data
-from secateur.envs.tasks.detection import Detection
 from secateur.envs.tasks.models import load_model
 from secateur.envs.tasks.registry import build_task
 from secateur.envs.tasks.training import Progress, cache_directory
@@ -89,9 +87,8 @@ def traced(
         InputError: if the model does not suit the task, or cannot be traced.
     """
     status("tracing the model")
-    with torch.inference_mode():
-        task.check(call_model(model, example))
-    if parts := config.model.parts or (task.parts_of(model) if isinstance(task, Detection) else ()):
+    task.check(first_outputs(model, example, f"Check `model.input`, `data` and `task: {config.task.name}`."))
+    if parts := config.model.part or task.parts_of(model):
         task, model = take_parts(task, model, parts)
         example = first_inputs(task, "validation", 1)[0]
     return task, model, analyze(model, tuple(tensors_of_inputs(example)), exclude=config.space.exclude)
@@ -327,17 +324,17 @@ def with_sensitivities(problem: Problem, status: StatusCallback = log.info) -> P
 
 def make_env(problem: Problem, evaluated: Evaluated = ()) -> CompressionEnv:
     """Return a separate environment for one worker; the `evaluated` policies are reused."""
-    race = Race(problem.space.objectives[1:], [budget.limits for budget in problem.budgets])
-    evaluator = Evaluator(
-        problem.assembler,
-        problem.space.costs.of_policy,
-        problem.task,
-        problem.dense.score,
-        problem.precision,
-        race if problem.config.search.racing else None,
-    )
+    evaluator = make_evaluator(problem)
+    if problem.config.search.racing:
+        evaluator.race = Race(problem.space.objectives[1:], [budget.limits for budget in problem.budgets])
     evaluator.cache.update(evaluated)
     return CompressionEnv(problem.space, evaluator, problem.budgets)
+
+
+def make_evaluator(problem: Problem, split: str = "validation") -> Evaluator:
+    """Return an evaluator under the search's recoveries and number format, which scores every policy on all samples."""
+    of_policy, dense = problem.space.costs.of_policy, problem.dense.score
+    return Evaluator(problem.assembler, of_policy, problem.task, dense, problem.precision, split=split)
 
 
 def open_runner(problem: Problem, evaluated: Evaluated = ()) -> Runner:

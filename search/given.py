@@ -13,7 +13,7 @@ from secateur.cost_models.core import InputError
 from secateur.envs.inputs import Inputs, tensors_of_inputs
 from secateur.envs.metric import Metric
 from secateur.envs.model_graph.plain_layers import make_weights_plain, unwrapped
-from secateur.envs.tasks.core import Batch
+from secateur.envs.tasks.core import Batch, first_outputs
 from secateur.envs.tasks.functions import (
     Evaluate,
     FunctionTask,
@@ -29,11 +29,8 @@ from secateur.envs.tasks.models import check_weights
 SAMPLES = 512
 """Calibration samples that are read from the loader."""
 
-SHORTCUTS = {
-    "part": "model.part",
-    **{name: f"search.{name}" for name in ("agent", "options", "evaluations", "seed", "workers", "time_limit")},
-}
-"""{keyword argument: what it sets in the configuration}."""
+SHORTCUTS = ("agent", "options", "evaluations", "seed", "workers", "time_limit")
+"""Keyword arguments that belong to the section `search` of a configuration."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +68,11 @@ def make_given(
     Raises:
         InputError: if something among them cannot be used.
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            "`config` must be a configuration, the path of a YAML file, its content as a dict, or a torch.nn.Module, but is "
+            f"{type(model).__name__}."
+        )
     if inputs is None or calibration is None:
         raise InputError("A search of a model object needs `inputs`, example inputs, and `calibration`, a loader of inputs.")
     if evaluate is None and (test is not None or metric is not None):
@@ -81,6 +83,7 @@ def make_given(
     check_weights(dense, f"The model, {type(model).__name__},")
     make_weights_plain(dense)
     example, compare = example_inputs(dense, inputs), divergence or output_divergence
+    first_outputs(dense, example, "Check `inputs`.")
     batches = read_loader(calibration, example, samples)
     if evaluate is None:
         return Given(dense, example, divergence_task(dense, batches, compare))
@@ -95,12 +98,10 @@ def given_config(given: Given, settings: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         given: the objects.
-        settings: sections of a configuration, such as `budgets` and `space`, and the `SHORTCUTS`.
+        settings: sections of a configuration, such as `budgets` and `space`, the `SHORTCUTS`, and `part` of the section `model`.
     """
-    values = {name: value for name, value in settings.items() if name not in SHORTCUTS}
-    section = dict(values.get("search", {}))
-    section |= {name: settings[name] for name in SHORTCUTS if name in settings and name != "part"}
-    values["search"] = section
+    values = {name: value for name, value in settings.items() if name not in (*SHORTCUTS, "part")}
+    values["search"] = {**values.get("search", {}), **{name: settings[name] for name in SHORTCUTS if name in settings}}
     shape = list(tensors_of_inputs(given.example)[0].shape[1:])
     kind = type(given.model)
     values["model"] = {"factory": f"{OBJECT}{kind.__module__}.{kind.__qualname__}", "input": shape, "part": settings.get("part")}

@@ -12,7 +12,7 @@ from collections.abc import Collection
 from typing import Any
 
 from secateur.envs.core import InputError
-from secateur.envs.tasks.imports import current_name, import_object, is_own_code
+from secateur.envs.tasks.imports import OBJECT, current_name, import_object, is_own_code
 from secateur.envs.tasks.models import find_factory, is_model_factory, not_called
 from secateur.search.config import Overrides, SearchConfig, apply_overrides
 from secateur.search.given import Given
@@ -53,6 +53,11 @@ def check_data_name(name: str, named: Collection[str], document: str) -> None:
         InputError: if the function may not be called.
     """
     name = current_name(name)
+    if name.startswith(OBJECT):
+        raise InputError(
+            "Data and metric were Python objects, which this process does not have. Verify in the process that searched: "
+            "secateur.verify(folder, factory=run.given.model, task=run.given.task)."
+        )
     if ":" not in name or {"data", "data.name"} & set(named):
         return
     _, function = import_object(name, "data.name")

@@ -8,11 +8,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from typer.main import get_command
 
 import secateur
 from secateur.cost_models.core import InputError
+from secateur.envs.tasks.splits import Split, TaskData
 from secateur.search.benchmarks.documentation import imports, pages, picture, reference, tables
 from secateur.search.cli import app
 from secateur.search.config import parse_config
@@ -257,7 +259,7 @@ def test_configurations_are_valid(page):
         values = yaml.safe_load(text)
         if values.get("device"):
             values["device"] = str(ROOT / "configs" / "devices" / "h200.json")  # has every cost; the user's own is not here
-        parse_config(values, page.name)
+        assert list(parse_config(values, page.name).budgets) == list(values["budgets"])
 
 
 def test_python_compiles_and_names_the_public_interface_only(page):
@@ -293,12 +295,17 @@ def test_the_program_for_ones_own_model_works(tmp_path, monkeypatch):
     assert defined["accuracy"](slice(1400, None))(small) == pytest.approx(best.test_score)
 
 
-def test_the_agent_that_extending_shows_works(toy):
+def test_the_plugins_that_extending_shows_work(toy):
     defined = {"__name__": "extending"}
     for code in blocks(ROOT / "docs" / "extending.md", "python"):
         exec(compile(code, "extending.md", "exec"), defined)
     agent = defined["Halving"](defined["HalvingConfig"](), toy, toy.budgets, np.random.default_rng(0))
     episodes = toy.run(agent, 12)
     assert len(episodes) == 12 and all(episode.feasible for episode in episodes)
+    images, depths = np.zeros((5, 1, 4, 4), np.float32), np.full((5, 4, 4), 2.0, np.float32)
+    split = Split(images, depths)
+    task = defined["Depth"](TaskData(split, split, split, None, (0.0,), (1.0,), 0, (), "of a test"))
+    task.check(torch.zeros(1, 4, 4))
+    assert task.evaluate(lambda x: x[:, 0] + 1.5, "test").score == pytest.approx(0.5)
     shapes = SimpleNamespace(weights=np.array([[1, 2], [3, 4]]))
     assert defined["Parameters"]().total(shapes).tolist() == [3, 7]

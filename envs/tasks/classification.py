@@ -14,7 +14,7 @@ from secateur.cost_models.core import InputError
 from secateur.envs.inputs import call_model
 from secateur.envs.metric import TOP1, Metric
 from secateur.envs.tasks.core import Batch, Metrics, Model, kl_divergence
-from secateur.envs.tasks.supervised import SupervisedTask
+from secateur.envs.tasks.supervised import PerSampleTask, shape_of
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class ClassificationConfig:
 
 
 @dataclass(frozen=True)
-class Classification(SupervisedTask):
+class Classification(PerSampleTask):
     """Outputs (images, classes); targets (images,) int64."""
 
     config: ClassificationConfig = ClassificationConfig()
@@ -69,8 +69,9 @@ class Classification(SupervisedTask):
     def check(self, outputs: Any) -> None:
         """Raise InputError unless the outputs are (1, classes) of the data's classes."""
         if not isinstance(outputs, torch.Tensor) or outputs.dim() != 2:
-            shown = tuple(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
-            raise InputError(f"`model.factory` must give one tensor of scores (images, classes), but its output is {shown}.")
+            raise InputError(
+                f"`model.factory` must give one tensor of scores (images, classes), but its output is {shape_of(outputs)}."
+            )
         if outputs.shape[1] != self.data.num_classes:
             raise InputError(
                 f"The model has {outputs.shape[1]} outputs, but the data has {self.data.num_classes} classes. "

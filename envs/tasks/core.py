@@ -1,6 +1,6 @@
 """A task: what a model is for. It gives inputs, scores models with a metric, and compares outputs; nothing else knows labels.
 
-To add a task, implement `Task`, or subclass `secateur.envs.tasks.supervised.SupervisedTask`, which divides the work further.
+To add a task, implement `Task`, or subclass `SupervisedTask` or `PerSampleTask` (envs/tasks/supervised.py).
 
 A *batch of inputs* is a tensor, or several of them as the arguments of the model (`secateur.envs.inputs`).
 """
@@ -13,12 +13,12 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from secateur.cost_models.core import InputError
-from secateur.envs.inputs import Inputs, call_model, concatenate
+from secateur.envs.inputs import Inputs, call_model, concatenate, tensors_of_inputs
 from secateur.envs.metric import Metric
 
 Model = Callable[..., Any]
@@ -98,7 +98,11 @@ class Task(Protocol):
         ...
 
     def check(self, outputs: Any) -> None:
-        """Raise InputError unless these can be the outputs of a model for this task; called once, with one sample."""
+        """Raise InputError unless data and outputs suit the task; called once, with the dense model's outputs for one sample."""
+        ...
+
+    def parts_of(self, model: nn.Module) -> tuple[str, ...]:
+        """Return the submodules to compress if the configuration names none; () means the whole model."""
         ...
 
     def agreement(self, reference: Any, outputs: Any) -> np.ndarray | None:
@@ -119,6 +123,27 @@ def all_samples(task: Task, split: str) -> tuple[Inputs, Tensor | None]:
     targets = [batch.targets for batch in batches]
     together = torch.cat(targets) if all(isinstance(target, Tensor) for target in targets) else None
     return concatenate([batch.inputs for batch in batches]), together
+
+
+@torch.inference_mode()
+def first_outputs(model: nn.Module, example: Inputs, hint: str) -> Any:
+    """Return the dense model's outputs for one sample.
+
+    Args:
+        model: the dense model.
+        example: one sample.
+        hint: last sentence of the error, what to check.
+    Raises:
+        InputError: if the model does not run.
+    """
+    try:
+        return call_model(model, example)
+    except Exception as error:  # the user's forward runs arbitrary code
+        shapes = ", ".join(str(tuple(x.shape)) for x in tensors_of_inputs(example))
+        reason = (str(error).splitlines() or [""])[0]
+        raise InputError(
+            f"{type(model).__name__} does not run on inputs of shape {shapes}: {type(error).__name__}: {reason} {hint}"
+        ) from error
 
 
 @torch.inference_mode()

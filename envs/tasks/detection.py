@@ -82,21 +82,19 @@ class Detection(SupervisedTask):
         rows = [target[target[:, 4] != NO_BOX] for target in targets]
         return [{"boxes": boxes[:, :4].float(), "labels": boxes[:, 4].long() + self.config.first_class} for boxes in rows]
 
-    def statistics(self, outputs: Any, targets: Tensor) -> np.ndarray:
-        """Not used: average precision ranks the boxes of all images together."""
-        raise NotImplementedError
-
-    def summarize(self, statistics: np.ndarray) -> Metrics:
-        """Not used, see `statistics`."""
-        raise NotImplementedError
-
     def loss(self, model: Model, batch: Batch) -> Tensor:
         """Return the sum of the losses that torchvision's detectors return in training mode."""
         (images,) = tensors_of_inputs(batch.inputs)
         return torch.stack(list(model(list(images), self.annotations(batch.targets)).values())).sum()
 
     def check(self, outputs: Any) -> None:
-        """Raise InputError unless there is a dict of boxes, labels and scores for each image."""
+        """Raise InputError unless the targets are boxes, and there is a dict of boxes, labels and scores for each image."""
+        for name, split in self.data.splits.items():
+            if split.labels.ndim != 3 or split.labels.shape[2] != 5 or split.labels.dtype != np.float32:
+                raise InputError(
+                    "`task: detection` needs targets (images, most, 5) in float32, x1, y1, x2, y2 and the class, but those of "
+                    f"`data.{name}` are {split.labels.shape} in {split.labels.dtype}."
+                )
         if not isinstance(outputs, list) or not outputs or not {"boxes", "labels", "scores"} <= set(outputs[0]):
             raise InputError(
                 "A model for `task: detection` must return a list with {boxes, labels, scores} of each image, as torchvision's "

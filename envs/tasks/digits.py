@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from secateur.envs.tasks.classification import Classification
 from secateur.envs.tasks.data import load_data
-from secateur.envs.tasks.supervised import SupervisedTask
+from secateur.envs.tasks.supervised import PerSampleTask
 from secateur.envs.tasks.training import Progress, Recipe, cached_weights
 from secateur.envs.tasks.weights import load_weights
 
@@ -72,7 +72,7 @@ def digits_resnet(widths: tuple[int, ...] = (16, 32, 64), num_classes: int = 10,
     return DigitsResNet(tuple(widths), num_classes, stem_stride)
 
 
-def train_weights(model: nn.Module, task: SupervisedTask, progress: Progress | None = None) -> Path:
+def train_weights(model: nn.Module, task: PerSampleTask, progress: Progress | None = None) -> Path:
     """Return a cached weights file of `model` trained on the task's training split; see `secateur.envs.tasks.models`."""
     recipe = RECIPE if max(task.data.image_shape) <= 8 else LARGE_RECIPE
     return cached_weights("digits", model, task, recipe, progress)

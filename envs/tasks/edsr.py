@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secateur.envs.tasks.supervised import SupervisedTask
+from secateur.envs.tasks.supervised import PerSampleTask
 from secateur.envs.tasks.training import Progress, Recipe, cached_weights
 
 RECIPE = Recipe(epochs=5, batch_size=8, learning_rate=2e-3, weight_decay=0.0, shift=0, optimizer="adamw")
@@ -59,6 +59,6 @@ def edsr(blocks: int = 4, width: int = 32, channels: int = 1) -> EDSR:
     return EDSR(blocks, width, channels)
 
 
-def train_weights(model: nn.Module, task: SupervisedTask, progress: Progress | None = None) -> Path:
+def train_weights(model: nn.Module, task: PerSampleTask, progress: Progress | None = None) -> Path:
     """Return a cached weights file of `model` trained on the task's training split; see `secateur.envs.tasks.models`."""
     return cached_weights("edsr", model, task, RECIPE, progress)

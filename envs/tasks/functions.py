@@ -74,13 +74,17 @@ class FunctionTask:
         """Return the score that the split's function gives.
 
         Raises:
-            InputError: if the function returns anything but a finite number.
+            InputError: if the function fails, or returns anything but a finite number.
         """
         name, function = "evaluate", self.evaluate_validation
         if split == "test" and self.evaluate_test is not None:
             name, function = "test", self.evaluate_test
-        with torch.no_grad():
-            score = function(model)
+        try:
+            with torch.no_grad():
+                score = function(model)
+        except Exception as error:  # the user's function runs arbitrary code
+            kind = type(model).__name__
+            raise InputError(f"`{name}` failed for a {kind}: {type(error).__name__}: {error}") from error
         return Metrics(_number(score, name), 0)
 
     def loss(self, model: Model, batch: Batch) -> Tensor:
@@ -96,6 +100,10 @@ class FunctionTask:
     def divergence(self, reference: Any, outputs: Any) -> Tensor:
         """Return how far outputs are from a reference model's, (samples,)."""
         return self.compare(reference, outputs)
+
+    def parts_of(self, model: nn.Module) -> tuple[str, ...]:
+        """Return (): the whole model is compressed, unless `part` names submodules."""
+        return ()
 
     def agreement(self, reference: Any, outputs: Any) -> None:
         """Return None: nothing is known of the outputs' meaning."""
@@ -208,7 +216,7 @@ def read_loader(loader: Iterable[Any], example: Inputs, samples: int) -> tuple[B
         if left <= 0:
             break
     if not batches:
-        raise InputError("`calibration` yields no batch. A loader can be read once only if it is a generator: pass a list.")
+        raise InputError("`calibration` yields no batch. If it is a generator that was read before, pass a list.")
     return tuple(batches)
 
 
@@ -266,25 +274,22 @@ def check_functions(task: FunctionTask, model: nn.Module) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     scores = {}
     for split, name in (("validation", "evaluate"), ("test", "test")):
-        try:
-            scores[split] = task.evaluate(model, split).score
-        except InputError:
-            raise
-        except Exception as error:  # the user's function runs arbitrary code
-            raise InputError(f"`{name}` failed on the dense model: {type(error).__name__}: {error}") from error
+        scores[split] = task.evaluate(model, split).score
         model.eval()
         after = model.state_dict()
         changed = [key for key, tensor in before.items() if not torch.equal(after[key], tensor)]
         if changed:
-            raise InputError(f"`{name}` changes the model: `{changed[0]}` is another after the call. It may only run the model.")
+            raise InputError(
+                f"`{name}` changes the model: `{changed[0]}` differs after the call. It must leave the model as it is."
+            )
     noise = noise_score(task, model)
     dense = scores["validation"]
     if noise is not None and task.metric.drop(noise, dense) < 0:
         better = "higher" if task.metric.higher_is_better else "lower"
         raise InputError(
             f"A model with random weights scores {task.metric.text(noise)} {task.metric.label}, the given one "
-            f"{task.metric.text(dense)}, "
-            f"and {better} is said to be better. Check `higher_is_better` of `metric`, and the weights of the model."
+            f"{task.metric.text(dense)}, but the metric says that {better} is better. Check `higher_is_better` of `metric`, and "
+            "the weights of the model."
         )
 
 
@@ -296,5 +301,5 @@ def noise_score(task: FunctionTask, model: nn.Module) -> float | None:
         parameter.data = flat[torch.randperm(len(flat), generator=generator)].view_as(parameter)
     try:
         return task.evaluate(noisy, "validation").score
-    except Exception:  # random outputs may break what the user's function does with them
+    except InputError:  # random outputs may break what the user's function does with them
         return None

@@ -13,7 +13,7 @@ from secateur.cost_models.core import InputError
 from secateur.envs.inputs import call_model
 from secateur.envs.metric import Metric
 from secateur.envs.tasks.core import Batch, Metrics, Model
-from secateur.envs.tasks.supervised import SupervisedTask
+from secateur.envs.tasks.supervised import PerSampleTask, shape_of
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class RegressionConfig:
 
 
 @dataclass(frozen=True)
-class Regression(SupervisedTask):
+class Regression(PerSampleTask):
     """Outputs and targets (samples, ...) of one shape, or (samples, 1) for targets (samples,)."""
 
     config: RegressionConfig = RegressionConfig()
@@ -47,10 +47,16 @@ class Regression(SupervisedTask):
         return F.mse_loss(call_model(model, batch.inputs).view(batch.targets.shape), batch.targets)
 
     def check(self, outputs: Any) -> None:
-        """Raise InputError unless there are as many numbers per sample as in the targets."""
+        """Raise InputError unless targets are numbers, and there are as many per sample in the output."""
+        for name, split in self.data.splits.items():
+            if split.labels.dtype != np.float32:
+                raise InputError(
+                    f"`task: regression` needs targets in float32, but those of `data.{name}` are {split.labels.dtype}. "
+                    "Set `task`, or check `data.name`."
+                )
         targets = self.data.validation.labels.shape[1:]
         if not isinstance(outputs, Tensor) or outputs.numel() != int(np.prod(targets)):
-            shown = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+            shown = shape_of(outputs)
             raise InputError(
                 f"A model for `task: regression` must give numbers like the targets, {(1, *targets)}, but gives {shown}."
             )

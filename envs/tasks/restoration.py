@@ -20,7 +20,7 @@ from secateur.cost_models.core import InputError
 from secateur.envs.inputs import call_model
 from secateur.envs.metric import Metric
 from secateur.envs.tasks.core import Batch, Metrics, Model
-from secateur.envs.tasks.supervised import SupervisedTask
+from secateur.envs.tasks.supervised import PerSampleTask, shape_of
 
 WINDOW = 11
 """Pixels of SSIM's window."""
@@ -45,7 +45,7 @@ class RestorationConfig:
 
 
 @dataclass(frozen=True)
-class Restoration(SupervisedTask):
+class Restoration(PerSampleTask):
     """Outputs and targets (images, C, H, W) float32; the targets' size may differ from the inputs'."""
 
     config: RestorationConfig = RestorationConfig()
@@ -75,10 +75,16 @@ class Restoration(SupervisedTask):
         return F.l1_loss(call_model(model, batch.inputs), batch.targets)
 
     def check(self, outputs: Any) -> None:
-        """Raise InputError unless the output is an image of the targets' shape."""
+        """Raise InputError unless targets are images, and the output is an image of their shape."""
+        for name, split in self.data.splits.items():
+            if split.labels.ndim != 4 or split.labels.dtype != np.float32:
+                raise InputError(
+                    f"`task: restoration` needs images (N, C, H, W) in float32 as targets, but those of `data.{name}` are "
+                    f"{split.labels.shape} in {split.labels.dtype}. Set `task`, or check `data.name`."
+                )
         wanted = (1, *self.data.validation.labels.shape[1:])
         if not isinstance(outputs, Tensor) or tuple(outputs.shape) != wanted:
-            shown = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+            shown = shape_of(outputs)
             raise InputError(f"A model for `task: restoration` must give images like the targets, {wanted}, but gives {shown}.")
 
 

@@ -20,7 +20,8 @@ from secateur.cost_models.core import InputError
 from secateur.envs.inputs import call_model
 from secateur.envs.metric import Metric
 from secateur.envs.tasks.core import Batch, Metrics, Model, kl_divergence
-from secateur.envs.tasks.supervised import SupervisedTask
+from secateur.envs.tasks.splits import Split
+from secateur.envs.tasks.supervised import PerSampleTask, shape_of
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class SegmentationConfig:
 
 
 @dataclass(frozen=True)
-class Segmentation(SupervisedTask):
+class Segmentation(PerSampleTask):
     """Outputs (images, classes, H, W), or a dict that holds them; targets (images, H, W) integers."""
 
     config: SegmentationConfig = SegmentationConfig()
@@ -86,13 +87,29 @@ class Segmentation(SupervisedTask):
         return same.float().flatten(1).mean(1).numpy()
 
     def check(self, outputs: Any) -> None:
-        """Raise InputError unless there is one score per class and pixel."""
+        """Raise InputError unless the targets are classes of pixels, and there is one score per class and pixel."""
+        for name, split in self.data.splits.items():
+            self._check_targets(name, split)
         scores, (_, height, width) = self._scores(outputs), self.data.image_shape
         wanted = (1, self.data.num_classes, height, width)
         if not isinstance(scores, Tensor) or tuple(scores.shape) != wanted:
-            shown = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise InputError(
-                f"A model for `task: segmentation` must give class scores of every pixel, {wanted}, but gives {shown}."
+                f"A model for `task: segmentation` must give class scores of every pixel, {wanted}, but gives {shape_of(scores)}."
+            )
+
+    def _check_targets(self, name: str, split: Split) -> None:
+        wanted, labels = (len(split), *self.data.image_shape[1:]), split.labels
+        if labels.shape != wanted or labels.dtype.kind not in "iu":
+            raise InputError(
+                f"`task: segmentation` needs the class of every pixel, whole numbers {wanted}, but the targets of `data.{name}` "
+                f"are {labels.shape} in {labels.dtype}. Set `task`, or check `data.name`."
+            )
+        classes = labels[labels != self.config.ignore]
+        low, high = int(classes.min(initial=0)), int(classes.max(initial=0))
+        if low < 0 or high >= self.data.num_classes:
+            raise InputError(
+                f"Classes of pixels of `data.{name}` must be in 0..{self.data.num_classes - 1}, or {self.config.ignore} for no "
+                f"class, but are in {low}..{high}."
             )
 
     def _scores(self, outputs: Any) -> Tensor:

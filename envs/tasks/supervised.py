@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.envs.inputs import call_model
 from secateur.envs.metric import Metric
@@ -24,16 +24,11 @@ PIXELS = 65536
 class SupervisedTask(ABC):
     """A task on a `TaskData`. Subclasses are frozen dataclasses with one more field, `config`: the task's options.
 
-    Validation images are scored in a fixed random order, so the first of them are a random sample of the split.
-
     Attributes:
         data: the splits.
     """
 
     data: TaskData
-
-    stoppable: ClassVar[bool] = False
-    """Whether the statistics of a sample are its contribution to the score."""
 
     @property
     @abstractmethod
@@ -41,12 +36,8 @@ class SupervisedTask(ABC):
         """What models are scored with."""
 
     @abstractmethod
-    def statistics(self, outputs: Any, targets: Tensor) -> np.ndarray:
-        """Return what is counted for each sample of a batch, (samples, ...)."""
-
-    @abstractmethod
-    def summarize(self, statistics: np.ndarray) -> Metrics:
-        """Return the scores from the statistics of all samples, (samples, ...)."""
+    def evaluate(self, model: Model, split: str, stop: Stop | None = None) -> Metrics:
+        """Return the scores of a model; see `Task.evaluate`."""
 
     @abstractmethod
     def loss(self, model: Model, batch: Batch) -> Tensor:
@@ -54,19 +45,23 @@ class SupervisedTask(ABC):
 
     @abstractmethod
     def check(self, outputs: Any) -> None:
-        """Raise InputError unless these can be the outputs of a model for this task; called once, with one sample."""
+        """Raise InputError unless data and outputs suit the task; see `Task.check`."""
 
     def divergence(self, reference: Any, outputs: Any) -> Tensor:
         """Return the relative squared error of all output tensors, (samples,)."""
         return relative_error(reference, outputs)
 
-    def without_training_data(self) -> Self:
-        """Return the task without its training split, which the workers of a search do not need."""
-        return replace(self, data=replace(self.data, train=None))
-
     def agreement(self, reference: Any, outputs: Any) -> np.ndarray | None:
         """Return the share of equal answers of each sample, (samples,); None: the outputs are no choices among answers."""
         return None
+
+    def parts_of(self, model: nn.Module) -> tuple[str, ...]:
+        """Return the parts to compress if the configuration names none; () means the whole model."""
+        return ()
+
+    def without_training_data(self) -> Self:
+        """Return the task without its training split, which the workers of a search do not need."""
+        return replace(self, data=replace(self.data, train=None))
 
     @property
     def source(self) -> str:
@@ -78,7 +73,10 @@ class SupervisedTask(ABC):
         return len(self.data.splits.get(split, ()))
 
     def batches(self, split: str, size: int | None = None) -> Iterator[Batch]:
-        """Return the batches of a split; validation images are in a fixed random order."""
+        """Return the batches of a split.
+
+        Validation images come in a fixed random order, so the first of them are a random sample of the split.
+        """
         images = self.data.splits[split].images
         order = np.arange(len(images))
         if split == "validation":
@@ -88,6 +86,22 @@ class SupervisedTask(ABC):
             picked = order[start : start + size]
             yield Batch(*self.data.tensors(self.data.splits[split].at(picked)))
 
+
+@dataclass(frozen=True)
+class PerSampleTask(SupervisedTask):
+    """A task whose score follows from what is counted for each sample."""
+
+    stoppable: ClassVar[bool] = False
+    """Whether the score is the mean of the statistics, so that the first samples estimate it."""
+
+    @abstractmethod
+    def statistics(self, outputs: Any, targets: Tensor) -> np.ndarray:
+        """Return what is counted for each sample of a batch, (samples, ...)."""
+
+    @abstractmethod
+    def summarize(self, statistics: np.ndarray) -> Metrics:
+        """Return the scores from the statistics of all samples, (samples, ...)."""
+
     @torch.inference_mode()
     def evaluate(self, model: Model, split: str, stop: Stop | None = None) -> Metrics:
         """Return the scores of a model; see `Task.evaluate`."""
@@ -96,8 +110,13 @@ class SupervisedTask(ABC):
         for number, (inputs, targets) in enumerate(self.batches(split), start=1):
             counted.append(self.statistics(call_model(model, inputs), targets))
             if self.stoppable and stop is not None and stop(np.concatenate(counted), number, total):
-                return Metrics(float(np.concatenate(counted).mean()), sum(map(len, counted)), np.concatenate(counted), {}, True)
+                return replace(self.summarize(np.concatenate(counted)), stopped=True)
         return self.summarize(np.concatenate(counted))
+
+
+def shape_of(outputs: Any) -> str:
+    """Return the shape of an output, or its type if it is no tensor, for a message."""
+    return str(tuple(outputs.shape)) if isinstance(outputs, Tensor) else type(outputs).__name__
 
 
 def evaluation_batch(shape: Sequence[int]) -> int:

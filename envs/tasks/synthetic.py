@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateur.envs.tasks.splits import Dataset, Pool, TaskData, array_pool, split_dataset
-from secateur.envs.tasks.supervised import SupervisedTask
+from secateur.envs.tasks.supervised import PerSampleTask
 from secateur.envs.tasks.training import Progress, Recipe, cached_weights
 
 IMAGE_SHAPE = (3, 8, 8)
@@ -49,7 +49,7 @@ def synthetic_net(width: int = 8) -> SyntheticNet:
     return SyntheticNet(width)
 
 
-def train_weights(model: nn.Module, task: SupervisedTask, progress: Progress | None = None) -> Path:
+def train_weights(model: nn.Module, task: PerSampleTask, progress: Progress | None = None) -> Path:
     """Return a cached weights file of `model` trained on the task's training split; see `secateur.envs.tasks.models`."""
     return cached_weights("synthetic", model, task, RECIPE, progress)
 

@@ -24,7 +24,7 @@ from secateur.envs.inputs import call_model
 from secateur.envs.tasks.classification import Classification
 from secateur.envs.tasks.core import Batch, map_tensors
 from secateur.envs.tasks.splits import Split, TaskData
-from secateur.envs.tasks.supervised import SupervisedTask
+from secateur.envs.tasks.supervised import PerSampleTask
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def cache_directory() -> Path:
 def cached_weights(
     name: str,
     model: nn.Module,
-    task: SupervisedTask,
+    task: PerSampleTask,
     recipe: Recipe,
     progress: Progress | None = None,
     cache_dir: Path | None = None,
@@ -127,7 +127,7 @@ def cached_weights(
     return path
 
 
-def train(model: nn.Module, task: SupervisedTask, recipe: Recipe, progress: Progress | None = None) -> nn.Module:
+def train(model: nn.Module, task: PerSampleTask, recipe: Recipe, progress: Progress | None = None) -> nn.Module:
     """Return a network of the architecture `model`, trained from scratch on the task's training split, in eval mode.
 
     Raises:
@@ -183,7 +183,7 @@ def fine_tune(network: nn.Module, data: TaskData, config: FineTuning, progress: 
 
 def _descend(
     model: nn.Module,
-    task: SupervisedTask,
+    task: PerSampleTask,
     batch_at: Callable[[Tensor], Batch],
     count: int,
     recipe: Recipe | FineTuning,
@@ -260,7 +260,7 @@ def _shifted(images: Tensor, shift: int, generator: torch.Generator) -> Tensor:
     return padded[index[0], index[1], rows, columns]
 
 
-def _recipe_hash(model: nn.Module, task: SupervisedTask, recipe: Recipe) -> str:
+def _recipe_hash(model: nn.Module, task: PerSampleTask, recipe: Recipe) -> str:
     digest = hashlib.sha256()
     # The printed module tree holds layers and settings; the cache name distinguishes different forward passes.
     options = vars(task).get("config")

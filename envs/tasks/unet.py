@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateur.envs.tasks.scenes import CLASSES
-from secateur.envs.tasks.supervised import SupervisedTask
+from secateur.envs.tasks.supervised import PerSampleTask
 from secateur.envs.tasks.training import Progress, Recipe, cached_weights
 
 RECIPE = Recipe(epochs=6, batch_size=8, learning_rate=0.005, weight_decay=1e-4, shift=0, optimizer="adamw")
@@ -74,6 +74,6 @@ def unet(widths: Sequence[int] = (16, 32, 64), classes: int = len(CLASSES), chan
     return UNet(tuple(widths), classes, channels)
 
 
-def train_weights(model: nn.Module, task: SupervisedTask, progress: Progress | None = None) -> Path:
+def train_weights(model: nn.Module, task: PerSampleTask, progress: Progress | None = None) -> Path:
     """Return a cached weights file of `model` trained on the task's training split; see `secateur.envs.tasks.models`."""
     return cached_weights("unet", model, task, RECIPE, progress)

@@ -14,12 +14,11 @@ import numpy as np
 from secateur.agents import AGENTS
 from secateur.agents.core import Agent, needs_sensitivities
 from secateur.envs.core import Actor, CompressionPolicy, Episode, InputError
-from secateur.envs.evaluator import Evaluator
 from secateur.search.benchmarks.agent_tables import outcome_line, search_report
 from secateur.search.benchmarks.records import Records, config_record
 from secateur.search.benchmarks.scaffold import ROWS, show_progress, workers, write_results
 from secateur.search.benchmarks.timing import timed
-from secateur.search.build import build_agent, build_front, build_options, build_problem, prepare
+from secateur.search.build import build_agent, build_front, build_options, build_problem, make_evaluator, prepare
 from secateur.search.config import SearchConfig, apply_override, parse_config
 from secateur.search.loop import Runner, run_loop
 from secateur.search.problem import Problem
@@ -203,12 +202,4 @@ def _winner(problem: Problem, finalist: Finalist, candidate: FrontPoint) -> dict
 
 def plain_test_score(problem: Problem, policy: CompressionPolicy) -> float:
     """Return the test score of a policy with the search's recoveries and number format."""
-    evaluator = Evaluator(
-        problem.assembler,
-        problem.space.costs.of_policy,
-        problem.task,
-        problem.dense.score,
-        problem.precision,
-        split="test",
-    )
-    return evaluator.evaluate(policy).score
+    return make_evaluator(problem, "test").evaluate(policy).score

@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from secateur.envs.core import Budget, CompressionPolicy, InputError
-from secateur.envs.evaluator import Evaluator, processor_has_bfloat16
+from secateur.envs.evaluator import processor_has_bfloat16
 from secateur.envs.tasks.data import REST, Split, load_data
 from secateur.envs.tasks.supervised import SupervisedTask
 from secateur.envs.tasks.training import FineTuning, fine_tune
@@ -38,6 +38,7 @@ from secateur.search.benchmarks.records import Records, Row, config_record
 from secateur.search.benchmarks.recovery_settings import RECOVERY_SETTINGS, calibrated_problem, with_recoveries
 from secateur.search.benchmarks.scaffold import markdown_table, percent, show_progress, write_results
 from secateur.search.benchmarks.timing import timed
+from secateur.search.build import make_evaluator
 from secateur.search.config import SearchConfig
 from secateur.search.correlation import spearman, spearman_interval
 from secateur.search.problem import Problem
@@ -192,8 +193,7 @@ def outcome(experiment: Experiment, policy: CompressionPolicy) -> dict[str, Any]
     scored = {}
     for setting, names in RECOVERY_SETTINGS.items():
         assembler = with_recoveries(problem.assembler, names)
-        evaluator = Evaluator(assembler, problem.space.costs.of_policy, problem.task, problem.dense.score, problem.precision)
-        scored[setting] = evaluator.evaluate(policy)
+        scored[setting] = make_evaluator(replace(problem, assembler=assembler)).evaluate(policy)
     seconds, network = timed(_fine_tuned, experiment, policy)
     return {
         "macs": problem.space.costs.of_policy(policy)["macs"] / problem.space.dense_costs["macs"],

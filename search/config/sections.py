@@ -69,12 +69,12 @@ class ModelSection(Section):
     weights: StrictStr | None = None
     args: dict[str, Any] = {}
     input: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
-    part: StrictStr | Annotated[tuple[StrictStr, ...], Field(min_length=1)] | None = None
+    part: Annotated[tuple[StrictStr, ...], Field(min_length=1)] | None = None
 
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """Paths of the compressed submodules; empty: the whole model."""
-        return () if self.part is None else (self.part,) if isinstance(self.part, str) else self.part
+    @field_validator("part", mode="before")
+    @classmethod
+    def _from_one_path(cls, part: Any) -> Any:
+        return (part,) if isinstance(part, str) else part
 
 
 class DataSection(Section):

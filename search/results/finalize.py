@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 from torch import nn
 
-from secateur.envs.core import Budget, CompressionPolicy, Evaluation
+from secateur.envs.core import Budget, CompressionPolicy, Evaluation, InputError
 from secateur.search.problem import Problem
 from secateur.search.results.core import Finalist, FrontPoint
 from secateur.search.results.front import Front
+
+log = logging.getLogger(__name__)
 
 
 def finalist_scores(problem: Problem, policy: CompressionPolicy) -> tuple[Evaluation, Evaluation]:
@@ -38,19 +41,29 @@ def score_finalist(problem: Problem, budget: Budget, candidate: FrontPoint) -> F
 def finalize(problem: Problem, front: Front, top: int) -> list[Finalist]:
     """Return the `top` policies of every budget, best validation score first: the first of each budget is its winner.
 
-    Policies that violate the budget's limit of the metric's loss after the finalists' recovery are left out.
+    Policies are left out that cannot be scored, or violate the budget's limit of the metric's loss after the finalists' recovery.
     """
-    scored: dict[CompressionPolicy, tuple[Evaluation, Evaluation]] = {}
+    scored: dict[CompressionPolicy, tuple[Evaluation, Evaluation] | None] = {}
     finalists = []
     for budget in problem.budgets:
         of_budget = []
         for candidate in front.best(budget.name, top):
             if candidate.policy not in scored:
-                scored[candidate.policy] = finalist_scores(problem, candidate.policy)
-            finalist = _finalist(problem, budget, candidate, *scored[candidate.policy])
+                scored[candidate.policy] = _scores_or_none(problem, candidate)
+            scores = scored[candidate.policy]
+            finalist = None if scores is None else _finalist(problem, budget, candidate, *scores)
             of_budget += [] if finalist is None else [finalist]
         finalists += sorted(of_budget, key=lambda finalist: -finalist.validation.quality)
     return finalists
+
+
+def _scores_or_none(problem: Problem, candidate: FrontPoint) -> tuple[Evaluation, Evaluation] | None:
+    """Return a candidate's final scores; None if the task cannot score it, which must not end a search that found others."""
+    try:
+        return finalist_scores(problem, candidate.policy)
+    except InputError as error:
+        log.warning("policy %d is no finalist: %s", candidate.number, error)
+        return None
 
 
 def _finalist(

@@ -33,8 +33,8 @@ class Example(Base):
 
 
 def test_values_at_included_ends_are_allowed():
-    Example(share=0, count=1, damping=1e-9, angle=0.999, optional=2, bits=(2, 31), rates={"int8": 1e-9}, clip="max")
-    Example(share=1)
+    found = Example(share=0, count=1, damping=1e-9, angle=0.999, optional=2, bits=(2, 31), rates={"int8": 1e-9}, clip="max")
+    assert (found.share, found.bits, found.optional) == (0, (2, 31), 2) and Example(share=1).share == 1
 
 
 @pytest.mark.parametrize(

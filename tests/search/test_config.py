@@ -255,6 +255,7 @@ def test_mistakes_in_budgets(budget, reason):
         ("calibration", 3, "calibration: must be a mapping (got 3)"),
         ("space.prune_ratio", [0.5, 1.0], "space: `space.prune_ratio` must be [least, largest]"),
         ("space.weight_bits", [1], "space: `space.weight_bits` must be 2..8"),
+        ("model.part", [], "model.part: tuple should have at least 1 item"),
         ("model.input", [], "model.input: tuple should have at least 1 item"),
         ("budgets", {}, "budgets: dictionary should have at least 1 item"),
         ("budgets", {"my phone": {"macs": "<= 40%"}}, "budgets.my phone: may hold letters, digits, `_` and `-` only"),

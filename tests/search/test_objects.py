@@ -28,6 +28,7 @@ class TwoInputs(nn.Module):
 IMAGES, VECTORS = torch.randn(96, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.linspace(-1, 1, 480).view(96, 5)
 BATCHES = [(IMAGES[i : i + 32], VECTORS[i : i + 32], torch.zeros(32)) for i in (0, 32, 64)]
 SMALL = {"budgets": {"half": {"macs": "<= 60%"}}, "agent": "greedy", "evaluations": 3, "workers": 0}
+UNIFORM = {**SMALL, "agent": "uniform", "evaluations": 1}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -108,6 +109,9 @@ def test_another_process_is_told_what_it_needs(run):
     for use in (secateur.resume, lambda folder: secateur.load_compressed(run.best("half").folder)):
         with pytest.raises(secateur.InputError, match="was a Python object"):
             use(run.folder)
+    with pytest.raises(secateur.InputError, match="Verify in the process that searched"):
+        secateur.verify(run.best("half").folder)
+    assert secateur.verify(run.best("half").folder, factory=run.given.model, task=run.given.task, seconds=0.01).passed
 
 
 def test_objects_reach_ray_workers():
@@ -149,12 +153,12 @@ def raises(m):
 @pytest.mark.parametrize(
     ("evaluate", "words"),
     [
-        (raises, "`evaluate` failed on the dense model: KeyError: 'no such image'"),
+        (raises, "`evaluate` failed for a TwoInputs: KeyError: 'no such image'"),
         (lambda m: float("nan"), "`evaluate` returned nan, which is no score"),
         (lambda m: torch.zeros(3), r"must return one number, but returned a tensor of shape \(3,\)"),
         (lambda m: "0.93", "must return one number, but returned str '0.93'"),
         (lambda m: None, "must return one number, but returned NoneType None"),
-        (changes_weights, "`evaluate` changes the model: `head.weight` is another"),
+        (changes_weights, "`evaluate` changes the model: `head.weight` differs after the call"),
     ],
 )
 def test_functions_that_cannot_be_used_are_named(model, evaluate, words):
@@ -164,9 +168,33 @@ def test_functions_that_cannot_be_used_are_named(model, evaluate, words):
         )
 
 
+def is_small(m):
+    return isinstance(m, TwoInputs) and m.image[0].out_channels < 12
+
+
+def test_candidates_that_cannot_be_scored_fail_alone(model):
+    score, metric = error_of(model), secateur.Metric("error", higher_is_better=False, best=0.0)
+    given = {"inputs": (IMAGES[:1], VECTORS[:1]), "calibration": BATCHES, "metric": metric, **UNIFORM}
+    found = secateur.search(model, evaluate=lambda m: float("nan") if is_small(m) else score(m), **given)
+    assert "`evaluate` returned nan" in found.trials["failure"].iloc[0] and found.document["final"]["points"] == []
+
+
+def test_functions_that_fail_at_the_end_lose_nothing(model, caplog):
+    """`test` fails for finalists, or for the exported file, which has none of the model's own methods."""
+    score, metric = error_of(model), secateur.Metric("error", higher_is_better=False, best=0.0)
+    given = {"inputs": (IMAGES[:1], VECTORS[:1]), "calibration": BATCHES, "metric": metric, **UNIFORM}
+    found = secateur.search(model, evaluate=score, test=lambda m: raises(m) if is_small(m) else score(m), **given)
+    assert "is no finalist: `test` failed for a TwoInputs: KeyError" in caplog.text
+    assert len(found.front) and found.document["final"]["points"] == []
+    own = secateur.search(model, evaluate=score, test=lambda m: float(m.features(IMAGES).mean()), **given)
+    note = own.document["budgets"]["half"]["check"]["note"]
+    assert "was not checked: `test` failed for a RuntimeModel: AttributeError" in note
+    assert type(own.best().model()) is TwoInputs, "the export is there"
+
+
 def test_a_metric_in_the_wrong_direction_is_found(model):
     wrong = secateur.Metric("error", higher_is_better=True)
-    with pytest.raises(secateur.InputError, match="random weights scores .* and higher is said to be better"):
+    with pytest.raises(secateur.InputError, match="random weights scores .* says that higher is better"):
         secateur.search(
             model, inputs=(IMAGES[:1], VECTORS[:1]), calibration=BATCHES, evaluate=error_of(model), metric=wrong, **SMALL
         )
@@ -208,6 +236,14 @@ def test_an_endless_loader_is_read_no_further():
 def test_example_inputs_that_cannot_be_used_are_named(model, inputs, words):
     with pytest.raises(secateur.InputError, match=words):
         secateur.search(model, inputs=inputs, calibration=BATCHES, **SMALL)
+
+
+def test_a_model_that_does_not_run_on_its_inputs_is_named():
+    wrong = torch.zeros(1, 3, 8, 8)
+    with pytest.raises(secateur.InputError, match=r"Conv2d does not run on inputs of shape \(1, 3, 8, 8\): .* Check `inputs`"):
+        secateur.search(nn.Conv2d(1, 8, 3), inputs=wrong, calibration=[torch.zeros(8, 3, 8, 8)], **SMALL)
+    with pytest.raises(secateur.InputError, match="or a torch.nn.Module, but is int"):
+        secateur.search(7, inputs=wrong, calibration=[wrong], **SMALL)
 
 
 def test_arguments_that_do_not_go_together_are_refused(model):

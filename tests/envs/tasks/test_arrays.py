@@ -7,7 +7,9 @@ import torch
 from secateur.envs.core import InputError
 from secateur.envs.tasks.classification import Classification
 from secateur.envs.tasks.data import load_data
+from secateur.envs.tasks.detection import Detection
 from secateur.envs.tasks.regression import Regression
+from secateur.envs.tasks.restoration import Restoration
 from secateur.envs.tasks.segmentation import Segmentation
 
 
@@ -116,3 +118,32 @@ def test_inputs_and_targets_of_other_tasks_are_read(write):
     assert task.evaluate(lambda x: batch.targets + 0.5, "test").score == pytest.approx(0.5)
     with pytest.raises(InputError, match="needs one class per image"):
         Classification(data)
+
+
+@pytest.mark.parametrize(
+    ("task", "targets", "words"),
+    [
+        (
+            Segmentation,
+            np.zeros(12, int),
+            r"class of every pixel, whole numbers \(4, 4, 5\), but the targets of `data.\w+` are \(4,\)",
+        ),
+        (Restoration, np.zeros(12, int), r"images \(N, C, H, W\) in float32 as targets"),
+        (Regression, np.zeros(12, int), "needs targets in float32"),
+        (Detection, np.zeros((12, 3, 4), np.float32), r"targets \(images, most, 5\) in float32"),
+    ],
+)
+def test_targets_of_another_task_are_refused(write, task, targets, words):
+    data = load_data("arrays", write(**arrays() | {"y_test": targets}), calibration=4, validation=4)
+    with pytest.raises(InputError, match=words):
+        task(data).check(torch.zeros(1, 1, 4, 5))
+
+
+def test_classes_of_pixels_must_be_known(write):
+    pixels = np.zeros((12, 4, 5), np.uint8)
+    pixels[:, 0, 0] = 7
+    data = load_data(
+        "arrays", write(**arrays() | {"y_test": pixels, "classes": np.array(["a", "b"])}), calibration=4, validation=4
+    )
+    with pytest.raises(InputError, match=r"must be in 0..1, or 255 for no class, but are in 0..7"):
+        Segmentation(data).check(torch.zeros(1, 2, 4, 5))
