@@ -283,6 +283,7 @@ def test_python_compiles_and_names_the_public_interface_only(page):
         assert of_runs <= {*dir(secateur.Run), *secateur.Run.__annotations__}
 
 
+@pytest.mark.numerics
 def test_the_program_for_ones_own_model_works(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (program,) = blocks(ROOT / "docs" / "tasks.md", "python")
