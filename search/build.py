@@ -162,7 +162,13 @@ def absolute_budget(name: str, config: BudgetConfig, dense_costs: Mapping[str, f
 
 
 def build_objectives(config: SearchConfig, costs: PolicyCosts, metric: Metric) -> tuple[str, ...]:
-    """Return the names of the reward's components: the metric, then every cost that some budget limits, or else macs."""
+    """Return the names of the reward's components: the metric, then every cost that some budget limits, or else macs.
+
+    Raises:
+        InputError: if the metric has the name of a cost.
+    """
+    if metric.name in costs.models:
+        raise InputError(f"A metric cannot be called `{metric.name}`, which is a cost. Give it another name.")
     limited = [name for name in costs.models if any(name in budget.limits for budget in config.budgets.values())]
     return (metric.name, *(limited or ["macs"]))
 

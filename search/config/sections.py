@@ -121,7 +121,8 @@ class SearchSection(Section):
         precision: number format of the evaluations; "auto": bfloat16 where the processor supports it and the dense model
             keeps its score. Final scores are always computed in float32.
         racing: whether the evaluation of a policy stops after the first images if it is clearly worse than an evaluated
-            one of the same cost; see envs/racing.py. With Ray, the order in which evaluations finish decides which ones stop.
+            one of the same cost; see envs/racing.py. It has no effect unless the metric is a share of correct answers. With
+            Ray, the order in which evaluations finish decides which ones stop.
     """
 
     agent: StrictStr = "bee_colony"

@@ -250,6 +250,8 @@ def test_arguments_that_do_not_go_together_are_refused(model):
     given = {"inputs": (IMAGES[:1], VECTORS[:1]), "calibration": BATCHES, **SMALL}
     with pytest.raises(secateur.InputError, match="`evaluate` needs `metric`"):
         secateur.search(model, evaluate=lambda m: 1.0, **given)
+    with pytest.raises(secateur.InputError, match="cannot be called `macs`, which is a cost"):
+        secateur.search(model, evaluate=error_of(model), metric=secateur.Metric("macs", higher_is_better=False), **given)
     with pytest.raises(secateur.InputError, match="need `evaluate`"):
         secateur.search(model, metric=ACCURACY, **given)
     with pytest.raises(secateur.InputError, match="`budgets` goes with a model object"):
