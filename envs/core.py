@@ -6,7 +6,7 @@ Dataclasses and protocols only. Everything is frozen: no step of the search chan
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -41,10 +41,10 @@ class Evaluation:
     """What a policy scored.
 
     Attributes:
-        score: of the task's metric, in its own unit (`secateur.envs.metric`).
+        score: in the unit of its metric (`secateur.envs.metric`).
         costs: value of every cost model, by name.
-        fidelity: "proxy" (validation split, used by the search), "validation" (the same after the finalists' recovery) or
-            "final" (test split, likewise). They never share a front.
+        fidelity: "proxy" (the search's score), "validation" (the metric on the validation split after the finalists' recovery)
+            or "final" (test split, likewise). They never share a front.
         images: number of images, or other samples, behind the score.
         seconds: wall time of the evaluation.
         stopped: whether the score is that of the first images only, because the policy was clearly worse than another one
@@ -86,6 +86,11 @@ class Budget:
     def __hash__(self) -> int:
         """Hash of everything that `==` compares, so that budgets key dicts."""
         return hash((self.name, frozenset(self.limits.items()), self.metric_drop))
+
+
+def without_drop(budget: Budget) -> Budget:
+    """Return the budget without a limit of the metric's loss."""
+    return replace(budget, metric_drop=None)
 
 
 @dataclass(frozen=True)

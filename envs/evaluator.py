@@ -1,4 +1,4 @@
-"""The evaluation of a policy: its network is assembled, batch norms are folded, and the task scores it."""
+"""The evaluation of a policy: its network is assembled, batch norms are folded, and the search's score is measured."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from secateur.envs.model_graph.plan import ModelGraph
 from secateur.envs.number_format import InputFormat, convert_network, output_as_float32
 from secateur.envs.quantization.fake_quantize import use_integer_inputs
 from secateur.envs.racing import LOOKS, Race, is_clearly_worse, pack
+from secateur.envs.scores.core import Score
 from secateur.envs.tasks.core import Metrics, Task
 
 PRECISION_TOLERANCE = 0.002
@@ -97,16 +98,14 @@ def choose_precision(assemble_dense: Callable[[], nn.Module], graph: ModelGraph,
 
 
 class Evaluator:
-    """Evaluates policies on a split, each policy once.
+    """Evaluates policies, each policy once.
 
     Args:
         assembler: assembles the network of a policy.
         costs: returns the value of every cost model for a policy.
-        task: scores networks.
-        dense_score: of the dense model on the validation split; qualities refer to it.
+        score: measures networks.
         precision: number format of the forward passes.
         race: stops policies that are clearly worse than evaluated ones; None: every policy is scored on all samples.
-        split: what networks are scored on.
 
     Attributes:
         cache: evaluations by policy; runners add evaluations of other workers.
@@ -116,15 +115,13 @@ class Evaluator:
         self,
         assembler: Assembler,
         costs: Callable[[CompressionPolicy], Mapping[str, float]],
-        task: Task,
-        dense_score: float,
+        score: Score,
         precision: Precision,
         race: Race | None = None,
-        split: str = "validation",
     ) -> None:
         self.dtype = precision.torch_dtype
         self.assembler, self.costs, self.race = replace(assembler, dtype=self.dtype), costs, race
-        self.task, self.dense_score, self.split = task, dense_score, split
+        self.score = score
         self.cache: dict[CompressionPolicy, Evaluation] = {}
 
     def evaluate(self, policy: CompressionPolicy) -> Evaluation:
@@ -132,7 +129,7 @@ class Evaluator:
         if policy not in self.cache:
             start = time.perf_counter()
             costs = dict(self.costs(policy))
-            found = self.score(self.network(policy), costs)
+            found = self.measure(self.network(policy), costs)
             self.cache[policy] = Evaluation(
                 found.score,
                 costs,
@@ -141,7 +138,7 @@ class Evaluator:
                 time.perf_counter() - start,
                 found.stopped,
                 None if found.stopped else _answers(found.contributions),
-                self.task.metric.quality(found.score, self.dense_score),
+                self.score.metric.quality(found.score, self.score.dense),
             )
         return self.cache[policy]
 
@@ -149,8 +146,8 @@ class Evaluator:
         """Return the policy's network in the form in which it is evaluated."""
         return prepare_network(self.assembler.assemble(policy), self.assembler.graph, self.dtype)
 
-    def score(self, network: nn.Module, costs: Mapping[str, float]) -> Metrics:
-        """Return the scores of a network with these costs, perhaps of the first samples only (`race`)."""
+    def measure(self, network: nn.Module, costs: Mapping[str, float]) -> Metrics:
+        """Return the score of a network with these costs, perhaps of the first samples only (`race`)."""
         reference = None if self.race is None else self.race.reference(costs, self.cache.values())
 
         def stop(contributions: np.ndarray, batches: int, total: int) -> bool:
@@ -158,7 +155,7 @@ class Evaluator:
                 return False
             return is_clearly_worse(contributions, reference)
 
-        return self.task.evaluate(network, self.split, None if reference is None else stop)
+        return self.score.measure(network, None if reference is None else stop)
 
 
 def _answers(contributions: np.ndarray | None) -> bytes | None:

@@ -122,3 +122,6 @@ _LABELS = {"top1": "top-1", "miou": "mIoU", "psnr": "PSNR", "ssim": "SSIM", "map
 
 TOP1 = Metric("top1", unit="%", worst=0.0, best=1.0)
 """The share of images whose class is the most likely one; what runs of version 0.1 were scored with."""
+
+DIVERGENCE = Metric("divergence", higher_is_better=False, best=0.0)
+"""The mean difference of outputs from those of the dense model; 0 means equal."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from pydantic import TypeAdapter
-from torch import nn
+from torch import Tensor, nn
 
 from secateur.agents import AGENTS
 from secateur.agents.core import Agent, needs_sensitivities
@@ -38,6 +38,9 @@ from secateur.envs.pruning.slicing import slice_model
 from secateur.envs.quantization.quantizers import QUANTIZERS, Quantizer
 from secateur.envs.racing import Race
 from secateur.envs.recovery import RECOVERIES, Recovery
+from secateur.envs.recovery.least_squares import LeastSquares
+from secateur.envs.recovery.sequential import Sequential
+from secateur.envs.scores import SCORES, Score, ScoreConfig
 from secateur.envs.sensitivity import IMAGES, measure_sensitivities
 from secateur.envs.tasks.core import Task, all_samples, check_finite, first_inputs, first_outputs
 from secateur.envs.tasks.data import load_data
@@ -162,7 +165,7 @@ def absolute_budget(name: str, config: BudgetConfig, dense_costs: Mapping[str, f
 
 
 def build_objectives(config: SearchConfig, costs: PolicyCosts, metric: Metric) -> tuple[str, ...]:
-    """Return the names of the reward's components: the metric, then every cost that some budget limits, or else macs.
+    """Return the names of the reward's components: the score, then every cost that some budget limits, or else macs.
 
     Raises:
         InputError: if the metric has the name of a cost.
@@ -187,16 +190,16 @@ def build_problem(config: SearchConfig, status: StatusCallback = log.info, given
         task, model, graph = build_model_and_graph(config, status)
     else:
         task, model, graph = traced(given.task, given.model, given.example, config, status)
-    metric = task.metric
     config = resolve_device(config, model, graph, status)
     costs = build_costs(config, graph)
-    budgets, projection = build_budgets(config, costs, metric), FeasibilityProjection(costs)
+    budgets, projection = build_budgets(config, costs, task.metric), FeasibilityProjection(costs)
     for budget in budgets:
         projection.check(budget)
     check_finite(model, first_inputs(task, "validation", CHECKED_IMAGES))
     assembler, finalist_assembler = build_assemblers(config, task, model, graph, status)
     status("scoring the dense model")
     dense = dense_evaluation(task, model, costs)
+    score = build_score(config, task, model, dense.score)
     everything = [np.arange(group.units) for group in graph.groups]
     if isinstance(task, PartTask):
         precision = Precision("float32", "parts of a model are scored in float32")
@@ -205,8 +208,16 @@ def build_problem(config: SearchConfig, status: StatusCallback = log.info, given
     else:
         precision = Precision(config.search.precision, "chosen in the configuration")
     magnitudes = [mean_over_producers(model, group, lambda rows: rows.abs().mean(1)) for group in graph.groups]
-    space = FeasibleSpace(costs, build_objectives(config, costs, metric), metric, dense.score, magnitudes)
-    return Problem(config, task, assembler, finalist_assembler, space, budgets, dense, precision, given)
+    objectives = build_objectives(config, costs, score.metric)
+    space = FeasibleSpace(costs, objectives, score.metric, score.dense, magnitudes)
+    return Problem(config, task, assembler, finalist_assembler, score, space, budgets, dense, precision, given)
+
+
+def build_score(config: SearchConfig, task: Task, model: nn.Module, dense: float) -> Score:
+    """Return what the search maximizes; `dense` is the validation score of the dense model."""
+    config_class, score = SCORES[config.search.score.name]
+    built: Score = score(build_options(config_class, config.search.score.options), task, model, dense)
+    return built
 
 
 def dense_evaluation(task: Task, model: nn.Module, costs: PolicyCosts) -> Evaluation:
@@ -234,7 +245,7 @@ def build_assemblers(
                 f"`data.calibration` is 0, but calibration images are needed by {', '.join(users)}. "
                 "Set `data.calibration` to a number of images, or choose what needs none, such as the recovery `data_free`."
             )
-        images, labels = all_samples(task, "calibration")
+        images, labels = _seen_by_recoveries(config, *all_samples(task, "calibration"))
         settings = build_options(CalibrationConfig, config.calibration)
         calibration = cached_calibration(model, graph, images, settings, cache_directory() / "calibration", status)
     status("ranking the channels")
@@ -242,6 +253,14 @@ def build_assemblers(
     scores = plugins.importance.scores(DenseModel(model, graph, calibration, images, labels, rng, task.loss))
     assembler = Assembler(model, graph, tuple(scores), plugins.quantizer, plugins.recoveries, calibration, images)
     return assembler, replace(assembler, recoveries=plugins.finalist_recoveries)
+
+
+def _seen_by_recoveries(config: SearchConfig, images: Inputs, labels: Tensor | None) -> tuple[Inputs, Tensor | None]:
+    """Return the calibration samples without those that the search's score keeps for itself."""
+    entry = config.search.score
+    options: ScoreConfig = build_options(SCORES[entry.name][0], entry.options)
+    count = len(images) - options.held_out(len(images))
+    return images[:count], None if labels is None else labels[:count]
 
 
 def planned_calibration(config: SearchConfig, model: nn.Module, graph: ModelGraph) -> dict[str, LayerPlan] | None:
@@ -302,13 +321,13 @@ def build_options(config_class: type, options: Mapping[str, Any]) -> Any:
 def build_front(problem: Problem) -> Front:
     """Return an empty front for this problem."""
     device = None if problem.device is None else problem.device.label
-    return Front(problem.space.objectives, problem.budgets, problem.dense, problem.task.metric, device)
+    return Front(problem.space.objectives, problem.budgets, problem.dense, problem.task.metric, device, problem.score)
 
 
 def build_agent(problem: Problem, name: str, options: Mapping[str, Any], seed: int) -> Agent:
     """Return the agent `name` for this problem, which must be prepared for it (`prepare`)."""
     config_class, agent = AGENTS[name]
-    return agent(build_options(config_class, options), problem.space, problem.budgets, np.random.default_rng(seed))
+    return agent(build_options(config_class, options), problem.space, problem.search_budgets, np.random.default_rng(seed))
 
 
 def prepare(problem: Problem, name: str, options: Mapping[str, Any], status: StatusCallback = log.info) -> Problem:
@@ -318,10 +337,16 @@ def prepare(problem: Problem, name: str, options: Mapping[str, Any], status: Sta
 
 
 def with_sensitivities(problem: Problem, status: StatusCallback = log.info) -> Problem:
-    """Return the problem with the sensitivities of its choices, measured unless it has them."""
+    """Return the problem with the sensitivities of its choices, measured unless it has them.
+
+    One choice alone needs no refit of the whole network: in place of `sequential`, `least_squares` repairs the readers of a
+    pruned group in a fraction of the time.
+    """
     if problem.space.sensitivities is not None:
         return problem
-    evaluator, start = make_env(problem).evaluator, time.perf_counter()
+    quick = [LeastSquares() if isinstance(one, Sequential) else one for one in problem.assembler.recoveries]
+    assembler = replace(problem.assembler, recoveries=quick)
+    evaluator, start = make_evaluator(replace(problem, assembler=assembler)), time.perf_counter()
     inputs = first_inputs(problem.task, "validation", IMAGES)
     curves = measure_sensitivities(problem.space.policy_space, evaluator.network, inputs, problem.task.divergence, status)
     measured = Sensitivities(curves, time.perf_counter() - start)
@@ -334,13 +359,12 @@ def make_env(problem: Problem, evaluated: Evaluated = ()) -> CompressionEnv:
     if problem.config.search.racing:
         evaluator.race = Race(problem.space.objectives[1:], [budget.limits for budget in problem.budgets])
     evaluator.cache.update(evaluated)
-    return CompressionEnv(problem.space, evaluator, problem.budgets)
+    return CompressionEnv(problem.space, evaluator, problem.search_budgets)
 
 
-def make_evaluator(problem: Problem, split: str = "validation") -> Evaluator:
+def make_evaluator(problem: Problem) -> Evaluator:
     """Return an evaluator under the search's recoveries and number format, which scores every policy on all samples."""
-    of_policy, dense = problem.space.costs.of_policy, problem.dense.score
-    return Evaluator(problem.assembler, of_policy, problem.task, dense, problem.precision, split=split)
+    return Evaluator(problem.assembler, problem.space.costs.of_policy, problem.score, problem.precision)
 
 
 def open_runner(problem: Problem, evaluated: Evaluated = ()) -> Runner:

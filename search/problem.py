@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from secateur.cost_models.device import Device
 from secateur.envs.assembler import Assembler
-from secateur.envs.core import Budget, CompressionPolicy, Evaluation
+from secateur.envs.core import Budget, CompressionPolicy, Evaluation, without_drop
 from secateur.envs.evaluator import Precision
 from secateur.envs.feasibility import FeasibleSpace
 from secateur.envs.model_graph import ModelGraph
+from secateur.envs.scores import Score
 from secateur.envs.tasks.core import Task
 from secateur.search.config import SearchConfig
 from secateur.search.given import Given
@@ -31,9 +32,10 @@ class Problem:
         task: scores models; has the calibration, validation and test splits.
         assembler: turns policies into networks; holds the dense model and its graph.
         finalist_assembler: the same with the recoveries of the finalists.
-        space: the decisions, with budgets that hold by construction.
+        score: what the search maximizes.
+        space: the decisions, with budgets that hold by construction; its metric is the score's.
         budgets: satisfiable budgets with absolute limits.
-        dense: float32 score and costs of the dense model on the validation split.
+        dense: float32 metric and costs of the dense model on the validation split.
         precision: number format of the search's forward passes.
         given: the user's objects; None: the configuration names model and data.
     """
@@ -42,11 +44,17 @@ class Problem:
     task: Task
     assembler: Assembler
     finalist_assembler: Assembler
+    score: Score
     space: FeasibleSpace
     budgets: tuple[Budget, ...]
     dense: Evaluation
     precision: Precision
     given: Given | None = None
+
+    @property
+    def search_budgets(self) -> tuple[Budget, ...]:
+        """The budgets of the search; if its score is not the metric, limits of the metric's loss hold for finalists only."""
+        return self.budgets if self.score.metric == self.task.metric else tuple(map(without_drop, self.budgets))
 
     @property
     def graph(self) -> ModelGraph:

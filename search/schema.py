@@ -39,3 +39,11 @@ def _rename(value: Any) -> Any:
 def metric_of(document: Mapping[str, Any]) -> Metric:
     """Return the metric of a document's scores."""
     return Metric(**document["metric"])
+
+
+def search_score_of(document: Mapping[str, Any]) -> tuple[Metric, str, float]:
+    """Return metric and split of the scores of front.json's points, and the dense model's; earlier versions name none."""
+    found = document.get("search")
+    if found is None:
+        return metric_of(document), "validation", document["dense"]["score"]
+    return Metric(**found["metric"]), found["split"], found["dense_score"]

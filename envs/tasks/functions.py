@@ -13,14 +13,11 @@ from torch import Tensor, nn
 
 from secateur.cost_models.core import InputError
 from secateur.envs.inputs import Arguments, Inputs, call_model, concatenate, tensors_of_inputs
-from secateur.envs.metric import Metric
+from secateur.envs.metric import DIVERGENCE, Metric
 from secateur.envs.tasks.core import Batch, Metrics, Model, Stop, kl_divergence, relative_error, tensors_of
 
 Evaluate = Callable[[Any], float]
 """Scores a model: takes a module in eval mode and returns one number."""
-
-DIVERGENCE = Metric("divergence", higher_is_better=False, best=0.0)
-"""How far outputs are from the dense model's: the score where there is no `evaluate`."""
 
 
 def output_divergence(reference: Any, outputs: Any) -> Tensor:

@@ -16,8 +16,8 @@ SCORES = {"search_score": "search", "plain_test_score": "plain test", "validatio
 """{key in the rows: heading}."""
 TEST_SCORES = ("plain_test_score", "test_score")
 CAPTION = (
-    '"Search" and "plain test": the policy with the best search score, under the recovery of the search, on validation images, '
-    'which were used for selection, and on test images. "Validation" and "test": the best finalist, under the recovery of the '
+    '"Search" and "plain test": the policy with the best search score, under the recovery of the search, on the images '
+    'of the search, and on test images. "Validation" and "test": the best finalist, under the recovery of the '
     "finalists. Means: over the budgets. Agents choose while workers evaluate; seconds include measuring the sensitivities for "
     "agents that need them; later runs reuse cached evaluations."
 )
@@ -40,14 +40,22 @@ def _metric(row: Row) -> Metric:
     return Metric(**row["metric"]) if "metric" in row else TOP1  # rows of version 0.1 have none
 
 
-def _unit(runs: Runs) -> str:
-    metric = _metric(next(iter(runs.values()))[0])
-    return f"{metric.label} {metric.unit}".rstrip()
+def _search_metric(row: Row) -> Metric:
+    return Metric(**row["search_metric"]) if "search_metric" in row else _metric(row)
 
 
-def _shown(runs: Runs, score: float) -> float:
+def _metric_of_score(row: Row, score: str) -> Metric:
+    return _search_metric(row) if score == "search_score" else _metric(row)
+
+
+def _heading(runs: Runs, score: str) -> str:
+    metric = _metric_of_score(next(iter(runs.values()))[0], score)
+    return f"{SCORES[score]} {metric.label} {metric.unit}".rstrip()
+
+
+def _shown(metric: Metric, score: float) -> float:
     """Return a score as the number that stands before the metric's unit."""
-    return 100 * score if _metric(next(iter(runs.values()))[0]).unit == "%" else score
+    return 100 * score if metric.unit == "%" else score
 
 
 def search_report(problem: Problem, dense_test: float, rows: Sequence[Row]) -> str:
@@ -80,7 +88,7 @@ def summary(rows: Sequence[Row]) -> str:
 
 def _budget_table(runs: Runs) -> str:
     budgets = dict.fromkeys(name for rows in runs.values() for row in rows for name in row["winners"])
-    heads = ["budget", "agent", "seeds", *(f"{heading} {_unit(runs)}" for heading in SCORES.values())]
+    heads = ["budget", "agent", "seeds", *(_heading(runs, score) for score in SCORES)]
     return markdown_table(heads, [cells for budget in budgets for cells in _budget_lines(budget, runs)])
 
 
@@ -89,7 +97,7 @@ def _budget_lines(budget: str, runs: Runs) -> list[list[str]]:
     for agent, rows in runs.items():
         winners = [winner for row in rows if (winner := row["winners"].get(budget))]
         seeds = f"{len(rows)}" if len(winners) == len(rows) else f"{len(winners)} of {len(rows)}"
-        scores = [_spread([_shown(runs, winner[score]) for winner in winners]) for score in SCORES]
+        scores = [_spread([_shown(_metric_of_score(rows[0], score), winner[score]) for winner in winners]) for score in SCORES]
         sign = 1 if _metric(rows[0]).higher_is_better else -1
         lines.append(
             (_mean([sign * winner["test_score"] for winner in winners], default=-np.inf), [budget, agent, seeds, *scores])
@@ -99,7 +107,7 @@ def _budget_lines(budget: str, runs: Runs) -> list[list[str]]:
 
 def _run_table(runs: Runs) -> str:
     heads = [
-        "agent", "evaluations", "hypervolume", *(f"mean {SCORES[score]} {_unit(runs)}" for score in TEST_SCORES), "feasible %",
+        "agent", "evaluations", "hypervolume", *(f"mean {_heading(runs, score)}" for score in TEST_SCORES), "feasible %",
         "s per evaluation", "of these, agent s",
     ]  # fmt: skip
     lines = [(_mean([row["hypervolume"] for row in rows]), _run_cells(agent, rows)) for agent, rows in runs.items()]
@@ -113,7 +121,7 @@ def _run_cells(agent: str, rows: Sequence[Row]) -> list[str]:
         f"{max(row['evaluations'] for row in rows)}",
         _spread([row["hypervolume"] for row in rows], 4),
         *(
-            _spread([_shown({agent: rows}, 1) * _mean([winner[score] for winner in winners]) for winners in complete])
+            _spread([_shown(_metric(rows[0]), _mean([winner[score] for winner in winners])) for winners in complete])
             for score in TEST_SCORES
         ),
         f"{100 * _mean([row['feasible'] for row in rows]):.0f}",

@@ -153,6 +153,7 @@ def _run(problem: Problem, runner: Runner, one: Contestant, seed: int) -> dict[s
         "agent": one.label,
         "seed": seed,
         "metric": asdict(problem.task.metric),
+        "search_metric": asdict(problem.score.metric),
         "evaluations": front.evaluations,
         "feasible": front.feasible / front.evaluations,
         "failed": front.failed,
@@ -202,4 +203,4 @@ def _winner(problem: Problem, finalist: Finalist, candidate: FrontPoint) -> dict
 
 def plain_test_score(problem: Problem, policy: CompressionPolicy) -> float:
     """Return the test score of a policy with the search's recoveries and number format."""
-    return make_evaluator(problem, "test").evaluate(policy).score
+    return problem.task.evaluate(make_evaluator(problem).network(policy), "test").score

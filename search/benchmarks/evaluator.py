@@ -141,7 +141,7 @@ def _timed_parts(evaluator: Evaluator, policy: CompressionPolicy) -> tuple[dict[
         name = names.get(step_name, step_name)
         parts[name] = parts.get(name, 0.0) + timed(step, candidate)[0]
     parts[PREPARE], network = timed(prepare_network, candidate.network.eval(), assembler.graph, evaluator.dtype)
-    parts[FORWARD], found = timed(evaluator.score, network, evaluator.costs(policy))
+    parts[FORWARD], found = timed(evaluator.measure, network, evaluator.costs(policy))
     return parts, network, found.score
 
 

@@ -25,8 +25,13 @@ RECOVERY_SETTINGS: Mapping[str, tuple[str, ...]] = {
 
 
 def calibrated_problem(config: SearchConfig, status: StatusCallback) -> Problem:
-    """Return the problem with the recovery `least_squares`, in place of that of the configuration, so that calibration runs."""
-    return build_problem(config.model_copy(update={"recovery": (PluginEntry(name="least_squares"),)}), status)
+    """Return the problem with recovery `least_squares` and score `metric`, in place of those of the configuration.
+
+    The recovery makes calibration run; candidates are scored with the metric.
+    """
+    search = config.search.model_copy(update={"score": PluginEntry(name="metric")})
+    changed = {"recovery": (PluginEntry(name="least_squares"),), "search": search}
+    return build_problem(config.model_copy(update=changed), status)
 
 
 def with_recoveries(assembler: Assembler, names: Sequence[str], **changes: Any) -> Assembler:

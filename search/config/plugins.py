@@ -78,4 +78,5 @@ def _plugin_of(path: str) -> AfterValidator:
 ImportanceEntry = Annotated[PluginEntry, _plugin_of("secateur.envs.pruning.importance:IMPORTANCES")]
 QuantizerEntry = Annotated[PluginEntry, _plugin_of("secateur.envs.quantization.quantizers:QUANTIZERS")]
 TaskEntry = Annotated[PluginEntry, _plugin_of("secateur.envs.tasks.registry:TASKS")]
+ScoreEntry = Annotated[PluginEntry, _plugin_of("secateur.envs.scores:SCORES")]
 RecoveryEntry = Annotated[PluginEntry, _plugin_of("secateur.envs.recovery:RECOVERIES")]

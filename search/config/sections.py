@@ -30,6 +30,7 @@ from secateur.search.config.plugins import (
     PluginEntry,
     QuantizerEntry,
     RecoveryEntry,
+    ScoreEntry,
     Section,
     TaskEntry,
     check_options,
@@ -113,6 +114,8 @@ class SearchSection(Section):
         agent: a key of `agents.AGENTS`.
         options: fields of the agent's own configuration.
         evaluations: number of policies to evaluate, shared by all budgets.
+        score: what the search maximizes. `metric`: the task's metric on the validation split; `divergence`: agreement with the
+            dense model's outputs on calibration samples, without labels. Finalists are always compared by the metric.
         seed: random seed of the agent and of everything else that draws random numbers.
         workers: number of evaluations at the same time, each in a Ray worker; "auto": one per core; 0: in this process,
             without Ray.
@@ -128,6 +131,7 @@ class SearchSection(Section):
     agent: StrictStr = "bee_colony"
     options: dict[str, Any] = Field({}, validate_default=True)
     evaluations: PositiveInt = 200
+    score: ScoreEntry = PluginEntry(name="metric")
     seed: Annotated[StrictInt, Field(ge=0)] = 0
     workers: Annotated[int | str, _count_or("auto", 0)] = "auto"
     address: StrictStr | None = None

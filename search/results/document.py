@@ -12,6 +12,7 @@ from typing import Any
 
 from secateur.envs.core import InputError
 from secateur.search.run.folder import read_json
+from secateur.search.schema import search_score_of
 
 FRONT_JSON, FRONT_CSV = "front.json", "front.csv"
 
@@ -32,12 +33,13 @@ def front_csv(document: Mapping[str, Any]) -> str:
     """Return one row per policy: when it was found, what it fits, validation and test scores in separate columns, its choices."""
     tested = {point["evaluation"]: point for point in document["final"]["points"]}
     on_front, metric = set(document["front"]), document["metric"]["name"]
+    searched, split, _ = search_score_of(document)
     rows = [
         {
             "evaluation": point["evaluation"],
             "on_front": point["evaluation"] in on_front,
             "fits": " ".join(point["fits"]),
-            f"validation_{metric}": point["score"],
+            f"{split}_{searched.name}": point["score"],
             f"finalist_validation_{metric}": tested.get(point["evaluation"], {}).get("validation_score", ""),
             f"test_{metric}": tested.get(point["evaluation"], {}).get("score", ""),
             **point["costs"],

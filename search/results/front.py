@@ -1,6 +1,6 @@
 """The anytime result of a search: the policies that fit each budget, and the Pareto-optimal ones among them.
 
-Validation scores are used for selection; test scores are reported. A front never mixes them.
+Scores of the search and of the validation split are used for selection; test scores are reported. A front never mixes them.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from secateur.agents.pareto import Archive, hypervolume
-from secateur.envs.core import Budget, CompressionPolicy, Episode, Evaluation
+from secateur.envs.core import Budget, CompressionPolicy, Episode, Evaluation, without_drop
 from secateur.envs.metric import Metric
 from secateur.envs.policy_space import policy_to_document
 from secateur.envs.rewards import constraints, reward_vector
+from secateur.envs.scores.core import Score
 from secateur.search.results.core import Finalist, FrontPoint, Outcome
 from secateur.search.schema import SCHEMA
 
@@ -24,11 +25,12 @@ class Front:
     """Collects episodes; keeps the Pareto front of every budget, and of all policies that fit any of them.
 
     Args:
-        objectives: name of the metric, then of the costs that are traded against it.
+        objectives: name of the score's metric, then of the costs that are traded against it.
         budgets: of the search.
         dense: validation score and costs of the dense model.
-        metric: of the task; its chance level is the hypervolume's reference point.
+        metric: of the task.
         device: source of latencies and energies (`Device.label`); None: there are none.
+        score: of the episodes; its chance level is the hypervolume's reference point. None: the metric on the validation split.
 
     Attributes:
         evaluations, feasible, failed: number of episodes added, of those feasible for their own budget, and of failed ones.
@@ -41,11 +43,16 @@ class Front:
         dense: Evaluation,
         metric: Metric,
         device: str | None = None,
+        score: Score | None = None,
     ):
         self.objectives, self.budgets, self.dense, self.device = tuple(objectives), tuple(budgets), dense, device
         self.metric = metric
+        self.score_metric, self.split, self.dense_score = (
+            (metric, "validation", dense.score) if score is None else (score.metric, score.split, score.dense)
+        )
+        self._searched = [budget if self.score_metric == metric else without_drop(budget) for budget in budgets]
         self.evaluations = self.feasible = self.failed = 0
-        self._reference = np.array([1 - metric.chance_quality(dense.score)] + [1.0] * (len(objectives) - 1))
+        self._reference = np.array([1 - self.score_metric.chance_quality(self.dense_score)] + [1.0] * (len(objectives) - 1))
         self._candidates: dict[CompressionPolicy, FrontPoint] = {}
         self._overall = Archive()
         self._archives = {budget.name: Archive() for budget in budgets}
@@ -59,7 +66,7 @@ class Front:
         policy, evaluation = episode.policy, episode.evaluation
         if policy is None or evaluation is None or evaluation.stopped or policy in self._candidates:
             return False
-        slacks = {budget.name: constraints(evaluation, budget, self.metric, self.dense.score) for budget in self.budgets}
+        slacks = {b.name: constraints(evaluation, b, self.score_metric, self.dense_score) for b in self._searched}
         affordable = tuple(b.name for b in self.budgets if all(slacks[b.name][cost] <= 0 for cost in b.limits))
         if not affordable:
             return False
@@ -80,7 +87,7 @@ class Front:
         return sorted(candidates, key=lambda candidate: (-candidate.evaluation.quality, candidate.number))
 
     def best(self, budget: str, count: int) -> list[FrontPoint]:
-        """Return the `count` policies with the best validation score within the budget's cost limits: its finalists.
+        """Return the `count` policies with the best score within the budget's cost limits: its finalists.
 
         A limit of the metric's loss is not checked here: finalists get another recovery, and are scored again.
         """
@@ -93,7 +100,7 @@ class Front:
         return sorted(fitting, key=order)[:count]
 
     def best_score(self, budget: str) -> float | None:
-        """Return the best validation score that fits the budget, or None."""
+        """Return the best score that fits the budget, or None."""
         front = self.of(budget)
         return front[0].evaluation.score if front else None
 
@@ -126,6 +133,7 @@ class Front:
         return {
             "schema": SCHEMA,
             "metric": asdict(self.metric),
+            "search": {"metric": asdict(self.score_metric), "split": self.split, "dense_score": self.dense_score},
             "objectives": list(self.objectives),
             "evaluations": self.evaluations,
             "feasible": self.feasible,

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from secateur.cost_models.device import DEVICE_COSTS, Device
 from secateur.search.results.formatting import amount, percent
-from secateur.search.schema import metric_of
+from secateur.search.schema import metric_of, search_score_of
 
 if TYPE_CHECKING:  # a table of the command needs no torch
     from secateur.envs.calibration import LayerPlan
@@ -67,16 +67,18 @@ def _front_table(
     fits: bool = False,
 ) -> Table:
     points, metric = {point["evaluation"]: point for point in document["points"]}, metric_of(document)
-    sign = -1 if metric.higher_is_better else 1
+    searched, _, dense_score = search_score_of(document)
+    sign, search_sign = (-1 if one.higher_is_better else 1 for one in (metric, searched))
 
     def order(point: Mapping[str, Any]) -> tuple[bool, float, float]:
         final = tested.get(point["evaluation"])
-        return final is None, 0.0 if final is None else sign * final["validation_score"], sign * point["score"]
+        return final is None, 0.0 if final is None else sign * final["validation_score"], search_sign * point["score"]
 
     shown = sorted((points[number] for number in numbers), key=order)[:MAX_ROWS]
     table = Table(title=title, caption=_caption(document, len(numbers)), title_justify="left", caption_justify="left")
     headings = [_heading(cost, document.get("device")) for cost in costs]  # runs of earlier versions have no device
-    for heading in ("policy", *(f"{name} {metric.label}" for name in ("search", "validation", "test")), *headings):
+    columns = (("search", searched), ("validation", metric), ("test", metric))
+    for heading in ("policy", *(f"{name} {one.label}" for name, one in columns), *headings):
         table.add_column(heading, justify="right")
     if fits:
         table.add_column("fits")
@@ -85,12 +87,13 @@ def _front_table(
         number = point["evaluation"]
         shares = [percent(point["costs"][cost] / dense["costs"][cost], 1) for cost in costs]
         finals = [metric.text(tested[number][key]) for key in ("validation_score", "score")] if number in tested else ["", ""]
-        table.add_row(str(number), metric.text(point["score"]), *finals, *shares, *([", ".join(point["fits"])] if fits else []))
+        table.add_row(str(number), searched.text(point["score"]), *finals, *shares, *([", ".join(point["fits"])] if fits else []))
     if not shown:
         table.add_row("-", "nothing fits yet")
     table.add_section()
     test = metric.text(dense_final["score"]) if dense_final is not None else ""
-    table.add_row("dense", "", metric.text(dense["score"]), test, *(amount(cost, dense["costs"][cost]) for cost in costs))
+    own = "" if searched == metric else searched.text(dense_score)
+    table.add_row("dense", own, metric.text(dense["score"]), test, *(amount(cost, dense["costs"][cost]) for cost in costs))
     return table
 
 

@@ -20,6 +20,7 @@ from secateur.search.run import search as engine
 from secateur.search.run.folder import MANIFEST, load_manifest, read_json
 from secateur.search.run.progress import SearchProgress
 from secateur.search.run.study import Study, load_study, trials_table
+from secateur.search.schema import metric_of, search_score_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -126,7 +127,8 @@ class Winner:
         policy: channels and bit-widths of every layer.
         choices: {name of a choice: value}, as the study names them.
         costs: {name: value} in the unit of the name.
-        validation_score: in the metric's unit; after the finalists' repair once the search has ended.
+        validation_score: in the metric's unit; after the finalists' repair once the search has ended. Before: that of the search;
+            None if the search's score is not the metric.
         test_score: in the metric's unit; None before the search has ended.
         verified: whether its export kept all promises; None: not verified.
         folder: its export; None: not exported by the search.
@@ -138,7 +140,7 @@ class Winner:
     policy: CompressionPolicy
     choices: Mapping[str, float]
     costs: Mapping[str, float]
-    validation_score: float
+    validation_score: float | None
     test_score: float | None
     verified: bool | None
     folder: Path | None
@@ -193,9 +195,9 @@ class Run:
     def front(self) -> pandas.DataFrame:
         """The policies on the front of any budget, and the finalists, one row each, as in front.csv.
 
-        Columns: evaluation, on_front (of all budgets together), fits (names of budgets), validation_METRIC in the search,
-        finalist_validation_METRIC and test_METRIC (NaN unless a finalist; METRIC is the metric's name, such as top1), every
-        cost, every choice.
+        Columns: evaluation, on_front (of all budgets together), fits (names of budgets), validation_METRIC in the search (with
+        the score `divergence`: calibration_divergence), finalist_validation_METRIC and test_METRIC (NaN unless a finalist;
+        METRIC is the metric's name, such as top1), every cost, every choice.
         """
         text = front_csv(self.document)
         return pandas.read_csv(io.StringIO(text), keep_default_na=True) if text else pandas.DataFrame()
@@ -231,7 +233,7 @@ class Run:
             document_to_policy(point["policy"]),
             point["choices"],
             point["costs"],
-            point["score"] if final is None else final["validation_score"],
+            _validation_score(document, point) if final is None else final["validation_score"],
             None if final is None else final["score"],
             check.get("passed"),
             self.folder / check["export"] if check.get("export") else None,
@@ -267,6 +269,11 @@ class Run:
         from secateur.search.ask import ask
 
         return ask(self, budget, preference, evaluations, overrides, given=self.given)
+
+
+def _validation_score(document: Mapping[str, Any], point: Mapping[str, Any]) -> float | None:
+    same = search_score_of(document)[0] == metric_of(document)
+    return point["score"] if same else None
 
 
 def _only_budget(document: Mapping[str, Any]) -> str:

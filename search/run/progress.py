@@ -106,9 +106,9 @@ class SearchProgress:
         for budget in front.budgets:
             best = front.best_score(budget.name)
             shown[f"best for {budget.name}"] = (
-                f"{front.metric.text(best)} {front.metric.label}" if best is not None else "nothing fits yet"
+                f"{front.score_metric.text(best)} {front.score_metric.label}" if best is not None else "nothing fits yet"
             )
-        shown["dense"] = f"{front.metric.text(front.dense.score)} {front.metric.label}"
+        shown["dense"] = f"{front.score_metric.text(front.dense_score)} {front.score_metric.label}"
         shown["hypervolume"] = f"{front.hypervolume:.4f}"
         shown["time left"] = self._time_left(done, seconds, rate)
         return shown | ({"failed": str(front.failed)} if front.failed else {})

@@ -234,6 +234,8 @@ def _set_ray_environment(address: str) -> None:
     if address != LOCAL:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         return
+    # Ray starts workers at a niceness of 15: anything else on the machine would run first, also the search's own driver.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     # Ray listens on all interfaces, so a cluster of ours always asks for a token.
     if "ray" not in sys.modules:
         os.environ["RAY_AUTH_MODE"] = "token"

@@ -66,12 +66,12 @@ def _key(episode: Episode) -> tuple[str, CompressionPolicy | None, bool]:
 
 def _episode(trial: Any, problem: Problem) -> Episode:
     facts = trial.user_attrs
-    budgets = {budget.name: budget for budget in problem.budgets}
+    budgets = {budget.name: budget for budget in problem.search_budgets}
     policy = policy_of_trial(trial, problem.space.policy_space) if trial.params else None
     if "failure" in facts or policy is None:
         return Episode(facts["budget"], policy, None, failure=facts.get("failure", "unknown"))
     costs = {name.removeprefix("cost/"): value for name, value in facts.items() if name.startswith("cost/")}
-    score, metric, dense = trial.values[0] if trial.values else float("nan"), problem.task.metric, problem.dense.score
+    score, metric, dense = trial.values[0] if trial.values else float("nan"), problem.score.metric, problem.score.dense
     found = Evaluation(
         score, costs, "proxy", facts["images"], facts["seconds"], facts["stopped"], quality=metric.quality(score, dense)
     )

@@ -180,6 +180,7 @@ def _facts(problem: Problem) -> dict:
     return {
         "data": problem.task.source,
         "metric": asdict(problem.task.metric),
+        "score": {"metric": asdict(problem.score.metric), "split": problem.score.split, "dense": problem.score.dense},
         "precision": asdict(problem.precision),
         "dense": {name: getattr(problem.dense, name) for name in ("score", "images", "costs")},
         "budgets": [asdict(budget) for budget in problem.budgets],
@@ -189,7 +190,7 @@ def _facts(problem: Problem) -> dict:
 def _recorder(problem: Problem, run: Path) -> StudyRecorder:
     attributes = {"agent": problem.config.search.agent, "seed": problem.config.search.seed, "data": problem.task.source}
     return StudyRecorder(
-        run, problem.space.policy_space, problem.space.objectives, problem.task.metric, problem.budgets, attributes
+        run, problem.space.policy_space, problem.space.objectives, problem.score.metric, problem.search_budgets, attributes
     )
 
 

@@ -39,8 +39,8 @@ class StudyRecorder:
     Args:
         folder: the run; the journal is made in it, or gone on with.
         space: names and levels of the choices.
-        objectives: name of the metric, then of the costs that are traded against it.
-        metric: of the task.
+        objectives: name of the score's metric, then of the costs that are traded against it.
+        metric: of the search's score.
         budgets: of the search; episodes name the one they were conditioned on.
         attributes: about the whole run, JSON values.
     """

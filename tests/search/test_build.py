@@ -17,6 +17,7 @@ from secateur.envs.evaluator import Evaluator, Precision, choose_precision, proc
 from secateur.envs.model_graph import analyze
 from secateur.envs.pruning.slicing import masked_model, slice_model
 from secateur.envs.rollout import rollout
+from secateur.envs.scores.metric import MetricScore, MetricScoreConfig
 from secateur.envs.tasks.data import Split
 from secateur.search.build import build_agent, build_problem, feasibility_table, make_env, prepare
 from secateur.search.config import parse_config
@@ -99,7 +100,7 @@ def test_a_model_with_other_classes_than_the_data_is_refused():
 def test_evaluator_scores_what_the_assembled_network_scores(problem, policies):
     images, labels = problem.task.data.tensors(problem.task.data.validation)
     precision = Precision("float32", "test")
-    evaluator = Evaluator(problem.assembler, problem.space.costs.of_policy, problem.task, problem.dense.score, precision)
+    evaluator = Evaluator(problem.assembler, problem.space.costs.of_policy, problem.score, precision)
     for policy in policies[:4]:
         evaluation = evaluator.evaluate(policy)
         with torch.inference_mode():
@@ -248,7 +249,8 @@ def test_greedy_compresses_what_changes_nothing(problem, tmp_path):
     with torch.inference_mode():
         labels = model(constructed.task.data.tensors(constructed.task.data.validation)[0]).argmax(1).numpy()
     data = replace(constructed.task.data, validation=Split(images, labels))
-    constructed = replace(constructed, task=replace(constructed.task, data=data))
+    task = replace(constructed.task, data=data)
+    constructed = replace(constructed, task=task, score=MetricScore(MetricScoreConfig(), task, model, 1.0))
     constructed = prepare(constructed, "greedy", {})
     env = make_env(constructed)
 
