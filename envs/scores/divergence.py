@@ -65,9 +65,10 @@ class DivergenceScore:
     dense: ClassVar[float] = 0.0
 
     def __init__(self, config: DivergenceScoreConfig, task: Task, model: nn.Module, dense: float):
+        count = config.held_out(task.samples("calibration"))
         inputs, _ = all_samples(task, "calibration")
         size = len(next(iter(task.batches("calibration"))).inputs)
-        held = inputs[len(inputs) - config.held_out(len(inputs)) :]
+        held = inputs[len(inputs) - count :]
         self.task, self._batches = task, tuple(held.split(size))
         with torch.inference_mode():
             outputs = [call_model(model, batch) for batch in self._batches]

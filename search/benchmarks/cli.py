@@ -146,6 +146,21 @@ def sensitivities_command(
     run_sensitivities(settings, policies, output)
 
 
+@benchmark.command("score")
+def score_command(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    policies: Annotated[int, typer.Option(min=2, help="Number of random policies, and of those around greedy's.")] = 10,
+    budget: BudgetName = None,
+    output: Output = Path("results/score"),
+) -> None:
+    """Score policies in every way that a search could, and compare the ranks with those of test scores after the repair."""
+    settings = _load(config, overrides, NO_RACING)
+    from secateur.search.benchmarks.scores import run_scores
+
+    run_scores(settings, budget, policies, output)
+
+
 @benchmark.command("prediction")
 def prediction_command(
     config: ConfigPath,

@@ -82,6 +82,8 @@ def config_record(config: SearchConfig) -> dict[str, Any]:
     """
     excluded = {"data": {"root"}, "search": {"workers", "address", "time_limit"}, "finalize": {"verify"}, "output": True}
     record: dict[str, Any] = config.model_dump(mode="json", exclude=excluded)  # type: ignore[arg-type]
+    if record["search"]["score"]["name"] == "metric":
+        del record["search"]["score"]  # results of earlier versions name no score
     record["model"]["weights"] = config.model.weights and Path(config.model.weights).name
     return record
 

@@ -26,6 +26,7 @@ PLUGINS = {
     "importance": ("importances", "secateur.envs.pruning.importance:IMPORTANCES"),
     "quantizer": ("quantizers", "secateur.envs.quantization.quantizers:QUANTIZERS"),
     "recovery": ("recoveries", "secateur.envs.recovery:RECOVERIES"),
+    "search.score": ("scores", "secateur.envs.scores:SCORES"),
 }
 """{key of the configuration: (what it names, "module:dict" of {name: (class of its options, what makes it)})}."""
 DESCRIBED_ELSEWHERE = {
