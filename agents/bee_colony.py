@@ -30,7 +30,8 @@ Where we differ from Karaboga's or Lin's colony, and why:
    each kind by a common step, because moves of single genes cannot trade pruning against bits. With 139 genes of three
    kinds, 83 instead of 81 % top-1 on a synthetic task (the best uniform policy: 81 %).
 7. Scouts cover the whole range, both ends included (ABCPruner's cannot draw the largest level), and every exhausted
-   source is drawn again, not just one per cycle. The uniform sequence is among the first sources.
+   source is drawn again, not just one per cycle. Among the first sources are the uniform sequence and those of `greedy`
+   (agents/greedy.py), if the sensitivities of the choices are measured (`sensitivity`).
 8. The best source so far is kept apart from the sources, so a scout cannot lose it (ABCPruner resets it after the start).
 9. Onlookers choose by rank. With probabilities in proportion to similar accuracies, all sources would be equally likely.
 10. Smaller violations win before utility counts (constraint domination). A failed or NaN episode has an infinite
@@ -39,7 +40,8 @@ Where we differ from Karaboga's or Lin's colony, and why:
     bee of a source without new neighbors tries a random sequence.
 12. A bee draws several moves and tries the one with the best prediction of a ridge regression on all evaluations, expected
     violation first. This uses all evaluations, not just the sources, and reduces the winner's curse, because one lucky
-    score changes the regression little. 52 instead of 49 % top-1 on the task of point 5.
+    score changes the regression little. 52 instead of 49 % top-1 on the task of point 5. Sums of the sensitivities are
+    among the features, with so little penalty that the first cycle shows how the score follows from them.
 13. The winner's curse remains. A score is one noisy measurement on the validation images, the same for all policies
     (common random numbers), and greedy acceptance favors lucky ones; `limit` removes sources whose neighbors do not
     confirm them. Winners are scored again on test images, which never take part in the search. ABCPruner selects and
@@ -61,11 +63,12 @@ from typing import Annotated
 import numpy as np
 
 from secateur.agents.core import Rate, SequenceActor, check_out, check_preference, scored, simplex
+from secateur.agents.greedy import GreedyConfig, allocate
 from secateur.agents.pareto import violation
 from secateur.agents.per_budget import PerBudget
 from secateur.agents.random_search import random_sequence
 from secateur.cost_models.core import Count, NonNegative, Positive, Range, check_fields
-from secateur.envs.core import ActionSpace, Budget, CompressionPolicy, Episode
+from secateur.envs.core import ActionSpace, Budget, CompressionPolicy, Episode, Sensitivities
 
 OWNER = "the bee colony"
 """How messages call the agent."""
@@ -86,6 +89,8 @@ class BeeColonyConfig:
         ridge: penalty of the regression, in units of its number of features, which have variance 1.
         redraws: how often a policy that was chosen before is drawn again before it is handed out all the same.
         preference: weights of the reward's components, the quality first; None: quality alone.
+        sensitivity: whether the sensitivity of each choice is measured first (envs/sensitivity.py): greedy's sequences are then
+            among the first sources, and the regression knows the sums of the sensitivities.
     """
 
     sources: Annotated[int, Range(least=2)] = 10
@@ -98,6 +103,12 @@ class BeeColonyConfig:
     ridge: Positive = 0.3
     redraws: Annotated[int, Range(least=0)] = 20
     preference: tuple[float, ...] | None = None
+    sensitivity: bool = True
+
+    @property
+    def needs_sensitivities(self) -> bool:
+        """Whether the sensitivities of the choices must be measured first."""
+        return self.sensitivity
 
     def __post_init__(self) -> None:
         check_fields(self, OWNER)
@@ -171,6 +182,7 @@ class Colony:
         rng: np.random.Generator,
     ):
         self.config, self.space, self.budget, self.preference, self.rng = config, space, budget, preference, rng
+        self.sensitivities = space.sensitivities if config.sensitivity else None
         # More compression than the budget asks for is only of use if a cost is part of the preference.
         self._repair = space.execute if preference[1:].any() else space.scale_to_budget
         nothing = Source(np.zeros(space.used.shape), np.inf, -np.inf)
@@ -240,9 +252,17 @@ class Colony:
     def employed(self) -> list[Visit]:
         """Return one visit per source: a move, or a scout where it is exhausted."""
         if self.handed_out == 0:
-            uniform = self._visit(0, [self.space.scale_to_budget(np.where(self.space.used, 0.5, 0.0), self.budget)], scout=True)
-            return [uniform, *(self._scout(slot) for slot in range(1, self.config.sources))]
+            first = [self._visit(slot, [sequence], scout=True) for slot, sequence in enumerate(self._first_sequences())]
+            return [*first, *(self._scout(slot) for slot in range(len(first), self.config.sources))]
         return [self._scout(slot) if trials >= self.config.limit else self.move(slot) for slot, trials in enumerate(self.trials)]
+
+    def _first_sequences(self) -> list[np.ndarray]:
+        """Return the uniform sequence, and those of greedy with distinct policies, for at most half of the sources."""
+        found = [self.space.scale_to_budget(np.where(self.space.used, 0.5, 0.0), self.budget)]
+        if self.sensitivities is not None:
+            powers = GreedyConfig.powers[: self.config.sources // 2]
+            found += [allocate(self.space, self.sensitivities, self.budget, power) for power in powers]
+        return list({self.space.decode(sequence): sequence for sequence in found}.values())
 
     def onlookers(self) -> list[Visit]:
         """Return as many moves as there are sources, more of those with better ranks."""
@@ -267,7 +287,7 @@ class Colony:
             genes = np.array([source.sequence[self.space.used] for source in self.evaluated])
             scores = np.array([source.rank_key for source in self.evaluated])
             wanted = np.array([sequence[self.space.used] for sequence in sequences])
-            violations, losses = regress(genes, scores, wanted, self.config.ridge).T
+            violations, losses = regress(genes, scores, wanted, self.config.ridge, self.sensitivities).T
             sequence = sequences[np.lexsort((losses, np.maximum(violations, 0)))[0]]
         self._chosen.add(self.space.decode(sequence))
         return Visit(slot, sequence, scout)
@@ -332,23 +352,32 @@ def neighbor(
     return np.where(used, np.clip(moved, 0, 1), 0.0)
 
 
-def regress(genes: np.ndarray, scores: np.ndarray, wanted: np.ndarray, ridge: float) -> np.ndarray:
-    """Return the scores that a ridge regression on genes and their squares expects, (m, num_scores).
+def regress(
+    genes: np.ndarray, scores: np.ndarray, wanted: np.ndarray, ridge: float, sensitivities: Sensitivities | None = None
+) -> np.ndarray:
+    """Return the scores that a ridge regression expects, (m, num_scores).
+
+    Features: genes and their squares; with sensitivities also the sums of these to the powers 0.5, 0.75 and 1.
 
     Args:
         genes: of evaluated sequences, (n, num_genes).
         scores: of these sequences, (n, num_scores).
         wanted: genes of the sequences to predict, (m, num_genes).
         ridge: penalty, in units of the number of features.
+        sensitivities: of the genes; None: not measured.
     """
 
     def features(points: np.ndarray) -> np.ndarray:
-        return np.hstack([points, points**2])
+        if sensitivities is None:
+            return np.hstack([points, points**2])
+        single = sensitivities(points)
+        return np.hstack([points, points**2, *((single**power).sum(axis=1, keepdims=True) for power in (0.5, 0.75, 1))])
 
-    seen = features(genes)
-    center, scale = seen.mean(axis=0), seen.std() + 1e-9
-    seen = (seen - center) / scale
+    seen, own = features(genes), 2 * genes.shape[1]
     size = seen.shape[1]
+    center, scale = seen.mean(axis=0), np.full(size, seen[:, :own].std() + 1e-9)
+    scale[own:] = (seen[:, own:].std(axis=0) + 1e-9) / np.sqrt(own)  # sums vary as much as all single features together
+    seen = (seen - center) / scale
     mean = scores.mean(axis=0)
     weights = np.linalg.solve(seen.T @ seen + ridge * size * np.eye(size), seen.T @ (scores - mean))
     return (features(wanted) - center) / scale @ weights + mean

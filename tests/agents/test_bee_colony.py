@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from secateur.agents.bee_colony import BeeColony, BeeColonyConfig, Colony, Source, neighbor, regress
+from secateur.agents.greedy import GreedyConfig, allocate
 from secateur.agents.random_search import RandomConfig, RandomSearch
-from secateur.envs.core import Budget, InputError
+from secateur.envs.core import Budget, InputError, Sensitivities
 
 TOP1 = np.array([1.0, 0.0])
 GENES = np.ones((8, 1), bool)
@@ -19,6 +20,7 @@ class FreeSpace:
     num_steps, action_dim, observation_dim = 8, 1, 1
     objectives = ("top1", "cost")
     dense_quality = 1.0
+    sensitivities = None
     used = GENES
 
     def execute(self, sequences, budgets):
@@ -83,11 +85,35 @@ def test_a_violated_constraint_outweighs_any_utility():
 
 
 def test_first_phase_holds_the_uniform_sequence_and_random_ones(toy):
-    colony = Colony(BeeColonyConfig(), toy, toy.budgets[0], TOP1, np.random.default_rng(0))
+    colony = Colony(BeeColonyConfig(sensitivity=False), toy, toy.budgets[0], TOP1, np.random.default_rng(0))
     episodes = run_phase(colony, toy)
     assert len(episodes) == 10
     assert len(np.unique(episodes[0].actions[toy.used])) == 1
     assert all(len(np.unique(episode.actions[toy.used])) > 1 for episode in episodes[1:])
+
+
+def test_first_phase_holds_what_greedy_would_try(toy):
+    budget = toy.budgets[0]
+    colony = Colony(BeeColonyConfig(), toy, budget, TOP1, np.random.default_rng(0))
+    policies = [episode.policy for episode in run_phase(colony, toy)]
+    greedy = {toy.decode(allocate(toy, toy.sensitivities, budget, power)) for power in GreedyConfig.powers[:5]}
+    assert greedy <= set(policies[:6]) and len(set(policies)) == 10
+
+
+def test_sums_of_sensitivities_predict_from_few_evaluations():
+    """The score follows from the sum; eight evaluations do not determine twenty single genes."""
+    rng = np.random.default_rng(0)
+    sensitivities = Sensitivities(rng.uniform(0.1, 2, (20, 1)) * np.linspace(0, 1, 65) ** 2)
+
+    def loss(genes):
+        return np.stack([np.zeros(len(genes)), (sensitivities(genes) ** 0.75).sum(axis=1)], axis=1)
+
+    genes, wanted = rng.random((8, 20)), rng.random((50, 20))
+
+    def correlation(known):
+        return np.corrcoef(regress(genes, loss(genes), wanted, 0.3, known)[:, 1], loss(wanted)[:, 1])[0, 1]
+
+    assert correlation(sensitivities) > 0.95 > correlation(None) + 0.2
 
 
 def test_scouts_replace_every_exhausted_source_and_the_best_is_remembered(toy):

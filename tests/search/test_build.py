@@ -221,7 +221,7 @@ def test_options_are_used_as_they_were_checked():
 @pytest.mark.numerics
 def test_sensitivities_are_measured_once_and_only_for_agents_that_need_them():
     problem, told = build(recovery=[], space={"prune_ratio": [0.0, 0.75]}), []
-    assert prepare(problem, "bee_colony", {}, told.append) is problem
+    assert prepare(problem, "bee_colony", {"sensitivity": False}, told.append) is problem
     assert prepare(problem, "envelope_ddpg", {"sensitivity": False}, told.append) is problem and not told
     prepared = prepare(problem, "greedy", {}, told.append)
     measured = prepared.space.sensitivities
