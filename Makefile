@@ -5,6 +5,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Test files are spread over the cores; four processes hold about as many gigabytes.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: demo test check wheel install clean
@@ -13,7 +15,7 @@ demo: $(VENV)/.installed
 	$(BIN)/secateur search configs/searches/digits.yaml
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not slow and not matrix and not data and not packaging"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not matrix and not data and not packaging"
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .
