@@ -46,7 +46,7 @@ from secateur.envs.tasks.core import Task, all_samples, check_finite, first_inpu
 from secateur.envs.tasks.data import load_data
 from secateur.envs.tasks.models import load_model
 from secateur.envs.tasks.registry import build_task
-from secateur.envs.tasks.training import Progress, cache_directory
+from secateur.envs.tasks.training import Progress, TrainingProgress, cache_directory
 from secateur.search.config import BudgetConfig, DeviceProfile, PluginEntry, SearchConfig
 from secateur.search.given import Given
 from secateur.search.loop import Runner
@@ -99,9 +99,12 @@ def traced(
 
 def _epochs_to(status: StatusCallback, metric: Metric) -> Progress:
     """Return a progress callback that reports each epoch of a training through `status`."""
-    return lambda at: status(
-        f"training the model, epoch {at.epoch} of {at.epochs}: loss {at.loss:.3f}, {metric.label} {metric.text(at.score)}"
-    )
+
+    def report(at: TrainingProgress) -> None:
+        score = "" if at.score is None else f", {metric.label} {metric.text(at.score)}"
+        status(f"training the model, epoch {at.epoch} of {at.epochs}: loss {at.loss:.3f}{score}")
+
+    return report
 
 
 def resolve_device(config: SearchConfig, model: nn.Module, graph: ModelGraph, status: StatusCallback = log.info) -> SearchConfig:

@@ -41,9 +41,10 @@ FACTORIES = {
     "synthetic": "secateur.envs.tasks.synthetic:synthetic_net",
     "unet": "secateur.envs.tasks.unet:unet",
     "edsr": "secateur.envs.tasks.edsr:edsr",
+    "scene_detector": "secateur.envs.tasks.scene_detector:scene_detector",
 }
 """{name: function}: "secateur:<name>" in a configuration calls the function. The CIFAR networks take 3x32x32 images,
-"digits" 1x8x8, "synthetic" 3x8x8, "unet" 1x64x64; "edsr" takes 1x32x32 and gives 1x64x64."""
+"digits" 1x8x8, "synthetic" 3x8x8, "unet" and "scene_detector" 1x64x64; "edsr" takes 1x32x32 and gives 1x64x64."""
 
 TRAINED = "trained"
 """Given in place of a weights file: the network is trained with the recipe of its module."""

@@ -46,8 +46,24 @@ def read_digits(root: str | Path | None, input_shape: tuple[int, int, int] | Non
 
 def read_digit_scenes(root: str | Path | None, input_shape: tuple[int, int, int] | None) -> Dataset:
     """Return the scenes of `secateur.envs.tasks.scenes`, 1x64x64, with the class of every pixel; no files are needed."""
-    train, test = (array_pool((255 * part.images).round().astype(np.uint8), part.masks) for part in digit_scenes())
+    train, test = (array_pool(_bytes(part.images), part.masks) for part in digit_scenes())
     return Dataset(train, test, CLASSES, mean=(0.197,), std=(0.172,))
+
+
+def read_digit_scene_boxes(root: str | Path | None, input_shape: tuple[int, int, int] | None) -> Dataset:
+    """Return the generated scenes, 1x64x64, with the boxes of their digits as `detection` takes them; the classes are 0..9."""
+    # Class 0 of the masks is the background, which has no boxes; -1 fills up.
+    before = np.array([0, 0, 0, 0, 1], np.float32)
+    train, test = (
+        array_pool(_bytes(part.images), np.where(part.boxes[..., 4:] > 0, part.boxes - before, part.boxes))
+        for part in digit_scenes()
+    )
+    return Dataset(train, test, CLASSES[1:], mean=(0.197,), std=(0.172,))
+
+
+def _bytes(images: np.ndarray) -> np.ndarray:
+    """Return images in [0, 1] as uint8."""
+    return (255 * images).round().astype(np.uint8)
 
 
 def read_digit_scenes_x2(root: str | Path | None, input_shape: tuple[int, int, int] | None) -> Dataset:
@@ -176,6 +192,7 @@ def _checked_pool(arrays: Mapping[str, np.ndarray], part: str, path: Path, holds
 DATASETS: Mapping[str, Callable[..., Dataset]] = {
     "digits": read_digits,
     "digit_scenes": read_digit_scenes,
+    "digit_scene_boxes": read_digit_scene_boxes,
     "digit_scenes_x2": read_digit_scenes_x2,
     "synthetic": read_synthetic,
     "cifar10": read_cifar10,

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -20,11 +20,10 @@ from torch.nn import functional as F
 
 from secateur.cost_models.core import Count, Positive, Range, check_fields
 from secateur.envs.core import InputError
-from secateur.envs.inputs import call_model
 from secateur.envs.tasks.classification import Classification
 from secateur.envs.tasks.core import Batch, map_tensors
 from secateur.envs.tasks.splits import Split, TaskData
-from secateur.envs.tasks.supervised import PerSampleTask
+from secateur.envs.tasks.supervised import PerSampleTask, SupervisedTask
 
 logger = logging.getLogger(__name__)
 
@@ -37,13 +36,14 @@ class TrainingProgress:
         epoch: number of finished epochs.
         epochs: number of all epochs.
         loss: mean loss on the training images.
-        score: the task's metric on the training images.
+        score: the task's metric on the training images, counted while the network is trained; None: the task counts nothing per
+            sample.
     """
 
     epoch: int
     epochs: int
     loss: float
-    score: float
+    score: float | None
 
 
 Progress = Callable[[TrainingProgress], None]
@@ -103,7 +103,7 @@ def cache_directory() -> Path:
 def cached_weights(
     name: str,
     model: nn.Module,
-    task: PerSampleTask,
+    task: SupervisedTask,
     recipe: Recipe,
     progress: Progress | None = None,
     cache_dir: Path | None = None,
@@ -127,7 +127,7 @@ def cached_weights(
     return path
 
 
-def train(model: nn.Module, task: PerSampleTask, recipe: Recipe, progress: Progress | None = None) -> nn.Module:
+def train(model: nn.Module, task: SupervisedTask, recipe: Recipe, progress: Progress | None = None) -> nn.Module:
     """Return a network of the architecture `model`, trained from scratch on the task's training split, in eval mode.
 
     Raises:
@@ -183,7 +183,7 @@ def fine_tune(network: nn.Module, data: TaskData, config: FineTuning, progress: 
 
 def _descend(
     model: nn.Module,
-    task: PerSampleTask,
+    task: SupervisedTask,
     batch_at: Callable[[Tensor], Batch],
     count: int,
     recipe: Recipe | FineTuning,
@@ -212,20 +212,32 @@ def _descend(
             loss_sum, counted = 0.0, []
             # Batches of equal size, because batch norm has no variance for a batch of one image.
             for indices in torch.randperm(count, generator=generator).tensor_split(batches):
-                batch = batch_at(indices)
-                with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-                    outputs = call_model(model, batch.inputs)
-                outputs = map_tensors(Tensor.float, outputs)
-                loss = task.loss(lambda *inputs, outputs=outputs: outputs, batch)
+                batch, recorded = batch_at(indices), _Recorded(model, dtype)
+                loss = task.loss(recorded, batch)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 schedule.step()
                 loss_sum += loss.item() * len(indices)
-                counted.append(task.statistics(map_tensors(Tensor.detach, outputs), batch.targets))
+                if isinstance(task, PerSampleTask):
+                    counted.append(task.statistics(map_tensors(Tensor.detach, recorded.outputs), batch.targets))
             if progress is not None:
-                progress(TrainingProgress(epoch, recipe.epochs, loss_sum / count, task.summarize(np.concatenate(counted)).score))
+                score = task.summarize(np.concatenate(counted)).score if isinstance(task, PerSampleTask) else None
+                progress(TrainingProgress(epoch, recipe.epochs, loss_sum / count, score))
     return model.eval()
+
+
+class _Recorded:
+    """A model that computes in a number format and returns float32; `outputs` holds what it returned last."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        self.model, self.dtype, self.outputs = model, dtype, None
+
+    def __call__(self, *inputs: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            outputs = self.model(*inputs)
+        self.outputs = map_tensors(Tensor.float, outputs)
+        return self.outputs
 
 
 def _training_images(data: TaskData, what: str) -> Split:
@@ -260,7 +272,7 @@ def _shifted(images: Tensor, shift: int, generator: torch.Generator) -> Tensor:
     return padded[index[0], index[1], rows, columns]
 
 
-def _recipe_hash(model: nn.Module, task: PerSampleTask, recipe: Recipe) -> str:
+def _recipe_hash(model: nn.Module, task: SupervisedTask, recipe: Recipe) -> str:
     digest = hashlib.sha256()
     # The printed module tree holds layers and settings; the cache name distinguishes different forward passes.
     options = vars(task).get("config")

@@ -357,6 +357,7 @@ def _quantize(
     folder: Path,
 ) -> tuple[onnx.ModelProto, dict[str, str]]:
     """Return the graph with the layers in integers, and {layer: note} for layers that read another grid."""
+    _copy_shared_weights(model, nodes)
     grids, notes = _tensor_grids(layers, nodes)
     overrides: dict[str, list[dict]] = {}
     for tensor, grid in grids.items():
@@ -394,6 +395,20 @@ def _quantize(
         if not np.array_equal(codes, expected):
             raise RuntimeError(f"The codes of layer `{name}` in the ONNX file are not those of the network.")
     return integer, notes
+
+
+def _copy_shared_weights(model: onnx.ModelProto, nodes: Mapping[str, Sequence[onnx.NodeProto]]) -> None:
+    """Give each node of a layer that is called several times its own copy of the weight, in place.
+
+    On processors without VNNI, ONNX Runtime converts integer weights once for each reader and cannot load a file where one tensor
+    has several.
+    """
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    for calls in nodes.values():
+        for number, node in enumerate(calls[1:], start=1):
+            copied = model.graph.initializer.add()
+            copied.CopyFrom(stored[node.input[1]])
+            copied.name = node.input[1] = f"{copied.name}.{number}"
 
 
 def _tensor_grids(

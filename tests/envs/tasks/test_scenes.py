@@ -81,6 +81,15 @@ def test_segmentation_data(parts):
     assert np.array_equal(data.validation.labels, parts[1].masks[: TEST_SCENES // 2]) and masks.dtype == torch.uint8
 
 
+def test_detection_data(parts):
+    data = load_data("digit_scene_boxes", calibration=16, validation=TEST_SCENES // 2, train="rest")
+    assert data.classes == tuple("0123456789") and len(data.train) == TRAIN_SCENES
+    boxes, drawn = data.validation.labels, parts[1].boxes[: TEST_SCENES // 2]
+    used = drawn[..., 4] >= 0
+    assert np.array_equal(boxes[used], drawn[used] - [0, 0, 0, 0, 1]) and (boxes[~used][:, 4] == -1).all()
+    assert set(np.unique(boxes[used][:, 4])) == set(range(10))
+
+
 def test_super_resolution_inputs_are_averages_of_the_targets():
     data = load_data("digit_scenes_x2", calibration=16, validation=50, train=100, test=50)
     assert data.num_classes == 0 and data.image_shape == (1, 32, 32)

@@ -349,6 +349,27 @@ def test_two_readers_of_a_tensor_share_the_wider_grid_and_a_note_says_so(tmp_pat
     assert left.executed == right.executed == "int8" and len(notes) == 1
 
 
+def test_integer_weights_of_a_layer_that_is_called_twice_have_one_reader_each(tmp_path):
+    """On processors without VNNI, ONNX Runtime cannot load files where an integer weight has several readers."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.shared = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+
+        def forward(self, x):
+            x = F.relu(self.stem(x))
+            return self.shared(x).mean((2, 3)) + self.shared(F.max_pool2d(x, 2)).mean((2, 3))
+
+    dense, path = made(Twice), tmp_path / "model.onnx"
+    network = quantized(dense, (8, 8))
+    assert [layer.executed for layer in export_onnx(network, dense[1], dense[2], path)] == ["int8", "int8"]
+    readers = [name for node in onnx.load(path).graph.node for name in node.input]
+    weights = stored_weights(path)
+    assert len(weights) == 3 and all(readers.count(f"{name}_quantized") == 1 for name in weights)
+    assert compare(network, path, images_like(dense))[0] < CLOSE
+
+
 def test_a_channel_with_tiny_weights_beside_its_bias_stays_finite():
     """Its bias in units of both scales would not fit int32, so its scale grows and its codes become zero."""
     layer = nn.Linear(4, 3)

@@ -1,4 +1,4 @@
-"""Whole searches for segmentation and super-resolution, with tiny untrained networks: from the configuration to model.onnx."""
+"""Whole searches for segmentation, super-resolution and detection, with tiny networks: from the configuration to model.onnx."""
 
 import json
 
@@ -10,6 +10,7 @@ import torch
 import secateur
 from secateur.envs.tasks.scenes import CLASSES, digit_scans, draw_scenes
 from secateur.envs.tasks.splits import Dataset, array_pool, split_dataset
+from secateur.envs.tasks.training import Recipe, cached_weights
 
 SPLITS = {"train": 40, "calibration": 16, "validation": 16, "test": 16}
 
@@ -75,3 +76,58 @@ def test_a_search_ends_with_a_verified_winner(kind, tmp_path):
     (winner,) = front["final"]["points"]
     assert verified["failures"] == [] and verified["metric"]["name"] == metric
     assert verified["outputs"]["runtime_score"] == pytest.approx(winner["score"], abs=1e-3)
+
+
+def boxes(root, **splits):
+    """Scenes with the boxes of their digits, all in one class."""
+    pixels, digits = digit_scans()
+    pools = []
+    for seed, count in ((0, 160), (1, 40)):
+        scenes = draw_scenes(pixels / 16, digits, np.arange(100), count, seed, 0.0)
+        targets = scenes.boxes.copy()
+        targets[..., 4] = np.minimum(targets[..., 4], 0)
+        pools.append(array_pool(scenes.images, targets))
+    return split_dataset("scenes", Dataset(*pools, ("digit",), (0.0,), (1.0,)), **splits)
+
+
+def train_weights(model, task, progress=None):
+    """A detector that finds some digits."""
+    return cached_weights(
+        "detector", model, task, Recipe(epochs=12, batch_size=8, learning_rate=0.005, shift=0, optimizer="adamw")
+    )
+
+
+def build_detector():
+    """An untrained detector of one class."""
+    from secateur.envs.tasks.scene_detector import scene_detector
+
+    return scene_detector((8, 16, 16), 16, classes=1)
+
+
+@pytest.mark.slow
+def test_the_network_inside_a_detector_is_pruned_and_quantized_and_verified_with_its_boxes(tmp_path, monkeypatch):
+    pytest.importorskip("torchmetrics.detection", reason="mAP needs the extra `metrics`")
+    monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "cache"))
+    run = secateur.search(
+        {
+            "model": {"factory": f"{__name__}:build_detector", "weights": "trained", "part": "network", "input": [1, 64, 64]},
+            "data": {"name": f"{__name__}:boxes", **SPLITS, "train": 160, "validation": 20, "test": 20},
+            "task": "detection",
+            "search": {"agent": "greedy", "evaluations": 3, "workers": 0},
+            "space": {"prune_ratio": [0.0, 0.7], "weight_bits": [8], "activation_bits": [8]},
+            "calibration": {"max_images": 16},
+            "budgets": {"small": {"macs": "<= 80%"}},
+            "finalize": {"top": 1},
+            "output": {"root": str(tmp_path)},
+        }
+    )
+    front = json.loads((run.folder / "front.json").read_text())
+    assert front["metric"]["name"] == "map" and front["dense"]["score"] > 0.2
+    verified = json.loads((run.folder / "exports" / "small" / "verify.json").read_text())
+    (winner,) = front["final"]["points"]
+    assert verified["failures"] == [] and winner["score"] > 0.1
+    assert verified["outputs"]["runtime_score"] == pytest.approx(winner["score"], abs=0.02)
+    detector = run.best("small").model()
+    with torch.no_grad():
+        assert [set(found) for found in detector(list(torch.rand(2, 1, 64, 64)))] == [{"boxes", "scores", "labels"}] * 2
+    assert sum(p.numel() for p in detector.parameters()) < sum(p.numel() for p in build_detector().parameters())
