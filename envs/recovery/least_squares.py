@@ -25,6 +25,7 @@ inputs, so it is not refitted.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -62,7 +63,11 @@ class LeastSquares:
 
     def apply(self, candidate: CandidateNetwork) -> None:
         """See `Recovery.apply`."""
-        readers = dict.fromkeys(name for group in candidate.graph.groups for name in group.consumers)
+        self.refit_readers(candidate, without=())
+
+    def refit_readers(self, candidate: CandidateNetwork, without: Collection[str]) -> None:
+        """Refit all layers from which inputs were removed, but these."""
+        readers = dict.fromkeys(name for group in candidate.graph.groups for name in group.consumers if name not in without)
         for name in readers:
             statistics = required(candidate.calibration, "a calibration").layers.get(name)
             if statistics is None or statistics.kind == NONE:

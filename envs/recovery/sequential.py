@@ -33,10 +33,11 @@ Where we differ and why:
 6. There is one batch, because every layer needs the refitted inputs of all images. `max_bytes` limits its memory: networks
    with large activations use fewer images and more positions of each image, so a layer has the same number of samples.
 
-Layers that are not refitted: layers that run several times or never, layers without moments in the calibration (forward
-passes of their own, weights with several users), layers whose first axis is not the axis of the images. For
-layers with more than `max_inputs` unknowns per output, only the intercept is refitted. If the forward pass of a candidate calls
-other functions than the dense network's, layers after the difference are not refitted.
+Layers that are not refitted in the pass: layers that run several times or never, layers without moments in the calibration
+(forward passes of their own, weights with several users), layers whose first axis is not the axis of the images. Those of them
+that read pruned channels and have moments are refitted before the pass, as by `least_squares`. For layers with more than
+`max_inputs` unknowns per output, only the intercept is refitted. If the forward pass of a candidate calls other functions than
+the dense network's, layers after the difference are not refitted.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ from secateur.envs.calibration.patches import outputs_at, patches, sample_positi
 from secateur.envs.candidate import CandidateNetwork
 from secateur.envs.inputs import call_model, map_inputs
 from secateur.envs.recovery.common.forward_values import ForwardPlan, Target, ValueObserver, observing, plan_forward
+from secateur.envs.recovery.least_squares import LeastSquares
 from secateur.envs.weight_layout import outputs_first
 
 log = logging.getLogger(__name__)
@@ -131,6 +133,7 @@ class Sequential:
         # The caller may be in inference mode, but new parameters must be trainable later.
         with torch.inference_mode(False), torch.no_grad():
             targets = candidate.cache.get(("sequential", self.config), lambda: dense_targets(candidate, self.config))
+            LeastSquares().refit_readers(candidate, without=targets.values)
             _Pass(candidate, targets, self.config).run()
 
 

@@ -223,6 +223,32 @@ def test_removed_combinations_of_kept_channels_are_restored_exactly():
     assert error(problem(model, images, [], scores=scores).assemble(policy(assembler, 14 / 16, ("a1",))), model, images) > 1e-2
 
 
+def test_a_head_that_reads_several_levels_is_refitted_too():
+    """Channels 1 and 3 of both levels are twice channels 0 and 2, and one layer reads both levels."""
+
+    class Levels(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fine, self.coarse = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(3, 16, 3, stride=2, padding=1)
+            self.head = nn.Conv2d(16, 4, 3, padding=1)
+
+        def forward(self, x):
+            return torch.cat([self.head(F.relu(level(x))).mean((2, 3)) for level in (self.fine, self.coarse)], dim=1)
+
+    torch.manual_seed(0)
+    model, images = with_statistics(Levels()), pictures(60)
+    for level in (model.fine, model.coarse):
+        for tensor in (level.weight.data, level.bias.data):
+            tensor[[1, 3]] = 2 * tensor[[0, 2]]
+    (group,) = problem(model, images, []).graph.groups
+    scores = (np.where(np.isin(np.arange(group.units), (1, 3)), 0.0, 1.0),)
+    found = []
+    for recoveries in ([], [Sequential()]):
+        assembler = problem(model, images, recoveries, scores=scores)
+        found.append(error(assembler.assemble(policy(assembler, 14 / 16, (group.name,))), model, pictures(50, seed=1)))
+    assert found[0] > 1e-2 and found[1] < 1e-2 * found[0]
+
+
 def test_layers_between_batch_norms_without_running_statistics_are_refitted():
     """Channels 1 and 3 are twice channels 0 and 2. The statistics are those of the whole batch of 100 images, not of chunks."""
     torch.manual_seed(0)
@@ -356,7 +382,9 @@ def test_layers_that_cannot_be_refitted_are_left_alone():
     sequential, sliced = recovered(model, images, Sequential()), recovered(model, images)
     for name in ("twice", "attention.out_proj", "idle", "reflect", "up", "down"):
         pair = sequential.get_submodule(name).weight, sliced.get_submodule(name).weight
-        assert torch.equal(*pair) is (name not in ("reflect", "up", "down")), name
+        assert torch.equal(*pair) is (name not in ("twice", "reflect", "up", "down")), name
+    # A layer that runs several times is refitted from the dense network's moments.
+    assert torch.equal(sequential.twice.weight, recovered(model, images, LeastSquares()).twice.weight)
     assert error(sequential, model, images) < error(sliced, model, images)
 
 
@@ -392,11 +420,11 @@ class SequenceFirst(nn.Module):
 
 
 @pytest.mark.numerics
-def test_layers_whose_first_axis_is_not_that_of_the_images_are_left_alone():
+def test_layers_whose_first_axis_is_not_that_of_the_images_are_refitted_from_the_dense_moments():
     torch.manual_seed(0)
     model, images = with_statistics(SequenceFirst()), pictures(150)
     network, sliced = recovered(model, images, Sequential()), recovered(model, images)
-    assert torch.equal(network.token2.weight, sliced.token2.weight)
+    assert torch.equal(network.token2.weight, recovered(model, images, LeastSquares()).token2.weight)
     assert error(network, model, images) < error(sliced, model, images)
 
 
