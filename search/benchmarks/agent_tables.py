@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from secateur.envs.metric import TOP1, Metric
-from secateur.search.benchmarks.records import Row
+from secateur.envs.metric import Metric
+from secateur.search.benchmarks.records import Row, metric_heading, row_metric, shown_score
 from secateur.search.benchmarks.scaffold import markdown_table
 from secateur.search.problem import Problem
 
@@ -28,7 +28,7 @@ Runs = Mapping[str, Sequence[Row]]
 
 def outcome_line(row: Row) -> str:
     """Return one run in one line."""
-    metric = _metric(row)
+    metric = row_metric(row)
     tests = [f"{name} {metric.text(winner['test_score']) if winner else '-'}" for name, winner in row["winners"].items()]
     return (
         f"{row['agent']}, seed {row['seed']}, {row['evaluations']} evaluations in {row['seconds']:.0f} s: hypervolume "
@@ -36,26 +36,16 @@ def outcome_line(row: Row) -> str:
     )
 
 
-def _metric(row: Row) -> Metric:
-    return Metric(**row["metric"]) if "metric" in row else TOP1  # rows of version 0.1 have none
-
-
 def _search_metric(row: Row) -> Metric:
-    return Metric(**row["search_metric"]) if "search_metric" in row else _metric(row)
+    return Metric(**row["search_metric"]) if "search_metric" in row else row_metric(row)
 
 
 def _metric_of_score(row: Row, score: str) -> Metric:
-    return _search_metric(row) if score == "search_score" else _metric(row)
+    return _search_metric(row) if score == "search_score" else row_metric(row)
 
 
 def _heading(runs: Runs, score: str) -> str:
-    metric = _metric_of_score(next(iter(runs.values()))[0], score)
-    return f"{SCORES[score]} {metric.label} {metric.unit}".rstrip()
-
-
-def _shown(metric: Metric, score: float) -> float:
-    """Return a score as the number that stands before the metric's unit."""
-    return 100 * score if metric.unit == "%" else score
+    return f"{SCORES[score]} {metric_heading(_metric_of_score(next(iter(runs.values()))[0], score))}"
 
 
 def search_report(problem: Problem, dense_test: float, rows: Sequence[Row]) -> str:
@@ -97,8 +87,10 @@ def _budget_lines(budget: str, runs: Runs) -> list[list[str]]:
     for agent, rows in runs.items():
         winners = [winner for row in rows if (winner := row["winners"].get(budget))]
         seeds = f"{len(rows)}" if len(winners) == len(rows) else f"{len(winners)} of {len(rows)}"
-        scores = [_spread([_shown(_metric_of_score(rows[0], score), winner[score]) for winner in winners]) for score in SCORES]
-        sign = 1 if _metric(rows[0]).higher_is_better else -1
+        scores = [
+            _spread([shown_score(_metric_of_score(rows[0], score), winner[score]) for winner in winners]) for score in SCORES
+        ]
+        sign = 1 if row_metric(rows[0]).higher_is_better else -1
         lines.append(
             (_mean([sign * winner["test_score"] for winner in winners], default=-np.inf), [budget, agent, seeds, *scores])
         )
@@ -121,7 +113,7 @@ def _run_cells(agent: str, rows: Sequence[Row]) -> list[str]:
         f"{max(row['evaluations'] for row in rows)}",
         _spread([row["hypervolume"] for row in rows], 4),
         *(
-            _spread([_shown(_metric(rows[0]), _mean([winner[score] for winner in winners])) for winners in complete])
+            _spread([shown_score(row_metric(rows[0]), _mean([winner[score] for winner in winners])) for winners in complete])
             for score in TEST_SCORES
         ),
         f"{100 * _mean([row['feasible'] for row in rows]):.0f}",

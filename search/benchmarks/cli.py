@@ -99,7 +99,7 @@ def recoveries_command(
     ratio: Annotated[float, typer.Option(min=0, max=0.95, help="Share of channels that inner groups lose.")] = 0.5,
     output: Output = Path("results/recoveries"),
 ) -> None:
-    """Prune, quantize and repair several networks in the same ways: test top-1 of each recovery, without any search."""
+    """Prune, quantize and repair several networks in the same ways: test score of each recovery, without any search."""
     settings = [_load(config, overrides) for config in configs]
     from secateur.search.benchmarks.recoveries import run_recoveries
 
@@ -107,12 +107,21 @@ def recoveries_command(
 
 
 @benchmark.command("quantizers")
-def quantizers_command(config: ConfigPath, overrides: Overrides = None, output: Output = Path("results/quantizers")) -> None:
-    """Round the weights of a network to 4, 3 and 2 bits in several ways: test top-1 of each."""
+def quantizers_command(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help='Quantizer, with options and recoveries if any ("uniform activations=max + sequential"); repeat.'),
+    ] = None,
+    bits: Annotated[list[str] | None, typer.Option(help='Bits of weights, or of weights and inputs ("W4A8"); repeat.')] = None,
+    output: Output = Path("results/quantizers"),
+) -> None:
+    """Round the weights of a network, and the inputs of its layers, in several ways: test score of each."""
     settings = _load(config, overrides)
     from secateur.search.benchmarks.quantizers import run_quantizers
 
-    run_quantizers(settings, output)
+    run_quantizers(settings, method, bits, output)
 
 
 @benchmark.command("importances")

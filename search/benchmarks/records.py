@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.cost_models.core import InputError
+from secateur.envs.metric import TOP1, Metric
 from secateur.search.config import SearchConfig
 from secateur.search.jsonl import append_line, as_read, read_lines, write_lines
 
@@ -91,3 +92,18 @@ def config_record(config: SearchConfig) -> dict[str, Any]:
 def network_name(config: SearchConfig) -> str:
     """Return what tables call the network: the name of its factory."""
     return config.model.factory.rpartition(":")[2]
+
+
+def row_metric(row: Row) -> Metric:
+    """Return the metric of the scores in a row."""
+    return Metric(**row["metric"]) if "metric" in row else TOP1  # rows of version 0.1 have none
+
+
+def metric_heading(metric: Metric) -> str:
+    """Return what tables write above scores, such as "top-1 %"."""
+    return f"{metric.label} {metric.unit}".rstrip()
+
+
+def shown_score(metric: Metric, score: float) -> float:
+    """Return a score as the number that stands before the metric's unit."""
+    return 100 * score if metric.unit == "%" else score

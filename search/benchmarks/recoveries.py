@@ -6,18 +6,27 @@ Networks are pruned by one ratio, quantized, or both, and repaired without any s
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from secateur.cost_models.core import FLOAT_BITS
+from secateur.envs.metric import TOP1
 from secateur.envs.quantization.quantizers import QUANTIZERS
 from secateur.search.benchmarks.policies import uniform_policy
-from secateur.search.benchmarks.records import Records, Row, config_record, network_name
+from secateur.search.benchmarks.records import (
+    Records,
+    Row,
+    config_record,
+    metric_heading,
+    network_name,
+    row_metric,
+    shown_score,
+)
 from secateur.search.benchmarks.recovery_settings import calibrated_problem, with_recoveries
-from secateur.search.benchmarks.scaffold import ROWS, markdown_table, percent, show_progress, write_results
+from secateur.search.benchmarks.scaffold import ROWS, markdown_table, show_progress, write_results
 from secateur.search.benchmarks.timing import timed
 from secateur.search.build import build_plugin
 from secateur.search.config import PluginEntry, SearchConfig
@@ -32,14 +41,15 @@ class Variant:
         name: heading of its column.
         pruned: whether the inner groups are pruned.
         bits: (weight_bits, activation_bits) of all layers.
-        quantizer, recoveries: names of plug-ins, with default options.
+        quantizer: plug-in.
+        recoveries: names of plug-ins, with default options.
         keep_ends: whether the first and the last layer stay in float.
     """
 
     name: str
     pruned: bool = False
     bits: tuple[int, int] = (FLOAT_BITS, FLOAT_BITS)
-    quantizer: str = "uniform"
+    quantizer: PluginEntry = PluginEntry(name="uniform")
     recoveries: tuple[str, ...] = ()
     keep_ends: bool = False
 
@@ -52,7 +62,7 @@ VARIANTS = (
     Variant("pruned, sequential + batch_norm", pruned=True, recoveries=("sequential", "batch_norm")),
     Variant("W8A8", bits=(8, 8)),
     Variant("W4A8", bits=(4, 8)),
-    Variant("W4A8, gptq + sequential", bits=(4, 8), quantizer="gptq", recoveries=("sequential",)),
+    Variant("W4A8, gptq + sequential", bits=(4, 8), quantizer=PluginEntry(name="gptq"), recoveries=("sequential",)),
     Variant("pruned W8A8, sequential", pruned=True, bits=(8, 8), recoveries=("sequential",)),
 )
 """The columns of the table."""
@@ -91,7 +101,7 @@ def compare_recoveries(
         problem = calibrated_problem(config, status)
         for variant in missing:
             row = records.add(**key, variant=variant.name, **measure_variant(problem, variant, ratio))
-            yield f"{network}, {variant.name}: {percent(row['test_top1'])} % of {row['images']} test images"
+            yield f"{network}, {variant.name}: {row_metric(row).text(row['test_score'])} on {row['images']} test images"
 
 
 def measure_variant(problem: Problem, variant: Variant, ratio: float) -> dict[str, Any]:
@@ -106,12 +116,13 @@ def measure_variant(problem: Problem, variant: Variant, ratio: float) -> dict[st
     ends = (layers[0].name, layers[-1].name) if variant.keep_ends else ()
     exclude = (*problem.config.space.exclude, *ends)
     policy = uniform_policy(problem.graph, ratio if variant.pruned else 0.0, variant.bits, exclude)
-    quantizer = build_plugin(QUANTIZERS, PluginEntry(name=variant.quantizer))
+    quantizer = build_plugin(QUANTIZERS, variant.quantizer)
     assembler = with_recoveries(problem.assembler, variant.recoveries, quantizer=quantizer)
     seconds, network = timed(assembler.assemble, policy)
     costs, dense = problem.space.costs.of_policy(policy), problem.space.dense_costs
     return {
-        "test_top1": problem.task.evaluate(network, "test").score,
+        "test_score": problem.task.evaluate(network, "test").score,
+        "metric": asdict(problem.task.metric),
         "images": problem.task.samples("test"),
         "shares": {name: costs[name] / dense[name] for name in ("macs", "weight_bytes")},
         "seconds": seconds,
@@ -123,7 +134,7 @@ def measure_variant(problem: Problem, variant: Variant, ratio: float) -> dict[st
 
 
 def recovery_table(rows: Sequence[Row], variants: Sequence[Variant] = VARIANTS) -> str:
-    """Return the results as Markdown: test top-1 in percent, a network per line, a variant per column."""
+    """Return the results as Markdown: test scores, a network per line, a variant per column."""
     by_network: dict[tuple[str, float, str], dict[str, Row]] = {}
     for row in rows:
         # The same network under two configurations has two lines.
@@ -133,27 +144,35 @@ def recovery_table(rows: Sequence[Row], variants: Sequence[Variant] = VARIANTS) 
     for (network, ratio, _), found in by_network.items():
         pruned = next((found[v.name] for v in variants if v.pruned and v.name in found), None)
         macs = f"{100 * pruned['shares']['macs']:.1f}" if pruned else "-"
-        scores = [percent(found[name]["test_top1"]) if name in found else "-" for name in names]
+        scores = [score_text(found[name]) if name in found else "-" for name in names]
         lines.append([network, f"{100 * ratio:g}", macs, *scores])
     return markdown_table(["network", "removed %", "MACs left %", *names], lines)
+
+
+def score_text(row: Row) -> str:
+    """Return the test score of a row as tables show it, without the unit."""
+    return f"{shown_score(row_metric(row), row['test_score']):.2f}"
 
 
 def recovery_report(rows: Sequence[Row], variants: Sequence[Variant] = VARIANTS) -> str:
     """Return the table with what it was measured on."""
     sources = dict.fromkeys(
-        f"- {row['network']}: {row['images']} test images, standard error {_error(row):.2f} points at "
-        f"{100 * row['test_top1']:.1f} %. {row['data']}"
+        f"- {row['network']}: {row['images']} test images{_error(row)}. {row['data']}"
         for row in rows
         if row["variant"] == variants[0].name
     )
+    headings = ", ".join(dict.fromkeys(metric_heading(row_metric(row)) for row in rows))
     notes = (
-        "Test top-1 in percent, float32 arithmetic, no fine-tuning. Removed: share of the channels of every group that a "
+        f"Test scores ({headings}), float32 arithmetic, no fine-tuning. Removed: share of the channels of every group that a "
         "single layer produces, chosen by the importance of the configuration; residual streams are not pruned. MACs left: of "
         "the pruned columns. WnAm: weights in n bits and inputs in m bits, simulated."
     )
     return "\n\n".join([recovery_table(rows, variants), notes, "\n".join(sources)]) + "\n"
 
 
-def _error(row: Row) -> float:
-    """Return the standard error of a test score in percentage points."""
-    return 100 * float(np.sqrt(row["test_top1"] * (1 - row["test_top1"]) / row["images"]))
+def _error(row: Row) -> str:
+    """Return words about the standard error of a test score; none, if the score is no share of correct answers."""
+    score = row["test_score"]
+    if row_metric(row).name != TOP1.name:
+        return ""
+    return f", standard error {100 * float(np.sqrt(score * (1 - score) / row['images'])):.2f} points at {100 * score:.1f} %"

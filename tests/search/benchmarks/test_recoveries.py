@@ -36,11 +36,11 @@ def test_every_variant_is_scored_on_the_test_split(compare, problem):
     dense, pruned, repaired, quantized = rows
     test = problem.task.data.tensors(problem.task.data.test)
     assert [row["variant"] for row in rows] == ["dense", "pruned", "repaired", "W2A8"] and len(lines) == 4
-    assert dense["test_top1"] == top1(problem.assembler.model, *test) and dense["images"] == len(test[1])
+    assert dense["test_score"] == top1(problem.assembler.model, *test) and dense["images"] == len(test[1])
     for row, variant in ((repaired, VARIANTS[2]), (quantized, VARIANTS[3])):
         policy = uniform_policy(problem.graph, RATIO if variant.pruned else 0.0, variant.bits)
         network = with_recoveries(problem.assembler, variant.recoveries).assemble(policy)
-        assert row["test_top1"] == top1(network, *test)
+        assert row["test_score"] == top1(network, *test)
     assert quantized["shares"]["weight_bytes"] < 0.25 and quantized["shares"]["macs"] == 1
     assert pruned["shares"]["macs"] == repaired["shares"]["macs"] < 0.5
 
@@ -56,7 +56,7 @@ def test_finished_rows_are_not_measured_again(compare):
 def test_the_table_has_a_line_per_network_and_dashes_for_what_is_missing():
     def row(network, variant, top1, macs=1.0):
         shares = {"macs": macs, "weight_bytes": 1.0}
-        return {"network": network, "ratio": 0.5, "config": {}, "variant": variant, "test_top1": top1, "images": 100,
+        return {"network": network, "ratio": 0.5, "config": {}, "variant": variant, "test_score": top1, "images": 100,
                 "shares": shares, "data": f"{network} data."}  # fmt: skip
 
     rows = [row("a", "dense", 0.9), row("a", "pruned", 0.75, 0.501), row("b", "dense", 0.5)]
@@ -72,8 +72,15 @@ def test_the_columns_name_plugins_that_exist():
     from secateur.envs.recovery import RECOVERIES
 
     for variant in recoveries.VARIANTS:
-        assert variant.quantizer in QUANTIZERS and set(variant.recoveries) <= set(RECOVERIES)
+        assert variant.quantizer.name in QUANTIZERS and set(variant.recoveries) <= set(RECOVERIES)
     assert len({variant.name for variant in recoveries.VARIANTS}) == len(recoveries.VARIANTS)
+
+
+def test_scores_have_the_unit_of_their_metric():
+    row = {"network": "a", "ratio": 0.5, "config": {}, "variant": "dense", "test_score": 31.25, "images": 100, "data": "Data."}
+    row |= {"shares": {"macs": 1.0, "weight_bytes": 1.0}, "metric": {"name": "psnr", "unit": "dB"}}
+    report = recovery_report([row], VARIANTS)
+    assert "| a | 50 | - | 31.25 | - | - | - |" in report and "(PSNR dB)" in report and "- a: 100 test images. Data." in report
 
 
 def test_a_ratio_of_zero_prunes_nothing(problem):

@@ -18,7 +18,7 @@ from secateur.envs.candidate import CandidateNetwork
 from secateur.envs.core import InputError
 from secateur.envs.model_graph import analyze
 from secateur.envs.piece_cache import PieceCache
-from secateur.envs.quantization.fake_quantize import quantized_weight
+from secateur.envs.quantization.fake_quantize import activation_grid, quantized_weight
 from secateur.envs.quantization.quantizers import QUANTIZERS, ActivationGrid, QuantizedWeight
 from secateur.search.export import onnx_export
 from secateur.search.export.onnx_export import export_onnx
@@ -367,6 +367,32 @@ def test_integer_weights_of_a_layer_that_is_called_twice_have_one_reader_each(tm
     readers = [name for node in onnx.load(path).graph.node for name in node.input]
     weights = stored_weights(path)
     assert len(weights) == 3 and all(readers.count(f"{name}_quantized") == 1 for name in weights)
+    assert compare(network, path, images_like(dense))[0] < CLOSE
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_grids_of_asymmetric_inputs_are_in_the_file_exactly(tmp_path, name):
+    """Without ReLUs and batch norms, inputs have both signs: scale and zero point are those of the network's own grids."""
+
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.third = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 6, 3)
+
+        def forward(self, x):
+            return self.third(F.elu(self.second(self.first(x)))).mean((2, 3))
+
+    dense, path = made(Plain), tmp_path / "model.onnx"
+    network = quantized(dense, (8, 8), name)
+    executed = export_onnx(network, dense[1], dense[2], path)
+    model = onnx.load(path)
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    nodes = {node.output[0]: node for node in model.graph.node}
+    convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
+    for node, layer, kept in zip(convolutions, ("first", "second", "third"), executed, strict=True):
+        grid, given = activation_grid(network.get_submodule(layer)), nodes[node.input[0]]
+        assert given.op_type == "DequantizeLinear" and kept.executed == "int8" and 0 < grid.zero_point < 255
+        assert constants[given.input[1]] == np.float32(grid.scale) and constants[given.input[2]] == grid.zero_point
     assert compare(network, path, images_like(dense))[0] < CLOSE
 
 

@@ -24,7 +24,7 @@ SHARES = 0.9 ** np.arange(32)
 
 @dataclass(frozen=True)
 class ActivationGridConfig:
-    """Fields that the configurations of all quantizers have.
+    """Fields that the configurations of most quantizers have.
 
     Attributes:
         activations: range of the grid; "max": the whole range of the input; "mse": the range with the least squared error on
@@ -48,15 +48,27 @@ def choose_activation_grid(statistics: LayerStatistics, bits: int, config: Activ
     low, high = min(low, 0.0), max(high, 0.0)
     if config.activations == "mse":
         low, high = _least_error_range(statistics.samples.astype(np.float64), low, high, bits)
-    scale, zero_point = (float(values) for values in _scale_and_zero(low, high, bits))
-    return ActivationGrid(scale, int(zero_point), bits)
+    return grid_between(low, high, bits)
 
 
-def _scale_and_zero(low: np.ndarray | float, high: np.ndarray | float, bits: int) -> tuple[np.ndarray, np.ndarray]:
+def grid_between(low: float, high: float, bits: int) -> ActivationGrid:
+    """Return the grid from `low`, at most 0, to `high`, at least 0; its zero point is rounded."""
+    scale, zero_point = _scale_and_zero(low, high, bits)
+    return ActivationGrid(float(scale), int(zero_point), bits)
+
+
+def grid_errors(samples: np.ndarray, low: float, highs: np.ndarray, bits: int) -> np.ndarray:
+    """Return the sums of squared errors of the samples on the grids from `low` to each of `highs`, (highs,)."""
+    scale, zero_point = (values[:, None] for values in _scale_and_zero(low, highs, bits))
+    codes = np.clip(np.rint(samples / scale) + zero_point, 0, 2**bits - 1)
+    return np.square((codes - zero_point) * scale - samples).sum(1)
+
+
+def _scale_and_zero(low: float, high: np.ndarray | float, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """Return scale and zero point of the grids for these ranges; an empty range gets the scale 1."""
     scale = (np.asarray(high) - low) / (2**bits - 1)
     scale = np.where(scale > 0, scale, 1.0)
-    return scale, np.rint(-np.asarray(low) / scale)
+    return scale, np.rint(-low / scale)
 
 
 def _least_error_range(samples: np.ndarray, low: float, high: float, bits: int) -> tuple[float, float]:
@@ -64,9 +76,7 @@ def _least_error_range(samples: np.ndarray, low: float, high: float, bits: int) 
     highs = np.unique(high * SHARES)
     tried = []
     for end in np.unique(low * SHARES):
-        scale, zero_point = (values[:, None] for values in _scale_and_zero(end, highs, bits))
-        codes = np.clip(np.rint(samples / scale) + zero_point, 0, 2**bits - 1)
-        errors = np.square((codes - zero_point) * scale - samples).sum(1)
+        errors = grid_errors(samples, end, highs, bits)
         tried.append((errors.min(), end, highs[errors.argmin()]))
     _, low, high = min(tried)
     return float(low), float(high)
