@@ -26,4 +26,4 @@ class Bops:
 
     def total(self, shapes: LayerShapes) -> np.ndarray:
         """Return the bit operations of each network, (population,); products without weights are in float32."""
-        return self.per_layer(shapes).sum(axis=1) + shapes.geometry.fixed_macs * FLOAT_BITS**2
+        return self.per_layer(shapes).sum(axis=1) + shapes.other_macs * FLOAT_BITS**2

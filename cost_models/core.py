@@ -176,8 +176,8 @@ class NetworkGeometry:
         in_fixed, in_per_unit: (L,), (G, L); in_channels = in_fixed + widths @ in_per_unit.
         out_fixed, out_per_unit: (L,), (G, L), likewise for out_channels.
         other_fixed, other_per_unit: scalar, (G,); parameters that are not weights or biases of a layer (norms, embeddings).
-        fixed_macs: multiply-accumulates of everything that is not a layer (attention, recurrent networks, products with
-            computed weights); the operands are never pruned.
+        fixed_macs, macs_per_unit: scalar, (G,); multiply-accumulates of everything that is not a layer (attention, recurrent
+            networks, products with computed weights). `macs_per_unit` None: all zeros.
         buffer_fixed, buffer_per_unit: (B,), (G, B); elements of each buffer, per image.
         buffer_readers: (B,) tuples of layer indices. If only quantized layers read a buffer, it is stored with the largest of
             their activation bits; an empty tuple means that other operators read it too, and it is stored in float32.
@@ -202,6 +202,7 @@ class NetworkGeometry:
     live: np.ndarray
     step_layer: np.ndarray
     uncounted: tuple[str, ...] = ()
+    macs_per_unit: np.ndarray | None = None
 
     @cached_property
     def kernel_area(self) -> np.ndarray:
@@ -284,6 +285,12 @@ class LayerShapes:
     def other_parameters(self) -> np.ndarray:
         """Parameters outside the layers' weights and biases, (population,) float."""
         return self.geometry.other_fixed + self.widths @ self.geometry.other_per_unit
+
+    @cached_property
+    def other_macs(self) -> np.ndarray:
+        """Multiply-accumulates outside the layers, (population,) float."""
+        fixed, per_unit = self.geometry.fixed_macs, self.geometry.macs_per_unit
+        return fixed + (np.zeros(len(self)) if per_unit is None else self.widths @ per_unit)
 
     @cached_property
     def buffer_bytes(self) -> np.ndarray:

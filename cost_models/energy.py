@@ -53,5 +53,5 @@ class CountedEnergy:
     def total(self, shapes: LayerShapes) -> np.ndarray:
         """Return the millijoules of each network, (population,): layers, other steps, and products without weights."""
         moved, _ = self.traffic.other_steps(shapes)
-        products = shapes.geometry.fixed_macs * self.energy.mac_pj[self.traffic.float_precision]
+        products = shapes.other_macs * self.energy.mac_pj[self.traffic.float_precision]
         return self.per_layer(shapes).sum(axis=1) + 1e-9 * (moved * self.energy.byte_pj + products)

@@ -24,5 +24,5 @@ class Macs:
         return shapes.weights * shapes.geometry.macs_per_weight
 
     def total(self, shapes: LayerShapes) -> np.ndarray:
-        """Return the multiply-accumulates of each network, (population,): those of the layers and `fixed_macs`."""
-        return shapes.weights @ shapes.geometry.macs_per_weight + shapes.geometry.fixed_macs
+        """Return the multiply-accumulates of each network, (population,): those of the layers and of other products."""
+        return shapes.weights @ shapes.geometry.macs_per_weight + shapes.other_macs

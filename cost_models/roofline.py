@@ -67,6 +67,6 @@ class RooflineLatency:
         """Return the milliseconds of each network, (population,): layers, other steps, and products without weights."""
         moved, steps = self.traffic.other_steps(shapes)
         peak = self.roofline.macs_per_second[self.traffic.float_precision]
-        seconds = moved / self.roofline.bytes_per_second + shapes.geometry.fixed_macs / peak
+        seconds = moved / self.roofline.bytes_per_second + shapes.other_macs / peak
         seconds += 1e-6 * self.roofline.step_overhead_us * steps
         return self.per_layer(shapes).sum(axis=1) + 1e3 * seconds

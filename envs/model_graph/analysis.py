@@ -14,7 +14,7 @@ from secateur.envs.model_graph.groups import build_graph, exclude_layers
 from secateur.envs.model_graph.plan import ModelGraph
 from secateur.envs.model_graph.trace import first_line, trace_model
 from secateur.envs.model_graph.verification import verified_graph
-from secateur.envs.pruning.slicing import share_tensors
+from secateur.envs.pruning.slicing import clear_caches, share_tensors
 
 
 def analyze(model: nn.Module, example_inputs: tuple[Tensor, ...], exclude: Sequence[str] = (), verify: bool = True) -> ModelGraph:
@@ -35,7 +35,9 @@ def analyze(model: nn.Module, example_inputs: tuple[Tensor, ...], exclude: Seque
         model = share_tensors(model).eval()
     except (RuntimeError, TypeError) as error:
         raise InputError(f"{type(model).__name__} cannot be copied: {first_line(error)}.") from error
+    clear_caches(model)
     trace = trace_model(model, example_inputs)
+    clear_caches(model)
     flow = ChannelFlow(trace)
     exclude_layers(trace, flow, exclude)
     graph = build_graph(trace, flow)

@@ -15,12 +15,14 @@ from torch.utils import _pytree as pytree
 from secateur.cost_models.core import NetworkGeometry
 from secateur.envs.model_graph.channel_flow import ChannelFlow
 from secateur.envs.model_graph.plan import ChannelGroup
+from secateur.envs.model_graph.product_rules import PRODUCTS
 from secateur.envs.model_graph.products import count_products
 from secateur.envs.model_graph.shadows import narrow
 from secateur.envs.model_graph.trace import (
     Trace,
     TracedLayer,
     argument,
+    arguments,
     is_pointwise,
     op_name,
     run_with,
@@ -54,7 +56,9 @@ def network_geometry(trace: Trace, flow: ChannelFlow, groups: Sequence[ChannelGr
         buffer_per_unit[:, index] = _elements(flow, buffer, group_of, len(groups)) / np.maximum(units, 1)
     dense_elements = np.array([buffer.elements for buffer in memory.buffers], dtype=float)
     live, step_layer = memory.live_table()
-    fixed_macs, uncounted = count_products(trace)
+    products, uncounted = count_products(trace)
+    macs_per_unit = sum((_product_shares(flow, *item, group_of, len(groups)) for item in products.items()), np.zeros(len(groups)))
+    macs_per_unit /= np.maximum(units, 1)
     return NetworkGeometry(
         layers=tuple(layer.shape for layer in layers),
         group_names=tuple(group.name for group in groups),
@@ -65,7 +69,8 @@ def network_geometry(trace: Trace, flow: ChannelFlow, groups: Sequence[ChannelGr
         out_per_unit=out_per_unit,
         other_fixed=float(sum(math.prod(trace.tensor_shapes[name]) for name in others) - units @ other_per_unit),
         other_per_unit=other_per_unit,
-        fixed_macs=fixed_macs,
+        fixed_macs=float(sum(products.values()) - units @ macs_per_unit),
+        macs_per_unit=macs_per_unit,
         buffer_fixed=dense_elements - units @ buffer_per_unit,
         buffer_per_unit=buffer_per_unit,
         buffer_readers=tuple(buffer.quantized_readers(layers) for buffer in memory.buffers),
@@ -258,7 +263,31 @@ def _elements(flow: ChannelFlow, buffer: _Buffer, group_of: np.ndarray, groups: 
     """Return the number of elements of a buffer that belong to each group, (groups,)."""
     found = flow.shadows[buffer.node]
     ids = (found[buffer.part] if isinstance(found, list) else found)[0]
+    return buffer.elements * _shares(ids, group_of, groups)
+
+
+def _shares(ids: Tensor, group_of: np.ndarray, groups: int) -> np.ndarray:
+    """Return the share of an activation's entries that belong to each group, (groups,)."""
     entries = narrow(ids).numpy().ravel()
     owners = group_of[entries[entries >= 0]]
-    counts = np.bincount(owners[owners >= 0], minlength=groups).astype(float)
-    return counts * buffer.elements / max(entries.size, 1)
+    return np.bincount(owners[owners >= 0], minlength=groups) / max(entries.size, 1)
+
+
+def _product_shares(flow: ChannelFlow, node: Node, macs: float, group_of: np.ndarray, groups: int) -> np.ndarray:
+    """Return the multiply-accumulates of a product that belong to each group, (groups,)."""
+
+    def shares(x: Node) -> np.ndarray:
+        found = flow.shadows.get(x)
+        return _shares(found[0], group_of, groups) if isinstance(found, tuple) and len(found) == 1 else np.zeros(groups)
+
+    result = shares(node)
+    if (
+        op_name(node) == "scaled_dot_product_attention"
+    ):  # two products: the width of the queries is summed, that of the values stays
+        queries, values = arguments(node)["query"], arguments(node)["value"]
+        summed, kept = shape_of(queries)[-1], shape_of(values)[-1]
+        return macs * (summed * shares(queries) + kept * result) / (summed + kept)
+    if result.any() or op_name(node) not in PRODUCTS:
+        return macs * result
+    operands = [shares(x) for x in node.all_input_nodes]  # the products are summed over channels that all operands have
+    return macs * max(operands, key=np.sum)

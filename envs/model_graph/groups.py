@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from itertools import groupby
 
@@ -12,7 +13,7 @@ from secateur.cost_models.core import InputError
 from secateur.envs.model_graph.channel_flow import ChannelFlow
 from secateur.envs.model_graph.dataflow import dataflow
 from secateur.envs.model_graph.geometry import network_geometry
-from secateur.envs.model_graph.plan import ChannelGroup, FrozenChannels, ModelGraph, TensorSlice
+from secateur.envs.model_graph.plan import ChannelGroup, FrozenChannels, ModelGraph, TensorSlice, WrittenSize
 from secateur.envs.model_graph.trace import Trace, argument, calling_module, op_name, shape_of
 
 
@@ -46,6 +47,7 @@ def build_graph(trace: Trace, flow: ChannelFlow) -> ModelGraph:
     group_of = np.full(len(roots), -1)
     for index, group in enumerate(groups):
         group_of[group_elements(flow, group)] = index
+        groups[index] = replace(group, sizes=_attributes(flow, roots, group, index, group_of))
     return ModelGraph(
         geometry=network_geometry(trace, flow, groups, group_of),
         groups=tuple(groups),
@@ -67,6 +69,14 @@ def _differ_in_a_split(flow: ChannelFlow, roots: np.ndarray, units: np.ndarray) 
             if len(set((found == units[:, None]).sum(axis=1).tolist())) > 1:
                 return True
     return False
+
+
+def _attributes(
+    flow: ChannelFlow, roots: np.ndarray, group: ChannelGroup, index: int, group_of: np.ndarray
+) -> tuple[WrittenSize, ...]:
+    """Return the attributes in which modules store numbers of a group's channels, as the rules of the operators found them."""
+    counts = [(module, name, int((group_of[roots[ids]] == index).sum())) for module, name, ids in flow.sizes]
+    return tuple(WrittenSize(module, name, count // group.units) for module, name, count in counts if count)
 
 
 def group_elements(flow: ChannelFlow, group: ChannelGroup) -> np.ndarray:

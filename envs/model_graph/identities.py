@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
+EXPANDED = np.iinfo(np.int64).min
+"""The negative entry of a repeated value without channels: it fits any number of channels, unless the code fixes its size."""
+
 
 class Identities:
     """Union-find over (tensor, axis, position), with the reasons why classes are frozen.
@@ -58,7 +61,7 @@ class Identities:
             first, second = self.find(pairs[:, 0]), self.find(pairs[:, 1])
 
     def _freeze_constants(self, ids: np.ndarray, others: np.ndarray) -> None:
-        constants = others[(ids >= 0) & (others < 0)]
+        constants = others[(ids >= 0) & (others < 0) & (others != EXPANDED)]
         for entry in np.unique(constants):
             self.freeze(ids[others == entry], f"meets {self._origins[-1 - entry]}")
 

@@ -43,6 +43,23 @@ class WrittenSize:
 
 
 @dataclass(frozen=True)
+class ViewSize:
+    """A number of channels in the sizes of a view, which the forward pass computes from other numbers than those of the group.
+
+    Attributes:
+        module: path of the module whose forward pass contains the view.
+        sizes: all sizes that the view requests in the dense network; -1: free.
+        axis: which of them changes with the units of the group.
+        per_unit: what each unit of the group contributes to it.
+    """
+
+    module: str
+    sizes: tuple[int, ...]
+    axis: int
+    per_unit: int
+
+
+@dataclass(frozen=True)
 class ChannelGroup:
     """Coupled channels: each unit can only be removed from all of its tensors together.
 
@@ -54,6 +71,7 @@ class ChannelGroup:
         producers: names of the conv/linear layers whose outputs belong to the group, in execution order.
         consumers: names of the conv/linear layers that read the group's channels.
         sizes: attributes that change with the number of units.
+        views: views that change with the number of units.
     """
 
     name: str
@@ -62,6 +80,7 @@ class ChannelGroup:
     producers: tuple[str, ...]
     consumers: tuple[str, ...]
     sizes: tuple[WrittenSize, ...] = ()
+    views: tuple[ViewSize, ...] = ()
 
 
 @dataclass(frozen=True)

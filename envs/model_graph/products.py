@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from secateur.envs.model_graph.channel_flow import RULES, is_movement
+from secateur.envs.model_graph.product_rules import PRODUCTS
 from secateur.envs.model_graph.trace import Trace, calling_module, is_pointwise, op_name, plain_name, run_with, schema_of
 
 _WITHOUT_PRODUCTS = frozenset(
@@ -52,13 +53,13 @@ _WITHOUT_PRODUCTS = frozenset(
 """Basic operators, of ATen and torchvision, that do not multiply and accumulate, and are not found by their tags."""
 
 
-def count_products(trace: Trace) -> tuple[float, tuple[str, ...]]:
+def count_products(trace: Trace) -> tuple[dict[Node, float], tuple[str, ...]]:
     """Return the multiply-accumulates of all operators except the layers, and the operators that cannot be counted.
 
     Returns:
-        The number for one image, and for each operator that cannot be counted its name and module, e.g. "fft_fft2 in `mixer`".
+        {operator: number for one image}, and the operators that cannot be counted with their modules, e.g. "fft_fft2 in `mixer`".
     """
-    total, uncounted = 0.0, []
+    counts, uncounted = {}, []
     for node in trace.nodes:
         if node in trace.layer_index or _has_no_products(node):
             continue
@@ -66,13 +67,13 @@ def count_products(trace: Trace) -> tuple[float, tuple[str, ...]]:
         if found is None:
             uncounted.append(f"{op_name(node)} in `{calling_module(node)}`" if calling_module(node) else op_name(node))
         else:
-            total += found
-    return total, tuple(dict.fromkeys(uncounted))
+            counts[node] = found
+    return counts, tuple(dict.fromkeys(uncounted))
 
 
 def _has_no_products(node: Node) -> bool:
     name = op_name(node)
-    if name == "getitem" or name in RULES or name in _WITHOUT_PRODUCTS:
+    if name == "getitem" or (name in RULES and name not in PRODUCTS) or name in _WITHOUT_PRODUCTS:
         return True
     return schema_of(node) is not None and (is_pointwise(node) or is_movement(node))
 

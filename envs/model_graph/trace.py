@@ -67,6 +67,7 @@ class Trace:
         computed: the calls of convolutions and linear operators whose weight is not a parameter, but computed.
         batch_norms: batch norm node -> module path, for the `nn.BatchNorm` modules that are called once and registered
             once, so that they can be replaced.
+        group_norms: group norm node -> module path, for `nn.GroupNorm` modules, whose attribute is the number of groups.
     """
 
     nodes: tuple[Node, ...]
@@ -78,6 +79,7 @@ class Trace:
     layers: tuple[TracedLayer, ...]
     computed: tuple[Node, ...]
     batch_norms: Mapping[Node, str]
+    group_norms: Mapping[Node, str]
 
     @cached_property
     def layer_index(self) -> dict[Node, int]:
@@ -100,7 +102,8 @@ def trace_model(model: nn.Module, example_inputs: Sequence[Tensor]) -> Trace:
     try:
         with warnings.catch_warnings():
             # Recurrent modules assign their own list of weights in every forward pass.
-            warnings.filterwarnings("ignore", message="The tensor attribute.*_flat_weights")
+            # Others keep tensors between calls; `clear_caches` removes those of the exporter.
+            warnings.filterwarnings("ignore", message="The tensor attribute")
             program = torch.export.export(model, inputs, strict=False)
     except Exception as error:  # the exporter and the user's forward may raise any error
         _try_forward(model, inputs)
@@ -237,6 +240,12 @@ def _read(program: ExportedProgram, model: nn.Module) -> Trace:
         layers=_layers(nodes, tensors, model),
         computed=tuple(node for node in nodes if is_layer_call(node) and arguments(node)["weight"] not in tensors),
         batch_norms=_batch_norms(nodes, model),
+        group_norms={
+            node: path
+            for node in nodes
+            if op_name(node) == "group_norm" and (path := calling_module(node)) is not None
+            if isinstance(model.get_submodule(path), nn.GroupNorm)
+        },
     )
 
 

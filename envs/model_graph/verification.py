@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,10 +13,16 @@ from torch.utils import _pytree as pytree
 from secateur.cost_models.core import InputError
 from secateur.envs.model_graph.channel_flow import ChannelFlow
 from secateur.envs.model_graph.groups import build_graph, group_elements
-from secateur.envs.model_graph.plan import ChannelGroup, ModelGraph, WrittenSize
-from secateur.envs.model_graph.shadows import narrow
-from secateur.envs.model_graph.trace import Trace, calling_module, first_line
-from secateur.envs.pruning.slicing import is_written_size, masked_model, slice_model
+from secateur.envs.model_graph.plan import ModelGraph, ViewSize, WrittenSize
+from secateur.envs.model_graph.trace import Trace, first_line
+from secateur.envs.model_graph.written_sizes import (
+    attribute_candidates,
+    modules_with,
+    same_classes,
+    size_candidates,
+    views_of_groups,
+)
+from secateur.envs.pruning.slicing import masked_model, slice_model
 
 RELATIVE_TOLERANCE = 1e-3
 """Largest difference, relative to the largest output, that is attributed to float32 rounding in a deep network."""
@@ -30,8 +36,9 @@ def verified_graph(
 ) -> ModelGraph:
     """Return the structure without the groups for which the model's own forward pass fails.
 
-    The analysis sees one execution. A forward pass with constant sizes in its code (`view(-1, 64, 7, 7)`, `x[:, :32]`) runs
-    only with the dense widths. Such groups are found by bisection and frozen; the reason is the error.
+    The analysis sees one execution. A forward pass with constant sizes in its code (`x[:, :32]`) runs only with the dense widths.
+    If the numbers are stored in attributes, or are sizes of views, they change with the units. Other such groups are found by
+    bisection and frozen; the reason is the error.
 
     Args:
         model: the traced model, in eval mode.
@@ -44,23 +51,91 @@ def verified_graph(
     _check_batch(model, inputs)
     if _error_without(model, graph, inputs, range(len(graph.groups))) is None:
         return graph
-    sizes: dict[bytes, tuple[WrittenSize, ...]] = {}  # of the groups that need attributes to change with their units
+    graph = _couple_alike(model, trace, flow, graph, inputs)
+    # Attributes and views that change with the units, by the elements of their group.
+    sizes = {group_elements(flow, group).tobytes(): group.sizes for group in graph.groups if group.sizes}
+    views = _resolve_views(model, trace, flow, graph, inputs, sizes)
+    graph = _with_sizes(flow, graph, sizes, views)
     while graph.groups:
         culprits = _culprits(model, graph, inputs, list(range(len(graph.groups))))
         if not culprits:
             break
         for index, error in culprits.items():
             members = group_elements(flow, graph.groups[index])
-            known = members.tobytes() in sizes
-            found = () if known else _find_sizes(model, graph, inputs, index, _modules_with(trace, flow, members))
+            known = members.tobytes() in sizes or members.tobytes() in views
+            found = () if known else _find_sizes(model, graph, inputs, index, modules_with(trace, flow, members))
             if found:
                 sizes[members.tobytes()] = found
             else:
                 flow.identities.freeze(members, f"cannot be removed: {error}")
-        graph = build_graph(trace, flow)
-        groups = [replace(group, sizes=sizes.get(group_elements(flow, group).tobytes(), ())) for group in graph.groups]
-        graph = replace(graph, groups=tuple(groups))
+        graph = _with_sizes(flow, build_graph(trace, flow), sizes, views)
     return graph
+
+
+def _couple_alike(model: nn.Module, trace: Trace, flow: ChannelFlow, graph: ModelGraph, inputs: Sequence[Tensor]) -> ModelGraph:
+    """Couple groups for which a module uses the same number, e.g. the heads of keys and of values with a layer between them."""
+    pairs = views_of_groups(trace, flow, graph).alike
+    pairs = {pair for pair in pairs if _error_without(model, graph, inputs, pair) is not None}
+    for pair in pairs:
+        first, second = (graph.groups[index].slices[0] for index in pair)
+        units = [flow.identities.of(s.tensor, s.axis)[s.positions[:, 0]] for s in (first, second)]
+        flow.identities.merge(*units)
+    return build_graph(trace, flow) if pairs else graph
+
+
+def _with_sizes(
+    flow: ChannelFlow,
+    graph: ModelGraph,
+    sizes: Mapping[bytes, tuple[WrittenSize, ...]],
+    views: Mapping[bytes, tuple[ViewSize, ...]],
+) -> ModelGraph:
+    """Return the structure with the attributes and views of each group, by the group's elements."""
+    groups = []
+    for group in graph.groups:
+        key = group_elements(flow, group).tobytes()
+        groups.append(replace(group, sizes=sizes.get(key, group.sizes), views=views.get(key, ())))
+    return replace(graph, groups=tuple(groups))
+
+
+def _resolve_views(
+    model: nn.Module,
+    trace: Trace,
+    flow: ChannelFlow,
+    graph: ModelGraph,
+    inputs: Sequence[Tensor],
+    sizes: dict[bytes, tuple[WrittenSize, ...]],
+) -> dict[bytes, tuple[ViewSize, ...]]:
+    """Find what must change with the units of the groups whose channels pass through views, e.g. the heads of attention.
+
+    Groups that are viewed by modules of the same classes are tried together: first without a change, then with attributes of
+    these modules, e.g. `num_heads` (added to `sizes`). If neither works, the views themselves change.
+
+    Args:
+        model, trace, flow, graph, inputs: the traced model, its structure, and inputs for its forward pass.
+        sizes: attributes by the elements of their group; found ones are added.
+    Returns:
+        The views by the elements of their group.
+    """
+    views: dict[bytes, tuple[ViewSize, ...]] = {}
+    written = views_of_groups(trace, flow, graph).views
+    for members in same_classes(model, written):
+        if _exact(model, graph, inputs, members):
+            continue
+        found = {index: written[index] for index in members}
+        for candidate in attribute_candidates(model, graph, found):
+            groups = [replace(g, sizes=g.sizes + candidate.get(i, ())) for i, g in enumerate(graph.groups)]
+            if _exact(model, replace(graph, groups=tuple(groups)), inputs, members):
+                sizes |= {group_elements(flow, groups[index]).tobytes(): groups[index].sizes for index in members}
+                break
+        else:
+            views |= {group_elements(flow, graph.groups[index]).tobytes(): found[index] for index in members}
+    return views
+
+
+def _exact(model: nn.Module, graph: ModelGraph, inputs: Sequence[Tensor], members: Sequence[int]) -> bool:
+    """Return whether these groups can be removed, both with one unit less and with one unit left."""
+    kept = [np.arange(group.units)[: 1 if index in members else None] for index, group in enumerate(graph.groups)]
+    return _error_without(model, graph, inputs, members) is None and _error(model, graph, inputs, kept) is None
 
 
 def _find_sizes(
@@ -79,47 +154,12 @@ def _find_sizes(
         modules: paths of the modules whose forward pass uses the group's channels.
     """
     group = graph.groups[index]
-    for found in _size_candidates(model, group, modules):
+    for found in size_candidates(model, group, modules):
         groups = [*graph.groups[:index], replace(group, sizes=found), *graph.groups[index + 1 :]]
         trial = replace(graph, groups=tuple(groups))
-        kept = [np.arange(each.units) for each in graph.groups]
-        kept[index] = kept[index][:1]
-        if _error_without(model, trial, inputs, [index]) is None and _error(model, trial, inputs, kept) is None:
+        if _exact(model, trial, inputs, [index]):
             return found
     return ()
-
-
-def _modules_with(trace: Trace, flow: ChannelFlow, members: np.ndarray) -> list[str]:
-    """Return the paths of the modules whose own forward pass uses some of these channels, in execution order."""
-    wanted, paths = set(flow.identities.find(members).tolist()), []
-    for node in trace.nodes:
-        path = calling_module(node)
-        if path is None or path in paths or node in trace.layer_index:
-            continue
-        operands = [ids for x in node.all_input_nodes for ids in pytree.tree_leaves(flow.shadows.get(x, ()))]
-        if any(not wanted.isdisjoint(flow.identities.find(narrow(ids).numpy()).ravel().tolist()) for ids in operands):
-            paths.append(path)
-    return paths
-
-
-def _size_candidates(model: nn.Module, group: ChannelGroup, modules: Sequence[str]) -> list[tuple[WrittenSize, ...]]:
-    """Return the attributes to try: each one, the same one in all modules of a class, all of one module, all of them."""
-    alone: list[WrittenSize] = []
-    of_class: dict[tuple[type, str, int | None], list[WrittenSize]] = {}
-    for path in modules:
-        module = model.get_submodule(path)
-        if type(module).__module__.startswith("torch."):  # slicing sets the attributes of PyTorch's own modules
-            continue
-        for name, value in vars(module).items():
-            if not is_written_size(value):
-                continue
-            for entry, number in [(None, value)] if isinstance(value, int) else enumerate(value):
-                if number > 1 and number % group.units == 0:
-                    alone.append(WrittenSize(path, name, number // group.units, entry))
-                    of_class.setdefault((type(module), name, entry), []).append(alone[-1])
-    of_module = [[size for size in alone if size.module == path] for path in modules]
-    together = [tuple(sizes) for sizes in (*of_class.values(), *of_module, alone) if len(sizes) > 1]
-    return [*((size,) for size in alone), *dict.fromkeys(together)]
 
 
 @torch.no_grad()

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from secateur.cost_models.core import InputError
+from secateur.envs.pruning.fewer_heads import remove_heads
+from secateur.envs.pruning.view_sizes import set_view_sizes
 
 if TYPE_CHECKING:
     from secateur.envs.model_graph.plan import ModelGraph, WrittenSize
@@ -62,11 +64,19 @@ class Slicer:
                 tensor = tensor.index_select(axis, torch.from_numpy(kept_on_axis).to(tensor.device))
             tensors[name] = tensor if name in positions else tensor.clone()
         model = self._copier.copy(tensors)
+        clear_caches(model)
         for path in {name.rpartition(".")[0] for name in positions}:
             _fix_attributes(model.get_submodule(path))
+        views: dict[str, dict[tuple[int, ...], list[int]]] = {}
         for group, units in zip(self._graph.groups, kept, strict=True):
+            removed = group.units - len(units)
             for size in group.sizes:
-                _shrink(model.get_submodule(size.module), size, size.per_unit * (group.units - len(units)))
+                _shrink(model.get_submodule(size.module), size, size.per_unit * removed)
+            for view in group.views if removed else ():
+                now = views.setdefault(view.module, {}).setdefault(view.sizes, list(view.sizes))
+                now[view.axis] -= view.per_unit * removed
+        for path, sizes in views.items():
+            set_view_sizes(model.get_submodule(path), list(sizes.items()))
         return model, positions
 
 
@@ -78,6 +88,7 @@ def masked_model(model: nn.Module, graph: ModelGraph, kept: Sequence[np.ndarray]
     """
     _check_kept(graph, kept)
     model = copy.deepcopy(model)
+    clear_caches(model)
     tensors = _tensors(model)
     for name, axes in _kept_masks(graph, kept, {name: tensor.shape for name, tensor in tensors.items()}).items():
         for axis, mask in axes.items():
@@ -115,6 +126,7 @@ def resize_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
             value = _assign(model, alias, tensor if value is None else value)
     for module in model.modules():
         _fix_attributes(module)
+    clear_caches(model)
     return model
 
 
@@ -164,6 +176,20 @@ def share_tensors(model: nn.Module) -> nn.Module:
     """Return a copy of the module tree with the same parameters and buffers; the tensors are not copied."""
     memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, memo)
+
+
+def clear_caches(model: nn.Module) -> None:
+    """Make modules drop tensors that they keep between calls, in place, e.g. position biases that are computed once.
+
+    Modules that depend on their parameters in this way define `train` and drop the tensors when the mode changes (LeViT in timm).
+    """
+    for module in model.modules():
+        if type(module).train is not nn.Module.train:
+            modes = [(each, each.training) for each in module.modules()]
+            module.train(not module.training)
+            module.train(not module.training)
+            for each, mode in modes:
+                each.training = mode
 
 
 class _TreeCopier:
@@ -290,6 +316,8 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
 
 def _fix_attributes(module: nn.Module) -> None:
     """Set the attributes that depend on the shape of a module's weight."""
+    if isinstance(module, nn.MultiheadAttention):
+        remove_heads(module)
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         weight = getattr(module, "running_mean", None)
@@ -303,6 +331,7 @@ def _fix_attributes(module: nn.Module) -> None:
     elif isinstance(module, (nn.modules.batchnorm._NormBase)):
         module.num_features = size[0]
     elif isinstance(module, nn.GroupNorm):
+        module.num_groups = size[0] // (module.num_channels // module.num_groups)  # whole groups are removed
         module.num_channels = size[0]
     elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         module.normalized_shape = size

@@ -174,7 +174,7 @@ def _graph_row(name: str, graph: ModelGraph, published_macs: float, seconds: flo
         model=name,
         failure=None,
         parameters=int(_predicted_parameters(graph, graph.geometry.group_units.tolist())),
-        macs=float(shapes.weights[0] @ graph.geometry.macs_per_weight) + graph.geometry.fixed_macs,
+        macs=float(shapes.weights[0] @ graph.geometry.macs_per_weight) + float(shapes.other_macs[0]),
         published_macs=published_macs,
         groups=len(graph.groups),
         prunable=1 - sum(reasons.values()) / sum(layer.out_channels for layer in layers),

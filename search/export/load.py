@@ -18,6 +18,7 @@ from secateur.envs.core import InputError
 from secateur.envs.inputs import call_model, described_inputs
 from secateur.envs.model_graph.plain_layers import make_weights_plain
 from secateur.envs.pruning.slicing import resize_model, set_written_sizes
+from secateur.envs.pruning.view_sizes import restore_view_sizes
 from secateur.envs.quantization.fake_quantize import set_activation_grid, set_quantized_weight
 from secateur.envs.quantization.packing import unpack_bits
 from secateur.envs.quantization.quantizers import ActivationGrid, QuantizedWeight
@@ -48,6 +49,7 @@ def load_compressed(folder: str | Path, factory: Factory = None) -> nn.Module:
         packed = _read_weights(folder / WEIGHTS, document["weights_sha256"])
         model = build_dense(document["model"], factory).float().eval()
         set_written_sizes(model, document.get("sizes", {}))  # exports of earlier versions have none
+        restore_view_sizes(model, document.get("views", {}))
         restore_layers(model, packed, document["layers"])
         with torch.inference_mode():
             if not document["model"].get("part"):  # the inputs are those of the parts

@@ -31,6 +31,7 @@ from secateur.envs.model_graph.trace import root_cause
 from secateur.envs.parts import part_names, parts_of, whole_with
 from secateur.envs.policy_space import document_to_policy, policy_to_document
 from secateur.envs.pruning.slicing import written_sizes
+from secateur.envs.pruning.view_sizes import view_sizes
 from secateur.envs.quantization.fake_quantize import activation_grid, quantized_weight
 from secateur.envs.quantization.packing import pack_bits
 from secateur.envs.tasks.core import first_inputs, tensors_of
@@ -319,6 +320,7 @@ def _document(
             for group, units in zip(graph.groups, kept, strict=True)
         ],
         "sizes": written_sizes(network, graph),
+        "views": view_sizes(network),
         "layers": layer_entries(network),
         "execution": [asdict(execution) for execution in executions],
         "note": "In model.safetensors weights are stored in their bits. In PyTorch activation bits are simulated: values are "

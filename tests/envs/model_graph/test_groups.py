@@ -23,7 +23,7 @@ def image_of(size):
 
 def total_macs(graph):
     shapes = graph.geometry.shapes()
-    return shapes.weights[0] @ [layer.macs_per_weight for layer in graph.geometry.layers] + graph.geometry.fixed_macs
+    return shapes.weights[0] @ [layer.macs_per_weight for layer in graph.geometry.layers] + graph.geometry.shapes().other_macs[0]
 
 
 def total_parameters(graph):
@@ -64,7 +64,7 @@ def test_attention_products_and_outside_parameters_are_counted():
     )
     graph = analyze(model, image_of(32), verify=False)
     tokens = 4 * 4 + 1
-    assert graph.geometry.fixed_macs == 2 * tokens * tokens * 16
+    assert graph.geometry.shapes().other_macs[0] == 2 * tokens * tokens * 16
     assert total_parameters(graph) == sum(p.numel() for p in model.parameters())
     kinds = {layer.name.removeprefix("encoder.layers.encoder_layer_0."): layer for layer in graph.geometry.layers}
     assert kinds["mlp.0"].quantizable and kinds["mlp.0"].out_hw == (tokens, 1)
@@ -206,7 +206,7 @@ def test_products_of_einsum_are_counted(equation, shapes, macs):
             return torch.einsum(equation, first * x.mean(), second)
 
     geometry = analyze(Product(), (torch.ones(1, 2),), verify=False).geometry
-    assert geometry.fixed_macs == macs
+    assert geometry.shapes().other_macs[0] == macs
 
 
 def test_layers_of_bare_parameters_have_names_of_their_own():

@@ -27,7 +27,7 @@ class Head(nn.Module):
 
 def counted(function, *modules, features=HIDDEN):
     graph = analyze(Head(function, *modules, features=features), (torch.zeros(1, STEPS, FEATURES),), verify=False)
-    return graph.geometry.fixed_macs, graph.geometry.uncounted
+    return graph.geometry.shapes().other_macs[0], graph.geometry.uncounted
 
 
 def recurrent_macs(gates, inputs=FEATURES, steps=STEPS):
@@ -99,7 +99,7 @@ def test_a_transposed_convolution_with_a_computed_weight_counts_like_a_plain_one
         conv = nn.ConvTranspose2d(8, 12, 4, 2, 1, groups=groups)
         net = nn.Sequential(wrap(conv), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 3))
         geometry = analyze(net, (torch.zeros(1, 8, 5, 5),), verify=False).geometry
-        return float(geometry.shapes().weights[0] @ geometry.macs_per_weight) + geometry.fixed_macs
+        return float(geometry.shapes().weights[0] @ geometry.macs_per_weight) + geometry.shapes().other_macs[0]
 
     assert macs(weight_norm) == macs(lambda conv: conv) == 25 * 8 * 12 // groups * 16 + 36
 

@@ -100,6 +100,20 @@ class FixedView(nn.Module):
         return self.conv(x).view(-1, 12, *x.shape[2:])
 
 
+class TwoViews(nn.Module):
+    """Both numbers of a view are equal; only one of them is a number of channels that can be removed."""
+
+    def __init__(self, channels=12):
+        super().__init__()
+        self.conv, self.leave = nn.Conv2d(channels, 9, 1), nn.Conv2d(9, channels, 1)
+
+    def forward(self, x):
+        batch, _, height, width = x.shape
+        x = self.conv(x).reshape(batch, 3, 3, height, width)
+        x = x - x.mean(2, keepdim=True)
+        return self.leave(x.reshape(batch, 9, height, width))
+
+
 def network(block):
     return nn.Sequential(nn.Conv2d(3, 12, 3), nn.ReLU(), block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5)).eval()
 
@@ -169,5 +183,28 @@ def test_parts_of_different_sizes_that_are_one_group_are_frozen():
 
 
 def test_numbers_in_the_code_still_freeze_their_channels():
-    graph = analyze(network(FixedView()), (torch.zeros(1, 3, 8, 8),))
-    assert {frozen.layer: frozen.reason for frozen in graph.frozen}["2.conv"].startswith("cannot be removed: shape '[-1, 12")
+    class Cut(FixedView):
+        def forward(self, x):
+            return torch.split(self.conv(x), [12], 1)[0]
+
+    graph = analyze(network(Cut()), (torch.zeros(1, 3, 8, 8),))
+    assert {frozen.layer: frozen.reason for frozen in graph.frozen}["2.conv"].startswith("cannot be removed: split_with_sizes")
+
+
+def test_numbers_in_views_change_with_the_plan():
+    model, images = network(nn.Sequential(FixedView(), TwoViews())), torch.randn(2, 3, 8, 8)
+    graph = analyze(model, (images,))
+    assert [(group.name, len(group.views)) for group in graph.groups] == [
+        ("0", 0),
+        ("2.0.conv", 1),
+        ("2.1.conv", 2),
+        ("2.1.leave", 0),
+    ]
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        kept = [np.sort(rng.choice(g.units, rng.integers(1, g.units + 1), replace=False)) for g in graph.groups]
+        sliced = slice_model(model, graph, kept)
+        torch.testing.assert_close(sliced(images), masked_model(model, graph, kept)(images), rtol=1e-4, atol=1e-5)
+    with pytest.raises(RuntimeError, match="channels"):
+        sliced[2][0](torch.zeros(2, 3, 8, 8))
+    assert torch.zeros(2, 9, 5).view(2, 3, 3, 5).shape == (2, 3, 3, 5), "nothing changes after an error"

@@ -355,7 +355,7 @@ def test_families_of_networks_are_sliced_exactly(name):
     found = small_network(name)
     kept = [np.arange(max(1, round(group.units * 0.7))) for group in found.graph.groups]
     if name == "vit":
-        assert [group.units for group in found.graph.groups] == [24, 24], "only the MLP widths"
+        assert [group.units for group in found.graph.groups] == [2, 24, 2, 24], "heads and MLP widths"
     assert found.graph.groups and slicing_error(found.model, found.graph, kept, found.size) <= 1e-5
 
 
