@@ -1,9 +1,9 @@
 """Numbers of channels in the views of a forward pass, e.g. `x.reshape(b, n, heads, c // heads)` with the width `c` of the input.
 
 No attribute of a module can change such a number. A sliced module runs its forward pass in a mode in which views get the new
-numbers: a view that requests a dense number on the same axis gets the sliced one if that fits its tensor. Of several possible
-entries, the one with the most equal sizes is taken. The mode is entered and left by hooks, so the module keeps its class, and
-works in training and in exports.
+numbers: a view that requests a dense number on the same axis, and leaves the same axis free, gets the sliced number if that fits
+its tensor. Of several possible entries, the one with the most equal sizes is taken. The mode is entered and left by hooks, so the
+module keeps its class, and works in training and in exports.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ class _ViewMode(TorchFunctionMode):
         for dense, now in self.entries:
             if len(sizes) == len(dense):
                 equal = [type(size) is int and size == number for size, number in zip(sizes, dense, strict=True)]
-                if all(equal[axis] for axis in range(len(dense)) if dense[axis] != now[axis]):
+                free = [type(size) is int and size == -1 for size in sizes]
+                changes = [axis for axis in range(len(dense)) if dense[axis] != now[axis]]
+                if free == [number == -1 for number in dense] and all(equal[axis] for axis in changes):
                     changed = [n if n != d else size for size, d, n in zip(sizes, dense, now, strict=True)]
                     found.append((sum(equal), changed))
         return [changed for _, changed in sorted(found, key=lambda item: -item[0])]

@@ -6,6 +6,7 @@ import copy
 import pickle
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -188,15 +189,15 @@ def test_whole_heads_are_units(name):
     assert [group.units for group in graph.groups] == [heads, heads]
     assert {size.name: size.per_unit for size in graph.groups[0].sizes} == attributes
     rng = np.random.default_rng(0)
-    for _ in range(3):
-        kept = [np.sort(rng.choice(heads, rng.integers(1, heads + 1), replace=False)) for _ in graph.groups]
+    for most in (heads, heads - 1):
+        kept = [np.sort(rng.choice(heads, rng.integers(1, most + 1), replace=False)) for _ in graph.groups]
         sliced = assert_exact(model, graph, kept)
         assert type(sliced.blocks[0]) is type(model.blocks[0])
         assert sliced.state_dict().keys() == model.state_dict().keys()
-        shapes = graph.geometry.shapes([len(units) for units in kept])
-        measured = analyze(sliced, (inputs(),), verify=False).geometry.shapes()
-        assert shapes.other_macs == measured.other_macs
-        assert shapes.weights.sum() + shapes.other_parameters == measured.weights.sum() + measured.other_parameters
+    shapes = graph.geometry.shapes([len(units) for units in kept])
+    measured = analyze(sliced, (inputs(),), verify=False).geometry.shapes()
+    assert shapes.other_macs == measured.other_macs
+    assert shapes.weights.sum() + shapes.other_parameters == measured.weights.sum() + measured.other_parameters
 
 
 def test_heads_that_a_layer_mixes_are_coupled_by_their_common_number():
@@ -265,6 +266,7 @@ def test_attention_with_all_heads_equals_that_of_pytorch(options):
         assert torch.allclose(found, wanted, atol=1e-6)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("block", [Stored, Computed, Torch])
 def test_a_network_without_some_heads_is_copied_rebuilt_and_exported(block):
     model = built(block)
@@ -277,6 +279,9 @@ def test_a_network_without_some_heads_is_copied_rebuilt_and_exported(block):
     set_written_sizes(rebuilt, written_sizes(sliced, graph))
     restore_view_sizes(rebuilt, view_sizes(sliced))
     assert torch.equal(resize_model(rebuilt, sliced.state_dict())(inputs()), expected)
-    exported = torch.export.export(sliced, (inputs(),), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+    shapes = ({0: torch.export.Dim("batch")},)
+    program = torch.onnx.export(sliced, (inputs(),), dynamo=True, dynamic_shapes=shapes, verbose=False)
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
     more = torch.randn(3, TOKENS, 4)
-    torch.testing.assert_close(exported(more), sliced(more))
+    (found,) = session.run(None, {session.get_inputs()[0].name: more.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), sliced(more), rtol=1e-4, atol=1e-5)

@@ -49,14 +49,17 @@ def full_size_family(request):
 
 
 def assembled(family, share, bits, *recoveries):
-    """Return the family's network with this share of every group and these bits everywhere."""
+    """Return the family's network with this share of every group that refits can repair, and these bits everywhere."""
     model, graph, calibration, images, _ = family
     scores = tuple(mean_over_producers(model, group, lambda rows: rows.abs().mean(1)) for group in graph.groups)
     plugins = [RECOVERIES[name][1](RECOVERIES[name][0]()) for name in recoveries]
     config, quantizer = QUANTIZERS["uniform"]
     assembler = Assembler(model, graph, scores, quantizer(config()), plugins, calibration, images)
     chosen = tuple(bits if layer.quantizable else 32 for layer in graph.geometry.layers)
-    widths = tuple(max(1, round(share * group.units)) for group in graph.groups)
+    # The functions of attention call their layers' weights themselves: these layers have no modules whose inputs are recorded.
+    recorded = {layer.name for layer in graph.geometry.layers if layer.own_weight}
+    shares = [share if recorded.issuperset(group.consumers) else 1.0 for group in graph.groups]
+    widths = tuple(max(1, round(part * group.units)) for part, group in zip(shares, graph.groups, strict=True))
     return assembler.assemble(CompressionPolicy(widths, chosen, chosen))
 
 
