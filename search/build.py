@@ -42,10 +42,11 @@ from secateur.envs.sensitivity import IMAGES, measure_sensitivities
 from secateur.envs.tasks.core import Task, all_samples, check_finite, first_inputs, first_outputs
 from secateur.envs.tasks.data import load_data
 from secateur.envs.tasks.models import load_model
+from secateur.envs.tasks.named_functions import FUNCTIONS, FunctionsConfig
 from secateur.envs.tasks.registry import build_task
 from secateur.envs.tasks.training import Progress, cache_directory
 from secateur.search.config import BudgetConfig, DeviceProfile, PluginEntry, SearchConfig
-from secateur.search.given import Given
+from secateur.search.given import Given, named_given
 from secateur.search.loop import Runner
 from secateur.search.problem import Evaluated, Problem, StatusCallback
 from secateur.search.results.front import Front
@@ -67,6 +68,11 @@ def build_model_and_graph(config: SearchConfig, status: StatusCallback = log.inf
     Raises:
         InputError: for anything in the configuration that cannot be used.
     """
+    if config.task.name == FUNCTIONS:
+        status("loading the model and the functions of the task")
+        dense = load_model(config.model.factory, config.model.weights, config.model.args, status=status)
+        given = named_given(dense, build_options(FunctionsConfig, config.task.options), config.model.input)
+        return traced(given.task, given.model, given.example, config, status)
     status("loading data")
     data = load_data(**config.data.model_dump(), input_shape=config.model.input)
     task = build_task(config.task.name, config.task.options, data)

@@ -34,6 +34,7 @@ from secateur.envs.pruning.slicing import written_sizes
 from secateur.envs.quantization.fake_quantize import activation_grid, quantized_weight
 from secateur.envs.quantization.packing import pack_bits
 from secateur.envs.tasks.core import first_inputs, tensors_of
+from secateur.envs.tasks.named_functions import FUNCTIONS
 from secateur.envs.tasks.supervised import SupervisedTask
 from secateur.search.export.execution import layers_in_float
 from secateur.search.export.files import (
@@ -283,6 +284,7 @@ def _document(
             "input": list(model.input),
             "inputs": describe_inputs(example),
             "part": part_names(problem.task),
+            **({"weights": model.weights} if problem.config.task.name == FUNCTIONS else {}),  # they may score by divergence
         },
         "normalization": None
         if data is None
