@@ -25,7 +25,7 @@ from secateur.envs.core import Budget, Evaluation, InputError, Sensitivities
 from secateur.envs.costs import PolicyCosts
 from secateur.envs.evaluator import Evaluator, Precision, choose_precision
 from secateur.envs.feasibility import FeasibleSpace
-from secateur.envs.inputs import Inputs, tensors_of_inputs
+from secateur.envs.inputs import Inputs, positional, tensors_of_inputs
 from secateur.envs.metric import Metric
 from secateur.envs.model_graph import ModelGraph, analyze
 from secateur.envs.parts import PartTask, take_parts
@@ -97,7 +97,7 @@ def traced(
     if parts := config.model.part or task.parts_of(model):
         task, model = take_parts(task, model, parts)
         example = first_inputs(task, "validation", 1)[0]
-    return task, model, analyze(model, tuple(tensors_of_inputs(example)), exclude=config.space.exclude)
+    return task, model, analyze(positional(model, example), tuple(tensors_of_inputs(example)), exclude=config.space.exclude)
 
 
 def _epochs_to(status: StatusCallback, metric: Metric) -> Progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -90,7 +91,7 @@ def make_given(
     make_weights_plain(dense)
     example, compare = example_inputs(dense, inputs), divergence or output_divergence
     first_outputs(dense, example, "Check `inputs`.")
-    batches = read_loader(calibration, example, samples)
+    batches = read_loader(calibration, example, samples, list(inspect.signature(dense.forward).parameters))
     if evaluate is None:
         return Given(dense, example, divergence_task(dense, batches, compare))
     assert metric is not None

@@ -31,7 +31,7 @@ from secateur.cost_models.core import FLOAT_BITS, CostModel, LayerShapes
 from secateur.cost_models.device import Device, parse_device
 from secateur.cost_models.latency_table import TableLatency
 from secateur.envs.core import InputError
-from secateur.envs.inputs import Inputs, call_model, described_inputs, tensors_of_inputs
+from secateur.envs.inputs import Inputs, call_model, described_inputs, positional, tensors_of_inputs
 from secateur.envs.metric import Metric, drop_name, loss_of
 from secateur.envs.model_graph import analyze
 from secateur.envs.parts import PartTask, parts_of, take_parts
@@ -264,7 +264,7 @@ def _shapes(network: nn.Module, example: Inputs) -> LayerShapes:
     for module in plain.modules():
         for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, ActivationQuantizer)]:
             del module._forward_pre_hooks[key]
-    geometry = analyze(plain, tuple(tensors_of_inputs(example)), verify=False).geometry
+    geometry = analyze(positional(plain, example), tuple(tensors_of_inputs(example)), verify=False).geometry
     bits = [[of_layer.get(layer.name, FLOAT_BITS) for layer in geometry.layers] for of_layer in (weights, inputs)]
     return geometry.shapes(None, *map(np.array, bits))
 
@@ -289,7 +289,7 @@ def _latency(
         dense = build_dense(document["model"], factory).float().eval()
         dense = parts_of(task, dense)
         example = described_inputs(document["model"])
-        graph = analyze(dense, tuple(tensors_of_inputs(example)), verify=False)
+        graph = analyze(positional(dense, example), tuple(tensors_of_inputs(example)), verify=False)
         export_onnx(dense, graph, images, Path(temporary) / ONNX)
         files = (folder / ONNX, Path(temporary) / ONNX)
         sessions = [open_session(file, runtime, threads, precision) for file in files]
