@@ -19,45 +19,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from secateur.cost_models.core import InputError
-from secateur.envs.inputs import Arguments, Inputs, call_model, tensors_of_inputs
+from secateur.envs.inputs import Arguments, Inputs, Signature, call_model, tensors_of_inputs
 from secateur.envs.metric import Metric
 from secateur.envs.tasks.core import Batch, Metrics, Model, Stop, Task, relative_error
-
-
-@dataclass(frozen=True)
-class Signature:
-    """How a part is called inside the whole.
-
-    Attributes:
-        structure: of its arguments, (args, kwargs).
-        constants: leaves of the arguments that are no tensors; None where a tensor goes.
-        tensors: which leaves are tensors.
-    """
-
-    structure: pytree.TreeSpec
-    constants: tuple[Any, ...]
-    tensors: tuple[bool, ...]
-
-    @classmethod
-    def of(cls, args: Any, kwargs: Any) -> Signature:
-        """Return the signature of a call."""
-        leaves, structure = pytree.tree_flatten((args, kwargs))
-        tensors = tuple(isinstance(leaf, Tensor) for leaf in leaves)
-        return cls(
-            structure, tuple(None if is_tensor else leaf for leaf, is_tensor in zip(leaves, tensors, strict=True)), tensors
-        )
-
-    def arguments(self, given: Sequence[Tensor]) -> tuple[Any, Any]:
-        """Return args and kwargs with these tensors."""
-        found = iter(given)
-        pairs = zip(self.constants, self.tensors, strict=True)
-        args, kwargs = pytree.tree_unflatten([next(found) if is_tensor else leaf for leaf, is_tensor in pairs], self.structure)
-        return args, kwargs
-
-    @property
-    def count(self) -> int:
-        """The number of tensors."""
-        return sum(self.tensors)
 
 
 class Parts(nn.Module):

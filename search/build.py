@@ -25,7 +25,7 @@ from secateur.envs.core import Budget, Evaluation, InputError, Sensitivities
 from secateur.envs.costs import PolicyCosts
 from secateur.envs.evaluator import Evaluator, Precision, choose_precision
 from secateur.envs.feasibility import FeasibleSpace
-from secateur.envs.inputs import Inputs, tensors_of_inputs
+from secateur.envs.inputs import Inputs, positional, tensors_of_inputs
 from secateur.envs.metric import Metric
 from secateur.envs.model_graph import ModelGraph, analyze
 from secateur.envs.parts import PartTask, take_parts
@@ -45,10 +45,11 @@ from secateur.envs.sensitivity import IMAGES, measure_sensitivities
 from secateur.envs.tasks.core import Task, all_samples, check_finite, first_inputs, first_outputs
 from secateur.envs.tasks.data import load_data
 from secateur.envs.tasks.models import load_model
+from secateur.envs.tasks.named_functions import FUNCTIONS, FunctionsConfig
 from secateur.envs.tasks.registry import build_task
 from secateur.envs.tasks.training import Progress, TrainingProgress, cache_directory
 from secateur.search.config import BudgetConfig, DeviceProfile, PluginEntry, SearchConfig
-from secateur.search.given import Given
+from secateur.search.given import Given, named_given
 from secateur.search.loop import Runner
 from secateur.search.problem import Evaluated, Problem, StatusCallback
 from secateur.search.results.front import Front
@@ -70,6 +71,11 @@ def build_model_and_graph(config: SearchConfig, status: StatusCallback = log.inf
     Raises:
         InputError: for anything in the configuration that cannot be used.
     """
+    if config.task.name == FUNCTIONS:
+        status("loading the model and the functions of the task")
+        dense = load_model(config.model.factory, config.model.weights, config.model.args, status=status)
+        given = named_given(dense, build_options(FunctionsConfig, config.task.options), config.model.input)
+        return traced(given.task, given.model, given.example, config, status)
     status("loading data")
     data = load_data(**config.data.model_dump(), input_shape=config.model.input)
     task = build_task(config.task.name, config.task.options, data)
@@ -94,7 +100,7 @@ def traced(
     if parts := config.model.part or task.parts_of(model):
         task, model = take_parts(task, model, parts)
         example = first_inputs(task, "validation", 1)[0]
-    return task, model, analyze(model, tuple(tensors_of_inputs(example)), exclude=config.space.exclude)
+    return task, model, analyze(positional(model, example), tuple(tensors_of_inputs(example)), exclude=config.space.exclude)
 
 
 def _epochs_to(status: StatusCallback, metric: Metric) -> Progress:

@@ -211,7 +211,10 @@ def verify(
     runtime: Annotated[str, typer.Option(help="Runtime of model.onnx: onnxruntime or openvino.")] = "onnxruntime",
     threads: Annotated[int, typer.Option(min=1, help="Threads of the runtime.")] = 1,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override where the data is: data.root=FOLDER.")
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Override where the data is, or a function of the task: data.root=FOLDER."
+        ),
     ] = None,
     factory: Annotated[
         str | None, typer.Option(help="Factory of the network, if policy.json names one that is not called without this option.")

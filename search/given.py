@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from secateur.cost_models.core import InputError
@@ -25,6 +27,7 @@ from secateur.envs.tasks.functions import (
 )
 from secateur.envs.tasks.imports import OBJECT
 from secateur.envs.tasks.models import check_weights
+from secateur.envs.tasks.named_functions import FunctionsConfig, find_functions
 
 SAMPLES = 512
 """Calibration samples that are read from the loader."""
@@ -62,9 +65,13 @@ def make_given(
     loss: Callable[[nn.Module, Batch], Tensor] | None = None,
     divergence: Callable[[Any, Any], Tensor] | None = None,
     samples: int = SAMPLES,
+    check: bool = True,
 ) -> Given:
     """Return the objects, checked on the dense model; arguments as in `secateur.search`.
 
+    Args:
+        samples: calibration samples that are read.
+        check: whether the functions are tried on the dense model.
     Raises:
         InputError: if something among them cannot be used.
     """
@@ -84,13 +91,35 @@ def make_given(
     make_weights_plain(dense)
     example, compare = example_inputs(dense, inputs), divergence or output_divergence
     first_outputs(dense, example, "Check `inputs`.")
-    batches = read_loader(calibration, example, samples)
+    batches = read_loader(calibration, example, samples, list(inspect.signature(dense.forward).parameters))
     if evaluate is None:
         return Given(dense, example, divergence_task(dense, batches, compare))
     assert metric is not None
     task = FunctionTask(metric, batches, evaluate, test, loss, compare)
-    check_functions(task, dense)
+    if check:
+        check_functions(task, dense)
     return Given(dense, example, task)
+
+
+def named_given(model: nn.Module, named: FunctionsConfig, shape: Sequence[int], check: bool = True) -> Given:
+    """Return the objects that a configuration names.
+
+    Args:
+        model: the dense model.
+        named: the functions.
+        shape: `model.input`.
+        check: whether the functions are tried on the dense model.
+    Raises:
+        InputError: if something among them cannot be used.
+    """
+    found = find_functions(named)
+    if found["inputs"] is None:
+        found["inputs"] = torch.zeros(1, *shape)
+    given = make_given(model, **found, samples=named.samples, check=check)
+    first = tuple(tensors_of_inputs(given.example)[0].shape[1:])
+    if first != tuple(shape):
+        raise InputError(f"`model.input` is {list(shape)}, but the first tensor of `task.inputs` has the shape {list(first)}.")
+    return given
 
 
 def given_config(given: Given, settings: Mapping[str, Any]) -> dict[str, Any]:

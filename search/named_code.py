@@ -8,12 +8,13 @@ be (`is_model_factory`, `is_own_code`), or if the user names it too, with an opt
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from secateur.envs.core import InputError
-from secateur.envs.tasks.imports import OBJECT, current_name, import_object, is_own_code
+from secateur.envs.tasks.imports import OBJECT, current_name, import_object, is_own_code, is_own_file
 from secateur.envs.tasks.models import find_factory, is_model_factory, not_called
+from secateur.envs.tasks.named_functions import FUNCTIONS, FunctionsConfig
 from secateur.search.config import Overrides, SearchConfig, apply_overrides
 from secateur.search.given import Given
 from secateur.search.run.folder import MANIFEST, load_manifest
@@ -39,6 +40,8 @@ def load_own_manifest(
     if not named & {"model", "model.factory"} and not is_model_factory(find_factory(factory)[0]):
         raise _refused(f"{MANIFEST} names {not_called(factory)}. If it makes the network", f"model.factory={factory}")
     check_data_name(config.data.name, named, MANIFEST)
+    if config.task.name == FUNCTIONS:
+        check_functions_named(config.task.options, named, MANIFEST)
     return config, manifest
 
 
@@ -64,6 +67,26 @@ def check_data_name(name: str, named: Collection[str], document: str) -> None:
     if not is_own_code(function):
         problem = f"{document} names `{name}`, which is no function of your own files, so it was not called"
         raise _refused(f"{problem}. If it makes the data", f"data.name={name}")
+
+
+def check_functions_named(options: Mapping[str, Any], named: Collection[str], document: str) -> None:
+    """Check the functions that a file names for its task.
+
+    Args:
+        options: of the task `functions`.
+        named: what the user has named, as "section.key"s.
+        document: name of the file.
+    Raises:
+        InputError: if a function may not be called.
+    """
+    for option, name in FunctionsConfig(**options).names.items():
+        if {"task", "task.options", f"task.options.{option}", f"task.{option}"} & set(named):
+            continue
+        module, found = import_object(name, f"task.{option}")
+        own_object = not callable(found) and is_own_file(module.__file__ or "")
+        if not own_object and not is_own_code(found):
+            problem = f"{document} names `{name}`, which is no function of your own files, so it was not called"
+            raise _refused(f"{problem}. If it is the task's `{option}`", f"task.{option}={name}")
 
 
 def _refused(problem: str, override: str) -> InputError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +11,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from secateur.cost_models.core import InputError
-from secateur.envs.inputs import Arguments, Inputs, call_model, concatenate, tensors_of_inputs
+from secateur.envs.inputs import (
+    Arguments,
+    Inputs,
+    Signature,
+    arguments_of,
+    bound_arguments,
+    call_model,
+    concatenate,
+    leaves_like,
+    signature_of,
+    tensors_of_inputs,
+)
 from secateur.envs.metric import DIVERGENCE, Metric
 from secateur.envs.tasks.core import Batch, Metrics, Model, Stop, kl_divergence, relative_error, tensors_of
 
@@ -157,57 +170,68 @@ def example_inputs(model: nn.Module, inputs: Any) -> Inputs:
 
     Args:
         model: they are for.
-        inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments, which must be the first ones of the
-            model's `forward`; the first axis of each tensor is the batch.
+        inputs: a tensor, a tuple of positional arguments, or a dict of arguments by name. An argument is a tensor, a dict or list
+            of tensors, or a constant; the first axis of each tensor is the batch.
     Raises:
         InputError: if they are something else.
     """
-    if isinstance(inputs, Mapping):
-        inputs = _positional(model, inputs)
-    tensors = (inputs,) if isinstance(inputs, Tensor) else inputs
-    if not isinstance(tensors, tuple | list) or not tensors or not all(isinstance(x, Tensor) for x in tensors):
-        raise InputError("`inputs` must be a tensor, a tuple of tensors, or a dict of tensors by name of the parameter.")
+    leaves = pytree.tree_leaves(inputs)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    others = [leaf for leaf in leaves if not isinstance(leaf, Tensor | int | float | str | None)]
+    if not tensors or others:
+        problem = f", but hold {type(others[0]).__name__}" if others else ""
+        raise InputError(
+            "`inputs` must be a tensor, a tuple of tensors, or a dict of tensors by name of the parameter; arguments may also be "
+            f"dicts and lists of tensors, numbers and texts{problem}."
+        )
     if any(x.dim() < 2 or not len(x) for x in tensors):
         shapes = ", ".join(str(tuple(x.shape)) for x in tensors)
         raise InputError(
             f"The first axis of every input must be the batch, with at least one sample, but the shapes are {shapes}."
         )
+    args, kwargs = _call_of(model, inputs)
+    signature = Signature.of(args, kwargs)
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]  # in the order of the call
+    if not signature.plain:
+        return Arguments(tuple(tensors), signature)[:1]
     batch: Inputs = tensors[0] if len(tensors) == 1 else Arguments(tuple(tensors))
     return batch[:1]
 
 
-def _positional(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
-    import inspect
-
-    names = [name for name, p in inspect.signature(model.forward).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    if set(names[: len(inputs)]) != set(inputs):
+def _call_of(model: nn.Module, inputs: Any) -> tuple[Any, Any]:
+    """Return args and kwargs of the call that example inputs describe."""
+    args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
+    if not isinstance(args, tuple | list):
+        args = (args,)
+    try:
+        return bound_arguments(model, tuple(args), kwargs)
+    except TypeError as error:
         raise InputError(
-            f"`inputs` names {', '.join(inputs)}, but the first parameters of {type(model).__name__}.forward are "
-            f"{', '.join(names[: len(inputs)]) or 'none'}. Wrap the model in a module whose forward takes these inputs first."
-        )
-    return tuple(inputs[name] for name in names[: len(inputs)])
+            f"`inputs` does not suit {type(model).__name__}.forward{inspect.signature(model.forward)}: {error}. Pass a dict of "
+            "arguments by name, or a tuple of positional arguments; for a forward that takes a dict, a tuple that holds the dict."
+        ) from None
 
 
-def read_loader(loader: Iterable[Any], example: Inputs, samples: int) -> tuple[Batch, ...]:
+def read_loader(loader: Iterable[Any], example: Inputs, samples: int, names: Sequence[str] = ()) -> tuple[Batch, ...]:
     """Return the first batches of a loader, `samples` samples at most; an endless loader is read no further.
 
     Args:
-        loader: yields inputs, or tuples or lists that begin with the inputs, the rest being targets; with several inputs also
-            dicts by position order.
+        loader: yields inputs, or tuples or lists that begin with the inputs, the rest being targets. A dict may hold inputs
+            by name, together with targets.
         example: one sample of the inputs, with the right shapes.
         samples: number of samples.
+        names: of the model's parameters.
     Raises:
         InputError: if the loader is empty, or yields something else.
     """
     batches: list[Batch] = []
-    wanted = tensors_of_inputs(example)
     left = samples
     try:
         iterator = iter(loader)
     except TypeError:
         raise InputError(f"`calibration` must be a loader or a list of batches, but is {type(loader).__name__}.") from None
     for item in iterator:
-        batch = _batch_of(item, example, wanted)
+        batch = _batch_of(item, example, names)
         batches.append(Batch(batch.inputs[:left], batch.targets if len(batch.inputs) <= left else _first(batch.targets, left)))
         left -= len(batches[-1].inputs)
         if left <= 0:
@@ -217,24 +241,51 @@ def read_loader(loader: Iterable[Any], example: Inputs, samples: int) -> tuple[B
     return tuple(batches)
 
 
-def _batch_of(item: Any, example: Inputs, wanted: Sequence[Tensor]) -> Batch:
-    parts = tuple(item.values()) if isinstance(item, Mapping) else tuple(item) if isinstance(item, tuple | list) else (item,)
-    given, rest = parts[: len(wanted)], parts[len(wanted) :]
-    if len(given) == 1 and isinstance(given[0], tuple | list) and len(wanted) > 1:  # ((x1, x2), y)
-        given, rest = tuple(given[0]), parts[1:]
-    fits = len(given) == len(wanted) and all(
+def _batch_of(item: Any, example: Inputs, names: Sequence[str]) -> Batch:
+    """Return an item of a loader as a batch: the first way to read it that gives tensors like the example's."""
+    wanted, signature = tensors_of_inputs(example), signature_of(example)
+    readings = list(_readings(item, example, names))
+    for tensors, targets in readings:
+        if _alike(tensors, wanted):
+            given = tuple(x.detach().to(like.dtype) for x, like in zip(tensors, wanted, strict=True))
+            inputs: Inputs = Arguments(given, signature) if isinstance(example, Arguments) else given[0]
+            return Batch(inputs, targets)
+    found = readings[0][0]
+    shown = ", ".join(f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__ for x in found) or "nothing"
+    needed = ", ".join(f"(N, {', '.join(map(str, x.shape[1:]))}) {x.dtype}" for x in wanted)
+    raise InputError(f"`calibration` must yield inputs like the example, {needed}, but yields {shown}.")
+
+
+def _readings(item: Any, example: Inputs, names: Sequence[str]) -> Iterator[tuple[list[Any], Any]]:
+    """Yield (inputs, targets) of the ways to read an item of a loader."""
+    args, kwargs = arguments_of(example)
+    likes = tuple(one for one in (*args, *kwargs.values()) if _has_tensors(one))  # constants are not in the loader
+    by_name = {name: one for name, one in (*zip(names, args, strict=False), *kwargs.items()) if _has_tensors(one)}
+    parts = tuple(item) if isinstance(item, tuple | list) else (item,)
+    yield leaves_like(parts[: len(likes)], likes), _one(parts[len(likes) :])
+    if parts:
+        yield leaves_like(parts[0], likes), _one(parts[1:])  # ((x1, x2), y)
+    if parts and isinstance(parts[0], Mapping):
+        for like in (by_name, *[one for one in likes if isinstance(one, Mapping)]):
+            left = {name: value for name, value in parts[0].items() if name not in like}
+            yield leaves_like(parts[0], like), _one(parts[1:]) if parts[1:] else (left or None)
+        yield list(parts[0].values())[: len(likes)], _one(tuple(parts[0].values())[len(likes) :])
+
+
+def _has_tensors(tree: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(tree))
+
+
+def _one(rest: tuple[Any, ...]) -> Any:
+    return rest[0] if len(rest) == 1 else (rest or None)
+
+
+def _alike(tensors: Sequence[Any], wanted: Sequence[Tensor]) -> bool:
+    """Return whether these are tensors with the shapes of the wanted ones but for the first axis."""
+    return len(tensors) == len(wanted) and all(
         isinstance(x, Tensor) and x.shape[1:] == like.shape[1:] and x.is_floating_point() == like.is_floating_point() and len(x)
-        for x, like in zip(given, wanted, strict=False)
+        for x, like in zip(tensors, wanted, strict=True)
     )
-    if not fits:
-        shown = (
-            ", ".join(f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__ for x in given) or "nothing"
-        )
-        needed = ", ".join(f"(N, {', '.join(map(str, x.shape[1:]))}) {x.dtype}" for x in wanted)
-        raise InputError(f"`calibration` must yield inputs like the example, {needed}, but yields {shown}.")
-    tensors = tuple(x.detach().to(like.dtype) for x, like in zip(given, wanted, strict=True))
-    inputs: Inputs = Arguments(tensors) if isinstance(example, Arguments) else tensors[0]
-    return Batch(inputs, rest[0] if len(rest) == 1 else (rest or None))
 
 
 def _first(targets: Any, count: int) -> Any:

@@ -60,7 +60,12 @@ def is_own_code(function: object) -> bool:
     """
     if not inspect.isfunction(function) or function.__module__.partition(".")[0] in ("secateur", "torch"):
         return False
-    file = Path(function.__code__.co_filename)
+    return is_own_file(function.__code__.co_filename)
+
+
+def is_own_file(path: str) -> bool:
+    """Return whether a source file is the user's own: not of Python and not of an installed package."""
+    file = Path(path)
     installed = {sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
     installed |= {*site.getsitepackages(), site.getusersitepackages()}
     packages = any(part in ("site-packages", "dist-packages") for part in file.parts)

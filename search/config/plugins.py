@@ -7,7 +7,16 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Annotated, Any, cast
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, StrictStr, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    StrictStr,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from secateur.cost_models.core import InputError
 from secateur.envs.tasks.imports import did_you_mean
@@ -67,6 +76,31 @@ def check_options(config_class: type, name: str, options: Mapping[str, Any]) -> 
         raise InputError(f"`{name}`:{option} {reason_of(error)}") from None
 
 
+def _from_functions(value: Any) -> Any:
+    """Return {evaluate: ..., calibration: ...} as the entry {name: functions, options: {...}}."""
+    from secateur.envs.tasks.named_functions import FUNCTIONS
+
+    if not isinstance(value, Mapping) or value.get("name", FUNCTIONS) != FUNCTIONS:
+        return value
+    named = {option: name for option, name in value.items() if option not in ("name", "options")}
+    return {"name": FUNCTIONS, "options": {**value.get("options", {}), **named}}
+
+
+def _check_task(entry: PluginEntry) -> PluginEntry:
+    from secateur.envs.metric import Metric
+    from secateur.envs.tasks.named_functions import FUNCTIONS, FunctionsConfig
+
+    tasks = plugins_of("secateur.envs.tasks.registry:TASKS")
+    check_plugin({**tasks, FUNCTIONS: (FunctionsConfig, None)}, entry.name, entry.options)
+    if entry.name == FUNCTIONS and isinstance(entry.options.get("metric"), Mapping):
+        check_options(Metric, "metric", entry.options["metric"])
+    return entry
+
+
+TaskEntry = Annotated[PluginEntry, BeforeValidator(_from_functions), AfterValidator(_check_task)]
+"""The task by name, or the user's own functions (`secateur.envs.tasks.named_functions`)."""
+
+
 def _plugin_of(path: str) -> AfterValidator:
     def check(entry: PluginEntry) -> PluginEntry:
         check_plugin(plugins_of(path), entry.name, entry.options)
@@ -77,6 +111,5 @@ def _plugin_of(path: str) -> AfterValidator:
 
 ImportanceEntry = Annotated[PluginEntry, _plugin_of("secateur.envs.pruning.importance:IMPORTANCES")]
 QuantizerEntry = Annotated[PluginEntry, _plugin_of("secateur.envs.quantization.quantizers:QUANTIZERS")]
-TaskEntry = Annotated[PluginEntry, _plugin_of("secateur.envs.tasks.registry:TASKS")]
 ScoreEntry = Annotated[PluginEntry, _plugin_of("secateur.envs.scores:SCORES")]
 RecoveryEntry = Annotated[PluginEntry, _plugin_of("secateur.envs.recovery:RECOVERIES")]

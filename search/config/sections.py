@@ -23,6 +23,7 @@ from pydantic import (
 from secateur.cost_models.core import InputError
 from secateur.cost_models.device import DEVICE_COSTS, Device, parse_device, read_device
 from secateur.envs.tasks.imports import current_name, did_you_mean
+from secateur.envs.tasks.named_functions import FUNCTIONS
 from secateur.search.config.errors import reason_of, shorten
 from secateur.search.config.limits import BudgetConfig
 from secateur.search.config.plugins import (
@@ -101,7 +102,7 @@ class DataSection(Section):
         from secateur.envs.tasks.data import DATASETS
 
         name = current_name(name)
-        if name not in DATASETS and ":" not in name:
+        if name not in DATASETS and ":" not in name and name != FUNCTIONS:
             known = f'Known: {", ".join(DATASETS)}, or "package.module:function"'
             raise InputError(f"unknown data set (got {name}).{did_you_mean(name, DATASETS)} {known}")
         return name
@@ -272,7 +273,7 @@ class SearchConfig(Section):
     """A whole search. See configs/searches/ for examples with comments.
 
     Attributes:
-        task: what the model is for: its metric and loss.
+        task: what the model is for: its metric and loss. A task in the box, or your own functions: {evaluate, calibration, ...}.
         device: device file, measured by `secateur profile` or from data sheets; "profile": this machine is measured before the
             search. Needed for limits of latency_ms and energy_mj.
         importance: criterion by which channels are removed.
@@ -294,6 +295,23 @@ class SearchConfig(Section):
     budgets: Annotated[dict[BudgetName, BudgetConfig], Field(min_length=1)]
     finalize: FinalizeSection = FinalizeSection()
     output: OutputSection = OutputSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _functions_have_data(cls, values: Any) -> Any:
+        """Fill in the section `data` if the task is given by functions, which bring their own."""
+        functions = isinstance(values, Mapping) and isinstance(values.get("task"), Mapping)
+        if not functions or values["task"].get("name", FUNCTIONS) != FUNCTIONS or "data" in values:
+            return values
+        return {**values, "data": {"name": FUNCTIONS, "validation": 1}}
+
+    @model_validator(mode="after")
+    def _functions_stand_alone(self) -> SearchConfig:
+        if (self.task.name == FUNCTIONS) != (self.data.name == FUNCTIONS):
+            raise InputError("`task` names functions, which bring their own data: leave out `data`")
+        if self.task.name == FUNCTIONS and self.model.weights == "trained":
+            raise InputError("`model.weights: trained` needs a task with training data: name a file of weights")
+        return self
 
     @model_validator(mode="after")
     def _device_has_the_limited_costs(self) -> SearchConfig:

@@ -24,7 +24,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import copy
-import inspect
 import io
 import logging
 import warnings
@@ -44,7 +43,7 @@ from torch.utils import _pytree as pytree
 
 from secateur.cost_models.core import FLOAT_BITS
 from secateur.envs.core import InputError
-from secateur.envs.inputs import Inputs, call_model, samples_like, tensors_of_inputs
+from secateur.envs.inputs import Inputs, call_model, positional, samples_like, signature_of, tensors_of_inputs
 from secateur.envs.model_graph.folding import fold_batch_norms
 from secateur.envs.model_graph.plan import ModelGraph
 from secateur.envs.model_graph.trace import root_cause
@@ -52,6 +51,9 @@ from secateur.envs.quantization.fake_quantize import ActivationQuantizer, activa
 from secateur.envs.quantization.quantizers import ActivationGrid, QuantizedWeight
 from secateur.envs.tasks.core import tensors_of
 from secateur.search.export.files import LOGITS, OUTPUT, input_names
+from secateur.search.export.image_size import agrees, free_axes, free_batch, free_size, name_axes
+
+log = logging.getLogger(__name__)
 
 INTEGER_BITS = 8
 LARGEST_CODE = 127
@@ -118,7 +120,7 @@ def export_onnx(
     """Write an ONNX file and return how each of its layers is executed.
 
     One input is called "input", and class scores (N, classes) "logits"; another output is "output", and several inputs or outputs
-    are numbered. The number N of samples is free.
+    are numbered. The number N of samples is free, and the size of images where image_size.py says so.
 
     Args:
         network: with simulated quantization, eval mode; it is left as it is.
@@ -266,34 +268,45 @@ def _output_names(network: nn.Module, images: Inputs) -> list[str]:
 
 
 def _float_model(network: nn.Module, images: Inputs) -> onnx.ModelProto:
-    """Return the ONNX graph of a network without quantizers."""
-    example = samples_like(images, 2)
+    """Return the ONNX graph of a network without quantizers, with free image sizes where it computes the same at other sizes."""
+    example, names = samples_like(images, 2), _output_names(network, images)
+    if signature_of(images) is not None:
+        network = positional(network, images)
+        network.register_forward_hook(_only_tensors)
+    if (free := free_size(network, example)) is not None:
+        try:
+            with quiet(), torch.no_grad():
+                axes = free_axes(network, example, free.multiple)
+                program = torch.export.export(network, example, dynamic_shapes=axes, strict=False)
+            model = _converted(program, example, names)
+            if agrees(model, free.samples):
+                name_axes(model)
+                return model
+        except Exception as error:  # a size may become a constant when the network is traced
+            log.info("image sizes are not free: %s", root_cause(error))
     try:
-        with quiet(), torch.no_grad():
-            program = torch.onnx.export(
-                network,
-                example,
-                dynamo=True,
-                dynamic_shapes=free_batch(network, len(example)),
-                input_names=input_names(len(example)),
-                output_names=_output_names(network, images),
-                external_data=False,
-                verbose=False,
-            )
-            assert program is not None, "the exporter based on dynamo returns a program"
-            return program.model_proto
+        return _converted(network, example, names, dynamic_shapes=free_batch(network, example))
     except Exception as error:  # the exporter runs the user's forward and many passes of its own
         raise InputError(
             f"torch.onnx cannot export this network: {root_cause(error)}. Rewrite that operation of its forward."
         ) from error
 
 
-def free_batch(network: nn.Module, inputs: int) -> tuple[Any, ...]:
-    """Return `dynamic_shapes` for torch's exporters: the first axis of every input is free, and the same for all."""
-    batch = torch.export.Dim("batch")
-    axes = tuple({0: batch} for _ in range(inputs))
-    first = next(iter(inspect.signature(network.forward).parameters.values()))
-    return (axes,) if first.kind is first.VAR_POSITIONAL else axes  # forward(*inputs) has one parameter
+def _converted(network: Any, example: tuple[Tensor, ...], outputs: list[str], **options: Any) -> onnx.ModelProto:
+    """Return the ONNX graph of a network, or of a program of torch.export."""
+    with quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            network,
+            example,
+            dynamo=True,
+            input_names=input_names(len(example)),
+            output_names=outputs,
+            external_data=False,
+            verbose=False,
+            **options,
+        )
+    assert program is not None, "the exporter based on dynamo returns a program"
+    return program.model_proto
 
 
 def _layer_nodes(model: onnx.ModelProto, network: nn.Module, layers: Collection[str]) -> dict[str, list[onnx.NodeProto]]:

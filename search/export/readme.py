@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from secateur.envs.inputs import inputs_of
+from secateur.envs.inputs import Signature, inputs_of
 from secateur.envs.tasks.imports import OBJECT
 from secateur.envs.tasks.models import find_factory, is_model_factory
 from secateur.search.export.files import ONNX, PT2, input_names
+from secateur.search.export.image_size import size_sentence
 from secateur.search.schema import metric_of
 
 
@@ -53,7 +54,7 @@ options.add_session_config_entry("session.x64quantprecision", "1")  # exact 8-bi
 session = onnxruntime.InferenceSession("{name}/{ONNX}", options, providers=["CPUExecutionProvider"])
 {numpy_call}
 ```
-{_pt2_readme(document, name, torch_call)}
+{_image_sizes(document)}{_pt2_readme(document, name, torch_call)}
 {costs}
 {lines}
 
@@ -88,7 +89,7 @@ def _calls(document: Mapping[str, Any]) -> tuple[str, str]:
         )
         feeds = ", ".join(f'"{given}": {name}' for given, name in zip(input_names(len(inputs)), names, strict=True))
         return (
-            f"{output} = model({', '.join(names)})  # {shapes}",
+            f"{output} = model({_arguments(document['model'], names)})  # {shapes}",
             f"{output} = session.run(None, {{{feeds}}})  # the same arrays",
         )
     mean, std = ([round(value, 6) for value in normalization[key]] for key in ("mean", "std"))
@@ -99,6 +100,20 @@ def _calls(document: Mapping[str, Any]) -> tuple[str, str]:
         f"mean, std = (np.array(values, np.float32).reshape(1, -1, 1, 1) for values in ({mean}, {std}))\n"
         f'({output},) = session.run(None, {{"input": (pixels.astype(np.float32) / 255 - mean) / std}})  {pixels}',
     )
+
+
+class _Name(str):
+    """A variable, which code shows without quotes."""
+
+    __repr__ = str.__str__
+
+
+def _arguments(model: Mapping[str, Any], names: list[str]) -> str:
+    """Return the arguments of the model's call, as code."""
+    if not model.get("call"):
+        return ", ".join(names)
+    args, kwargs = Signature.read(model["call"]).arguments([_Name(name) for name in names])
+    return ", ".join([*map(repr, args), *(f"{name}={value!r}" for name, value in kwargs.items())])
 
 
 def _samples(count: int) -> str:
@@ -129,9 +144,18 @@ def _execution_notes(document: Mapping[str, Any]) -> str:
     return f"\n\nHow `{ONNX}` executes these layers:\n{lines}" if lines else ""
 
 
+def _image_sizes(document: Mapping[str, Any]) -> str:
+    """Return which sizes of images model.onnx takes, if its outputs have positions."""
+    sentence = size_sentence(document["onnx"]) if "onnx" in document else ""
+    shape = " x ".join(map(str, document["model"]["input"][1:]))
+    return f"\n{sentence} Costs and latency below are those of {shape}.\n" if sentence else ""
+
+
 def _pt2_readme(document: Mapping[str, Any], name: str, torch_call: str) -> str:
     if PT2 not in document["files"]:
         return ""
+    if document["model"].get("call"):  # a program takes the tensors of the arguments one after the other
+        torch_call = f"outputs = model({', '.join(f'x{index}' for index in range(len(inputs_of(document['model']))))})"
     return f"""
 With torch alone, quantization simulated:
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from secateur.envs.inputs import Inputs, call_model
+from secateur.envs.inputs import Inputs, arguments_of, bound_arguments, call_model, leaves_like
 from secateur.search.profiling.runtimes import Session
 
 
@@ -23,13 +23,13 @@ class RuntimeModel(nn.Module):
 
     def __init__(self, session: Session, network: nn.Module, inputs: Inputs):
         super().__init__()
-        self.session = session
+        self.session, self._network, self._example = session, (network,), arguments_of(inputs)
         with torch.inference_mode():
             self._leaves, self._structure = pytree.tree_flatten(call_model(network, inputs))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the outputs of model.onnx, in the structure of the network's."""
-        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        given = leaves_like(bound_arguments(self._network[0], args, kwargs), self._example)
         found = iter(self.session.run(*(leaf.numpy() for leaf in given)))
         leaves = [
             torch.from_numpy(next(found)) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves

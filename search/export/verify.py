@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 from torch import nn
 
 from secateur.cost_models import COST_MODELS
@@ -32,21 +31,19 @@ from secateur.cost_models.core import FLOAT_BITS, CostModel, LayerShapes
 from secateur.cost_models.device import Device, parse_device
 from secateur.cost_models.latency_table import TableLatency
 from secateur.envs.core import InputError
-from secateur.envs.inputs import Inputs, call_model, described_inputs, tensors_of_inputs
+from secateur.envs.inputs import Inputs, call_model, described_inputs, positional, tensors_of_inputs
 from secateur.envs.metric import Metric, drop_name, loss_of
 from secateur.envs.model_graph import analyze
 from secateur.envs.parts import PartTask, parts_of, take_parts
 from secateur.envs.quantization.fake_quantize import ActivationQuantizer, activation_grid, quantized_weight
 from secateur.envs.tasks.core import Metrics, Task, first_inputs, tensors_of
-from secateur.envs.tasks.data import load_data
-from secateur.envs.tasks.registry import build_task
-from secateur.envs.tasks.supervised import SupervisedTask
-from secateur.search.config import DataSection, Overrides, apply_overrides
+from secateur.search.config import Overrides
 from secateur.search.export.execution import recorded_execution
 from secateur.search.export.files import ONNX, POLICY, check_files, read_export
 from secateur.search.export.load import Factory, build_dense, load_compressed
 from secateur.search.export.onnx_export import export_onnx
 from secateur.search.export.runtime_model import RuntimeModel
+from secateur.search.export.tasks import load_task
 from secateur.search.export.verification import (
     Cost,
     LimitCheck,
@@ -56,7 +53,6 @@ from secateur.search.export.verification import (
     read_verification,
     write_verification,
 )
-from secateur.search.named_code import check_data_name
 from secateur.search.profiling.profiler import describe_machine
 from secateur.search.profiling.runtimes import find_runtime, measure_latencies, open_session
 from secateur.search.results.formatting import amount, percent
@@ -110,7 +106,7 @@ def verify_export(
     document = read_export(folder)
     _check_complete(folder, document)
     check_files(folder, document)
-    task = _load_task(document, overrides) if task is None else task
+    task = load_task(document, overrides, factory) if task is None else task
     network = load_compressed(folder, factory)
     if paths := document["model"].get("part"):
         task, network = take_parts(task if not isinstance(task, PartTask) else task.task, network, paths)
@@ -171,25 +167,6 @@ def _check_complete(folder: Path, document: Mapping[str, Any]) -> None:
         raise InputError(
             f"{folder / POLICY} has no `{missing[0]}`: it was changed, or an earlier version wrote it. Export it again."
         )
-
-
-def _load_task(document: Mapping[str, Any], overrides: Overrides) -> SupervisedTask:
-    """Return the task that the export was scored with."""
-    values = {"data": dict(document["data_config"])}
-    changed = apply_overrides(values, overrides)
-    check_data_name(str(values["data"].get("name")), changed, POLICY)
-    for key in changed:
-        if not key.startswith("data."):
-            reason = "must start with `data.`, for example data.root=data/images"
-            raise InputError(f"overrides: {key}: {reason}", f"--set {key}: {reason}")
-    try:
-        section = DataSection.model_validate(values["data"])
-    except ValidationError as errors:
-        error = errors.errors(include_url=False)[0]
-        raise InputError(f"`data.{'.'.join(map(str, error['loc']))}`: {error['msg']}.") from None
-    data = load_data(**section.model_dump(), input_shape=tuple(document["model"]["input"]))
-    entry = document.get("task", {"name": "classification", "options": {}})  # exports of version 0.1 have no task
-    return build_task(entry["name"], entry["options"], data)
 
 
 # --------------------------------------------------------------------------------------------------------------- outputs
@@ -287,7 +264,7 @@ def _shapes(network: nn.Module, example: Inputs) -> LayerShapes:
     for module in plain.modules():
         for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, ActivationQuantizer)]:
             del module._forward_pre_hooks[key]
-    geometry = analyze(plain, tuple(tensors_of_inputs(example)), verify=False).geometry
+    geometry = analyze(positional(plain, example), tuple(tensors_of_inputs(example)), verify=False).geometry
     bits = [[of_layer.get(layer.name, FLOAT_BITS) for layer in geometry.layers] for of_layer in (weights, inputs)]
     return geometry.shapes(None, *map(np.array, bits))
 
@@ -312,7 +289,7 @@ def _latency(
         dense = build_dense(document["model"], factory).float().eval()
         dense = parts_of(task, dense)
         example = described_inputs(document["model"])
-        graph = analyze(dense, tuple(tensors_of_inputs(example)), verify=False)
+        graph = analyze(positional(dense, example), tuple(tensors_of_inputs(example)), verify=False)
         export_onnx(dense, graph, images, Path(temporary) / ONNX)
         files = (folder / ONNX, Path(temporary) / ONNX)
         sessions = [open_session(file, runtime, threads, precision) for file in files]

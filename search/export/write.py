@@ -9,6 +9,7 @@ README.md           how to load it
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from secateur.cost_models.core import FLOAT_BITS
 from secateur.envs.core import Budget, CompressionPolicy, Evaluation, InputError
-from secateur.envs.inputs import Inputs, call_model, describe_inputs, samples_like
+from secateur.envs.inputs import Inputs, call_model, describe_inputs, positional, samples_like, signature_of
 from secateur.envs.model_graph.trace import root_cause
 from secateur.envs.parts import part_names, parts_of, whole_with
 from secateur.envs.policy_space import document_to_policy, policy_to_document
@@ -35,6 +36,7 @@ from secateur.envs.pruning.view_sizes import view_sizes
 from secateur.envs.quantization.fake_quantize import activation_grid, quantized_weight
 from secateur.envs.quantization.packing import pack_bits
 from secateur.envs.tasks.core import first_inputs, tensors_of
+from secateur.envs.tasks.named_functions import FUNCTIONS
 from secateur.envs.tasks.supervised import SupervisedTask
 from secateur.search.export.execution import layers_in_float
 from secateur.search.export.files import (
@@ -51,8 +53,9 @@ from secateur.search.export.files import (
     policy_checksum,
     read_export,
 )
+from secateur.search.export.image_size import free_axes, free_batch, free_size, tensor_shapes
 from secateur.search.export.load import load_compressed
-from secateur.search.export.onnx_export import LayerExecution, export_onnx, free_batch
+from secateur.search.export.onnx_export import LayerExecution, export_onnx
 from secateur.search.export.readme import export_readme
 from secateur.search.results.document import winner
 from secateur.search.results.finalize import finalist_scores
@@ -102,6 +105,7 @@ def write_export(
     try:
         executions = _write_models(draft, problem, policy, network, pt2)
         document = _document(problem, policy, network, budget, validation, test, executions)
+        document["onnx"] = tensor_shapes(draft / ONNX)
         document["weights_sha256"] = file_checksum(draft / WEIGHTS)
         document["files"] = {path.name: file_checksum(path) for path in sorted(draft.glob("model.*"))}
         document["policy_sha256"] = policy_checksum(document)
@@ -283,7 +287,9 @@ def _document(
             "args": model.args,
             "input": list(model.input),
             "inputs": describe_inputs(example),
+            **({"call": signature.document()} if (signature := signature_of(example)) else {}),
             "part": part_names(problem.task),
+            **({"weights": model.weights} if problem.config.task.name == FUNCTIONS else {}),  # they may score by divergence
         },
         "normalization": None
         if data is None
@@ -336,13 +342,20 @@ def _shares_of_dense(problem: Problem, budget: Budget) -> dict[str, float]:
     return {cost: limit.value for cost, limit in limits.items() if limit.relative and cost in budget.limits}
 
 
+def _program(network: nn.Module, example: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
+    """Return the network as torch.export has it, with free image sizes where they can be free."""
+    if (free := free_size(network, example)) is not None:
+        with contextlib.suppress(Exception):  # a size may become a constant when the network is traced
+            return torch.export.export(network, example, dynamic_shapes=free_axes(network, example, free.multiple))
+    return torch.export.export(network, example, dynamic_shapes=free_batch(network, example))
+
+
 def _write_pt2(network: nn.Module, images: Inputs, path: Path) -> None:
     """Write the network as torch.export has it, without the stack traces, which name files of this machine."""
     with warnings.catch_warnings(), torch.inference_mode():  # so quantizers use operators that torch.export knows
         warnings.simplefilter("ignore")  # they concern torch's own parts
         try:
-            example = samples_like(images, 2)
-            program = torch.export.export(network, example, dynamic_shapes=free_batch(network, len(example)))
+            program = _program(positional(network, images), samples_like(images, 2))
         except Exception as error:  # it runs the user's forward
             failed = f"torch.export cannot export this network: {root_cause(error)}. Leave out"
             raise InputError(f"{failed} `pt2`.", f"{failed} --pt2.") from error

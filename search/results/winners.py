@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.envs.core import Budget, CompressionPolicy, InputError
+from secateur.envs.tasks.named_functions import FUNCTIONS, FunctionsConfig
 from secateur.search.export.verification import Verification
 from secateur.search.export.verify import verify_export, verify_in_fresh_process
 from secateur.search.export.write import write_export
@@ -129,7 +130,10 @@ class _Trials:
         if given is not None:
             return verify_export(folder, factory=given.model, task=given.task, **where)
         # The user's configuration names these functions; files may not name every function.
-        return self.verify(folder, factory=config.model.factory, overrides=[f"data.name={config.data.name}"], **where)
+        names = [f"data.name={config.data.name}"]
+        if config.task.name == FUNCTIONS:
+            names = [f"task.{option}={name}" for option, name in FunctionsConfig(**config.task.options).names.items()]
+        return self.verify(folder, factory=config.model.factory, overrides=names, **where)
 
     def _keeps(self, costs: Mapping[str, float]) -> bool:
         return costs[LATENCY] * self.factor <= self.budget.limits[LATENCY]

@@ -230,7 +230,12 @@ def test_an_endless_loader_is_read_no_further():
         (None, "needs `inputs`"),
         ("image", "must be a tensor, a tuple of tensors, or a dict"),
         (torch.zeros(8), "first axis of every input must be the batch"),
-        ({"vector": VECTORS[:1], "scale": VECTORS[:1]}, "the first parameters of TwoInputs.forward are image, vector"),
+        (
+            {"vector": VECTORS[:1]},
+            r"does not suit TwoInputs.forward\(image, vector, scale=1.0\): missing a required argument: 'image'",
+        ),
+        ({"images": IMAGES[:1]}, "does not suit TwoInputs.forward.* Pass a dict of arguments by name, or a tuple"),
+        ((IMAGES[:1], {1, 2}), "arguments may also be dicts and lists of tensors, numbers and texts, but hold set"),
     ],
 )
 def test_example_inputs_that_cannot_be_used_are_named(model, inputs, words):

@@ -70,7 +70,12 @@ def trial(tmp_path, monkeypatch):
         everything = [SimpleNamespace(policy=f.policy, evaluation=f.proxy) for f in (*found, *scored.values())]
         front = SimpleNamespace(best=lambda name, count: everything[:count], evaluations=100)
         device = SimpleNamespace(table=SimpleNamespace(runtime="openvino", threads=2))
-        config = SimpleNamespace(model=SimpleNamespace(factory="m:net"), data=SimpleNamespace(name="digits"))
+        model, data, task = (
+            SimpleNamespace(factory="m:net"),
+            SimpleNamespace(name="digits"),
+            SimpleNamespace(name="classification"),
+        )
+        config = SimpleNamespace(model=model, data=data, task=task)
         problem = SimpleNamespace(budgets=(BUDGET,), device=device, config=config, given=None)
         (outcome,) = verify_winners(problem, front, found, tmp_path, lambda text: None, verify)
         return outcome, exported
