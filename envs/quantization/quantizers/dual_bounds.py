@@ -1,7 +1,7 @@
 """Dual bounds: the grid of activations has a lower and an upper bound of its own per layer, both chosen for the least error.
 
-Made for networks without batch norms, such as those for super-resolution, whose activations are asymmetric and differ in range
-from layer to layer.
+Made for networks without batch norms, such as those for super-resolution: their activations are asymmetric, have long tails, and
+differ in range from layer to layer.
 
 Source: Zhong et al. 2022, "Dynamic Dual Trainable Bounds for Ultra-low Precision Super-Resolution Networks" (DDTB), ECCV,
 arXiv:2203.03844. Taken from it: separate lower and upper bounds of each layer, with a zero point, in place of one symmetric
@@ -12,7 +12,10 @@ Where we differ and why:
    calibration's samples. It starts at the percentiles and at the whole range, so it is never worse than either.
 2. The paper's gates, small networks that rescale the bounds for every image at run time, are left out: grids in ONNX are fixed.
 3. Zero is on the grid, because padding needs it exactly: the lower bound is at most 0, the upper one at least 0.
-4. Weights are rounded by `uniform` or `gptq`; the paper rounds them symmetrically up to the largest weight of the layer.
+4. The smallest and the largest value of the whole calibration count as one sample each, because a random sample misses the ends
+   of long tails (EDSR of configs/searches/super_resolution.yaml, validation PSNR with 8-bit and with 4-bit inputs, weights at 8
+   bits: 37.33 -> 37.49 dB and 35.02 -> 35.30 dB).
+5. Weights are rounded by `uniform` or `gptq`; the paper rounds them symmetrically up to the largest weight of the layer.
 """
 
 from __future__ import annotations
@@ -73,13 +76,21 @@ class DualBounds:
         check_bits(bits)
         tails = np.percentile(statistics.samples, [100 - self.config.percentile, self.config.percentile])
         starts = [_with_zero(*tails.tolist()), _with_zero(statistics.low, statistics.high)]
-        found = [least_error_bounds(statistics.samples.astype(np.float64), start, starts[-1], bits) for start in starts]
+        samples = _with_ends(statistics)
+        found = [least_error_bounds(samples, start, starts[-1], bits) for start in starts]
         _, low, high = min(found)
         return grid_between(low, high, bits)
 
 
 def _with_zero(low: float, high: float) -> tuple[float, float]:
     return min(low, 0.0), max(high, 0.0)
+
+
+def _with_ends(statistics: LayerStatistics) -> np.ndarray:
+    """Return the samples, and the smallest and largest value of the calibration where they are outside of them, float64."""
+    samples = statistics.samples.astype(np.float64)
+    ends = [end for end in (statistics.low, statistics.high) if not samples.min() <= end <= samples.max()]
+    return np.concatenate([samples, ends])
 
 
 def least_error_bounds(

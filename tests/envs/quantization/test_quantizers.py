@@ -376,6 +376,16 @@ def test_dual_bounds_of_a_two_sided_grid_are_exact():
     assert (grid.scale, grid.zero_point) == (pytest.approx(1.0), 2) and rounding_error(grid, samples) < 1e-10
 
 
+def test_the_ends_of_the_calibration_count_as_samples():
+    """A sample of 2,000 values misses the ends of a long tail: with 8 bits, the grid reaches far beyond the sample."""
+    statistics = spread(-1.0, 20.0, np.random.default_rng(0).normal(size=2000).clip(-1))
+    for bits, least, most in ((8, 15.0, 20.1), (2, 0.0, 5.0)):
+        grid = DualBounds().activation_grid(statistics, bits)
+        assert least < (grid.max_code - grid.zero_point) * grid.scale < most
+    other = choose_activation_grid(statistics, 8, ActivationGridConfig(activations="mse"))
+    assert (other.max_code - other.zero_point) * other.scale < 5.0
+
+
 def test_dual_bounds_round_weights_as_their_option_says():
     weight, statistics = make_weight(), make_statistics()
     for name, make in (("uniform", Uniform), ("gptq", GPTQ)):
