@@ -290,7 +290,7 @@ _UPSAMPLINGS = "_upsample_nearest_exact2d upsample_linear1d upsample_bilinear2d 
 
 RULES: dict[str, Rule] = {
     "batch_norm": layer_rules.batch_norm,
-    "instance_norm": layer_rules.batch_norm,
+    "instance_norm": layer_rules.instance_norm,
     "group_norm": layer_rules.group_norm,
     "layer_norm": layer_rules.layer_norm,
     "rms_norm": layer_rules.layer_norm,

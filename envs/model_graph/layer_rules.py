@@ -64,6 +64,15 @@ def batch_norm(flow: ChannelFlow, node: Node) -> Shadow:
     return flow.meet(operands, shape_of(node))
 
 
+def instance_norm(flow: ChannelFlow, node: Node) -> Shadow:
+    given = arguments(node)
+    path = flow.trace.instance_norms.get(node)
+    x = flow.single(given["input"])
+    if path is not None and given["weight"] is None and given["running_mean"] is None and flow.channel_axes(x) == [1]:
+        flow.sizes.append((path, "num_features", narrow(x).numpy().ravel()))  # the module has no tensor with the channels
+    return batch_norm(flow, node)
+
+
 def group_norm(flow: ChannelFlow, node: Node) -> Shadow:
     """Each group of an `nn.GroupNorm` is one unit: without a whole group, the statistics of the others stay the same."""
     given = arguments(node)
