@@ -15,6 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -250,7 +251,7 @@ def onnx_error(model: nn.Module, inputs: tuple[Tensor, ...]) -> str:
     try:
         with quiet():
             shapes = free_batch(model, len(inputs))
-            program = torch.onnx.export(model, inputs, dynamo=True, dynamic_shapes=shapes, verbose=False)
+            program: Any = torch.onnx.export(model, inputs, dynamo=True, dynamic_shapes=shapes, verbose=False)
         session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
         feeds = {given.name: x.numpy() for given, x in zip(session.get_inputs(), inputs, strict=True)}
         return f"{_difference([torch.from_numpy(x) for x in session.run(None, feeds)], expected):.0e}"
@@ -275,7 +276,7 @@ def _predicted_parameters(graph: ModelGraph, widths: Sequence[int]) -> float:
 def _trains(model: nn.Module, inputs: Sequence[Tensor]) -> bool:
     """Return whether one forward and backward pass in training mode gives finite gradients."""
     outputs = tensors_of(model.train()(*random_inputs(inputs, seed=1)))
-    sum(x.square().mean() for x in outputs if x.is_floating_point()).backward()
+    torch.stack([x.square().mean() for x in outputs]).sum().backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     return bool(gradients) and all(bool(gradient.isfinite().all()) for gradient in gradients)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torchvision
@@ -97,9 +99,8 @@ def _classifier(name: str) -> CheckedModel:
 
 
 def _of_timm(name: str) -> CheckedModel:
-    import timm
-
-    model = timm.create_model(name).eval()
+    timm: Any = importlib.import_module("timm")  # optional
+    model: Any = timm.create_model(name).eval()
     make_weights_plain(model)
     return CheckedModel(model, (torch.zeros(1, *model.default_cfg["input_size"]),))
 
