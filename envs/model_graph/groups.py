@@ -76,7 +76,8 @@ def _attributes(
 ) -> tuple[WrittenSize, ...]:
     """Return the attributes in which modules store numbers of a group's channels, as the rules of the operators found them."""
     counts = [(module, name, int((group_of[roots[ids]] == index).sum())) for module, name, ids in flow.sizes]
-    return tuple(WrittenSize(module, name, count // group.units) for module, name, count in counts if count)
+    found = [WrittenSize(module, name, count // group.units) for module, name, count in counts if count]
+    return tuple(dict.fromkeys(found))  # a module may be called several times
 
 
 def group_elements(flow: ChannelFlow, group: ChannelGroup) -> np.ndarray:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import Node
 
+from secateur.envs.model_graph.channel_state import ChannelState
 from secateur.envs.model_graph.shadows import Shadow, along, as_axis, narrow
 from secateur.envs.model_graph.trace import TracedLayer, argument, arguments, op_name, shape_of
 
-if TYPE_CHECKING:
-    from secateur.envs.model_graph.channel_flow import ChannelFlow
 
-
-def layer(flow: ChannelFlow, node: Node) -> Tensor:
+def layer(flow: ChannelState, node: Node) -> Tensor:
     layer = flow.trace.layers[flow.trace.layer_index[node]]
     given, ids = arguments(node), flow.identities
     x = flow.single(given["input"])
@@ -36,7 +32,7 @@ def layer(flow: ChannelFlow, node: Node) -> Tensor:
     return along(outputs, axis, shape_of(node))
 
 
-def layer_outputs(flow: ChannelFlow, layer: TracedLayer, channels: np.ndarray) -> np.ndarray:
+def layer_outputs(flow: ChannelState, layer: TracedLayer, channels: np.ndarray) -> np.ndarray:
     """Merge the positions on the weight's input axis with the channels that it reads; return its output channels."""
     ids, shape = flow.identities, layer.shape
     outputs, inputs = ids.of(layer.weight, layer.out_axis), ids.of(layer.weight, layer.in_axis)
@@ -54,7 +50,7 @@ def layer_outputs(flow: ChannelFlow, layer: TracedLayer, channels: np.ndarray) -
     return outputs
 
 
-def batch_norm(flow: ChannelFlow, node: Node) -> Shadow:
+def batch_norm(flow: ChannelState, node: Node) -> Shadow:
     given = arguments(node)
     operands = [flow.shadow(given["input"])]
     rank = len(shape_of(node))
@@ -64,7 +60,16 @@ def batch_norm(flow: ChannelFlow, node: Node) -> Shadow:
     return flow.meet(operands, shape_of(node))
 
 
-def group_norm(flow: ChannelFlow, node: Node) -> Shadow:
+def instance_norm(flow: ChannelState, node: Node) -> Shadow:
+    given = arguments(node)
+    path = flow.trace.instance_norms.get(node)
+    x = flow.single(given["input"])
+    if path is not None and given["weight"] is None and given["running_mean"] is None and flow.channel_axes(x) == [1]:
+        flow.sizes.append((path, "num_features", narrow(x).numpy().ravel()))  # the module has no tensor with the channels
+    return batch_norm(flow, node)
+
+
+def group_norm(flow: ChannelState, node: Node) -> Shadow:
     """Each group of an `nn.GroupNorm` is one unit: without a whole group, the statistics of the others stay the same."""
     given = arguments(node)
     x, count = flow.single(given["input"]), given["num_groups"]
@@ -81,7 +86,7 @@ def group_norm(flow: ChannelFlow, node: Node) -> Shadow:
     return batch_norm(flow, node)
 
 
-def layer_norm(flow: ChannelFlow, node: Node) -> Shadow:
+def layer_norm(flow: ChannelState, node: Node) -> Shadow:
     given = arguments(node)
     x = flow.single(given["input"])
     normalized = range(x.dim() - len(given["normalized_shape"]), x.dim())
@@ -91,7 +96,7 @@ def layer_norm(flow: ChannelFlow, node: Node) -> Shadow:
     return flow.meet(operands, shape_of(node))
 
 
-def prelu(flow: ChannelFlow, node: Node) -> Shadow:
+def prelu(flow: ChannelState, node: Node) -> Shadow:
     x, weight = argument(node, 0), argument(node, 1)
     slopes = tuple(as_axis(ids, 1, len(shape_of(node))) for ids in flow.shadow(weight))
     return flow.meet([flow.shadow(x), slopes], shape_of(node))

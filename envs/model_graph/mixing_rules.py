@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 from torch.fx import Node
 
+from secateur.envs.model_graph.channel_state import ChannelState
 from secateur.envs.model_graph.shadows import Shadow
 from secateur.envs.model_graph.trace import argument, arguments, op_name, shape_of
 
-if TYPE_CHECKING:
-    from secateur.envs.model_graph.channel_flow import ChannelFlow
 
-
-def creation(flow: ChannelFlow, node: Node) -> Shadow | list[Shadow]:
+def creation(flow: ChannelState, node: Node) -> Shadow | list[Shadow]:
     return flow.constant(node, f"{op_name(node)} of constant width")
 
 
-def pointwise(flow: ChannelFlow, node: Node) -> Shadow | list[Shadow]:
+def pointwise(flow: ChannelState, node: Node) -> Shadow | list[Shadow]:
     operands = [flow.shadow(x) for x in node.all_input_nodes]
     if not operands:
         return creation(flow, node)
     return flow.meet(operands, shape_of(node))
 
 
-def softmax(flow: ChannelFlow, node: Node) -> Tensor:
+def softmax(flow: ChannelState, node: Node) -> Tensor:
     x = flow.single(argument(node, 0))
     axis = arguments(node)["dim"] % x.dim()
     if axis in flow.channel_axes(x) and not flow.give_up(x, [axis]):
@@ -33,7 +29,7 @@ def softmax(flow: ChannelFlow, node: Node) -> Tensor:
     return x
 
 
-def reduce(flow: ChannelFlow, node: Node) -> Tensor:
+def reduce(flow: ChannelState, node: Node) -> Tensor:
     given = arguments(node)
     x = flow.single(given["self"])
     dims = given.get("dim")
@@ -48,7 +44,7 @@ def reduce(flow: ChannelFlow, node: Node) -> Tensor:
     return x.expand(shape_of(node))
 
 
-def spatial(flow: ChannelFlow, node: Node) -> Tensor | list[Tensor]:
+def spatial(flow: ChannelState, node: Node) -> Tensor | list[Tensor]:
     """Pooling, resizing and reflection: every output entry belongs to the channel of the inputs around it."""
     x = flow.single(argument(node, 0))
     rank = next(int(c) for c in op_name(node) if c in "123")

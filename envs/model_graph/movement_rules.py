@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.fx import Node
 
+from secateur.envs.model_graph.channel_state import ChannelState
 from secateur.envs.model_graph.identities import EXPANDED
 from secateur.envs.model_graph.shadows import Shadow, concatenate, filled, narrow
 from secateur.envs.model_graph.trace import argument, arguments, op_name, run_with, shape_of
 
-if TYPE_CHECKING:
-    from secateur.envs.model_graph.channel_flow import ChannelFlow
 
-
-def pad(flow: ChannelFlow, node: Node) -> Tensor:
+def pad(flow: ChannelState, node: Node) -> Tensor:
     given = arguments(node)
     x = flow.single(given["self"])
     widths = given["pad"]
@@ -35,19 +32,19 @@ def pad(flow: ChannelFlow, node: Node) -> Tensor:
     return x
 
 
-def cat(flow: ChannelFlow, node: Node) -> Tensor:
+def cat(flow: ChannelState, node: Node) -> Tensor:
     given = arguments(node)
     nodes, axis = given["tensors"], given["dim"] % len(shape_of(node))
     return join(flow, [flow.shadow(x) for x in nodes if shape_of(x) != (0,)], axis)
 
 
-def stack(flow: ChannelFlow, node: Node) -> Tensor:
+def stack(flow: ChannelState, node: Node) -> Tensor:
     given = arguments(node)
     axis = given["dim"] % len(shape_of(node))
     return join(flow, [tuple(ids.unsqueeze(axis) for ids in flow.shadow(x)) for x in given["tensors"]], axis)
 
 
-def join(flow: ChannelFlow, operands: Sequence[Shadow], axis: int) -> Tensor:
+def join(flow: ChannelState, operands: Sequence[Shadow], axis: int) -> Tensor:
     carrying = [shadow[0] for shadow in operands if len(shadow) == 1]
     singles = []
     for shadow in operands:
@@ -63,13 +60,13 @@ def join(flow: ChannelFlow, operands: Sequence[Shadow], axis: int) -> Tensor:
     return concatenate(singles, axis)
 
 
-def _same_channels(flow: ChannelFlow, operands: Sequence[Tensor]) -> bool:
+def _same_channels(flow: ChannelState, operands: Sequence[Tensor]) -> bool:
     """Return whether all operands hold the same channels, on several axes: parts of one view, e.g. of a rotary embedding."""
     several = all(len(flow.channel_axes(ids)) > 1 for ids in operands)
     return several and len({tuple(flow.roots(narrow(ids)).unique().tolist()) for ids in operands}) == 1
 
 
-def split(flow: ChannelFlow, node: Node) -> list[Tensor]:
+def split(flow: ChannelState, node: Node) -> list[Tensor]:
     given = arguments(node)
     x = flow.single(argument(node, 0))
     axis = given["dim"] % x.dim()
@@ -82,7 +79,7 @@ def split(flow: ChannelFlow, node: Node) -> list[Tensor]:
     return list(x.split(sizes, axis))
 
 
-def cut(flow: ChannelFlow, node: Node) -> Shadow | list[Tensor]:
+def cut(flow: ChannelState, node: Node) -> Shadow | list[Tensor]:
     given = arguments(node)
     size = shape_of(argument(node, 0))
     axis = given["dim"] % len(size)
@@ -97,7 +94,7 @@ def cut(flow: ChannelFlow, node: Node) -> Shadow | list[Tensor]:
     return execute(flow, node)
 
 
-def pick(flow: ChannelFlow, node: Node) -> Shadow | list[Tensor]:
+def pick(flow: ChannelState, node: Node) -> Shadow | list[Tensor]:
     given = arguments(node)
     for ids in flow.shadow(argument(node, 0)):
         axes = given.get("dim", given.get("dims", 0))
@@ -109,21 +106,21 @@ def pick(flow: ChannelFlow, node: Node) -> Shadow | list[Tensor]:
     return execute(flow, node)
 
 
-def reshape(flow: ChannelFlow, node: Node) -> Shadow:
+def reshape(flow: ChannelState, node: Node) -> Shadow:
     """Execute a view. One that spreads channels over several axes is noted: only one of the axes can be pruned."""
     found = tuple(flow.compact(ids.reshape(shape_of(node))) for ids in flow.shadow(argument(node, 0)))
     flow.views += [ids for ids in found if len(flow.channel_axes(ids)) > 1]
     return found
 
 
-def expand(flow: ChannelFlow, node: Node) -> Shadow:
+def expand(flow: ChannelState, node: Node) -> Shadow:
     """Execute an expansion; values without channels that are repeated fit any number of channels."""
     source, found = argument(node, 0), execute(flow, node)
     repeated = math.prod(shape_of(node)[1:]) > math.prod(shape_of(source)[1:])
     return tuple(filled(EXPANDED, ids.shape) if repeated and not bool((narrow(ids) >= 0).any()) else ids for ids in found)
 
 
-def index(flow: ChannelFlow, node: Node) -> Shadow:
+def index(flow: ChannelState, node: Node) -> Shadow:
     """Indexing along one axis, e.g. of a table of position biases: channels on other axes stay apart."""
     x, indices = argument(node, 0), argument(node, 1)
     axis, *others = [i for i, positions in enumerate(indices) if positions is not None]
@@ -142,19 +139,19 @@ def index(flow: ChannelFlow, node: Node) -> Shadow:
     return tuple(found)
 
 
-def channel_shuffle(flow: ChannelFlow, node: Node) -> Tensor:
+def channel_shuffle(flow: ChannelState, node: Node) -> Tensor:
     x, parts = flow.single(argument(node, 0)), argument(node, 1)
     flow.couple_parts(x, 1, parts)
     return x.unflatten(1, (parts, -1)).transpose(1, 2).flatten(1, 2)
 
 
-def glu(flow: ChannelFlow, node: Node) -> Shadow:
+def glu(flow: ChannelState, node: Node) -> Shadow:
     x = flow.single(argument(node, 0))
     axis = arguments(node)["dim"] % x.dim()
     return flow.meet([(part,) for part in x.chunk(2, axis)], shape_of(node))
 
 
-def execute(flow: ChannelFlow, node: Node) -> Shadow | list[Tensor]:
+def execute(flow: ChannelState, node: Node) -> Shadow | list[Tensor]:
     """Execute an operator that only moves data on the shadows."""
     first, *rest = node.all_input_nodes
     others = {x: flow.shadow(x)[0] for x in rest}

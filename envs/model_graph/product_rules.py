@@ -9,35 +9,33 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 from torch.fx import Node
 
+from secateur.envs.model_graph.channel_state import ChannelState
 from secateur.envs.model_graph.identities import EXPANDED
 from secateur.envs.model_graph.shadows import Shadow, along, filled, first_entries, narrow
 from secateur.envs.model_graph.trace import argument, arguments, op_name, shape_of
-
-if TYPE_CHECKING:
-    from secateur.envs.model_graph.channel_flow import ChannelFlow
 
 Letters = Sequence[str]
 """One letter per axis; letters of batch axes, which may be broadcast, are numbers that count from the last one."""
 
 
-def matmul(flow: ChannelFlow, node: Node) -> Tensor:
-    operands = [flow.single(x) for x in node.args[-2:]]  # `baddbmm` adds them to the first argument
+def matmul(flow: ChannelState, node: Node) -> Tensor:
+    added = op_name(node) == "baddbmm"  # the product is added to the first argument
+    operands = [flow.single(argument(node, i + added)) for i in (0, 1)]
     if min(ids.dim() for ids in operands) < 2:
         raise ValueError("A product with a vector.")
     letters = [_batch(ids.dim() - 2) + list(axes) for ids, axes in zip(operands, ("ik", "kj"), strict=True)]
-    if op_name(node) == "baddbmm":
+    if added:
         operands.append(flow.single(argument(node, 0)))
         letters.append(_batch(1) + ["i", "j"])
     return _product(flow, node, operands, letters, _batch(len(shape_of(node)) - 2) + ["i", "j"])
 
 
-def einsum(flow: ChannelFlow, node: Node) -> Tensor:
+def einsum(flow: ChannelState, node: Node) -> Tensor:
     inputs, arrow, result = argument(node, 0).replace(" ", "").partition("->")
     letters = [list(part) for part in inputs.split(",")]
     if not arrow or "." in inputs or any(len(set(part)) < len(part) for part in letters):
@@ -45,7 +43,7 @@ def einsum(flow: ChannelFlow, node: Node) -> Tensor:
     return _product(flow, node, [flow.single(x) for x in argument(node, 1)], letters, list(result))
 
 
-def attention(flow: ChannelFlow, node: Node) -> Tensor:
+def attention(flow: ChannelState, node: Node) -> Tensor:
     given = arguments(node)
     if given["enable_gqa"]:
         raise ValueError("Several heads share their keys.")
@@ -64,7 +62,7 @@ def _batch(count: int) -> list[str]:
     return [str(i) for i in reversed(range(count))]
 
 
-def _product(flow: ChannelFlow, node: Node, operands: Sequence[Tensor], letters: Sequence[Letters], result: Letters) -> Tensor:
+def _product(flow: ChannelState, node: Node, operands: Sequence[Tensor], letters: Sequence[Letters], result: Letters) -> Tensor:
     """Couple the channels of the operands; return the shadow of the result.
 
     Raises:
@@ -88,7 +86,7 @@ def _product(flow: ChannelFlow, node: Node, operands: Sequence[Tensor], letters:
     return filled(flow.identities.constant(f"the result of {op_name(node)}"), shape_of(node))
 
 
-def _along(flow: ChannelFlow, operands: Sequence[Tensor], letters: Sequence[Letters], letter: str) -> list[np.ndarray]:
+def _along(flow: ChannelState, operands: Sequence[Tensor], letters: Sequence[Letters], letter: str) -> list[np.ndarray]:
     """Return the channels of each operand that has several entries on a letter; [] if no channels vary on it."""
     axes = [(ids, list(found).index(letter)) for ids, found in zip(operands, letters, strict=True) if letter in found]
     axes = [(ids, axis) for ids, axis in axes if ids.size(axis) > 1 and not bool((narrow(ids) == EXPANDED).all())]
@@ -98,7 +96,7 @@ def _along(flow: ChannelFlow, operands: Sequence[Tensor], letters: Sequence[Lett
     return [first_entries(ids, axis).numpy() for ids, axis in axes] if any(varying) else []
 
 
-PRODUCTS: dict[str, Callable[[ChannelFlow, Node], Tensor | Shadow]] = {
+PRODUCTS: dict[str, Callable[[ChannelState, Node], Tensor | Shadow]] = {
     "matmul": matmul,
     "bmm": matmul,
     "baddbmm": matmul,

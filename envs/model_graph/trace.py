@@ -67,7 +67,7 @@ class Trace:
         computed: the calls of convolutions and linear operators whose weight is not a parameter, but computed.
         batch_norms: batch norm node -> module path, for the `nn.BatchNorm` modules that are called once and registered
             once, so that they can be replaced.
-        group_norms: group norm node -> module path, for `nn.GroupNorm` modules, whose attribute is the number of groups.
+        group_norms, instance_norms: norm node -> module path, for modules of PyTorch, whose attributes hold numbers of channels.
     """
 
     nodes: tuple[Node, ...]
@@ -80,6 +80,7 @@ class Trace:
     computed: tuple[Node, ...]
     batch_norms: Mapping[Node, str]
     group_norms: Mapping[Node, str]
+    instance_norms: Mapping[Node, str]
 
     @cached_property
     def layer_index(self) -> dict[Node, int]:
@@ -240,12 +241,8 @@ def _read(program: ExportedProgram, model: nn.Module) -> Trace:
         layers=_layers(nodes, tensors, model),
         computed=tuple(node for node in nodes if is_layer_call(node) and arguments(node)["weight"] not in tensors),
         batch_norms=_batch_norms(nodes, model),
-        group_norms={
-            node: path
-            for node in nodes
-            if op_name(node) == "group_norm" and (path := calling_module(node)) is not None
-            if isinstance(model.get_submodule(path), nn.GroupNorm)
-        },
+        group_norms=_called_by(nodes, model, "group_norm", nn.GroupNorm),
+        instance_norms=_called_by(nodes, model, "instance_norm", nn.modules.instancenorm._InstanceNorm),
     )
 
 
@@ -345,6 +342,12 @@ def _pair(values: Sequence[int]) -> tuple[int, int]:
 
 def _repeated(values: Sequence[int], count: int) -> list[int]:
     return list(values) * count if len(values) == 1 else list(values)
+
+
+def _called_by(nodes: Sequence[Node], model: nn.Module, name: str, kind: type[nn.Module]) -> dict[Node, str]:
+    """Return {operator: module path} of the operators of one name that modules of one class call."""
+    paths = {node: calling_module(node) for node in nodes if op_name(node) == name}
+    return {node: path for node, path in paths.items() if path is not None and isinstance(model.get_submodule(path), kind)}
 
 
 def _batch_norms(nodes: Sequence[Node], model: nn.Module) -> dict[Node, str]:

@@ -99,7 +99,7 @@ def view_sizes(model: nn.Module) -> dict[str, list[list[list[int]]]]:
     for path, module in model.named_modules():
         hook = module._forward_pre_hooks.get(_KEY)
         if hook is not None:
-            mode: Any = hook.__self__  # type: ignore[attr-defined]
+            mode: Any = hook.__self__
             found[path] = [[list(dense), list(now)] for dense, now in mode.entries]
     return found
 

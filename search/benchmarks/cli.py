@@ -228,10 +228,10 @@ def speed_command(
 
 
 def support(
-    models: Annotated[list[str] | None, typer.Argument(help="torchvision classifiers; default: all.")] = None,
+    models: Annotated[list[str] | None, typer.Argument(help="Names in SUPPORT.md; default: all.")] = None,
     output: Annotated[Path, typer.Option(help="Table to write; rows of other models are kept.")] = Path("SUPPORT.md"),
 ) -> None:
-    """Analyze, slice, compare and train torchvision's classifiers, and rewrite the support matrix. All take 15 minutes."""
+    """Analyze, slice, compare and train models of torchvision and timm, and rewrite the support matrix. All take an hour."""
     from secateur.search.benchmarks.support import run_support
 
     run_support(models or None, output)

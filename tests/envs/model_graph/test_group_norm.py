@@ -59,3 +59,21 @@ def test_norms_with_groups_of_several_sizes_share_the_units_that_suit_all():
 def test_one_group_is_frozen():
     graph = analyze(Residual(inner=1).eval(), (IMAGES,))
     assert {f.layer: f.reason for f in graph.frozen}["conv1"] == "group_norm takes statistics over channels"
+
+
+def test_attributes_of_norms_without_tensors_change_once():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+            self.group, self.instance = nn.GroupNorm(4, 8, affine=False), nn.InstanceNorm2d(8)
+
+        def forward(self, x):
+            x = self.group(self.first(x)) + self.group(self.second(x))
+            return self.head(F.relu(self.instance(x)).mean((2, 3)))
+
+    model = Twice().eval()
+    graph = analyze(model, (IMAGES,))
+    sliced = slice_model(model, graph, [np.array([1, 3])])
+    found = (sliced.group.num_groups, sliced.group.num_channels, sliced.instance.num_features)
+    assert found == (2, 4, 4)

@@ -17,7 +17,7 @@ from secateur.envs.policy_space import PolicySpace, SpaceConfig
 from secateur.envs.pruning.slicing import masked_model, resize_model, slice_model
 from secateur.envs.quantization.quantizers.uniform import Uniform
 from secateur.envs.recovery.least_squares import LeastSquares
-from secateur.search.benchmarks.support import slicing_error
+from secateur.search.benchmarks.support import random_inputs, slicing_error
 from tests.envs.small_networks import SMALL_NETWORKS, small_network
 
 
@@ -356,7 +356,8 @@ def test_families_of_networks_are_sliced_exactly(name):
     kept = [np.arange(max(1, round(group.units * 0.7))) for group in found.graph.groups]
     if name == "vit":
         assert [group.units for group in found.graph.groups] == [2, 24, 2, 24], "heads and MLP widths"
-    assert found.graph.groups and slicing_error(found.model, found.graph, kept, found.size) <= 1e-5
+    inputs = random_inputs([torch.zeros(1, 3, found.size, found.size)])
+    assert found.graph.groups and slicing_error(found.model, found.graph, kept, inputs) <= 1e-5
 
 
 def test_layers_go_by_the_names_of_their_weights():

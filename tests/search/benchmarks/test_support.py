@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 import pytest
+import torch
 
 from secateur.cost_models.core import InputError
 from secateur.envs.tasks.synthetic import synthetic_net
 from secateur.search.benchmarks import support
-from secateur.search.benchmarks.support import SupportRow, check_model, classifiers, support_matrix
+from secateur.search.benchmarks.support import SupportRow, check_model, support_matrix
+from secateur.search.benchmarks.support_models import CheckedModel, build_checked, classifiers, others
 
 
 class Pool:
@@ -80,15 +83,41 @@ def test_a_small_model_passes():
 
 
 def test_a_model_that_slicing_changes_fails(monkeypatch):
-    monkeypatch.setattr(support, "build_classifier", lambda name: (synthetic_net().eval(), 8, 1e6))
+    checked = CheckedModel(synthetic_net().eval(), (torch.zeros(1, 3, 8, 8),), 1e6)
+    monkeypatch.setattr(support, "build_checked", lambda name: checked)
     assert check_model("small").failure is None
     monkeypatch.setattr(support, "slicing_error", lambda *arguments: 0.5)
     assert check_model("small").failure == "the sliced network differs by 5.0e-01"
 
 
+def test_models_for_other_tasks_have_a_table_of_their_own(tmp_path, check):
+    output = tmp_path / "SUPPORT.md"
+    check(lambda name: SupportRow(name, None, groups=7, layers=(3, 4), onnx="1e-06"))
+    list(support_matrix(["alexnet", "flow/raft_small", "segmentation/fcn_resnet50"], output))
+    list(support_matrix(["vgg16"], output))
+    first, second = output.read_text().split("## timm, segmentation")
+    assert "2 of 2 models pass" in first and "2 of 2 models pass" in second
+    assert "| flow/raft_small | ok |" in second and "| 3 of 4 |" in second and "| 1e-06 |" in second
+
+
+def test_a_model_for_another_task_passes_and_is_exported(monkeypatch):
+    checked = CheckedModel(synthetic_net().eval(), (torch.zeros(1, 3, 8, 8),))
+    monkeypatch.setattr(support, "build_checked", lambda name: checked)
+    row = check_model("segmentation/small")
+    assert row.failure is None and float(row.onnx) < 1e-4 and 0 < row.pruned_macs < 1
+    assert row.layers[0] == row.layers[1] > 1
+
+
+def test_the_second_table_holds_torchvision_models_and_those_of_timm_where_it_is_installed(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert len(others()) == 16 and len(build_checked("flow/raft_small").inputs) == 2
+    with pytest.raises(InputError, match="needs timm"):
+        next(support_matrix(["timm/vit_tiny_patch16_224"], Path("SUPPORT.md")))
+
+
 @pytest.mark.matrix
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", classifiers())
-def test_every_classifier_is_supported(name, tmp_path):
+@pytest.mark.parametrize("name", [*classifiers(), *others()])
+def test_every_model_is_supported(name, tmp_path):
     (row,) = support_matrix([name], tmp_path / "SUPPORT.md")
     assert row.failure is None, row.failure
