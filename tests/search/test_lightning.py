@@ -56,10 +56,8 @@ def small(tmp_path_factory):
 
 
 def fitted(module, folder):
-    trainer = pl.Trainer(
-        max_epochs=6, accelerator="cpu", logger=False, enable_checkpointing=True, default_root_dir=folder, enable_progress_bar=False,
-        enable_model_summary=False,
-    )  # fmt: skip
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(max_epochs=6, accelerator="cpu", default_root_dir=folder, **quiet)
     trainer.fit(module, DataLoader(TensorDataset(IMAGES, TARGETS), batch_size=64))
     return trainer
 
