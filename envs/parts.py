@@ -21,18 +21,19 @@ from torch.utils import _pytree as pytree
 from secateur.cost_models.core import InputError
 from secateur.envs.inputs import Arguments, Inputs, Signature, call_model, tensors_of_inputs
 from secateur.envs.metric import Metric
-from secateur.envs.tasks.core import Batch, Metrics, Model, Stop, Task, relative_error
+from secateur.envs.tasks.core import Batch, Metrics, Model, Stop, Task, all_samples, relative_error, tensors_of
+from secateur.envs.tasks.functions import FunctionTask
 
 
 class Parts(nn.Module):
-    """Some submodules of a model under their own names, each called with its own tensors.
+    """Some submodules of a model under their own names, each called with its own tensors, as often as the whole calls it.
 
     Args:
         whole: the model.
-        signatures: {path of a submodule: how it is called}.
+        signatures: {path of a submodule: how it is called, one signature for each call in a batch}.
     """
 
-    def __init__(self, whole: nn.Module, signatures: Mapping[str, Signature]):
+    def __init__(self, whole: nn.Module, signatures: Mapping[str, tuple[Signature, ...]]):
         super().__init__()
         self.signatures = dict(signatures)
         for path in signatures:
@@ -45,34 +46,58 @@ class Parts(nn.Module):
             home.add_module(name, whole.get_submodule(path))
 
     def forward(self, *tensors: Tensor) -> dict[str, Any]:
-        """Return {path: outputs}.
+        """Return {path: outputs}; a list of outputs for a part that is called several times.
 
         Args:
-            tensors: of all parts, one part after the other.
+            tensors: of all parts, one part after the other, and of each part one call after the other.
         """
-        outputs, start = {}, 0
-        for path, signature in self.signatures.items():
-            args, kwargs = signature.arguments(tensors[start : start + signature.count])
-            outputs[path] = self.get_submodule(path)(*args, **kwargs)
-            start += signature.count
+        outputs: dict[str, Any] = {}
+        start = 0
+        for path, signatures in self.signatures.items():
+            found = []
+            for signature in signatures:
+                args, kwargs = signature.arguments(tensors[start : start + signature.count])
+                found.append(self.get_submodule(path)(*args, **kwargs))
+                start += signature.count
+            outputs[path] = found if len(found) > 1 else found[0]
         return outputs
 
 
 class _OnePart(nn.Module):
     """One part of a module that runs all of them together, such as an exported file; the others get zeros."""
 
-    def __init__(self, run: Model, signatures: Mapping[str, Signature], path: str, example: Inputs):
+    def __init__(self, run: Model, signatures: Mapping[str, tuple[Signature, ...]], path: str, example: Inputs):
         super().__init__()
-        self.run, self.signatures, self.path, self.example = run, signatures, path, example
+        self.run, self.path, self.calls = run, path, len(signatures[path])
+        self.places = _places(signatures, tensors_of_inputs(example))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         own = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        tensors, start = [], 0
-        for path, signature in self.signatures.items():
-            shapes = tensors_of_inputs(self.example)[start : start + signature.count]
-            tensors += own if path == self.path else [x.new_zeros(len(own[0]), *x.shape[1:]) for x in shapes]
+        number = self._call_like(own)
+        tensors: list[Tensor] = []
+        for (path, index), examples in self.places.items():
+            here = (path, index) == (self.path, number)
+            tensors += own if here else [x.new_zeros(len(own[0]), *x.shape[1:]) for x in examples]
+        found = self.run(*tensors)[self.path]
+        return found[number] if self.calls > 1 else found
+
+    def _call_like(self, own: Sequence[Tensor]) -> int:
+        """Return the number of the call whose tensors have these shapes; 0 if none has: sizes may be free."""
+        shapes = [x.shape[1:] for x in own]
+        calls = range(self.calls)
+        return next((n for n in calls if [x.shape[1:] for x in self.places[self.path, n]] == shapes), 0)
+
+
+def _places(
+    signatures: Mapping[str, tuple[Signature, ...]], tensors: Sequence[Tensor]
+) -> dict[tuple[str, int], Sequence[Tensor]]:
+    """Return {(path, number of the call): its tensors}, in the order of all tensors."""
+    found, start = {}, 0
+    for path, calls in signatures.items():
+        for number, signature in enumerate(calls):
+            found[path, number] = tensors[start : start + signature.count]
             start += signature.count
-        return self.run(*tensors)[self.path]
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,9 +129,13 @@ class PartTask:
         return self.task.samples(split)
 
     def batches(self, split: str, size: int | None = None) -> Iterator[Batch]:
-        """Return what the parts get inside the dense whole, batch by batch; there are no targets."""
+        """Return what the parts get inside the dense whole, batch by batch; targets are the numbers of the whole's samples."""
+        start = 0
         for inputs, _ in self.task.batches(split, size):
-            yield Batch(capture(self.whole, self.parts.signatures, inputs)[1])
+            found = capture(self.whole, self.parts.signatures, inputs)[1]
+            one_each = len(found) == len(inputs)  # a head for regions gets several samples of each image
+            yield Batch(found, torch.arange(start, start + len(inputs)) if one_each else torch.full((len(found),), -1))
+            start += len(inputs)
 
     def evaluate(self, model: Model, split: str, stop: Stop | None = None) -> Metrics:
         """Return the scores of the whole with these parts in it."""
@@ -114,12 +143,33 @@ class PartTask:
             return self.task.evaluate(whole, split, stop)
 
     def loss(self, model: Model, batch: Batch) -> Tensor:
-        """Raise InputError: the loss of the whole cannot be computed from the inputs of its parts.
+        """Return the loss of the whole with these parts in it, a scalar with gradients for the parts only.
 
-        Raises:
-            InputError: always.
+        Without one, `sampled_loss` of the parts' outputs takes its place.
+
+        Args:
+            model: other `Parts`.
+            batch: calibration samples, from `batches`.
         """
-        raise InputError("A training loss is not available for parts of a model. Choose an importance that needs none.")
+        assert isinstance(model, Parts), "files have no gradients"
+        if isinstance(self.task, FunctionTask) and self.task.training_loss is None:
+            return sampled_loss(call_model(model, batch.inputs), int(batch.targets[0]))
+        inputs, targets = all_samples(self.task, "calibration")
+        if targets is None or int(batch.targets.min()) < 0:
+            raise InputError(
+                "The training loss of the whole needs targets, one tensor per batch, and parts whose samples are those of the "
+                "whole. Choose an importance that needs no loss, such as `second_order`."
+            )
+        own = {id(parameter) for parameter in model.parameters()}
+        with self.inserted(model) as whole:
+            others = [p for p in whole.parameters() if p.requires_grad and id(p) not in own]
+            try:
+                for parameter in others:
+                    parameter.requires_grad_(False)
+                return self.task.loss(whole, Batch(inputs[batch.targets], targets[batch.targets]))
+            finally:
+                for parameter in others:
+                    parameter.requires_grad_(True)
 
     def check(self, outputs: Any) -> None:
         """Accept all outputs: those of the whole were checked."""
@@ -165,7 +215,7 @@ def take_parts(task: Task, whole: nn.Module, paths: Sequence[str]) -> tuple[Part
         whole: the model, in eval mode; its submodules are shared, not copied.
         paths: of the submodules.
     Raises:
-        InputError: if there is no such submodule, one is inside another, or the whole does not call it once per batch.
+        InputError: if there is no such submodule, one is inside another, or the whole never calls it.
     """
     known = dict(whole.named_modules())
     for path in paths:
@@ -180,12 +230,39 @@ def take_parts(task: Task, whole: nn.Module, paths: Sequence[str]) -> tuple[Part
     return PartTask(task, whole, parts), parts
 
 
+def sampled_loss(outputs: Any, seed: int) -> Tensor:
+    """Return a loss for outputs without targets: its squared gradient estimates how much the relative squared error would grow.
+
+    The error itself has no gradient at the dense model, where it is zero. To second order in a change d of the weights it is the
+    mean of (J d)^2 / variance over the outputs, with their Jacobian J; for standard normal numbers e, the expectation of
+    (sum of e J d / deviation)^2 is the sum of these squares. This is the Fisher information of a normal distribution around the
+    outputs, with one sample per batch.
+
+    Args:
+        outputs: a tree of tensors (samples, ...).
+        seed: of the normal numbers.
+    """
+    generator, tensors = torch.Generator().manual_seed(seed), tensors_of(outputs)
+    terms = []
+    for y in tensors:
+        noise = torch.randn(y.shape, generator=generator)
+        deviation = y.detach().var(correction=0).clamp_min(1e-12).sqrt()
+        terms.append((noise * y).sum() / (deviation * (y.numel() * len(tensors)) ** 0.5))
+    return torch.stack(terms).sum()
+
+
 @torch.no_grad()
-def capture(whole: nn.Module, paths: Sequence[str] | Mapping[str, Any], inputs: Inputs) -> tuple[dict[str, Signature], Inputs]:
+def capture(
+    whole: nn.Module, paths: Sequence[str] | Mapping[str, tuple[Signature, ...]], inputs: Inputs
+) -> tuple[dict[str, tuple[Signature, ...]], Inputs]:
     """Return how the parts are called inside the whole, and their tensors one after the other.
 
+    Args:
+        whole: the model.
+        paths: of the parts; with the signatures of another batch, the calls must be as many.
+        inputs: a batch of the whole.
     Raises:
-        InputError: if a part is not called exactly once, or its tensors do not have the samples as their first axis.
+        InputError: if a part is not called, or as often as in the other batch, or if its tensors do not have the same first axis.
     """
     calls: dict[str, list[tuple[Any, Any]]] = {path: [] for path in paths}
 
@@ -201,17 +278,21 @@ def capture(whole: nn.Module, paths: Sequence[str] | Mapping[str, Any], inputs: 
     tensors: list[Tensor] = []
     signatures = {}
     for path, found in calls.items():
-        if len(found) != 1:
-            times = "never calls it" if not found else f"calls it {len(found)} times"
-            raise InputError(f"`model.part: {path}`: the model {times} for one batch; a part must be called once.")
-        signatures[path] = Signature.of(*found[0])
-        tensors += [leaf for leaf in pytree.tree_leaves(found[0]) if isinstance(leaf, Tensor)]
+        if not found:
+            raise InputError(f"`model.part: {path}`: the model never calls it. Name a part that its forward pass uses.")
+        if isinstance(paths, Mapping) and len(found) != len(paths[path]):
+            raise InputError(
+                f"`model.part: {path}`: the model calls it {len(paths[path])} times for one batch and {len(found)} times for "
+                "another; the number of calls must not depend on the data."
+            )
+        signatures[path] = tuple(Signature.of(*call) for call in found)
+        tensors += [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
     lengths = {len(x) if x.dim() else 0 for x in tensors}
     if len(lengths) != 1:
         shown = ", ".join(map(str, sorted(lengths)))
         raise InputError(
-            f"`model.part: {', '.join(paths)}`: the first axes of its inputs differ ({shown}); they must be the "
-            "samples of the batch."
+            f"`model.part: {', '.join(paths)}`: the first axes of the inputs differ ({shown}); they must be the samples of the "
+            "batch. A part with another first axis, such as a head for regions, can be named alone."
         )
     clones = tuple(x.detach().clone() for x in tensors)
     return signatures, clones[0] if len(clones) == 1 else Arguments(clones)

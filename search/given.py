@@ -19,6 +19,7 @@ from secateur.envs.tasks.core import Batch, first_outputs
 from secateur.envs.tasks.functions import (
     Evaluate,
     FunctionTask,
+    check_divergence,
     check_functions,
     divergence_task,
     example_inputs,
@@ -90,10 +91,12 @@ def make_given(
     check_weights(dense, f"The model, {type(model).__name__},")
     make_weights_plain(dense)
     example, compare = example_inputs(dense, inputs), divergence or output_divergence
-    first_outputs(dense, example, "Check `inputs`.")
+    outputs = first_outputs(dense, example, "Check `inputs`.")
+    if divergence is not None:
+        check_divergence(divergence, outputs)
     batches = read_loader(calibration, example, samples, list(inspect.signature(dense.forward).parameters))
     if evaluate is None:
-        return Given(dense, example, divergence_task(dense, batches, compare))
+        return Given(dense, example, divergence_task(dense, batches, compare, loss))
     assert metric is not None
     task = FunctionTask(metric, batches, evaluate, test, loss, compare)
     if check:

@@ -3,6 +3,7 @@
 import ast
 import re
 import shlex
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,8 @@ from typer.main import get_command
 
 import secateur
 from secateur.cost_models.core import InputError
+from secateur.envs.tasks.models import build_model
+from secateur.envs.tasks.registry import TASKS
 from secateur.envs.tasks.splits import Split, TaskData
 from secateur.search.benchmarks.documentation import imports, pages, picture, reference, tables
 from secateur.search.cli import app
@@ -294,6 +297,89 @@ def test_the_program_for_ones_own_model_works(tmp_path, monkeypatch):
     sizes = [sum(p.numel() for p in network.parameters()) for network in (small, defined["model"])]
     assert best.verified and type(small) is defined["Net"] and sizes[0] < 0.5 * sizes[1]
     assert defined["accuracy"](slice(1400, None))(small) == pytest.approx(best.test_score)
+
+
+OWN = """
+from torch import nn
+
+def body(inputs, *last):
+    return nn.Sequential(nn.Conv2d(inputs, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 16, 3, padding=1), nn.ReLU(), *last)
+
+def classifier():
+    return body(3, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
+
+def segmenter():
+    return body(3, nn.Conv2d(16, 4, 1))
+
+def upscaler():
+    return body(1, nn.Conv2d(16, 4, 3, padding=1), nn.PixelShuffle(2))
+
+def regressor():
+    return nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 1))
+"""
+BOXES = """
+import numpy as np
+from secateur.envs.tasks.splits import Split, TaskData
+
+def load(root, **counts):
+    boxes = np.tile(np.float32([40, 40, 200, 160, 3]), (4, 1, 1))
+    split = Split(np.zeros((4, 3, 320, 320), np.float32), boxes)
+    names = tuple(map(str, range(10)))
+    return TaskData(split, split, split, None, (0.0,) * 3, (1.0,) * 3, 10, names, f"boxes of {root}")
+"""
+
+
+@pytest.fixture
+def own_files(tmp_path, monkeypatch):
+    """The user's files that docs/tasks.md names, in the working directory."""
+    numbers = np.random.default_rng(0)
+    images, small = numbers.integers(0, 255, (64, 16, 16, 3), np.uint8), numbers.random((64, 1, 16, 16), np.float32)
+    arrays = {
+        "classes": (images, np.arange(64) % 4),
+        "pixels": (images, numbers.integers(0, 4, (64, 16, 16))),
+        "images": (small, small.repeat(2, 2).repeat(2, 3)),
+        "numbers": (numbers.random((64, 12), np.float32), numbers.random((64, 1), np.float32)),
+    }
+    for name, (x, y) in arrays.items():
+        np.savez(tmp_path / f"{name}.npz", x_test=x, y_test=y)
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "boxes.py").write_text(BOXES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("own", "boxes"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return tmp_path
+
+
+def task_configurations():
+    """{task: its configuration in docs/tasks.md}."""
+    found = [yaml.safe_load(text) for text in blocks(ROOT / "docs" / "tasks.md", "yaml")]
+    return {values["task"]: values for values in found if isinstance(values["task"], str)}
+
+
+def test_every_task_has_a_configuration():
+    assert set(task_configurations()) == set(TASKS)
+
+
+@pytest.mark.parametrize("task", sorted(set(TASKS) - {"detection"}))
+def test_the_configuration_of_each_task_works(own_files, task):
+    torch.manual_seed(0)
+    changes = {"search": {"agent": "uniform", "evaluations": 1, "workers": 0}, "finalize.verify": False}
+    run = secateur.search(task_configurations()[task], changes)
+    metric = run.document["metric"]["name"]
+    assert f"{metric}_drop" in task_configurations()[task]["budgets"]["camera"]
+    assert np.isfinite(run.best().test_score) and run.best().costs["macs"] <= 0.6 * run.document["dense"]["costs"]["macs"]
+
+
+@pytest.mark.slow
+def test_the_configuration_of_detection_works(own_files):
+    pytest.importorskip("torchmetrics.detection", reason="mAP needs the extra `metrics`")
+    config = task_configurations()["detection"]
+    network = build_model(config["model"]["factory"], config["model"]["args"])
+    torch.save(network.state_dict(), own_files / "ssdlite.pth")
+    found = secateur.inspect(config)
+    assert found.task.metric.name == "map" and found.graph.groups and all(row.satisfiable for row in found.feasibility)
+    assert {layer.name.partition(".")[0] for layer in found.graph.geometry.layers} == {"backbone", "head"}
 
 
 def test_the_plugins_that_extending_shows_work(toy):

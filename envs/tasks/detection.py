@@ -6,6 +6,8 @@ union 0.50, 0.55, ... 0.95, the mean over thresholds and classes. Computed by to
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -13,6 +15,8 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from secateur.cost_models.core import InputError
 from secateur.envs.inputs import ImageList, call_model, tensors_of_inputs
@@ -85,7 +89,9 @@ class Detection(SupervisedTask):
     def loss(self, model: Model, batch: Batch) -> Tensor:
         """Return the sum of the losses that torchvision's detectors return in training mode."""
         (images,) = tensors_of_inputs(batch.inputs)
-        return torch.stack(list(model(list(images), self.annotations(batch.targets)).values())).sum()
+        with _giving_losses(model):
+            losses = model(list(images), self.annotations(batch.targets))
+        return torch.stack(list(losses.values())).sum()
 
     def check(self, outputs: Any) -> None:
         """Raise InputError unless the targets are boxes, and there is a dict of boxes, labels and scores for each image."""
@@ -100,6 +106,21 @@ class Detection(SupervisedTask):
                 "A model for `task: detection` must return a list with {boxes, labels, scores} of each image, as torchvision's "
                 f"detectors do, but returns {type(outputs).__name__}."
             )
+
+
+@contextmanager
+def _giving_losses(model: Model) -> Iterator[None]:
+    """Let a detector return its losses, as in training; batch norms and dropout stay as they are."""
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    before = [module.training for module in modules]
+    try:
+        for module in modules:
+            if not isinstance(module, _BatchNorm | _DropoutNd):
+                module.training = True
+        yield
+    finally:
+        for module, training in zip(modules, before, strict=True):
+            module.training = training
 
 
 def _mean_average_precision() -> Any:

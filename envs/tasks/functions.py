@@ -32,6 +32,9 @@ from secateur.envs.tasks.core import Batch, Metrics, Model, Stop, kl_divergence,
 Evaluate = Callable[[Any], float]
 """Scores a model: takes a module in eval mode and returns one number."""
 
+Loss = Callable[[nn.Module, Batch], Tensor]
+"""Training loss of a model on a batch."""
+
 
 def output_divergence(reference: Any, outputs: Any) -> Tensor:
     """Return how far outputs are from the dense model's, (samples,).
@@ -61,7 +64,7 @@ class FunctionTask:
     given: tuple[Batch, ...]
     evaluate_validation: Evaluate
     evaluate_test: Evaluate | None = None
-    training_loss: Callable[[nn.Module, Batch], Tensor] | None = None
+    training_loss: Loss | None = None
     compare: Callable[[Any, Any], Tensor] = output_divergence
 
     @property
@@ -101,11 +104,17 @@ class FunctionTask:
         """Return the training loss of a batch.
 
         Raises:
-            InputError: if there is none.
+            InputError: if there is none, the function fails, or returns anything but one number with gradients.
         """
         if self.training_loss is None:
             raise InputError("A training loss is needed: pass `loss`, a function of the model and a batch (inputs, targets).")
-        return self.training_loss(model, batch)  # type: ignore[arg-type]
+        try:
+            loss = self.training_loss(model, batch)  # type: ignore[arg-type]
+        except Exception as error:  # the user's function runs arbitrary code
+            raise InputError(f"`loss` failed for a {type(model).__name__}: {type(error).__name__}: {error}") from error
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise InputError(f"`loss` must return one number with gradients, but returned {_shown(loss)}.")
+        return loss.sum()
 
     def divergence(self, reference: Any, outputs: Any) -> Tensor:
         """Return how far outputs are from a reference model's, (samples,)."""
@@ -133,15 +142,17 @@ def _number(score: Any, name: str) -> float:
             raise TypeError("text is no score, even if it holds digits")
         value = float(score)
     except (TypeError, ValueError):
-        shown = (
-            f"a tensor of shape {tuple(score.shape)}" if isinstance(score, Tensor) else f"{type(score).__name__} {score!r:.60}"
-        )
-        raise InputError(f"`{name}` must return one number, but returned {shown}.") from None
-    if isinstance(score, str | bytes):
-        raise InputError(f"`{name}` must return one number, but returned the text {score!r:.60}.")
+        raise InputError(f"`{name}` must return one number, but returned {_shown(score)}.") from None
     if not math.isfinite(value):
         raise InputError(f"`{name}` returned {value}, which is no score. Check the model and the data of `{name}`.")
     return value
+
+
+def _shown(value: Any) -> str:
+    """Return a value in a few words."""
+    if not isinstance(value, Tensor) or (value.numel() == 1 and not value.requires_grad):
+        return f"{type(value).__name__} {value!r:.60}"
+    return f"a tensor of shape {tuple(value.shape)}"
 
 
 @dataclass(frozen=True)
@@ -230,7 +241,7 @@ def read_loader(loader: Iterable[Any], example: Inputs, samples: int, names: Seq
         iterator = iter(loader)
     except TypeError:
         raise InputError(f"`calibration` must be a loader or a list of batches, but is {type(loader).__name__}.") from None
-    for item in iterator:
+    for item in _items(iterator):
         batch = _batch_of(item, example, names)
         batches.append(Batch(batch.inputs[:left], batch.targets if len(batch.inputs) <= left else _first(batch.targets, left)))
         left -= len(batches[-1].inputs)
@@ -239,6 +250,22 @@ def read_loader(loader: Iterable[Any], example: Inputs, samples: int, names: Seq
     if not batches:
         raise InputError("`calibration` yields no batch. If it is a generator that was read before, pass a list.")
     return tuple(batches)
+
+
+def _items(iterator: Iterator[Any]) -> Iterator[Any]:
+    """Yield the items of the user's loader.
+
+    Raises:
+        InputError: if the loader fails.
+    """
+    while True:
+        try:
+            item = next(iterator)
+        except StopIteration:
+            return
+        except Exception as error:  # the user's data set runs arbitrary code
+            raise InputError(f"`calibration` failed: {type(error).__name__}: {error}") from error
+        yield item
 
 
 def _batch_of(item: Any, example: Inputs, names: Sequence[str]) -> Batch:
@@ -292,7 +319,23 @@ def _first(targets: Any, count: int) -> Any:
     return targets[:count] if isinstance(targets, Tensor) else None
 
 
-def divergence_task(model: nn.Module, given: Sequence[Batch], compare: Callable[[Any, Any], Tensor]) -> FunctionTask:
+def check_divergence(compare: Callable[[Any, Any], Tensor], outputs: Any) -> None:
+    """Check the user's divergence on the dense model's outputs for one sample.
+
+    Raises:
+        InputError: if it fails, or does not return one finite number per sample.
+    """
+    try:
+        found = compare(outputs, outputs)
+    except Exception as error:  # the user's function runs arbitrary code
+        raise InputError(f"`divergence` failed on the dense model's outputs: {type(error).__name__}: {error}") from error
+    if not isinstance(found, Tensor) or found.shape != (1,) or not found.isfinite().all():
+        raise InputError(f"`divergence` must return one finite number per sample, shape (1,) here, but returned {_shown(found)}.")
+
+
+def divergence_task(
+    model: nn.Module, given: Sequence[Batch], compare: Callable[[Any, Any], Tensor], loss: Loss | None = None
+) -> FunctionTask:
     """Return the task of staying close to the dense model; half of the samples are calibration, a quarter validation and test.
 
     Raises:
@@ -308,9 +351,13 @@ def divergence_task(model: nn.Module, given: Sequence[Batch], compare: Callable[
         with torch.no_grad():
             return DenseOutputs(tuple((batch, call_model(model, batch)) for batch in part.split(size)), compare)
 
-    calibration = tuple(Batch(batch) for batch in inputs[:half].split(size))
+    parts = inputs[:half].split(size)
+    targets: Sequence[Any] = [None] * len(parts)
+    if all(isinstance(batch.targets, Tensor) and len(batch.targets) == len(batch.inputs) for batch in given):
+        targets = torch.cat([batch.targets for batch in given])[:half].split(size)
+    calibration = tuple(map(Batch, parts, targets))
     validation, test = scored(inputs[half : half + quarter]), scored(inputs[half + quarter :])
-    return FunctionTask(DIVERGENCE, calibration, validation, test, compare=compare)
+    return FunctionTask(DIVERGENCE, calibration, validation, test, loss, compare)
 
 
 def check_functions(task: FunctionTask, model: nn.Module) -> None:

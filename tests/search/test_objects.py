@@ -146,7 +146,12 @@ def changes_weights(m):
     return 0.5
 
 
-def raises(m):
+def changes_statistics(m):
+    m.train()
+    return float(m(IMAGES[:8] + 1, VECTORS[:8])["scores"].mean())
+
+
+def raises(*arguments):
     raise KeyError("no such image")
 
 
@@ -159,6 +164,7 @@ def raises(m):
         (lambda m: "0.93", "must return one number, but returned str '0.93'"),
         (lambda m: None, "must return one number, but returned NoneType None"),
         (changes_weights, "`evaluate` changes the model: `head.weight` differs after the call"),
+        (changes_statistics, "`evaluate` changes the model: `image.1.running_mean` differs after the call"),
     ],
 )
 def test_functions_that_cannot_be_used_are_named(model, evaluate, words):
@@ -166,6 +172,22 @@ def test_functions_that_cannot_be_used_are_named(model, evaluate, words):
         secateur.search(
             TwoInputs(), inputs=(IMAGES[:1], VECTORS[:1]), calibration=BATCHES, evaluate=evaluate, metric=ACCURACY, **SMALL
         )
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"loss": raises}, "`loss` failed for a TwoInputs: KeyError"),
+        ({"loss": lambda m, batch: 1.0}, "`loss` must return one number with gradients, but returned float 1.0"),
+        ({"loss": lambda m, batch: m(*batch.inputs)["scores"]}, r"with gradients, but returned a tensor of shape \(32, 3\)"),
+        ({}, "A training loss is needed: pass `loss`"),
+        ({"divergence": raises}, "`divergence` failed on the dense model's outputs: KeyError"),
+        ({"divergence": lambda a, b: (a["scores"] - b["scores"]).mean()}, r"one finite number per sample, shape \(1,\) here"),
+    ],
+)
+def test_losses_and_divergences_that_cannot_be_used_are_named(model, given, words):
+    with pytest.raises(secateur.InputError, match=words):
+        secateur.search(model, inputs=(IMAGES[:1], VECTORS[:1]), calibration=BATCHES, importance="taylor", **given, **SMALL)
 
 
 def is_small(m):
@@ -208,6 +230,7 @@ def test_a_metric_in_the_wrong_direction_is_found(model):
         ([(IMAGES[:4],)], r"yields \(4, 1, 8, 8\) torch.float32"),
         ([(IMAGES[:4, :, :7], VECTORS[:4])], r"\(N, 1, 8, 8\) torch.float32.*yields \(4, 1, 7, 8\)"),
         (7, "must be a loader or a list of batches, but is int"),
+        (map(raises, [1]), "`calibration` failed: KeyError: 'no such image'"),
     ],
 )
 def test_loaders_that_cannot_be_used_are_named(model, calibration, words):

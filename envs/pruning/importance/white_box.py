@@ -104,7 +104,10 @@ class _MaskedModel:
     def __init__(self, dense: DenseModel) -> None:
         self.model = copy.deepcopy(dense.model).eval().requires_grad_(False)
         with torch.no_grad():
-            self.classes = call_model(self.model, dense.first_images(1)).shape[1]
+            scores = call_model(self.model, dense.first_images(1))
+        if not isinstance(scores, Tensor) or scores.dim() != 2:
+            raise InputError("`importance: white_box` needs a model that returns class scores. Choose another importance.")
+        self.classes = scores.shape[1]
         self.coefficients = torch.empty(0, self.classes)
         self.masks: dict[str, Tensor] = {}
         for group in dense.graph.groups:

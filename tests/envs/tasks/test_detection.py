@@ -80,3 +80,29 @@ def test_the_parts_of_torchvisions_detectors_are_found():
     with torch.no_grad():
         outputs = parts(*inputs)
     assert set(outputs["head"]) == {"cls_logits", "bbox_regression", "bbox_ctrness"} and len(outputs["head"]["cls_logits"]) == 2
+
+
+class Training(nn.Module):
+    """Returns losses in training only, as torchvision's detectors do; its batch norm must stay in evaluation."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.head = nn.BatchNorm2d(3), nn.Conv2d(3, 1, 1)
+
+    def forward(self, images, targets=None):
+        found = self.head(self.norm(torch.stack(images))).mean()
+        if not self.training:
+            return [{"boxes": found} for _ in images]
+        boxes = torch.cat([target["boxes"] for target in targets])
+        return {"boxes": (found - boxes).abs().mean(), "labels": found**2}
+
+
+def test_a_detector_in_evaluation_gives_its_loss_and_stays_as_it_is():
+    """Importances need the loss of a model in evaluation."""
+    detector = Training().eval()
+    before = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
+    batch = next(task().batches("calibration"))
+    loss = task().loss(detector, batch)
+    loss.backward()
+    assert detector.head.weight.grad.any() and not any(module.training for module in detector.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in detector.state_dict().items())
