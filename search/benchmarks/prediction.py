@@ -32,7 +32,7 @@ from secateur.envs.core import Budget, CompressionPolicy, InputError
 from secateur.envs.evaluator import processor_has_bfloat16
 from secateur.envs.tasks.data import REST, Split, load_data
 from secateur.envs.tasks.supervised import SupervisedTask
-from secateur.envs.tasks.training import FineTuning, fine_tune
+from secateur.envs.training.fine_tuning import FineTuning, fine_tune
 from secateur.search.benchmarks.policies import choose_budget, random_policies
 from secateur.search.benchmarks.records import Records, Row, config_record
 from secateur.search.benchmarks.recovery_settings import RECOVERY_SETTINGS, calibrated_problem, with_recoveries
