@@ -4,6 +4,7 @@
     resume(run)                 continue an interrupted run, or extend a finished one
     load_run(folder)            the `Run` in a folder: front and trials as tables, winners, exports
     ask(run, budget)            policies for any budget from the agent of a finished run
+    finalize(run, epochs=...)   train the winners with distillation from the dense model, export and verify them
     export(run, budget=...)     write compressed models: JSON, safetensors, ONNX
     verify(folder)              check what an export promises, from its files
     load_compressed(folder)     the exported model as a torch.nn.Module
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from secateur.search.export.verify import verify_export as verify
     from secateur.search.inspection import inspect
     from secateur.search.profiling.profile_run import profile
-    from secateur.search.run.handle import Run, load_run, resume, search
+    from secateur.search.run.handle import Run, finalize, load_run, resume, search
 
 __version__ = "0.1.0"
 
@@ -43,6 +44,7 @@ __all__ = [
     "__version__",
     "ask",
     "export",
+    "finalize",
     "inspect",
     "load_compressed",
     "load_config",
@@ -59,6 +61,7 @@ _HOMES = {
     "Run": "secateur.search.run.handle:Run",
     "ask": "secateur.search.ask:ask",
     "export": "secateur.search.export.run_exports:export",
+    "finalize": "secateur.search.run.handle:finalize",
     "inspect": "secateur.search.inspection:inspect",
     "load_compressed": "secateur.search.export.load:load_compressed",
     "load_config": "secateur.search.config:load_config",

@@ -82,12 +82,12 @@ class Watch:
     Attributes:
         batch: called after every batch.
         epoch: called after every epoch, when its checkpoint is written; after a resumption first for the earlier epochs.
-        score: network in eval mode -> its score on the validation split; None: it is not scored.
+        score: network in eval mode -> its score on the validation split, or None; None: it is not scored.
     """
 
     batch: Callable[[BatchProgress], None] = lambda progress: None
     epoch: Callable[[EpochRecord], None] = lambda record: None
-    score: Callable[[nn.Module], float] | None = None
+    score: Callable[[nn.Module], float | None] | None = None
 
 
 @dataclass(frozen=True)

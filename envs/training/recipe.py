@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import torch
 
-from secateur.cost_models.core import Count, NonNegative, Positive, Range, check_fields
+from secateur.cost_models.core import NonNegative, Positive, Range, check_fields
 
 LONG = 15
 """Number of epochs from which on a training is long."""
@@ -32,7 +32,7 @@ class DistillationConfig:
     (Hinton et al. 2015, arXiv:1503.02531). Where the outputs are no class scores, the task's divergence stands in for T^2 KL.
 
     Attributes:
-        epochs: number of passes over the training samples. The last epoch counts, never the best one.
+        epochs: number of passes over the training samples; 0: no training. The last epoch counts, never the best one.
         batch_size: largest number of samples per step.
         learning_rate: the largest one; None: 0.0025 for the schedule `cosine`, 0.01 for `one_cycle`.
         schedule: "cosine": the learning rate falls to zero along half a cosine; "one_cycle": it rises from a tenth for 30 % of
@@ -49,7 +49,7 @@ class DistillationConfig:
         seed: random seed for the order of the images, shifts and flips.
     """
 
-    epochs: Count = 5
+    epochs: Annotated[int, Range(least=0)] = 5
     batch_size: Annotated[int, Range(least=2)] = 128
     learning_rate: Annotated[float | None, Range(above=0)] = None
     schedule: Literal["auto", "cosine", "one_cycle"] = "auto"

@@ -200,7 +200,7 @@ def test_schedule_and_rate_can_be_chosen():
 @pytest.mark.parametrize(
     "options",
     [
-        {"epochs": 0}, {"batch_size": 1}, {"learning_rate": 0.0}, {"schedule": "step"}, {"momentum": 1.0}, {"temperature": 0.0},
+        {"epochs": -1}, {"batch_size": 1}, {"learning_rate": 0.0}, {"schedule": "step"}, {"momentum": 1.0}, {"temperature": 0.0},
         {"distillation": 1.5}, {"label_smoothing": 1.0}, {"ema": 1.0}, {"shift": -1}, {"precision": "float16"},
         {"weight_decay": math.nan},
     ],
