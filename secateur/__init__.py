@@ -8,6 +8,7 @@
     export(run, budget=...)     write compressed models: JSON, safetensors, ONNX
     verify(folder)              check what an export promises, from its files
     load_compressed(folder)     the exported model as a torch.nn.Module
+    save_compressed(model, folder)   write and verify it again after training
     inspect(config)             layers, coupled groups, costs, and which budgets can be met
     profile(config)             measure this machine and write a device file
     load_config(source)         the configuration in a file or a dict
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from secateur.search.config import load_config
     from secateur.search.export.load import load_compressed
     from secateur.search.export.run_exports import export
+    from secateur.search.export.save import save_compressed
     from secateur.search.export.verify import verify_export as verify
     from secateur.search.inspection import inspect
     from secateur.search.profiling.profile_run import profile
@@ -51,6 +53,7 @@ __all__ = [
     "load_run",
     "profile",
     "resume",
+    "save_compressed",
     "search",
     "verify",
 ]
@@ -68,6 +71,7 @@ _HOMES = {
     "load_run": "secateur.search.run.handle:load_run",
     "profile": "secateur.search.profiling.profile_run:profile",
     "resume": "secateur.search.run.handle:resume",
+    "save_compressed": "secateur.search.export.save:save_compressed",
     "verify": "secateur.search.export.verify:verify_export",
 }
 """{public name: "module:name" of its definition}."""

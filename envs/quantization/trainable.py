@@ -75,16 +75,15 @@ def make_quantized(network: nn.Module) -> None:
         rounding = _rounding(module)
         if rounding is not None:
             layer: Any = module
-            quantized = rounding.quantize(layer.parametrizations.weight.original)
-            order = [name for name in ("weight", "bias") if name == "weight" or name in layer._parameters]
-            parametrize.remove_parametrizations(layer, "weight")
-            layer._parameters.update({name: layer._parameters.pop(name) for name in order})
-            set_quantized_weight(layer, quantized)
-
-
-def is_trainable(network: nn.Module) -> bool:
-    """Return whether a network is in the trainable form."""
-    return any(_rounding(module) is not None for module in network.modules())
+            master = layer.parametrizations.weight.original
+            # Not torch's `remove_parametrizations`: it changes the class, which deep copies of the module share.
+            layer.__class__ = type(layer).__bases__[0]
+            del layer.parametrizations
+            others = dict(layer._parameters)
+            layer._parameters.clear()
+            layer.weight = nn.Parameter(master.detach(), master.requires_grad)  # the weight comes first, as before
+            layer._parameters.update(others)
+            set_quantized_weight(layer, rounding.quantize(master))
 
 
 def _rounding(module: nn.Module) -> StraightThrough | None:

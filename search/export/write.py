@@ -15,7 +15,8 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -113,27 +114,61 @@ def write_export(
         InputError: if the folder is not free or cannot be written, or the network cannot be exported to ONNX.
         RuntimeError: if the model that is read back computes something else.
     """
-    folder = Path(folder)
-    check_free(folder)
     network = problem.finalist_assembler.assemble(policy) if trained is None else trained.network
+    given = problem.given
+    # The user's own configuration named the factory, so here it is called without a check.
+    factory = problem.config.model.factory if given is None else given.model
+    with draft_of(Path(folder)) as draft:
+        executions = _write_models(draft, problem, policy, network, pt2)
+        document = _document(problem, policy, network, budget, validation, test, executions)
+        document["training"] = None if trained is None else dict(trained.training)
+        write_document(draft, document, Path(folder).name)
+        loaded = load_compressed(draft, factory)
+        check_same_outputs(parts_of(problem.task, loaded), network, first_inputs(problem.task, "validation", 16)[0])
+    return loaded
+
+
+@contextmanager
+def draft_of(folder: Path) -> Iterator[Path]:
+    """Give a folder to write an export to, which becomes `folder` at the end; nothing is left of it if anything fails.
+
+    Raises:
+        InputError: if `folder` is not free or cannot be written.
+    """
+    check_free(folder)
     draft = folder.parent / f".{folder.name}.draft-{os.getpid()}"
     draft.mkdir(parents=True)
     try:
-        executions = _write_models(draft, problem, policy, network, pt2)
-        document = _document(problem, policy, network, budget, validation, test, executions)
-        document["onnx"] = tensor_shapes(draft / ONNX)
-        document["training"] = None if trained is None else dict(trained.training)
-        document["weights_sha256"] = file_checksum(draft / WEIGHTS)
-        document["files"] = {path.name: file_checksum(path) for path in sorted(draft.glob("model.*"))}
-        document["policy_sha256"] = policy_checksum(document)
-        (draft / POLICY).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        (draft / README).write_text(export_readme(document, folder.name), encoding="utf-8")
-        loaded = _read_back(draft, problem, network)
+        yield draft
         os.replace(draft, folder)
     except BaseException:
         shutil.rmtree(draft)
         raise
-    return loaded
+
+
+def write_document(draft: Path, document: dict[str, Any], name: str) -> None:
+    """Write policy.json and README.md of an export whose models are written; adds the checksums to `document`.
+
+    Args:
+        draft: where the models are.
+        document: content of policy.json.
+        name: of the export folder.
+    """
+    document["onnx"] = tensor_shapes(draft / ONNX)
+    document["weights_sha256"] = file_checksum(draft / WEIGHTS)
+    document["files"] = {path.name: file_checksum(path) for path in sorted(draft.glob("model.*"))}
+    document["policy_sha256"] = policy_checksum(document)
+    (draft / POLICY).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    (draft / README).write_text(export_readme(document, name), encoding="utf-8")
+
+
+@torch.inference_mode()
+def check_same_outputs(loaded: nn.Module, network: nn.Module, inputs: Inputs) -> None:
+    """Raise RuntimeError if the network that was read back computes something else than the one that was written."""
+    pairs = zip(tensors_of(call_model(loaded, inputs)), tensors_of(call_model(network, inputs)), strict=True)
+    # Kernels may sum in another order if memory is aligned otherwise, so the last bits may differ.
+    if not all(torch.allclose(found, wanted, 0, READ_BACK * float(wanted.abs().max())) for found, wanted in pairs):
+        raise RuntimeError("The exported model computes something else than the one that was searched.")
 
 
 def _write_models(
@@ -150,21 +185,6 @@ def _write_models(
     if pt2:
         _write_pt2(network, ranges, draft / PT2)
     return executions
-
-
-def _read_back(draft: Path, problem: Problem, network: nn.Module) -> nn.Module:
-    """Return the model in the folder; RuntimeError if it computes something else than `network`."""
-    # The user's own configuration named the factory, so here it is called without a check.
-    given = problem.given
-    loaded = load_compressed(draft, problem.config.model.factory if given is None else given.model)
-    images = first_inputs(problem.task, "validation", 16)[0]
-    compressed = parts_of(problem.task, loaded)
-    with torch.inference_mode():
-        pairs = zip(tensors_of(call_model(compressed, images)), tensors_of(call_model(network, images)), strict=True)
-        # Kernels may sum in another order if memory is aligned otherwise, so the last bits may differ.
-        if not all(torch.allclose(found, wanted, 0, READ_BACK * float(wanted.abs().max())) for found, wanted in pairs):
-            raise RuntimeError("The exported model computes something else than the one that was searched.")
-    return loaded
 
 
 def export_point(

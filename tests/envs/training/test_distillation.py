@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from secateur.envs.inputs import Arguments
 from secateur.envs.metric import DIVERGENCE
 from secateur.envs.quantization.fake_quantize import quantized_weight, set_activation_grid, set_quantized_weight
 from secateur.envs.quantization.quantizers import QUANTIZERS, ActivationGrid
+from secateur.envs.quantization.trainable import StraightThrough, make_quantized, make_trainable
 from secateur.envs.tasks import synthetic
 from secateur.envs.tasks.classification import Classification
 from secateur.envs.tasks.core import Batch
@@ -362,6 +364,36 @@ def test_quantized_weights_train_on_their_grids():
         assert torch.equal(found.scale, grid.scale) and not torch.equal(found.codes, grid.codes)
     assert not torch.equal(trained.norm.weight, start.norm.weight)
     assert same(start, quantized(Net())), "the start is left alone"
+
+
+def test_a_copy_can_be_quantized_while_the_training_goes_on():
+    network = quantized(Net())
+    make_trainable(network)
+    copied, x = copy.deepcopy(network).eval(), torch.randn(2, 3, 8, 8)
+    make_quantized(copied)
+    assert list(copied.state_dict()) == list(quantized(Net()).state_dict())
+    assert torch.equal(copied(x), network.eval()(x)) and network.conv.weight.requires_grad
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_every_grid_keeps_its_own_values_and_takes_the_nearest_of_others(name, bits):
+    config, quantizer = QUANTIZERS[name]
+    torch.manual_seed(0)
+    layer = nn.Linear(12, 3)
+    with torch.no_grad():
+        layer.weight[1] = 0  # a channel of zeros has no scale
+    found = quantizer(config()).quantize_weight(layer.weight.detach(), bits)
+    rounding = StraightThrough(found)
+    assert torch.equal(rounding(found.dequantize()), found.dequantize())
+    master = nn.Parameter(2 * torch.randn(3, 12) * found.scale[:, None])
+    rounded = rounding(master)
+    rounded.sum().backward()
+    assert torch.equal(master.grad, torch.ones(3, 12)), "also outside the range"
+    codes = torch.arange(-(2 ** (bits - 1)) + (found.levels is None), 2 ** (bits - 1))
+    levels = codes.float() if found.levels is None else found.levels
+    distances = (levels * found.scale[:, None, None] - master.detach()[..., None]).abs().amin(-1)
+    torch.testing.assert_close((rounded - master).abs().detach(), distances)
 
 
 def test_regression_is_trained(tmp_path):
