@@ -26,6 +26,7 @@ from secateur.search.benchmarks.cli import benchmark, support
 if TYPE_CHECKING:
     from secateur.search.run.handle import Run
     from secateur.search.run.progress import SearchProgress
+    from secateur.search.training.winners import TrainedWinner
 
 INTERRUPTED = 130
 """The exit code of a process that Ctrl-C has ended."""
@@ -139,6 +140,20 @@ def _follow(search: Callable[[SearchProgress], Run]) -> None:
             print(f"interrupted: the run holds what was found; continue it with: secateur resume {progress.run}", file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from None
     _show_run(folder)
+    _show_trained(_trained_at_the_end(folder))
+
+
+def _trained_at_the_end(folder: Path) -> list[TrainedWinner]:
+    """Return the winners that the search has trained."""
+    from secateur.search.results.document import read_front
+    from secateur.search.run.folder import load_manifest
+    from secateur.search.training.finalize import training_config
+    from secateur.search.training.winners import finished_winners
+
+    config, document = load_manifest(folder)[0], read_front(folder)
+    if not (config.finalize.training or {}).get("epochs"):
+        return []
+    return finished_winners(document, folder, training_config(config), list(document["budgets"])) or []
 
 
 def _show_run(folder: Path) -> None:
@@ -175,6 +190,34 @@ def front(
         print(front_csv(document), end="")
     else:
         _show_front(document, budget)
+
+
+@app.command()
+def finalize(
+    run: RunPath,
+    budget: BudgetOption = None,
+    top: Annotated[int, typer.Option(min=1, help="Number of policies per budget that are trained; the best is exported.")] = 1,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs; default: finalize.training.epochs of the run, or 5.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train the winners of a run with distillation, export and verify them. After Ctrl-C the same command continues."""
+    from secateur.search.run import handle
+    from secateur.search.run.progress import SearchProgress
+
+    with SearchProgress(Console(stderr=True)) as progress:
+        winners = handle.finalize(run, budget=budget, top=top, epochs=epochs, overrides=overrides or (), progress=progress)
+    _show_trained(winners)
+    if any(winner.verified is not True for winner in winners):
+        raise typer.Exit(1)
+
+
+def _show_trained(winners: list[TrainedWinner]) -> None:
+    from secateur.search.training.tables import curve_table
+
+    for winner in winners:
+        Console().print(curve_table(winner))
+        for note in winner.notes:
+            Console().print(note, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -4,9 +4,11 @@
     resume(run)                 continue an interrupted run, or extend a finished one
     load_run(folder)            the `Run` in a folder: front and trials as tables, winners, exports
     ask(run, budget)            policies for any budget from the agent of a finished run
+    finalize(run, epochs=...)   train the winners with distillation from the dense model, export and verify them
     export(run, budget=...)     write compressed models: JSON, safetensors, ONNX
     verify(folder)              check what an export promises, from its files
     load_compressed(folder)     the exported model as a torch.nn.Module
+    save_compressed(model, folder)   write and verify it again after training
     inspect(config)             layers, coupled groups, costs, and which budgets can be met
     profile(config)             measure this machine and write a device file
     load_config(source)         the configuration in a file or a dict
@@ -29,10 +31,11 @@ if TYPE_CHECKING:
     from secateur.search.config import load_config
     from secateur.search.export.load import load_compressed
     from secateur.search.export.run_exports import export
+    from secateur.search.export.save import save_compressed
     from secateur.search.export.verify import verify_export as verify
     from secateur.search.inspection import inspect
     from secateur.search.profiling.profile_run import profile
-    from secateur.search.run.handle import Run, load_run, resume, search
+    from secateur.search.run.handle import Run, finalize, load_run, resume, search
 
 __version__ = "0.1.0"
 
@@ -43,12 +46,14 @@ __all__ = [
     "__version__",
     "ask",
     "export",
+    "finalize",
     "inspect",
     "load_compressed",
     "load_config",
     "load_run",
     "profile",
     "resume",
+    "save_compressed",
     "search",
     "verify",
 ]
@@ -59,12 +64,14 @@ _HOMES = {
     "Run": "secateur.search.run.handle:Run",
     "ask": "secateur.search.ask:ask",
     "export": "secateur.search.export.run_exports:export",
+    "finalize": "secateur.search.run.handle:finalize",
     "inspect": "secateur.search.inspection:inspect",
     "load_compressed": "secateur.search.export.load:load_compressed",
     "load_config": "secateur.search.config:load_config",
     "load_run": "secateur.search.run.handle:load_run",
     "profile": "secateur.search.profiling.profile_run:profile",
     "resume": "secateur.search.run.handle:resume",
+    "save_compressed": "secateur.search.export.save:save_compressed",
     "verify": "secateur.search.export.verify:verify_export",
 }
 """{public name: "module:name" of its definition}."""

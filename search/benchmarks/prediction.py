@@ -30,9 +30,9 @@ from torch import nn
 
 from secateur.envs.core import Budget, CompressionPolicy, InputError
 from secateur.envs.evaluator import processor_has_bfloat16
-from secateur.envs.tasks.data import REST, Split, load_data
+from secateur.envs.tasks.data import Split
 from secateur.envs.tasks.supervised import SupervisedTask
-from secateur.envs.tasks.training import FineTuning, fine_tune
+from secateur.envs.training.fine_tuning import FineTuning, fine_tune
 from secateur.search.benchmarks.policies import choose_budget, random_policies
 from secateur.search.benchmarks.records import Records, Row, config_record
 from secateur.search.benchmarks.recovery_settings import RECOVERY_SETTINGS, calibrated_problem, with_recoveries
@@ -43,6 +43,7 @@ from secateur.search.config import SearchConfig
 from secateur.search.correlation import spearman, spearman_interval
 from secateur.search.problem import Problem
 from secateur.search.run.ray_runner import available_cores
+from secateur.search.training.samples import load_training_data
 
 FILE = "policies.jsonl"
 MIN_POLICIES = 5
@@ -114,8 +115,7 @@ def training_images(config: SearchConfig) -> Split:
     Raises:
         InputError: if there are none.
     """
-    arguments = {**config.data.model_dump(), "train": config.data.train or REST}
-    train = load_data(**arguments, input_shape=config.model.input).train
+    train = load_training_data(config).train
     if train is None:
         raise InputError("`data` has no training images, which fine-tuning needs.")
     return train

@@ -182,6 +182,17 @@ CalibrationOptions = Annotated[dict[str, Any], AfterValidator(_with_defaults), F
 """Options of the calibration pass: fields of `secateur.envs.calibration.CalibrationConfig`."""
 
 
+def _training_with_defaults(options: dict[str, Any]) -> dict[str, Any]:
+    """Return all options of the training."""
+    from secateur.envs.training.recipe import DistillationConfig
+
+    return asdict(check_options(DistillationConfig, "training", options))
+
+
+TrainingOptions = Annotated[dict[str, Any], AfterValidator(_training_with_defaults)]
+"""Options of the training of winners: fields of `secateur.envs.training.recipe.DistillationConfig`."""
+
+
 class FinalizeSection(Section):
     """The end of a search.
 
@@ -190,11 +201,14 @@ class FinalizeSection(Section):
             decides the winner, and on the test split.
         recovery: plug-ins, as in `recovery` of the whole configuration; None: the same ones.
         verify: whether the winner of each budget is exported and verified from its files; see search/results/winners.py.
+        training: options of the training of the winners at the end of the search, as in the table `finalize.training`; None, or
+            `epochs: 0`: they are not trained. `secateur finalize` trains with the same options.
     """
 
     top: PositiveInt = 3
     verify: StrictBool = True
     recovery: tuple[RecoveryEntry, ...] | None = (PluginEntry(name="sequential"),)
+    training: TrainingOptions | None = None
 
 
 FolderName = Annotated[StrictStr, Field(pattern=r"^[\w.-]*\w$")]

@@ -239,7 +239,7 @@ def _costs(network: nn.Module, document: Mapping[str, Any], device: Device | Non
     """Return every promised cost and that of the loaded network, which is analyzed like an unknown model."""
     models: dict[str, CostModel] = {name: model() for name, model in COST_MODELS.items()}
     models |= {} if device is None else device.cost_models()
-    shapes = _shapes(network, described_inputs(document["model"]))
+    shapes = shapes_of(network, described_inputs(document["model"]))
     found: dict[str, float | None] = {}
     for name in document["costs"]:
         try:
@@ -256,7 +256,7 @@ def _cost(model: CostModel, shapes: LayerShapes, document: Mapping[str, Any]) ->
     return float(model.total(shapes)[0])
 
 
-def _shapes(network: nn.Module, example: Inputs) -> LayerShapes:
+def shapes_of(network: nn.Module, example: Inputs) -> LayerShapes:
     """Return the shapes and bits of a compressed network, (1, ...) each."""
     weights = {name: weight.bits for name, module in network.named_modules() if (weight := quantized_weight(module))}
     inputs = {name: grid.bits for name, module in network.named_modules() if (grid := activation_grid(module))}

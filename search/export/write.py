@@ -15,8 +15,9 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -57,6 +58,7 @@ from secateur.search.export.image_size import free_axes, free_batch, free_size, 
 from secateur.search.export.load import load_compressed
 from secateur.search.export.onnx_export import LayerExecution, export_onnx
 from secateur.search.export.readme import export_readme
+from secateur.search.jsonl import as_read
 from secateur.search.results.document import winner
 from secateur.search.results.finalize import finalist_scores
 from secateur.search.schema import SCHEMA
@@ -75,6 +77,19 @@ RANGE_IMAGES = 64
 """Calibration images that give the ranges of sums and outputs in the ONNX file."""
 
 
+@dataclass(frozen=True)
+class TrainedNetwork:
+    """A policy's network after training.
+
+    Attributes:
+        network: in eval mode, quantized.
+        training: how it was trained, as JSON values; goes into policy.json.
+    """
+
+    network: nn.Module
+    training: Mapping[str, Any]
+
+
 def write_export(
     folder: str | Path,
     problem: Problem,
@@ -83,6 +98,7 @@ def write_export(
     validation: Evaluation,
     test: Evaluation | None = None,
     pt2: bool = False,
+    trained: TrainedNetwork | None = None,
 ) -> nn.Module:
     """Write a policy's network to a new folder, read it back, and return the network that was read.
 
@@ -93,30 +109,66 @@ def write_export(
         budget: the budget whose limits the policy meets.
         validation, test: its scores; they go into policy.json.
         pt2: whether to write model.pt2 too.
+        trained: the policy's network; None: it is assembled with the finalists' recovery.
     Raises:
         InputError: if the folder is not free or cannot be written, or the network cannot be exported to ONNX.
         RuntimeError: if the model that is read back computes something else.
     """
-    folder = Path(folder)
+    network = problem.finalist_assembler.assemble(policy) if trained is None else trained.network
+    given = problem.given
+    # The user's own configuration named the factory, so here it is called without a check.
+    factory = problem.config.model.factory if given is None else given.model
+    with draft_of(Path(folder)) as draft:
+        executions = _write_models(draft, problem, policy, network, pt2)
+        document = _document(problem, policy, network, budget, validation, test, executions)
+        document["training"] = None if trained is None else dict(trained.training)
+        write_document(draft, document, Path(folder).name)
+        loaded = load_compressed(draft, factory)
+        check_same_outputs(parts_of(problem.task, loaded), network, first_inputs(problem.task, "validation", 16)[0])
+    return loaded
+
+
+@contextmanager
+def draft_of(folder: Path) -> Iterator[Path]:
+    """Give a folder to write an export to, which becomes `folder` at the end; nothing is left of it if anything fails.
+
+    Raises:
+        InputError: if `folder` is not free or cannot be written.
+    """
     check_free(folder)
-    network = problem.finalist_assembler.assemble(policy)
     draft = folder.parent / f".{folder.name}.draft-{os.getpid()}"
     draft.mkdir(parents=True)
     try:
-        executions = _write_models(draft, problem, policy, network, pt2)
-        document = _document(problem, policy, network, budget, validation, test, executions)
-        document["onnx"] = tensor_shapes(draft / ONNX)
-        document["weights_sha256"] = file_checksum(draft / WEIGHTS)
-        document["files"] = {path.name: file_checksum(path) for path in sorted(draft.glob("model.*"))}
-        document["policy_sha256"] = policy_checksum(document)
-        (draft / POLICY).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        (draft / README).write_text(export_readme(document, folder.name), encoding="utf-8")
-        loaded = _read_back(draft, problem, network)
+        yield draft
         os.replace(draft, folder)
     except BaseException:
         shutil.rmtree(draft)
         raise
-    return loaded
+
+
+def write_document(draft: Path, document: dict[str, Any], name: str) -> None:
+    """Write policy.json and README.md of an export whose models are written; adds the checksums to `document`.
+
+    Args:
+        draft: where the models are.
+        document: content of policy.json.
+        name: of the export folder.
+    """
+    document["onnx"] = tensor_shapes(draft / ONNX)
+    document["weights_sha256"] = file_checksum(draft / WEIGHTS)
+    document["files"] = {path.name: file_checksum(path) for path in sorted(draft.glob("model.*"))}
+    document["policy_sha256"] = policy_checksum(document)
+    (draft / POLICY).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    (draft / README).write_text(export_readme(document, name), encoding="utf-8")
+
+
+@torch.inference_mode()
+def check_same_outputs(loaded: nn.Module, network: nn.Module, inputs: Inputs) -> None:
+    """Raise RuntimeError if the network that was read back computes something else than the one that was written."""
+    pairs = zip(tensors_of(call_model(loaded, inputs)), tensors_of(call_model(network, inputs)), strict=True)
+    # Kernels may sum in another order if memory is aligned otherwise, so the last bits may differ.
+    if not all(torch.allclose(found, wanted, 0, READ_BACK * float(wanted.abs().max())) for found, wanted in pairs):
+        raise RuntimeError("The exported model computes something else than the one that was searched.")
 
 
 def _write_models(
@@ -133,21 +185,6 @@ def _write_models(
     if pt2:
         _write_pt2(network, ranges, draft / PT2)
     return executions
-
-
-def _read_back(draft: Path, problem: Problem, network: nn.Module) -> nn.Module:
-    """Return the model in the folder; RuntimeError if it computes something else than `network`."""
-    # The user's own configuration named the factory, so here it is called without a check.
-    given = problem.given
-    loaded = load_compressed(draft, problem.config.model.factory if given is None else given.model)
-    images = first_inputs(problem.task, "validation", 16)[0]
-    compressed = parts_of(problem.task, loaded)
-    with torch.inference_mode():
-        pairs = zip(tensors_of(call_model(compressed, images)), tensors_of(call_model(network, images)), strict=True)
-        # Kernels may sum in another order if memory is aligned otherwise, so the last bits may differ.
-        if not all(torch.allclose(found, wanted, 0, READ_BACK * float(wanted.abs().max())) for found, wanted in pairs):
-            raise RuntimeError("The exported model computes something else than the one that was searched.")
-    return loaded
 
 
 def export_point(
@@ -172,13 +209,7 @@ def export_point(
     """
     point = winner(document, budget) if point is None else point
     policy = document_to_policy(point["policy"])
-    costs = problem.space.costs.of_policy(policy)
-    if not _same_costs(costs, point["costs"]):
-        raise InputError(
-            f"The run was made with another model: its policy cost {point['costs']}, now it costs {costs}. "
-            "Restore the model's code and weights, or search again."
-        )
-    _check_same(problem, "dense model on the validation split", document["dense"]["score"], problem.dense.score)
+    check_same_model(problem, document, point)
     validation, test = finalist_scores(problem, policy)
     for tested in document["final"]["points"]:
         if tested["evaluation"] == point["evaluation"]:
@@ -188,8 +219,33 @@ def export_point(
     return validation, test
 
 
-def is_export_of(folder: str | Path, point: Mapping[str, Any], budget: str, pt2: bool = False) -> bool:
-    """Whether a folder holds the complete, unchanged export of this policy for this budget; `point` as in `export_point`."""
+def check_same_model(problem: Problem, document: Mapping[str, Any], point: Mapping[str, Any]) -> None:
+    """Raise InputError if a policy of a run has other costs now, or its dense model another score.
+
+    Args:
+        problem: the search, built again from the run's configuration.
+        document: the run's front.json.
+        point: the policy, as front.json lists it.
+    """
+    costs = problem.space.costs.of_policy(document_to_policy(point["policy"]))
+    if not _same_costs(costs, point["costs"]):
+        raise InputError(
+            f"The run was made with another model: its policy cost {point['costs']}, now it costs {costs}. "
+            "Restore the model's code and weights, or search again."
+        )
+    _check_same(problem, "dense model on the validation split", document["dense"]["score"], problem.dense.score)
+
+
+def is_export_of(
+    folder: str | Path, point: Mapping[str, Any], budget: str, pt2: bool = False, training: Mapping[str, Any] | None = None
+) -> bool:
+    """Whether a folder holds the complete, unchanged export of this policy for this budget, trained in this way.
+
+    Args:
+        folder: of the export.
+        point, budget, pt2: as in `export_point`.
+        training: as in `TrainedNetwork`; None: not trained.
+    """
     folder = Path(folder)
     if not (folder / POLICY).is_file():
         return False
@@ -197,6 +253,7 @@ def is_export_of(folder: str | Path, point: Mapping[str, Any], budget: str, pt2:
         document = read_export(folder)
         check_files(folder, document)
         same = document["policy"] == json.loads(json.dumps(point["policy"])) and document["budget"]["name"] == budget
+        same = same and document.get("training") == as_read(training)
         return same and (PT2 in document["files"] or not pt2)
     except (InputError, KeyError, TypeError):
         return False

@@ -89,20 +89,27 @@ def only_budget(document: Mapping[str, Any], budget: str) -> dict[str, Any]:
     }
 
 
+def finalist_points(document: Mapping[str, Any], budget: str, top: int) -> list[dict[str, Any]]:
+    """Return the best points of a budget, at most `top`: its finalists, or what fits it if no finalist was scored."""
+    check_budget(document, budget)
+    tested = [point["evaluation"] for point in document["final"]["points"] if point["budget"] == budget]
+    points = {point["evaluation"]: point for point in document["points"]}
+    return [points[number] for number in (tested or document["budgets"][budget]["front"])[:top]]
+
+
 def winner(document: Mapping[str, Any], budget: str) -> dict[str, Any]:
     """Return the point to export for a budget: the best on validation; test scores are not used for selection.
 
     Raises:
         InputError: if there is no such budget, or no policy fits it.
     """
-    check_budget(document, budget)
-    tested = [point["evaluation"] for point in document["final"]["points"] if point["budget"] == budget]
+    best = finalist_points(document, budget, 1)
+    tested = any(point["budget"] == budget for point in document["final"]["points"])
     check = document["budgets"][budget].get("check")  # runs of earlier versions have none
     if check and check["rejected"] and not tested:
         raise InputError(check["note"])
-    best = (tested or document["budgets"][budget]["front"])[:1]
     if not best:
         raise InputError(
             f"Nothing in {document['evaluations']} evaluations fits budget `{budget}`. Search longer, or allow more."
         )
-    return next(point for point in document["points"] if point["evaluation"] == best[0])
+    return best[0]

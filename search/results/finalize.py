@@ -18,15 +18,16 @@ log = logging.getLogger(__name__)
 def finalist_scores(problem: Problem, policy: CompressionPolicy) -> tuple[Evaluation, Evaluation]:
     """Return the float32 scores after the finalists' recovery, on the validation and on the test split."""
     network, costs = problem.finalist_assembler.assemble(policy), problem.space.costs.of_policy(policy)
-    return _scored(problem, network, costs, "validation"), _scored(problem, network, costs, "test")
+    return score_network(problem, network, costs, "validation"), score_network(problem, network, costs, "test")
 
 
 def dense_test_score(problem: Problem) -> Evaluation:
     """Return the dense model's float32 score on the test split."""
-    return _scored(problem, problem.assembler.model, problem.space.dense_costs, "test")
+    return score_network(problem, problem.assembler.model, problem.space.dense_costs, "test")
 
 
-def _scored(problem: Problem, network: nn.Module, costs: Mapping[str, float], split: str) -> Evaluation:
+def score_network(problem: Problem, network: nn.Module, costs: Mapping[str, float], split: str) -> Evaluation:
+    """Return the float32 score of a network with these costs on the validation or the test split."""
     found = problem.task.evaluate(network, split)
     quality = problem.task.metric.quality(found.score, problem.dense.score)
     return Evaluation(found.score, costs, "final" if split == "test" else split, found.samples, quality=quality)

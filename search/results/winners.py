@@ -62,6 +62,28 @@ def verify_winners(
     ]
 
 
+def check_export(problem: Problem, folder: Path, verify: Callable[..., Verification] = verify_in_fresh_process) -> Verification:
+    """Verify an export with the runtime of the problem's device: in a fresh process, or here if model and metric are Python
+    objects, which no other process has.
+
+    Raises:
+        InputError, RuntimeError: as `verify_in_fresh_process` does.
+    """
+    where: dict[str, Any] = {}
+    table = None if problem.device is None else problem.device.table
+    # PyTorch executes no ONNX files.
+    if table is not None and table.runtime != PyTorch.name:
+        where = {"runtime": table.runtime, "threads": table.threads}
+    given, config = problem.given, problem.config
+    if given is not None:
+        return verify_export(folder, factory=given.model, task=given.task, **where)
+    # The user's configuration names these functions; files may not name every function.
+    names = [f"data.name={config.data.name}"]
+    if config.task.name == FUNCTIONS:
+        names = [f"task.{option}={name}" for option, name in FunctionsConfig(**config.task.options).names.items()]
+    return verify(folder, factory=config.model.factory, overrides=names, **where)
+
+
 @dataclass
 class _Trials:
     """Finds the winner of one budget; `factor` is the largest ratio of a measured to a predicted latency so far."""
@@ -112,28 +134,11 @@ class _Trials:
         try:
             write_export(folder, self.problem, finalist.policy, self.budget, finalist.validation, finalist.final)
             outcome.folder = folder
-            device = self.problem.device
-            table = None if device is None else device.table
-            where: dict[str, Any] = {}
-            # PyTorch executes no ONNX files.
-            if table is not None and table.runtime != PyTorch.name:
-                where |= {"runtime": table.runtime, "threads": table.threads}
-            outcome.verification = self._verified(folder, where)
+            outcome.verification = check_export(self.problem, folder, self.verify)
         except (InputError, RuntimeError) as error:
             # A long search must not lose its results because a winner cannot be exported or verified.
             log.info("checking the winner of %s failed", self.budget.name, exc_info=True)
             outcome.note = f"The winner of budget '{self.budget.name}' was not checked: {error}"
-
-    def _verified(self, folder: Path, where: Mapping[str, Any]) -> Verification:
-        """Verify an export in a fresh process, or here if model and metric are Python objects, which no other process has."""
-        given, config = self.problem.given, self.problem.config
-        if given is not None:
-            return verify_export(folder, factory=given.model, task=given.task, **where)
-        # The user's configuration names these functions; files may not name every function.
-        names = [f"data.name={config.data.name}"]
-        if config.task.name == FUNCTIONS:
-            names = [f"task.{option}={name}" for option, name in FunctionsConfig(**config.task.options).names.items()]
-        return self.verify(folder, factory=config.model.factory, overrides=names, **where)
 
     def _keeps(self, costs: Mapping[str, float]) -> bool:
         return costs[LATENCY] * self.factor <= self.budget.limits[LATENCY]

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from secateur.search.ask import Reply
     from secateur.search.export.run_exports import Exported
     from secateur.search.given import Given
+    from secateur.search.training.winners import TrainedWinner
 
 
 def search(
@@ -99,6 +100,46 @@ def resume(run: str | os.PathLike[str], overrides: Overrides = (), progress: Sea
     given = run.given if isinstance(run, Run) else None
     with _shown(progress) as display:
         return Run(engine.resume(Path(run), overrides, display, given), given)
+
+
+def finalize(
+    run: str | os.PathLike[str],
+    *,
+    budget: str | None = None,
+    top: int = 1,
+    epochs: int | None = None,
+    overrides: Overrides = (),
+    progress: SearchProgress | bool = False,
+) -> list[TrainedWinner]:
+    """Train the winners of a run with distillation from the dense model; export and verify them in RUN/exports/BUDGET-trained.
+
+    Interrupted, it continues from the last finished epoch when it is called again; what is finished is not done again.
+
+    Args:
+        run: the run, or its folder.
+        budget: name of one budget; None: all of them.
+        top: number of policies per budget that are trained; the best on the validation split is exported.
+        epochs: number of epochs; None: `finalize.training.epochs` of the run, or 5.
+        overrides: changes of the run's configuration, such as {"finalize.training.flip": True}.
+        progress: True: show the progress on stderr.
+    Raises:
+        InputError: if nothing fits, there is nothing to train on, a checkpoint belongs to another training, or model, data or
+            code are not what the run was made with.
+    """
+    from secateur.search.training import finalize as engine
+
+    given = run.given if isinstance(run, Run) else None
+    with _shown(progress) as display:
+        return engine.finalize(
+            run,
+            budget=budget,
+            top=top,
+            epochs=epochs,
+            overrides=overrides,
+            status=display.status,
+            note=display.note,
+            given=given,
+        )
 
 
 def load_run(folder: str | os.PathLike[str]) -> Run:
@@ -253,6 +294,18 @@ class Run:
         from secateur.search.export.run_exports import export
 
         return export(self, budget=budget, trial=trial, front=front, output=output, pt2=pt2, given=self.given)
+
+    def finalize(
+        self,
+        *,
+        budget: str | None = None,
+        top: int = 1,
+        epochs: int | None = None,
+        overrides: Overrides = (),
+        progress: SearchProgress | bool = False,
+    ) -> list[TrainedWinner]:
+        """Train the winners of this run, export and verify them; see `secateur.finalize`."""
+        return finalize(self, budget=budget, top=top, epochs=epochs, overrides=overrides, progress=progress)
 
     def resume(self, overrides: Overrides = (), progress: SearchProgress | bool = False) -> Run:
         """Continue this run; see `secateur.resume`."""

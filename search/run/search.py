@@ -20,7 +20,7 @@ from secateur.search.given import Given
 from secateur.search.loop import Runner, run_loop
 from secateur.search.named_code import load_own_manifest
 from secateur.search.problem import Problem
-from secateur.search.results.document import write_front
+from secateur.search.results.document import read_front, write_front
 from secateur.search.results.finalize import dense_test_score, finalize
 from secateur.search.results.front import Front
 from secateur.search.results.winners import verify_winners, winner_folder
@@ -29,6 +29,8 @@ from secateur.search.run.progress import SearchProgress
 from secateur.search.run.replay import Recorded, check_evaluations, check_same_score, check_unchanged
 from secateur.search.run.sensitivities import read_sensitivities, write_sensitivities
 from secateur.search.run.study import StudyRecorder, load_study
+from secateur.search.training.finalize import training_config
+from secateur.search.training.winners import train_winners
 
 
 def search(config: SearchConfig, progress: SearchProgress | None = None, given: Given | None = None) -> Path:
@@ -173,6 +175,9 @@ def _finish(problem: Problem, front: Front, run: Path, progress: SearchProgress)
         outcomes = verify_winners(problem, front, finalists, run, progress.status)
         finalists = [finalist for outcome in outcomes for finalist in outcome.finalists]
         write_front(run, front.document(describe, finalists, dense_final, outcomes))
+    if config.finalize.training is not None and config.finalize.training["epochs"]:
+        budgets = [budget.name for budget in problem.budgets]
+        train_winners(problem, read_front(run), run, training_config(config), budgets, status=progress.status, note=progress.note)
 
 
 def _facts(problem: Problem) -> dict:

@@ -35,6 +35,8 @@ DESCRIBED_ELSEWHERE = {
     "calibration": "secateur.envs.calibration:CalibrationConfig",
 }
 """{section: "module:name" of what has the docstring of its keys}."""
+OPTIONS_OF_SECTIONS = {"finalize.training": "secateur.envs.training.recipe:DistillationConfig"}
+"""{key of a section that holds options: "module:class" of the options}."""
 NAMES = {int: "integer", float: "number", str: "text", bool: "true or false", dict: "mapping", type(None): "null", Any: "any"}
 REQUIRED = "required"
 BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
@@ -198,7 +200,7 @@ def sections() -> dict[str, list[Key]]:
             found[key.name] = model_keys(hints[key.name], described)
         elif described is not None:
             found[key.name] = option_keys(described)
-    return found
+    return found | {name: option_keys(find(path)) for name, path in OPTIONS_OF_SECTIONS.items()}
 
 
 def is_section(annotation: Any) -> bool:

@@ -76,10 +76,10 @@ def test_weights_are_cached_by_recipe_model_and_data(tmp_path):
 
 
 def test_shifted_training_images_keep_their_pixels():
-    from secateur.envs.tasks.training import _shifted
+    from secateur.envs.training.samples import shifted
 
     images = torch.arange(4 * 2 * 5 * 5, dtype=torch.float32).view(4, 2, 5, 5)
-    moved = _shifted(images, 1, torch.Generator().manual_seed(0))
+    moved = shifted(images, 1, torch.Generator().manual_seed(0))
     centres = [np.isin(moved[i, c].numpy(), images[i, c, 1:4, 1:4].numpy()).sum() for i in range(4) for c in range(2)]
     assert centres == [9] * 8  # the middle 3x3 stays inside under any shift by one
     assert not torch.equal(moved, images)

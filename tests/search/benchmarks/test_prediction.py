@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from secateur.cost_models.core import InputError
-from secateur.envs.tasks.training import FineTuning
+from secateur.envs.training.fine_tuning import FineTuning
 from secateur.search.benchmarks import prediction as measure
 from secateur.search.benchmarks.policies import random_policies
 from secateur.search.benchmarks.recovery_settings import RECOVERY_SETTINGS, with_recoveries

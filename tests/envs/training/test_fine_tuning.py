@@ -8,7 +8,7 @@ from torch import nn
 from secateur.envs.core import InputError
 from secateur.envs.tasks import synthetic
 from secateur.envs.tasks.data import Split, TaskData
-from secateur.envs.tasks.training import FineTuning, fine_tune
+from secateur.envs.training.fine_tuning import FineTuning, fine_tune
 
 
 def task(images, labels, classes=2):

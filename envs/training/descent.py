@@ -1,0 +1,96 @@
+"""The loop that all trainings share: batches in random order, one step of the optimizer after each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.envs.tasks.core import Batch, map_tensors
+from secateur.envs.training.samples import Samples
+
+LossOf = Callable[[Any, Batch], Tensor]
+"""The loss of a model for a batch, a scalar; the model is a `Forward`."""
+
+
+class Forward:
+    """A network that computes in a number format and returns float32.
+
+    A second call with the same tensors returns the outputs of the first, so that several losses of a batch need one pass.
+
+    Attributes:
+        outputs: of the last call.
+    """
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
+        self.network, self.dtype, self.outputs = network, dtype, None
+        self._inputs: tuple[Any, ...] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        inputs = (*args, *kwargs.values())
+        same = self._inputs is not None and len(inputs) == len(self._inputs)
+        if not same or any(one is not other for one, other in zip(inputs, self._inputs or (), strict=True)):
+            with autocast(self.dtype):
+                outputs = self.network(*args, **kwargs)
+            self.outputs, self._inputs = map_tensors(Tensor.float, outputs), inputs
+        return self.outputs
+
+
+@dataclass
+class Descent:
+    """A network in training, with everything that changes while it is trained.
+
+    Attributes:
+        network: in training mode.
+        optimizer: of its parameters.
+        schedule: learning-rate schedule; it makes one step after every batch.
+        generator: random generator for the order of the samples and their augmentation.
+    """
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    generator: torch.Generator
+
+    def epoch(
+        self,
+        samples: Samples,
+        batch_size: int,
+        loss_of: LossOf,
+        dtype: torch.dtype,
+        after: Callable[[Any, Batch, float], None] = lambda outputs, batch, loss: None,
+    ) -> float:
+        """Train on all samples once, and return their mean loss.
+
+        Args:
+            samples: what is learned from.
+            batch_size: largest number of samples per batch. All batches have equal sizes, because batch norm has no variance
+                for a batch of one sample.
+            loss_of: the loss of a batch.
+            dtype: number format of activations and products; the loss is computed in float32.
+            after: called after every batch, with the outputs of its last forward pass, the batch and its loss.
+        """
+        total = 0.0
+        for indices in torch.randperm(samples.count, generator=self.generator).tensor_split(batches(samples, batch_size)):
+            batch, forward = samples.batch(indices, self.generator), Forward(self.network, dtype)
+            loss = loss_of(forward, batch)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.schedule.step()
+            total += loss.item() * len(indices)
+            after(forward.outputs, batch, loss.item())
+        return total / samples.count
+
+
+def batches(samples: Samples, batch_size: int) -> int:
+    """Return the number of batches of an epoch."""
+    return -(-samples.count // batch_size)
+
+
+def autocast(dtype: torch.dtype) -> torch.autocast:
+    """Return a context in which networks compute in `dtype`; weights stay in float32."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
