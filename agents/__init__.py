@@ -16,6 +16,7 @@ from secateur.agents.bee_colony import BeeColony, BeeColonyConfig
 from secateur.agents.clr_rnf import ClrRnf, ClrRnfConfig
 from secateur.agents.core import Agent, Queryable
 from secateur.agents.envelope_ddpg import EnvelopeDdpgConfig
+from secateur.agents.evopress import EvoPress, EvoPressConfig
 from secateur.agents.greedy import Greedy, GreedyConfig
 from secateur.agents.nsga2 import Nsga2, Nsga2Config
 from secateur.agents.random_search import RandomConfig, RandomSearch
@@ -59,6 +60,7 @@ AGENTS: dict[str, tuple[type, Callable[..., Agent]]] = {
     "uniform": (UniformConfig, Uniform),
     "clr_rnf": (ClrRnfConfig, ClrRnf),
     "greedy": (GreedyConfig, Greedy),
+    "evopress": (EvoPressConfig, EvoPress),
     "bee_colony": (BeeColonyConfig, BeeColony),
     "nsga2": (Nsga2Config, Nsga2),
     "amc_ddpg": (AmcDdpgConfig, make_amc_ddpg),
