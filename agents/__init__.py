@@ -18,8 +18,10 @@ from secateur.agents.core import Agent, Queryable
 from secateur.agents.envelope_ddpg import EnvelopeDdpgConfig
 from secateur.agents.evopress import EvoPress, EvoPressConfig
 from secateur.agents.greedy import Greedy, GreedyConfig
+from secateur.agents.integer_program import IntegerProgram, IntegerProgramConfig
 from secateur.agents.nsga2 import Nsga2, Nsga2Config
 from secateur.agents.random_search import RandomConfig, RandomSearch
+from secateur.agents.spdy import Spdy, SpdyConfig
 from secateur.agents.uniform import Uniform, UniformConfig
 from secateur.envs.core import ActionSpace, Budget
 
@@ -60,7 +62,9 @@ AGENTS: dict[str, tuple[type, Callable[..., Agent]]] = {
     "uniform": (UniformConfig, Uniform),
     "clr_rnf": (ClrRnfConfig, ClrRnf),
     "greedy": (GreedyConfig, Greedy),
+    "integer_program": (IntegerProgramConfig, IntegerProgram),
     "evopress": (EvoPressConfig, EvoPress),
+    "spdy": (SpdyConfig, Spdy),
     "bee_colony": (BeeColonyConfig, BeeColony),
     "nsga2": (Nsga2Config, Nsga2),
     "amc_ddpg": (AmcDdpgConfig, make_amc_ddpg),

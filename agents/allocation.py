@@ -24,9 +24,10 @@ COARSE = (8, 4, 2)
 FINE = (100, *COARSE)
 """The same with single levels, where few steps are needed."""
 
-LinearSolver = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-"""Levels, (entries,), with little harm under linear limits. Arguments: harms, (entries, most levels), infinite where a level must
-not be chosen; costs, (limits, entries, most levels), as shares of the limits; what all costs together may use, (limits,)."""
+LinearSolver = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray | None]
+"""Levels, (entries,), with little harm under linear limits; None: none were found. Arguments: harms, (entries, most levels),
+infinite where a level must not be chosen; costs, (limits, entries, most levels), as shares of the limits; what all costs together
+may use, (limits,)."""
 
 
 def measured_sensitivities(space: ActionSpace, owner: str) -> Sensitivities:
@@ -149,14 +150,17 @@ class LevelProblem:
         """Return the costs of levels (entries,), and by how much each level of each entry alone changes them.
 
         Returns:
-            The costs as shares of their limits, (limits,), and the changes, (limits, entries, most levels). Levels that an
-            entry does not have repeat its last one.
+            The costs as shares of their limits, (limits,), and the changes, (limits, entries, most levels); 0 for levels
+            that an entry does not have.
         """
-        offers = np.minimum(np.arange(self.last.max() + 1), self.last[:, None])
-        choices = np.concatenate([single_changes(levels, offer) for offer in offers.T])
+        entries = np.repeat(np.arange(len(levels)), self.last + 1)
+        offered = np.concatenate([np.arange(last + 1) for last in self.last])
+        choices = np.tile(levels, (len(entries), 1))
+        choices[np.arange(len(entries)), entries] = offered
         base = self.shares(levels[None])[0]
-        changes = self.shares(choices).reshape(offers.shape[1], len(levels), -1) - base
-        return base, changes.transpose(2, 1, 0)
+        changes = np.zeros((len(base), len(levels), self.last.max() + 1))
+        changes[:, entries, offered] = (self.shares(choices) - base).T
+        return base, np.where(np.abs(changes) > ROUNDING, changes, 0.0)
 
     def solve(self, harms: np.ndarray, solver: LinearSolver, start: np.ndarray, rounds: int) -> np.ndarray:
         """Return levels (entries,) at the edge of the budget with little harm, by a series of linear problems.
@@ -177,7 +181,10 @@ class LevelProblem:
             base, changes = self.single_costs(best)
             near = np.abs(actions - actions[entries, best][:, None]) <= 0.5**number + ROUNDING
             allowed = near & (np.arange(harms.shape[1]) <= self.last[:, None])
-            found = self.to_edge(solver(np.where(allowed, harms, np.inf), changes, 1 - base), harms, FINE)
+            solution = solver(np.where(allowed, harms, np.inf), changes, np.maximum(1 - base, 0))
+            if solution is None:
+                break
+            found = self.to_edge(solution, harms, FINE)
             if harms[entries, found].sum() < harms[entries, best].sum():
                 best = found
         return best

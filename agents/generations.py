@@ -62,11 +62,15 @@ class GenerationSearcher(ABC):
             back, self._back = self._back, {}
             self.select([back[ticket] for ticket in sorted(back)])
 
+    def chosen(self, sequence: np.ndarray) -> bool:
+        """Return whether the policy of an executed sequence was chosen before."""
+        return self.space.decode(sequence) in self._chosen
+
     def new_sequence(self, draw: Callable[[], np.ndarray], attempts: int) -> np.ndarray | None:
         """Return the first executed sequence of some draws whose policy was not chosen before; None if all were."""
         for _ in range(attempts):
             sequence = draw()
-            if self.space.decode(sequence) not in self._chosen:
+            if not self.chosen(sequence):
                 return sequence
         return None
 

@@ -1,14 +1,19 @@
 """Small allocation problems whose best policies are found by trying all of them."""
 
+from functools import cache
 from itertools import product
 
 import numpy as np
+import torch
 
+from secateur.cost_models import COST_MODELS
 from secateur.envs.core import Budget, Episode, Evaluation, Sensitivities
 from secateur.envs.costs import PolicyCosts
 from secateur.envs.feasibility import FeasibleSpace
 from secateur.envs.metric import TOP1
+from secateur.envs.model_graph import analyze
 from secateur.envs.policy_space import PolicySpace, SpaceConfig
+from secateur.envs.tasks.synthetic import synthetic_net
 from tests.conftest import toy_graph
 
 
@@ -81,3 +86,18 @@ def search_by_harm(space, agent, evaluations):
         agent.tell([(actor, scored(actor, -value)) for actor, value in zip(actors, harm, strict=True)])
         found += harm
     return min(found)
+
+
+@cache
+def synthetic_graph():
+    """The graph of the synthetic task's network."""
+    return analyze(synthetic_net().eval(), (torch.zeros(1, 3, 8, 8),))
+
+
+def pruned_and_quantized_space(seed):
+    """Three prune ratios, of 8, 8 and 16 units, and the bits of five layers: their costs are not additive."""
+    policy_space = PolicySpace(synthetic_graph(), SpaceConfig(prune_ratio=(0.0, 0.9), weight_bits=(4, 8)))
+    costs = PolicyCosts(policy_space, {name: COST_MODELS[name]() for name in ("macs", "weight_bytes")})
+    weights = np.random.default_rng(seed).uniform(0.05, 0.5, (len(policy_space.decisions), 1))
+    sensitivities = Sensitivities(weights * np.linspace(0, 1, 65) ** 2)
+    return FeasibleSpace(costs, ("top1", "macs", "weight_bytes"), TOP1, 0.9, sensitivities=sensitivities)
