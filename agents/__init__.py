@@ -20,6 +20,7 @@ from secateur.agents.evopress import EvoPress, EvoPressConfig
 from secateur.agents.greedy import Greedy, GreedyConfig
 from secateur.agents.integer_program import IntegerProgram, IntegerProgramConfig
 from secateur.agents.nsga2 import Nsga2, Nsga2Config
+from secateur.agents.optuna_samplers import OptunaConfig, OptunaSamplers
 from secateur.agents.random_search import RandomConfig, RandomSearch
 from secateur.agents.spdy import Spdy, SpdyConfig
 from secateur.agents.uniform import Uniform, UniformConfig
@@ -67,6 +68,7 @@ AGENTS: dict[str, tuple[type, Callable[..., Agent]]] = {
     "spdy": (SpdyConfig, Spdy),
     "bee_colony": (BeeColonyConfig, BeeColony),
     "nsga2": (Nsga2Config, Nsga2),
+    "optuna": (OptunaConfig, OptunaSamplers),
     "amc_ddpg": (AmcDdpgConfig, make_amc_ddpg),
     "envelope_ddpg": (EnvelopeDdpgConfig, make_envelope_ddpg),
 }
