@@ -16,9 +16,13 @@ from secateur.agents.bee_colony import BeeColony, BeeColonyConfig
 from secateur.agents.clr_rnf import ClrRnf, ClrRnfConfig
 from secateur.agents.core import Agent, Queryable
 from secateur.agents.envelope_ddpg import EnvelopeDdpgConfig
+from secateur.agents.evopress import EvoPress, EvoPressConfig
 from secateur.agents.greedy import Greedy, GreedyConfig
+from secateur.agents.integer_program import IntegerProgram, IntegerProgramConfig
 from secateur.agents.nsga2 import Nsga2, Nsga2Config
+from secateur.agents.optuna_samplers import OptunaConfig, OptunaSamplers
 from secateur.agents.random_search import RandomConfig, RandomSearch
+from secateur.agents.spdy import Spdy, SpdyConfig
 from secateur.agents.uniform import Uniform, UniformConfig
 from secateur.envs.core import ActionSpace, Budget
 
@@ -59,8 +63,12 @@ AGENTS: dict[str, tuple[type, Callable[..., Agent]]] = {
     "uniform": (UniformConfig, Uniform),
     "clr_rnf": (ClrRnfConfig, ClrRnf),
     "greedy": (GreedyConfig, Greedy),
+    "integer_program": (IntegerProgramConfig, IntegerProgram),
+    "evopress": (EvoPressConfig, EvoPress),
+    "spdy": (SpdyConfig, Spdy),
     "bee_colony": (BeeColonyConfig, BeeColony),
     "nsga2": (Nsga2Config, Nsga2),
+    "optuna": (OptunaConfig, OptunaSamplers),
     "amc_ddpg": (AmcDdpgConfig, make_amc_ddpg),
     "envelope_ddpg": (EnvelopeDdpgConfig, make_envelope_ddpg),
 }
