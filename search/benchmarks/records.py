@@ -79,9 +79,14 @@ def difference(found: Any, wanted: Any, where: tuple[str, str] = ("there", "here
 def config_record(config: SearchConfig) -> dict[str, Any]:
     """Return the configuration without what no measurement depends on.
 
-    This is what belongs to the machine (folders, workers), where runs are written, and whether winners are verified.
+    This is what belongs to the machine (folders, workers), where runs are written, and whether winners are verified and trained.
     """
-    excluded = {"data": {"root"}, "search": {"workers", "address", "time_limit"}, "finalize": {"verify"}, "output": True}
+    excluded = {
+        "data": {"root"},
+        "search": {"workers", "address", "time_limit"},
+        "finalize": {"verify", "training"},
+        "output": True,
+    }
     record: dict[str, Any] = config.model_dump(mode="json", exclude=excluded)  # type: ignore[arg-type]
     if record["search"]["score"]["name"] == "metric":
         del record["search"]["score"]  # results of earlier versions name no score

@@ -21,7 +21,9 @@ from secateur.search.build import build_problem
 from secateur.search.cli import app
 from secateur.search.config import parse_config
 from secateur.search.export.files import read_export
+from secateur.search.export.onnx_export import export_onnx
 from secateur.search.results.document import read_front
+from secateur.search.results.winners import check_export
 from secateur.search.run.folder import load_manifest
 from secateur.search.run.search import search
 from secateur.search.training.curve import CHECKPOINT, CURVE, Curve
@@ -285,3 +287,25 @@ def test_a_model_object_is_trained_without_labels(tmp_path):
         isinstance(winner.model(), torch.nn.Module)
         and found.finalize(epochs=20, overrides=["finalize.training.learning_rate=0.05"])[0].model()
     )
+
+
+@pytest.mark.slow
+@pytest.mark.numerics
+def test_the_digits_are_trained_exported_and_verified(tmp_path, monkeypatch):
+    """A real ONNX file, checked by a fresh process; a network with a tenth of the multiply-accumulates gains by training."""
+    monkeypatch.setattr("secateur.search.export.write.export_onnx", export_onnx)
+    monkeypatch.setattr("secateur.search.training.winners.check_export", check_export)
+    config = {
+        "model": {"factory": "secateur:digits", "weights": "trained", "input": [1, 8, 8]},
+        "data": {"name": "digits", "train": "rest", "calibration": 128, "validation": 300},
+        "search": {"agent": "uniform", "evaluations": 2, "workers": 0, "precision": "float32"},
+        "space": {"prune_ratio": [0.0, 0.9], "weight_bits": [4]},
+        "recovery": [],
+        "budgets": {"tenth": {"macs": "<= 10%"}},
+        "finalize": {"verify": False, "top": 1, "training": {"epochs": 5, "batch_size": 32, "learning_rate": 0.02}},
+        "output": {"root": str(tmp_path), "name": "run"},
+    }
+    (winner,) = secateur.load_run(search(parse_config(config, "test.yaml"))).finalize()
+    repair, trained, exported = (next(s for s in winner.stages if s.stage == name) for name in ("repair", "trained", "exported"))
+    assert winner.verified and trained.validation > repair.validation + 0.02
+    assert abs(exported.test - trained.test) < 0.02
