@@ -33,7 +33,6 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import numpy as np
-from cmaes import CMA, SepCMA
 
 from secateur.agents.allocation import LevelProblem, level_harms, measured_sensitivities
 from secateur.agents.generations import GenerationSearcher, quality
@@ -96,6 +95,8 @@ class CoefficientSearch(GenerationSearcher):
     """
 
     def __init__(self, config: SpdyConfig, space: ActionSpace, budget: Budget, harms: np.ndarray, rng: np.random.Generator):
+        from cmaes import CMA, SepCMA  # takes a second, and only this agent needs it
+
         super().__init__(space, budget)
         self.config, self.harms, self.rng = config, harms, rng
         self.problem = LevelProblem(space, budget)

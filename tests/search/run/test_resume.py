@@ -63,7 +63,15 @@ class Interrupted(SearchProgress):
             raise KeyboardInterrupt
 
 
-OPTIONS = {"random": {}, "bee_colony": {"sources": 2}, "nsga2": {"population": 4}, "envelope_ddpg": LEARNER}
+OPTIONS = {
+    "random": {},
+    "evopress": {},
+    "spdy": {"population": 4},
+    "bee_colony": {"sources": 2},
+    "nsga2": {"population": 4},
+    "optuna": {"startup": 4},
+    "envelope_ddpg": LEARNER,
+}
 
 
 @pytest.mark.numerics
