@@ -29,7 +29,8 @@ from secateur.envs.model_graph.trace import root_cause
 from secateur.envs.pruning.slicing import masked_model, slice_model
 from secateur.envs.tasks.core import tensors_of
 from secateur.search.benchmarks.support_models import build_checked, check_name, classifiers, others
-from secateur.search.export.onnx_export import free_batch, quiet
+from secateur.search.export.image_size import free_batch
+from secateur.search.export.onnx_export import quiet
 
 PRUNE_RATIO = 0.3
 EXACT = 1e-4
@@ -250,7 +251,7 @@ def onnx_error(model: nn.Module, inputs: tuple[Tensor, ...]) -> str:
     expected = tensors_of(model(*inputs))
     try:
         with quiet():
-            shapes = free_batch(model, len(inputs))
+            shapes = free_batch(model, inputs)
             program: Any = torch.onnx.export(model, inputs, dynamo=True, dynamic_shapes=shapes, verbose=False)
         session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
         feeds = {given.name: x.numpy() for given, x in zip(session.get_inputs(), inputs, strict=True)}
