@@ -32,7 +32,7 @@ def training_samples(problem: Problem, config: DistillationConfig) -> tuple[Samp
         InputError: if there is neither, or the recipe does not suit them.
     """
     if isinstance(problem.task, PartTask):
-        reason = "Parts of a model have no labels"
+        reason = "Parts of a model are trained without the labels of the whole"
     elif not isinstance(problem.task, SupervisedTask):
         reason = "A task of functions has no training images"
     else:
