@@ -50,13 +50,16 @@ def test_recoveries(config, tmp_path):
     assert (folder / "results.md").read_text().count("| synthetic |") == 1
 
 
-def test_quantizers(config, tmp_path, monkeypatch):
+def test_quantizers(config, tmp_path):
     folder = tmp_path / "out"
-    monkeypatch.setattr(quantizers, "METHODS", (("uniform", ()),))
-    check(benchmark("quantizers", config, "--output", folder), folder, "results.jsonl", 4)
-    again = benchmark("quantizers", config, "--output", folder)
-    check(again, folder, "results.jsonl", 4)
-    assert "uniform, 4 bits: " not in again.stdout
+    options = ("--method", "uniform activations=max", "--bits", "W4", "--bits", "W8A8", "--output", folder)
+    done = benchmark("quantizers", config, *options)
+    check(done, folder, "results.jsonl", 3)
+    assert "uniform activations=max, W8A8: " in done.stdout
+    again = benchmark("quantizers", config, *options)
+    check(again, folder, "results.jsonl", 3)
+    assert "uniform activations=max, W8A8: " not in again.stdout
+    assert len(quantizers.variants(quantizers.METHODS, quantizers.BITS)) == 1 + 8 * 3
 
 
 def test_importances(config, tmp_path, two_settings):
