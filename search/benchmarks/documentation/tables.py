@@ -177,6 +177,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "budgets-bits": lambda results: budgets_table(results / "budgets_bits", short=False),
     "half": half_table,
     "budgets-rerun": rerun_table,
+    "divergence": lambda results: reported_table(results / "divergence"),
     "segmentation": lambda results: reported_table(results / "segmentation"),
     "super-resolution": lambda results: reported_table(results / "super_resolution"),
     "detection": lambda results: reported_table(results / "detection"),
