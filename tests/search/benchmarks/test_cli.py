@@ -123,3 +123,17 @@ def test_committed_tables_are_those_of_the_committed_rows(folder, report):
     committed = (RESULTS / folder).with_name("results.md").read_text().splitlines()
     lines = [line for line in report(rows).splitlines() if line.startswith("| ")]
     assert header["schema"] == 1 and len(lines) > 1 and lines == [line for line in committed if line.startswith("| ")]
+
+
+def test_score(config, tmp_path):
+    folder = tmp_path / "out"
+    arguments = ("score", config, "--budget", "half", "--policies", 2, "--output", folder)
+    done = benchmark(*arguments)
+    assert done.exit_code == 0, done.output
+    rows = read_lines(folder / "results.jsonl")[1:]
+    assert {row["kind"] for row in rows} == {"random", "greedy", "near greedy"}
+    assert all(0 < row["scores"]["sequential"]["divergence"]["quality"] <= 1 for row in rows)
+    table = (folder / "results.md").read_text()
+    assert "| sequential, 128 images: divergence, calibration |" in table and table in done.stdout
+    again = benchmark(*arguments)
+    assert len(read_lines(folder / "results.jsonl")) == len(rows) + 1 and table in again.stdout
