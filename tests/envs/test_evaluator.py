@@ -10,6 +10,7 @@ import torch
 from secateur.envs.core import CompressionPolicy, Evaluation
 from secateur.envs.evaluator import Evaluator, Precision
 from secateur.envs.racing import Race, unpack
+from secateur.envs.scores.metric import MetricScore, MetricScoreConfig
 from tests.scoring import classification
 
 IMAGES, CLASSES = 4096, 4
@@ -41,7 +42,8 @@ class Scripted(Evaluator):
 
 def evaluator(race):
     task = classification(PIXELS, LABELS, CLASSES)
-    return Scripted(NoAssembler(), lambda p: {"macs": p.widths[1]}, task, 0.9, Precision("float32", "test"), race)
+    score = MetricScore(MetricScoreConfig(), task, torch.nn.Identity(), 0.9)
+    return Scripted(NoAssembler(), lambda p: {"macs": p.widths[1]}, score, Precision("float32", "test"), race)
 
 
 def policy(percent, macs=5):
