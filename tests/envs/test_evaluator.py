@@ -86,7 +86,8 @@ def test_only_full_evaluations_of_what_costs_no_more_are_references():
 
 def test_one_batch_is_never_cut():
     task = classification(PIXELS[:200], LABELS[:200], CLASSES)
-    small = Scripted(NoAssembler(), lambda p: {"macs": 1.0}, task, 0.9, Precision("float32", "test"), RACE)
+    score = MetricScore(MetricScoreConfig(), task, torch.nn.Identity(), 0.9)
+    small = Scripted(NoAssembler(), lambda p: {"macs": 1.0}, score, Precision("float32", "test"), RACE)
     assert len(list(task.batches("validation"))) == 1
     assert not any(small.evaluate(policy(percent)).stopped for percent in (99, 5))
 
