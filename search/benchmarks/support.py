@@ -60,7 +60,7 @@ _COLUMNS = ("model", "result", "M params", "GMACs", "groups", "prunable", "froze
 _OTHERS = """## timm, segmentation, detection, video, flow
 
 40 models of timm at their input size, and 16 of torchvision: segmentation and the backbones of detectors at 128 x 128 pixels,
-(`ssd300_vgg16` at 300), video at 16 frames of 64 x 64, optical flow of two images of 128 x 128. In addition:
+(`ssd300_vgg16` at 300), video at 16 frames of 64 x 64 (`s3d` at 224), optical flow of two images of 128 x 128. In addition:
 
 - *MACs pruned*: share of all multiply-accumulates that is removed with 30 % of the units of every group.
 - *quantizable*: convolution and linear layers whose bits can be chosen, of all.

@@ -40,8 +40,8 @@ VIDEO = ("mc3_18", "r2plus1d_18", "r3d_18", "s3d", "swin3d_t")
 FLOW = ("raft_small",)
 IMAGE, CLIP = (1, 3, 128, 128), (1, 3, 16, 64, 64)
 """Shapes of the inputs for models other than classifiers; RAFT gets two images."""
-LARGER_IMAGES = {"ssd300_vgg16": (1, 3, 300, 300)}
-"""Networks whose last layers have nothing left of a smaller image."""
+LARGER_INPUTS = {"ssd300_vgg16": (1, 3, 300, 300), "s3d": (1, 3, 16, 224, 224)}
+"""Networks whose last layers have nothing left of smaller inputs."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _torchvision(*shapes: tuple[int, ...]) -> Callable[[str], CheckedModel]:
         model = torchvision.models.get_model(name, weights=None, **options).eval()
         if name in DETECTION:
             model = model.backbone
-        return CheckedModel(model, tuple(torch.zeros(LARGER_IMAGES.get(name, shape)) for shape in shapes))
+        return CheckedModel(model, tuple(torch.zeros(LARGER_INPUTS.get(name, shape)) for shape in shapes))
 
     return build
 
