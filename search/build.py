@@ -199,6 +199,7 @@ def build_problem(config: SearchConfig, status: StatusCallback = log.info, given
         task, model, graph = build_model_and_graph(config, status)
     else:
         task, model, graph = traced(given.task, given.model, given.example, config, status)
+    _held_out(config, task.samples("calibration"))  # refused before a device is measured
     config = resolve_device(config, model, graph, status)
     costs = build_costs(config, graph)
     budgets, projection = build_budgets(config, costs, task.metric), FeasibilityProjection(costs)
@@ -266,10 +267,15 @@ def build_assemblers(
 
 def _seen_by_recoveries(config: SearchConfig, images: Inputs, labels: Tensor | None) -> tuple[Inputs, Tensor | None]:
     """Return the calibration samples without those that the search's score keeps for itself."""
+    count = len(images) - _held_out(config, len(images))
+    return images[:count], None if labels is None else labels[:count]
+
+
+def _held_out(config: SearchConfig, calibration: int) -> int:
+    """Return how many calibration samples the search's score keeps for itself; InputError if there are too few."""
     entry = config.search.score
     options: ScoreConfig = build_options(SCORES[entry.name][0], entry.options)
-    count = len(images) - options.held_out(len(images))
-    return images[:count], None if labels is None else labels[:count]
+    return options.held_out(calibration)
 
 
 def planned_calibration(config: SearchConfig, model: nn.Module, graph: ModelGraph) -> dict[str, LayerPlan] | None:
