@@ -62,13 +62,14 @@ from typing import Annotated
 
 import numpy as np
 
-from secateur.agents.core import Rate, SequenceActor, check_out, check_preference, scored, simplex
+from secateur.agents.core import Rate, check_preference, scored, simplex
+from secateur.agents.generations import GenerationSearcher
 from secateur.agents.greedy import GreedyConfig, allocate
 from secateur.agents.pareto import violation
 from secateur.agents.per_budget import PerBudget
 from secateur.agents.random_search import random_sequence
 from secateur.cost_models.core import Count, NonNegative, Positive, Range, check_fields
-from secateur.envs.core import ActionSpace, Budget, CompressionPolicy, Episode, Sensitivities
+from secateur.envs.core import ActionSpace, Budget, Episode, Sensitivities
 
 OWNER = "the bee colony"
 """How messages call the agent."""
@@ -170,7 +171,7 @@ class BeeColony(PerBudget):
         )
 
 
-class Colony:
+class Colony(GenerationSearcher):
     """The sources and bees of one budget."""
 
     def __init__(
@@ -181,7 +182,8 @@ class Colony:
         preference: np.ndarray,
         rng: np.random.Generator,
     ):
-        self.config, self.space, self.budget, self.preference, self.rng = config, space, budget, preference, rng
+        super().__init__(space, budget)
+        self.config, self.preference, self.rng = config, preference, rng
         self.sensitivities = space.sensitivities if config.sensitivity else None
         # More compression than the budget asks for is only of use if a cost is part of the preference.
         self._repair = space.execute if preference[1:].any() else space.scale_to_budget
@@ -190,40 +192,14 @@ class Colony:
         self.trials = np.full(config.sources, config.limit)  # all exhausted: the first phase is all scouts
         self.best = nothing
         self.evaluated: list[Source] = []
-        self.handed_out = 0
         self._onlookers_next = False
-        self._waiting: list[Visit] = []
-        self._out: dict[int, Visit] = {}
-        self._back: dict[int, tuple[Visit, Source]] = {}
-        self._chosen: set[CompressionPolicy] = set()
+        self._visits: list[Visit] = []
 
-    @property
-    def ready(self) -> bool:
-        """Whether `next` has an actor to give: the phase has bees left, or it is over and the next can begin."""
-        return bool(self._waiting) or not self._out
-
-    def next(self) -> SequenceActor:
-        """Return the next bee of the phase."""
-        if not self._waiting:
-            self._waiting = self.onlookers() if self._onlookers_next else self.employed()
-            self._onlookers_next = not self._onlookers_next
-        visit = self._waiting.pop(0)
-        actor = SequenceActor(self.budget, visit.sequence, self.handed_out)
-        self._out[actor.ticket] = visit
-        self.handed_out += 1
-        return actor
-
-    def learn(self, actor: SequenceActor, episode: Episode) -> None:
-        """Keep what a bee found; judge the phase when it is the last.
-
-        Raises:
-            ValueError: if the actor is not out.
-        """
-        check_out(actor.ticket, self._out)
-        visit = self._out.pop(actor.ticket)
-        self._back[actor.ticket] = visit, self._judge(visit, episode)
-        if not self._waiting and not self._out:
-            self._select()
+    def generation(self) -> list[np.ndarray]:
+        """Return what the bees of the next phase try."""
+        self._visits = self.onlookers() if self._onlookers_next else self.employed()
+        self._onlookers_next = not self._onlookers_next
+        return [visit.sequence for visit in self._visits]
 
     def _judge(self, visit: Visit, episode: Episode) -> Source:
         """Return what the visit found as a source."""
@@ -233,10 +209,10 @@ class Colony:
         utility = float(self.preference @ np.asarray(episode.reward))
         return Source(np.asarray(sequence, float), violation(episode.constraints), utility)
 
-    def _select(self) -> None:
+    def select(self, episodes: Sequence[Episode]) -> None:
         """Replace sources by better finds, in the order in which they were handed out."""
-        for ticket in sorted(self._back):
-            visit, found = self._back[ticket]
+        for visit, episode in zip(self._visits, episodes, strict=True):
+            found = self._judge(visit, episode)
             if visit.scout or found.better_than(self.sources[visit.slot]):
                 self.sources[visit.slot] = found
                 # What a failed scout found is given up at once.
@@ -247,7 +223,6 @@ class Colony:
                 self.best = found
             if np.isfinite(found.rank_key).all():
                 self.evaluated.append(found)
-        self._back = {}
 
     def employed(self) -> list[Visit]:
         """Return one visit per source: a move, or a scout where it is exhausted."""
@@ -289,8 +264,7 @@ class Colony:
             wanted = np.array([sequence[self.space.used] for sequence in sequences])
             violations, losses = regress(genes, scores, wanted, self.config.ridge, self.sensitivities).T
             sequence = sequences[np.lexsort((losses, np.maximum(violations, 0)))[0]]
-        self._chosen.add(self.space.decode(sequence))
-        return Visit(slot, sequence, scout)
+        return Visit(slot, self.choose(sequence), scout)
 
     def _neighbor(self, slot: int) -> np.ndarray:
         """Return a sequence near a source, before repair."""
@@ -320,7 +294,7 @@ class Colony:
             number = min(attempts, count - len(sequences))
             attempts -= number
             repaired = repair(np.stack([draw() for _ in range(number)]), self.budget)
-            sequences += [sequence for sequence in repaired if self.space.decode(sequence) not in self._chosen]
+            sequences += [sequence for sequence in repaired if not self.chosen(sequence)]
         return sequences
 
 

@@ -1,4 +1,4 @@
-"""Searchers of one budget that work in generations: evaluations run in parallel, and their order changes nothing."""
+"""Searchers that work in generations: evaluations run in parallel, and their order changes nothing."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class GenerationSearcher(ABC):
 
     Args:
         space: of the choices.
-        budget: of all its policies.
+        budgets: of its policies, which take turns.
     """
 
-    def __init__(self, space: ActionSpace, budget: Budget):
-        self.space, self.budget = space, budget
+    def __init__(self, space: ActionSpace, *budgets: Budget):
+        self.space, self.budgets = space, budgets
         self.handed_out = 0
         self._waiting: list[np.ndarray] = []
         self._out: set[int] = set()
@@ -36,6 +36,15 @@ class GenerationSearcher(ABC):
         """Learn from the episodes of a generation, in the order of its sequences."""
 
     @property
+    def budget(self) -> Budget:
+        """The first budget, or the only one."""
+        return self.budgets[0]
+
+    def budget_of(self, ticket: int) -> Budget:
+        """Return the budget of the policy that is handed out as number `ticket`."""
+        return self.budgets[ticket % len(self.budgets)]
+
+    @property
     def ready(self) -> bool:
         """Whether `next` has an actor to give: the generation has members left, or it is over."""
         return bool(self._waiting) or not self._out
@@ -44,7 +53,7 @@ class GenerationSearcher(ABC):
         """Return the next member of the generation."""
         if not self._waiting:
             self._waiting = self.generation()
-        actor = SequenceActor(self.budget, self._waiting.pop(0), self.handed_out)
+        actor = SequenceActor(self.budget_of(self.handed_out), self._waiting.pop(0), self.handed_out)
         self._out.add(actor.ticket)
         self.handed_out += 1
         return actor

@@ -23,12 +23,13 @@ from typing import Annotated
 
 import numpy as np
 
-from secateur.agents.core import SequenceActor, Share, check_out, fully_scored
+from secateur.agents.core import Share, fully_scored
+from secateur.agents.generations import GenerationSearcher
 from secateur.agents.pareto import crowding_distance, non_dominated, violation
 from secateur.agents.per_budget import PerBudget
 from secateur.agents.random_search import random_sequence
 from secateur.cost_models.core import NonNegative, Range, check_fields
-from secateur.envs.core import ActionSpace, Budget, CompressionPolicy, Episode
+from secateur.envs.core import ActionSpace, Budget, Episode
 
 
 @dataclass(frozen=True)
@@ -85,70 +86,44 @@ class Nsga2(PerBudget):
             )
 
 
-class Population:
+class Population(GenerationSearcher):
     """The members of one front; its budgets take turns."""
 
     def __init__(self, config: Nsga2Config, space: ActionSpace, budgets: Sequence[Budget], rng: np.random.Generator):
-        self.config, self.space, self.budgets, self.rng = config, space, tuple(budgets), rng
+        super().__init__(space, *budgets)
+        self.config, self.rng = config, rng
         self.members: list[Member] = []
-        self.handed_out = 0
-        self._waiting: list[tuple[Budget, np.ndarray]] = []
-        self._turn = 0
-        self._out: dict[int, np.ndarray] = {}
-        self._back: dict[int, Member] = {}
-        self._chosen: set[CompressionPolicy] = set()
+        self._children: list[np.ndarray] = []
 
-    @property
-    def ready(self) -> bool:
-        """Whether `next` has an actor to give: the generation has children left, or it is over."""
-        return bool(self._waiting) or not self._out
+    def generation(self) -> list[np.ndarray]:
+        """Return the next children; random sequences in the first generation."""
+        tickets = range(self.handed_out, self.handed_out + self.config.population)
+        self._children = [self.choose(self._repaired_child(self.budget_of(ticket))) for ticket in tickets]
+        return list(self._children)
 
-    def next(self) -> SequenceActor:
-        """Return the next child of the generation."""
-        if not self._waiting:
-            self._waiting = self._generation()
-        budget, sequence = self._waiting.pop(0)
-        actor = SequenceActor(budget, sequence, self.handed_out)
-        self._out[actor.ticket] = actor.sequence
-        self.handed_out += 1
-        return actor
+    def select(self, episodes: Sequence[Episode]) -> None:
+        """Keep the best of members and children."""
+        children = [self._judge(*child) for child in zip(self._children, episodes, strict=True)]
+        self.members = survivors(self.members + children, self.config.population)
 
-    def learn(self, actor: SequenceActor, episode: Episode) -> None:
-        """Keep what a child scored; select when it is the last of its generation.
+    def _judge(self, sequence: np.ndarray, episode: Episode) -> Member:
+        """Return what a child scored as a member."""
+        if not fully_scored(episode):
+            return Member(sequence, np.full(len(self.space.objectives), np.inf), np.inf)
+        executed = sequence if episode.actions is None else np.asarray(episode.actions, float)
+        return Member(executed, -np.asarray(episode.reward, float), violation(episode.constraints))
 
-        Raises:
-            ValueError: if the actor is not out.
-        """
-        check_out(actor.ticket, self._out)
-        sequence = self._out.pop(actor.ticket)
-        if fully_scored(episode):
-            executed = sequence if episode.actions is None else np.asarray(episode.actions, float)
-            member = Member(executed, -np.asarray(episode.reward, float), violation(episode.constraints))
-        else:
-            member = Member(sequence, np.full(len(self.space.objectives), np.inf), np.inf)
-        self._back[actor.ticket] = member
-        if not self._waiting and not self._out:
-            children = [self._back[ticket] for ticket in sorted(self._back)]
-            self._back = {}
-            self.members = survivors(self.members + children, self.config.population)
-
-    def _generation(self) -> list[tuple[Budget, np.ndarray]]:
-        """Return the next children, each with its budget; random sequences in the first generation."""
-        children = []
-        for _ in range(self.config.population):
-            budget = self.budgets[self._turn % len(self.budgets)]
-            self._turn += 1
-            scale = self.rng.random() < self.config.edge
-            for attempt in range(self.config.redraws + 1):
-                wanted = self._child() if self.members else random_sequence(self.space, self.rng)
-                if attempt > self.config.redraws // 2:  # the neighborhood is used up
-                    wanted = random_sequence(self.space, self.rng)
-                sequence = (self.space.scale_to_budget if scale else self.space.execute)(wanted, budget)
-                if self.space.decode(sequence) not in self._chosen:
-                    break
-            self._chosen.add(self.space.decode(sequence))
-            children.append((budget, sequence))
-        return children
+    def _repaired_child(self, budget: Budget) -> np.ndarray:
+        """Return an executed sequence whose policy is new, if some draws find one."""
+        repair = self.space.scale_to_budget if self.rng.random() < self.config.edge else self.space.execute
+        for attempt in range(self.config.redraws + 1):
+            wanted = self._child() if self.members else random_sequence(self.space, self.rng)
+            if attempt > self.config.redraws // 2:  # the neighborhood is used up
+                wanted = random_sequence(self.space, self.rng)
+            sequence = repair(wanted, budget)
+            if not self.chosen(sequence):
+                break
+        return sequence
 
     def _child(self) -> np.ndarray:
         """Return a crossed and mutated sequence, before repair."""
