@@ -38,8 +38,7 @@ from secateur.envs.pruning.slicing import slice_model
 from secateur.envs.quantization.quantizers import QUANTIZERS, Quantizer
 from secateur.envs.racing import Race
 from secateur.envs.recovery import RECOVERIES, Recovery
-from secateur.envs.recovery.least_squares import LeastSquares
-from secateur.envs.recovery.sequential import Sequential
+from secateur.envs.recovery.core import HasQuickForm
 from secateur.envs.scores import SCORES, Score, ScoreConfig
 from secateur.envs.sensitivity import IMAGES, measure_sensitivities
 from secateur.envs.tasks.core import Task, all_samples, check_finite, first_inputs, first_outputs
@@ -354,12 +353,11 @@ def prepare(problem: Problem, name: str, options: Mapping[str, Any], status: Sta
 def with_sensitivities(problem: Problem, status: StatusCallback = log.info) -> Problem:
     """Return the problem with the sensitivities of its choices, measured unless it has them.
 
-    One choice alone needs no refit of the whole network: in place of `sequential`, `least_squares` repairs the readers of a
-    pruned group in a fraction of the time.
+    Recoveries with a quick form are replaced by it, because one choice alone needs no repair of the whole network.
     """
     if problem.space.sensitivities is not None:
         return problem
-    quick = [LeastSquares() if isinstance(one, Sequential) else one for one in problem.assembler.recoveries]
+    quick = [one.quick() if isinstance(one, HasQuickForm) else one for one in problem.assembler.recoveries]
     assembler = replace(problem.assembler, recoveries=quick)
     evaluator, start = make_evaluator(replace(problem, assembler=assembler)), time.perf_counter()
     inputs = first_inputs(problem.task, "validation", IMAGES)

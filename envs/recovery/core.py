@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 from secateur.envs.candidate import CandidateNetwork
 
@@ -20,4 +20,13 @@ class Recovery(Protocol):
 
     def apply(self, candidate: CandidateNetwork) -> None:
         """Repair `candidate.network` in place. Tensors are replaced, never written into: the dense model may share them."""
+        ...
+
+
+@runtime_checkable
+class HasQuickForm(Protocol):
+    """A recovery with a cheaper form, which suffices where one choice alone is compressed (envs/sensitivity.py)."""
+
+    def quick(self) -> Recovery:
+        """Return the cheaper recovery."""
         ...
