@@ -13,8 +13,8 @@ Where we differ and why:
 2. The paper's gates, small networks that rescale the bounds for every image at run time, are left out: grids in ONNX are fixed.
 3. Zero is on the grid, because padding needs it exactly: the lower bound is at most 0, the upper one at least 0.
 4. The smallest and the largest value of the whole calibration count as one sample each, because a random sample misses the ends
-   of long tails (results/quantizers_super_resolution, 8-bit weights with 8-bit and with 4-bit inputs: 37.69 and 35.50 dB, `uniform`
-   37.60 and 35.26 dB).
+   of long tails (results/quantizers_super_resolution, weights of 8 bits with inputs of 8 and of 4 bits: 37.69 and 35.50 dB,
+   `uniform` 37.60 and 35.26 dB).
 5. Weights are rounded by `uniform` or `gptq`; the paper rounds them symmetrically up to the largest weight of the layer.
 """
 
