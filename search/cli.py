@@ -69,6 +69,13 @@ class Format(StrEnum):
     CSV = "csv"
 
 
+class Channels(StrEnum):
+    """Which channels `apply` keeps."""
+
+    RANK = "rank"
+    KEEP = "keep"
+
+
 @app.callback()
 def main() -> None:
     """Set up logging for every verb; on stderr, because stdout is for results."""
@@ -246,6 +253,45 @@ def export(
         validation, test = one.metric.text(one.validation_score), one.metric.text(one.test_score)
         print(f"validation {one.metric.label} {validation}, test {one.metric.label} {test} of {one.test_images} samples")
         print(f"export: {one.folder}")
+
+
+@app.command()
+def apply(
+    policy: Annotated[Path, typer.Argument(metavar="EXPORT", help="Folder of an export, or its policy.json.")],
+    weights: Annotated[Path, typer.Option(help="File with the other weights, of the same architecture.")],
+    channels: Annotated[
+        Channels, typer.Option(help="Rank the channels again in the new weights, or keep those of the export.")
+    ] = Channels.RANK,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of training with distillation; default: none.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder to write; default: EXPORT-applied.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Put a policy on other weights of the same architecture; repair, perhaps train, export and verify the network."""
+    from secateur.search.apply import apply as apply_policy
+    from secateur.search.export.verification_tables import verification_tables
+    from secateur.search.run.progress import SearchProgress
+
+    with SearchProgress(Console(stderr=True)) as progress:
+        found = apply_policy(
+            policy,
+            weights,
+            channels=channels.value,
+            epochs=epochs,
+            output=output,
+            overrides=overrides or (),
+            status=progress.status,
+            note=progress.note,
+        )
+    for table in verification_tables(found.verification):
+        Console().print(table)
+    text = found.metric.text
+    trained = "" if epochs is None else f", after the training {text(found.validation)}"
+    print(f"validation {found.metric.label}: dense {text(found.dense)}, after the repair {text(found.repaired)}{trained}")
+    print(f"export: {found.folder}")
+    for failure in found.verification.failures:
+        print(f"broken: {failure}", file=sys.stderr)
+    if not found.verification.passed:
+        raise typer.Exit(1)
 
 
 @app.command()

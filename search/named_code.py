@@ -33,16 +33,27 @@ def load_own_manifest(
         InputError: as `load_manifest` does, and if the manifest names a function that may not be called.
     """
     config, manifest = load_manifest(run, overrides)
-    if given is not None:
-        return config, manifest
-    named = apply_overrides({}, overrides)
-    factory = config.model.factory
-    if not named & {"model", "model.factory"} and not is_model_factory(find_factory(factory)[0]):
-        raise _refused(f"{MANIFEST} names {not_called(factory)}. If it makes the network", f"model.factory={factory}")
-    check_data_name(config.data.name, named, MANIFEST)
-    if config.task.name == FUNCTIONS:
-        check_functions_named(config.task.options, named, MANIFEST)
+    if given is None:
+        check_named_code(config, apply_overrides({}, overrides), MANIFEST)
     return config, manifest
+
+
+def check_named_code(config: SearchConfig, named: Collection[str], document: str) -> None:
+    """Check every function that a configuration in a file names for the model, the data and the task.
+
+    Args:
+        config: the configuration.
+        named: what the user has named, as "section.key"s.
+        document: name of the file.
+    Raises:
+        InputError: if a function may not be called.
+    """
+    factory = config.model.factory
+    if not {"model", "model.factory"} & set(named) and not is_model_factory(find_factory(factory)[0]):
+        raise _refused(f"{document} names {not_called(factory)}. If it makes the network", f"model.factory={factory}")
+    check_data_name(config.data.name, named, document)
+    if config.task.name == FUNCTIONS:
+        check_functions_named(config.task.options, named, document)
 
 
 def check_data_name(name: str, named: Collection[str], document: str) -> None:

@@ -6,6 +6,7 @@
     ask(run, budget)            policies for any budget from the agent of a finished run
     finalize(run, epochs=...)   train the winners with distillation from the dense model, export and verify them
     export(run, budget=...)     write compressed models: JSON, safetensors, ONNX
+    apply(policy, weights)      put a policy on other weights of the same architecture, export and verify it
     verify(folder)              check what an export promises, from its files
     load_compressed(folder)     the exported model as a torch.nn.Module
     save_compressed(model, folder)   write and verify it again after training
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from secateur.cost_models.core import InputError
     from secateur.envs.metric import Metric
+    from secateur.search.apply import apply
     from secateur.search.ask import ask
     from secateur.search.config import load_config
     from secateur.search.export.load import load_compressed
@@ -44,6 +46,7 @@ __all__ = [
     "Metric",
     "Run",
     "__version__",
+    "apply",
     "ask",
     "export",
     "finalize",
@@ -62,6 +65,7 @@ _HOMES = {
     "InputError": "secateur.cost_models.core:InputError",
     "Metric": "secateur.envs.metric:Metric",
     "Run": "secateur.search.run.handle:Run",
+    "apply": "secateur.search.apply:apply",
     "ask": "secateur.search.ask:ask",
     "export": "secateur.search.export.run_exports:export",
     "finalize": "secateur.search.run.handle:finalize",

@@ -6,7 +6,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -66,6 +66,12 @@ class FunctionTask:
     evaluate_test: Evaluate | None = None
     training_loss: Loss | None = None
     compare: Callable[[Any, Any], Tensor] = output_divergence
+
+    def with_dense(self, model: nn.Module) -> FunctionTask:
+        """Return the task for a dense model with other weights: scores by divergence compare with its outputs."""
+        own = {"evaluate_validation": self.evaluate_validation, "evaluate_test": self.evaluate_test}
+        renewed: dict[str, Any] = {name: one.of_model(model) for name, one in own.items() if isinstance(one, DenseOutputs)}
+        return replace(self, **renewed)
 
     @property
     def source(self) -> str:
@@ -166,6 +172,16 @@ class DenseOutputs:
 
     batches: tuple[tuple[Inputs, Any], ...]
     compare: Callable[[Any, Any], Tensor]
+
+    @classmethod
+    def of(cls, model: Model, batches: Iterable[Inputs], compare: Callable[[Any, Any], Tensor]) -> DenseOutputs:
+        """Return the score that compares with the outputs of `model`."""
+        with torch.no_grad():
+            return cls(tuple((batch, call_model(model, batch)) for batch in batches), compare)
+
+    def of_model(self, model: Model) -> DenseOutputs:
+        """Return the same score against another model's outputs."""
+        return self.of(model, (inputs for inputs, _ in self.batches), self.compare)
 
     def __call__(self, model: Model) -> float:
         """Return the mean divergence."""
@@ -347,16 +363,14 @@ def divergence_task(
         raise InputError(f"Without `evaluate`, `calibration` must hold at least 4 samples, but it holds {count}.")
     half, quarter = count // 2, count // 4
 
-    def scored(part: Inputs) -> DenseOutputs:
-        with torch.no_grad():
-            return DenseOutputs(tuple((batch, call_model(model, batch)) for batch in part.split(size)), compare)
-
     parts = inputs[:half].split(size)
     targets: Sequence[Any] = [None] * len(parts)
     if all(isinstance(batch.targets, Tensor) and len(batch.targets) == len(batch.inputs) for batch in given):
         targets = torch.cat([batch.targets for batch in given])[:half].split(size)
     calibration = tuple(map(Batch, parts, targets))
-    validation, test = scored(inputs[half : half + quarter]), scored(inputs[half + quarter :])
+    validation, test = (
+        DenseOutputs.of(model, part.split(size), compare) for part in (inputs[half : half + quarter], inputs[half + quarter :])
+    )
     return FunctionTask(DIVERGENCE, calibration, validation, test, loss, compare)
 
 

@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from secateur.cost_models.core import FLOAT_BITS
+from secateur.cost_models.core import FLOAT_BITS, LayerShape
 from secateur.envs.core import Budget, CompressionPolicy, Evaluation, InputError
 from secateur.envs.inputs import Inputs, call_model, describe_inputs, positional, samples_like, signature_of
 from secateur.envs.model_graph.trace import root_cause
@@ -78,16 +78,16 @@ RANGE_IMAGES = 64
 
 
 @dataclass(frozen=True)
-class TrainedNetwork:
-    """A policy's network after training.
+class BuiltNetwork:
+    """A policy's network that is assembled already, and perhaps trained.
 
     Attributes:
         network: in eval mode, quantized.
-        training: how it was trained, as JSON values; goes into policy.json.
+        training: how it was trained, as JSON values; goes into policy.json. None: not trained.
     """
 
     network: nn.Module
-    training: Mapping[str, Any]
+    training: Mapping[str, Any] | None = None
 
 
 def write_export(
@@ -98,7 +98,7 @@ def write_export(
     validation: Evaluation,
     test: Evaluation | None = None,
     pt2: bool = False,
-    trained: TrainedNetwork | None = None,
+    built: BuiltNetwork | None = None,
 ) -> nn.Module:
     """Write a policy's network to a new folder, read it back, and return the network that was read.
 
@@ -109,19 +109,20 @@ def write_export(
         budget: the budget whose limits the policy meets.
         validation, test: its scores; they go into policy.json.
         pt2: whether to write model.pt2 too.
-        trained: the policy's network; None: it is assembled with the finalists' recovery.
+        built: the policy's network; None: it is assembled with the finalists' recovery.
     Raises:
         InputError: if the folder is not free or cannot be written, or the network cannot be exported to ONNX.
         RuntimeError: if the model that is read back computes something else.
     """
-    network = problem.finalist_assembler.assemble(policy) if trained is None else trained.network
+    built = BuiltNetwork(problem.finalist_assembler.assemble(policy)) if built is None else built
+    network = built.network
     given = problem.given
     # The user's own configuration named the factory, so here it is called without a check.
     factory = problem.config.model.factory if given is None else given.model
     with draft_of(Path(folder)) as draft:
         executions = _write_models(draft, problem, policy, network, pt2)
         document = _document(problem, policy, network, budget, validation, test, executions)
-        document["training"] = None if trained is None else dict(trained.training)
+        document["training"] = None if built.training is None else dict(built.training)
         write_document(draft, document, Path(folder).name)
         loaded = load_compressed(draft, factory)
         check_same_outputs(parts_of(problem.task, loaded), network, first_inputs(problem.task, "validation", 16)[0])
@@ -244,7 +245,7 @@ def is_export_of(
     Args:
         folder: of the export.
         point, budget, pt2: as in `export_point`.
-        training: as in `TrainedNetwork`; None: not trained.
+        training: as in `BuiltNetwork`; None: not trained.
     """
     folder = Path(folder)
     if not (folder / POLICY).is_file():
@@ -302,6 +303,14 @@ def packed_tensors(network: nn.Module) -> dict[str, Tensor]:
             if quantized.levels is not None:
                 tensors[name + LEVELS] = quantized.levels
     return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}  # safetensors refuses shared memory
+
+
+def architecture(layers: Sequence[LayerShape]) -> dict[str, list[Any]]:
+    """Return {layer: [kind, input channels, output channels, kernel, stride, groups]} of a dense network, as JSON values."""
+    return {
+        layer.name: [layer.kind, layer.in_channels, layer.out_channels, [*layer.kernel], [*layer.stride], layer.conv_groups]
+        for layer in layers
+    }
 
 
 def layer_entries(network: nn.Module) -> list[dict[str, Any]]:
@@ -386,6 +395,8 @@ def _document(
         "views": view_sizes(network),
         "layers": layer_entries(network),
         "execution": [asdict(execution) for execution in executions],
+        "architecture": architecture(graph.geometry.layers),
+        "config": problem.config.model_dump(mode="json"),
         "note": "In model.safetensors weights are stored in their bits. In PyTorch activation bits are simulated: values are "
         "rounded to the grid, the arithmetic is float32. In model.onnx layers of at most 8 bits compute in integers, except "
         "where `execution` in policy.json names another reason.",

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,15 +20,14 @@ from torch import nn
 from secateur.envs.core import CompressionPolicy, Evaluation, InputError
 from secateur.envs.metric import Metric
 from secateur.envs.policy_space import document_to_policy
-from secateur.envs.training.distillation import BatchProgress, EpochRecord, Training, Watch
+from secateur.envs.training.distillation import EpochRecord, Training, Watch
 from secateur.envs.training.recipe import DistillationConfig
 from secateur.envs.training.samples import Samples
-from secateur.search.export.write import TrainedNetwork, is_export_of, write_export
+from secateur.search.export.write import BuiltNetwork, is_export_of, write_export
 from secateur.search.problem import Problem, StatusCallback
 from secateur.search.results.document import finalist_points
 from secateur.search.results.finalize import dense_test_score, score_network
 from secateur.search.results.winners import EXPORTS, check_export
-from secateur.search.run.progress import SECONDS_PER_LINE, duration
 from secateur.search.schema import metric_of, search_score_of
 from secateur.search.training.curve import (
     CHECKPOINT,
@@ -43,6 +41,7 @@ from secateur.search.training.curve import (
     Stage,
     training_folder,
 )
+from secateur.search.training.reports import batch_reporter
 from secateur.search.training.samples import training_samples
 
 log = logging.getLogger(__name__)
@@ -244,7 +243,11 @@ class _Work:
             folder / CHECKPOINT,
             {"policy": point["policy"], "samples": self.source},
         )
-        watch = Watch(self._reporter(number), lambda record: curve.add(_epoch_stage(record)), self._validation_score)
+        watch = Watch(
+            batch_reporter(self.status, f"evaluation {number}"),
+            lambda record: curve.add(_epoch_stage(record)),
+            self._validation_score,
+        )
         found = training.run(start, watch)
         if found.note:
             self.note(f"Evaluation {number}: {found.note}")
@@ -284,21 +287,6 @@ class _Work:
             log.warning("a network in training cannot be scored: %s", error)
             return None
 
-    def _reporter(self, number: int) -> Callable[[BatchProgress], None]:
-        """Return a callback that reports the progress every few seconds."""
-        shown = [float("-inf")]
-
-        def report(at: BatchProgress) -> None:
-            now = time.monotonic()
-            if now - shown[0] >= SECONDS_PER_LINE:
-                shown[0] = now
-                self.status(
-                    f"training evaluation {number}, epoch {at.epoch} of {at.epochs}, {100 * at.done:.0f} %: loss {at.loss:.3f}, "
-                    f"{duration(at.seconds_left)} left"
-                )
-
-        return report
-
     def exported(self, budget: str, point: Mapping[str, Any]) -> Path | None:
         """Export a trained network for a budget and verify it, unless it was; return the folder, None if it fails."""
         curve, network = self.trained(point)
@@ -312,7 +300,7 @@ class _Work:
         limits = next(one for one in self.problem.budgets if one.name == budget)
         try:
             scores = self._scores(network, policy)
-            write_export(folder, self.problem, policy, limits, *scores, trained=TrainedNetwork(network, trained.training))
+            write_export(folder, self.problem, policy, limits, *scores, built=BuiltNetwork(network, trained.training))
             checked = check_export(self.problem, folder)
         except (InputError, RuntimeError) as error:
             log.info("checking the trained winner of %s failed", budget, exc_info=True)

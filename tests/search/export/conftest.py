@@ -24,7 +24,7 @@ from secateur.envs.recovery import RECOVERIES
 from secateur.envs.tasks import synthetic
 from secateur.envs.tasks.classification import Classification
 from secateur.envs.tasks.models import load_model
-from secateur.search.config import BudgetConfig, DataSection, PluginEntry
+from secateur.search.config import parse_config
 from secateur.search.export.write import write_export
 
 FACTORY = "secateur.envs.tasks.synthetic:synthetic_net"
@@ -50,11 +50,13 @@ def untrained() -> SimpleNamespace:
     scores = plugin(IMPORTANCES, "l1_norm").scores(dense_model)
     recoveries = [plugin(RECOVERIES, name) for name in ("least_squares", "batch_norm")]
     assembler = Assembler(model, graph, scores, plugin(QUANTIZERS, "uniform"), recoveries[1:], calibration, images)
-    config = SimpleNamespace(
-        model=SimpleNamespace(factory=FACTORY, args={}, input=(3, 8, 8)),
-        data=DataSection(name="secateur.envs.tasks.synthetic:load", calibration=64, validation=256, train="rest"),
-        task=PluginEntry(name="classification"),
-        budgets={"phone": BudgetConfig({"macs": "<= 40%", "top1_drop": "<= 2"})},
+    config = parse_config(
+        {
+            "model": {"factory": FACTORY, "input": [3, 8, 8]},
+            "data": {"name": "secateur.envs.tasks.synthetic:load", "calibration": 64, "validation": 256, "train": "rest"},
+            "budgets": {"phone": {"macs": "<= 40%", "top1_drop": "<= 2"}},
+        },
+        "test.yaml",
     )
     dense = Evaluation(0.9, {"macs": 3e5, "weight_bytes": 1e4}, images=256)
     finalist_assembler = replace(assembler, recoveries=recoveries)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 from zipfile import ZipFile
 
 import numpy as np
@@ -41,7 +40,7 @@ def test_policy_json_says_what_was_kept_and_scored(exported, untrained, policy):
     document = read_export(exported)
     assert document["schema"] == SCHEMA and document["metric"]["name"] == "top1"
     assert document["model"] == {
-        "factory": FACTORY,
+        "factory": "secateur:synthetic",
         "args": {},
         "input": [3, 8, 8],
         "inputs": [{"shape": [3, 8, 8], "dtype": "float32"}],
@@ -154,8 +153,8 @@ def test_a_factory_of_an_installed_package_is_named_in_the_readme(tmp_path, untr
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(installed)
-    model = SimpleNamespace(factory="plain_factory:net", args={}, input=(3, 8, 8))
-    monkeypatch.setattr(untrained.config, "model", model)
+    model = untrained.config.model.model_copy(update={"factory": "plain_factory:net"})
+    monkeypatch.setattr(untrained, "config", untrained.config.model_copy(update={"model": model}))
     write(tmp_path / "phone")
     with pytest.raises(InputError, match="was not called"):
         load_compressed("phone")
