@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from secateur.cost_models.core import InputError
 from secateur.envs.inputs import call_model
-from secateur.envs.quantization.trainable import make_quantized, make_trainable
+from secateur.envs.quantization.trainable import make_quantized, make_trainable, set_progress
 from secateur.envs.tasks.core import Batch, Model, Task, kl_divergence, map_tensors
 from secateur.envs.training.checkpoint import State, capture, network_tensors, read_checkpoint, restore, write_checkpoint
 from secateur.envs.training.descent import Descent, autocast, batches
@@ -142,7 +142,7 @@ class Training:
         identity = {**self.identity, "recipe": asdict(self.config)}
         stored = None if self.checkpoint is None else read_checkpoint(self.checkpoint, identity)
         network = copy.deepcopy(network).train()
-        make_trainable(network)
+        make_trainable(network, self.config.estimator)
         network = network.to(memory_format=torch.channels_last)
         average = {name: x.detach().clone() for name, x in network_tensors(network) if self.config.ema and x.is_floating_point()}
         with torch.random.fork_rng(devices=[]):
@@ -206,8 +206,10 @@ class Training:
 
         def after(outputs: Any, batch: Batch, loss: float) -> None:
             timer.count(epoch, loss)
+            set_progress(descent.network, timer.done)
             _follow(average, descent.network, self.config.ema, timer.steps)
 
+        set_progress(descent.network, timer.done)  # after a resumption too
         loss = descent.epoch(self.samples, self.config.batch_size, self._loss, getattr(torch, self.config.precision), after)
         if not all(bool(tensor.isfinite().all()) for _, tensor in network_tensors(descent.network)):
             raise _NotFiniteError("A weight became NaN or infinite")
@@ -238,11 +240,16 @@ class _Timer:
         self._before = self.steps = batches * done
         self._start = time.monotonic()
 
+    @property
+    def done(self) -> float:
+        """Share of all batches that are done."""
+        return self.steps / self._total
+
     def count(self, epoch: int, loss: float) -> None:
         """Count one batch."""
         self.steps += 1
         seconds = (time.monotonic() - self._start) / (self.steps - self._before) * (self._total - self.steps)
-        self._watch.batch(BatchProgress(epoch, self._config.epochs, loss, self.steps / self._total, seconds))
+        self._watch.batch(BatchProgress(epoch, self._config.epochs, loss, self.done, seconds))
 
 
 def _stopped(error: Exception, epoch: int) -> str:

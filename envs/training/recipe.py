@@ -45,6 +45,8 @@ class DistillationConfig:
         ema: decay per step of the running average of the weights, which takes the place of the last weights; 0: no average.
         shift: images are shifted by up to this many pixels in each direction; the border is filled with black.
         flip: whether half of the images, drawn in every epoch, are mirrored left to right; not for digits or text.
+        estimator: how weights with bits are trained: "straight_through"; "learned_step" (LSQ) trains the scales of weights and
+            inputs too; "soft" (DSQ) has the gradient of a smooth staircase; "asymptotic" (AQE) moves from float to the grid.
         precision: number format of activations and products; weights are float32 with "bfloat16" (autocast) too.
         seed: random seed for the order of the images, shifts and flips.
     """
@@ -61,6 +63,7 @@ class DistillationConfig:
     ema: Annotated[float, Range(least=0, below=1)] = 0.0
     shift: Annotated[int, Range(least=0)] = 0
     flip: bool = False
+    estimator: Literal["straight_through", "learned_step", "soft", "asymptotic"] = "straight_through"
     precision: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
 

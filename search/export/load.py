@@ -19,10 +19,11 @@ from secateur.envs.inputs import call_model, described_inputs
 from secateur.envs.model_graph.plain_layers import make_weights_plain
 from secateur.envs.pruning.slicing import resize_model, set_written_sizes
 from secateur.envs.pruning.view_sizes import restore_view_sizes
+from secateur.envs.quantization.estimators import ESTIMATORS
 from secateur.envs.quantization.fake_quantize import set_activation_grid, set_quantized_weight
 from secateur.envs.quantization.packing import unpack_bits
 from secateur.envs.quantization.quantizers import ActivationGrid, QuantizedWeight
-from secateur.envs.quantization.trainable import make_trainable
+from secateur.envs.quantization.trainable import DEFAULT, make_trainable
 from secateur.envs.tasks.models import build_model, call_factory, find_factory, is_model_factory, not_called
 from secateur.search.export.files import CODES, LEVELS, POLICY, SCALE, WEIGHTS, check_file, read_export
 
@@ -30,7 +31,7 @@ Factory = str | Callable[..., nn.Module] | nn.Module | None
 """What the user names: a factory "package.module:function", the function itself, or the dense model. None: see policy.json."""
 
 
-def load_compressed(folder: str | Path, factory: Factory = None, trainable: bool = False) -> nn.Module:
+def load_compressed(folder: str | Path, factory: Factory = None, trainable: bool | str = False) -> nn.Module:
     """Return the compressed model in an export folder, in eval mode; its weights equal the scored ones bit for bit.
 
     Loading imports the module of the factory that policy.json names, which runs the code of that module, and calls the
@@ -42,12 +43,15 @@ def load_compressed(folder: str | Path, factory: Factory = None, trainable: bool
             model, which is copied.
         trainable: whether quantized weights are trained: each has a float weight beside it, which is rounded to the same grid in
             every forward pass and gets the gradient of the rounded one (envs/quantization/trainable.py). Call `train()` before,
-            and `secateur.save_compressed` after training.
+            and `secateur.save_compressed` after training. Or the name of an estimator (envs/quantization/estimators), such as
+            "learned_step", which trains the scales too.
     Raises:
         InputError: if the folder is no export, its files are damaged or were changed, the code of the model has changed, or
             policy.json names something that is not a factory of networks.
     """
     folder = Path(folder)
+    if isinstance(trainable, str) and trainable not in ESTIMATORS:
+        raise InputError(f"`trainable` must be true, false or an estimator ({', '.join(ESTIMATORS)}), but got {trainable!r}.")
     document = read_export(folder)
     try:
         packed = _read_weights(folder / WEIGHTS, document["weights_sha256"])
@@ -63,7 +67,7 @@ def load_compressed(folder: str | Path, factory: Factory = None, trainable: bool
     except Exception as error:  # a hand-edited file can break any step above in its own way
         raise InputError(f"{folder / POLICY} does not fit the model: {type(error).__name__}: {error}") from error
     if trainable:
-        make_trainable(model)
+        make_trainable(model, trainable if isinstance(trainable, str) else DEFAULT)
         loaded: Any = model
         loaded.compressed_from = folder
     return model

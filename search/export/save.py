@@ -96,13 +96,22 @@ def _check_same_layers(network: nn.Module, exported: nn.Module, source: Path) ->
         if shapes.get(name) != wanted.get(name):
             found, expected = (of.get(name, "missing") for of in (shapes, wanted))
             raise InputError(f"The model is not that of {source}: `{name}` is {found}, but {expected} there.")
-    grids, wanted_grids = ({layer["name"]: layer for layer in layer_entries(one)} for one in (network, exported))
+    grids, wanted_grids = (_grids(one) for one in (network, exported))
     for name in {**wanted_grids, **grids}:
         if grids.get(name) != wanted_grids.get(name):
             raise InputError(
-                f"The model is not that of {source}: layer `{name}` has other bits or another grid. "
+                f"The model is not that of {source}: layer `{name}` has other bits or another zero point. "
                 "Load it with `load_compressed(folder, trainable=True)` before training."
             )
+
+
+def _grids(network: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return the entries of quantized layers by name, without the scales of inputs, which may have been trained."""
+    entries = {layer["name"]: layer for layer in layer_entries(network)}
+    for layer in entries.values():
+        if layer["activation_grid"] is not None:
+            del layer["activation_grid"]["scale"]
+    return entries
 
 
 def _write_onnx(

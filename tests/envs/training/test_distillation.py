@@ -15,9 +15,10 @@ from torch.nn import functional as F
 from secateur.envs.core import InputError
 from secateur.envs.inputs import Arguments
 from secateur.envs.metric import DIVERGENCE
+from secateur.envs.quantization.estimators.straight_through import StraightThrough
 from secateur.envs.quantization.fake_quantize import quantized_weight, set_activation_grid, set_quantized_weight
 from secateur.envs.quantization.quantizers import QUANTIZERS, ActivationGrid
-from secateur.envs.quantization.trainable import StraightThrough, make_quantized, make_trainable
+from secateur.envs.quantization.trainable import make_quantized, make_trainable
 from secateur.envs.tasks import synthetic
 from secateur.envs.tasks.classification import Classification
 from secateur.envs.tasks.core import Batch
@@ -241,16 +242,17 @@ def kill_at(share):
 EVERYTHING = {"shift": 1, "flip": True, "ema": 0.9, "schedule": "one_cycle", "epochs": 4, "label_smoothing": 0.1}
 
 
-@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
-def test_a_killed_training_continues_bit_for_bit(tmp_path, share):
+@pytest.mark.parametrize(("share", "estimator"), [(0.2, "straight_through"), (0.5, "learned_step"), (0.8, "asymptotic")])
+def test_a_killed_training_continues_bit_for_bit(tmp_path, share, estimator):
     teacher, start, file = Net(1).eval(), quantized(Net(2)), tmp_path / "folder" / "checkpoint.safetensors"
+    options = {**EVERYTHING, "estimator": estimator}
     score = Watch(score=lambda network: float(torch.rand(())))  # a score may use random numbers
-    straight = training(teacher, **EVERYTHING).run(start, score)
+    straight = training(teacher, **options).run(start, score)
     with pytest.raises(Killed):
-        training(teacher, checkpoint=file, **EVERYTHING).run(start, kill_at(share))
+        training(teacher, checkpoint=file, **options).run(start, kill_at(share))
     torch.manual_seed(99)
     records = []
-    continued = training(teacher, checkpoint=file, **EVERYTHING).run(start, replace(score, epoch=records.append))
+    continued = training(teacher, checkpoint=file, **options).run(start, replace(score, epoch=records.append))
     assert same(straight.network, continued.network)
     assert [replace(r, seconds=0) for r in straight.epochs] == [replace(r, seconds=0) for r in records]
     assert [record.epoch for record in records] == [1, 2, 3, 4]

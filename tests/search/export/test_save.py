@@ -76,5 +76,26 @@ def test_a_model_without_its_grids_is_refused(exported, tmp_path):
     model = load_compressed(exported)
     for module in model.modules():
         module.__dict__.pop("weight_codes", None)
-    with pytest.raises(InputError, match="has other bits or another grid. Load it with"):
+    with pytest.raises(InputError, match="has other bits or another zero point. Load it with"):
         save_compressed(model, tmp_path / "mine", exported)
+
+
+def test_learned_steps_are_saved(exported, tmp_path):
+    model = secateur.load_compressed(exported, trainable="learned_step").train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for _ in range(3):
+        model(torch.randn(16, 3, 8, 8)).square().mean().backward()
+        optimizer.step()
+    secateur.save_compressed(model, tmp_path / "mine")
+    before, after = read_export(exported)["layers"], read_export(tmp_path / "mine")["layers"]
+    grids = [(old["activation_grid"], new["activation_grid"]) for old, new in zip(before, after, strict=True)]
+    moved = [new["scale"] != old["scale"] for old, new in grids if old is not None]
+    assert moved and all(moved)
+    saved, images = load_compressed(tmp_path / "mine"), torch.randn(8, 3, 8, 8)
+    with torch.inference_mode():
+        torch.testing.assert_close(saved(images), model.eval()(images), rtol=1e-5, atol=1e-5)
+
+
+def test_an_unknown_estimator_is_refused(exported):
+    with pytest.raises(InputError, match="learned_step"):
+        load_compressed(exported, trainable="magic")
