@@ -124,6 +124,22 @@ def quantizers_command(
     run_quantizers(settings, method, bits, output)
 
 
+@benchmark.command("estimators")
+def estimators_command(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    bits: Annotated[list[str] | None, typer.Option(help='Bits of weights and inputs ("W2A4"); repeat for several.')] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of each training.")] = 5,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings with each estimator.")] = 3,
+    output: Output = Path("results/estimators"),
+) -> None:
+    """Train a network with few bits in every way there is, from the same start: test scores before and after."""
+    settings = _load(config, overrides)
+    from secateur.search.benchmarks.estimators import run_estimators
+
+    run_estimators(settings, bits, epochs, seeds, output)
+
+
 @benchmark.command("importances")
 def importances_command(
     config: ConfigPath,

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from secateur.cost_models.core import FLOAT_BITS
+from secateur.envs.assembler import Assembler
+from secateur.envs.core import CompressionPolicy
 from secateur.envs.metric import TOP1
 from secateur.envs.quantization.quantizers import QUANTIZERS
 from secateur.search.benchmarks.policies import uniform_policy
@@ -112,12 +114,7 @@ def measure_variant(problem: Problem, variant: Variant, ratio: float) -> dict[st
         variant: how to compress and repair.
         ratio: share of units that each inner group loses, if the variant is pruned.
     """
-    layers = problem.graph.geometry.layers
-    ends = (layers[0].name, layers[-1].name) if variant.keep_ends else ()
-    exclude = (*problem.config.space.exclude, *ends)
-    policy = uniform_policy(problem.graph, ratio if variant.pruned else 0.0, variant.bits, exclude)
-    quantizer = build_plugin(QUANTIZERS, variant.quantizer)
-    assembler = with_recoveries(problem.assembler, variant.recoveries, quantizer=quantizer)
+    policy, assembler = policy_and_assembler(problem, variant, ratio)
     seconds, network = timed(assembler.assemble, policy)
     costs, dense = problem.space.costs.of_policy(policy), problem.space.dense_costs
     return {
@@ -128,6 +125,16 @@ def measure_variant(problem: Problem, variant: Variant, ratio: float) -> dict[st
         "seconds": seconds,
         "data": problem.task.source,
     }
+
+
+def policy_and_assembler(problem: Problem, variant: Variant, ratio: float) -> tuple[CompressionPolicy, Assembler]:
+    """Return the policy of a variant, and what assembles its network; arguments as in `measure_variant`."""
+    layers = problem.graph.geometry.layers
+    ends = (layers[0].name, layers[-1].name) if variant.keep_ends else ()
+    exclude = (*problem.config.space.exclude, *ends)
+    policy = uniform_policy(problem.graph, ratio if variant.pruned else 0.0, variant.bits, exclude)
+    quantizer = build_plugin(QUANTIZERS, variant.quantizer)
+    return policy, with_recoveries(problem.assembler, variant.recoveries, quantizer=quantizer)
 
 
 # ---------------------------------------------------------------------------------------------------------------- report
