@@ -22,6 +22,7 @@ from typer.core import TyperGroup
 from secateur.cost_models.core import InputError
 from secateur.search.arguments import ConfigPath, Overrides
 from secateur.search.benchmarks.cli import benchmark, support
+from secateur.search.service.cli import serve
 
 if TYPE_CHECKING:
     from secateur.search.run.handle import Run
@@ -56,6 +57,7 @@ app = typer.Typer(
 )
 
 app.add_typer(benchmark, name="benchmark")
+app.add_typer(serve, name="serve")
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, e.g. runs/digits-1.")]
 BudgetOption = Annotated[str | None, typer.Option("--budget", help="Name of one budget.")]
