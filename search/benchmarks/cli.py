@@ -243,6 +243,20 @@ def speed_command(
     run_speed(factories, runtime or ["onnxruntime"], SpeedConfig(macs, multiple, threads, seconds), output)
 
 
+@benchmark.command("service")
+def service_command(
+    searches: Annotated[int, typer.Option(min=1, help="Searches in the store.")] = 1000,
+    clients: Annotated[int, typer.Option(min=1, help="Clients that ask for the list.")] = 4,
+    listeners: Annotated[int, typer.Option(min=1, help="Listeners to the events of one search.")] = 100,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long the clients ask.")] = 10.0,
+    output: Annotated[Path | None, typer.Option(help="Markdown file for the table.")] = None,
+) -> None:
+    """Measure the service: requests per second, their latency, and the delay of events."""
+    from secateur.search.benchmarks.service import run_service
+
+    run_service(searches, clients, listeners, seconds, output)
+
+
 def support(
     models: Annotated[list[str] | None, typer.Argument(help="Names in SUPPORT.md; default: all.")] = None,
     output: Annotated[Path, typer.Option(help="Table to write; rows of other models are kept.")] = Path("SUPPORT.md"),

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter
 from secateur.search.service.processes import Processes
 from secateur.search.service.rules import Rules
 from secateur.search.service.store import Caller, Role, Search, Store
+from secateur.search.service.summary import Summaries
 
 BEARER = "Bearer "
 
@@ -39,6 +40,7 @@ class Service:
         rules: what configurations may name.
         open_to_all: whether requests without a token are those of an administrator.
         limits: of every owner.
+        summaries: of searches.
         registry: of the metrics.
         requests: counts requests by kind.
     """
@@ -48,6 +50,7 @@ class Service:
     rules: Rules
     open_to_all: bool = False
     limits: Limits = Limits()
+    summaries: Summaries = field(default_factory=Summaries)
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
 
     def __post_init__(self) -> None:

@@ -100,7 +100,7 @@ def _add_metrics(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", response_class=PlainTextResponse)
     def metrics() -> Response:
         """Return counts in Prometheus' text format."""
-        states = [search.state for search in service.store.list(None, count=10_000)]
+        states = [service.summaries.of(search)["state"] for search in service.store.list(None, count=10_000)]
         for state in get_args(State):
             searches.labels(state).set(states.count(state))
         return Response(generate_latest(service.registry), media_type="text/plain; version=0.0.4")

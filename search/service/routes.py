@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import yaml
 from fastapi import APIRouter, Header, Query, Request, Response
-from fastapi.responses import FileResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, Field
 
 from secateur.search.results.document import only_budget, read_front
@@ -71,7 +71,7 @@ async def submit(
     found, new = await asyncio.to_thread(_add, service, caller, document, config.model.factory, idempotency_key)
     response.status_code = 201 if new else 200
     response.headers["Location"] = f"/v1/searches/{found.id}"
-    return shown(found)
+    return service.summaries.of(found)
 
 
 def _add(service: Service, caller: Caller, document: dict[str, Any], label: str, key: str | None) -> tuple[Search, bool]:
@@ -92,26 +92,28 @@ def searches(
     page_size: Annotated[int, Query(ge=1, le=200)] = 50,
     page_token: Annotated[float | None, Query(allow_inf_nan=False, description="`next_page_token` of the page before.")] = None,
     state: State | None = None,
-) -> dict[str, Any]:
-    """List searches, newest first."""
+) -> Response:
+    """List searches, newest first: {"searches": [...], "next_page_token": ...}."""
     service.requests.labels("list").inc()
     found = service.store.list(caller, float("inf") if page_token is None else page_token, page_size + 1)
-    page = [one for one in found[:page_size] if state is None or one.state == state]
-    return {"searches": [shown(one) for one in page], "next_page_token": found[-2].created if len(found) > page_size else None}
+    shown = [service.summaries.of(one) for one in found[:page_size]]
+    page = [one for one in shown if state is None or one["state"] == state]
+    more = found[-2].created if len(found) > page_size else None
+    return JSONResponse({"searches": page, "next_page_token": more})
 
 
 @router.get("/searches/{identifier}")
 def search(service: TheService, found: Owned) -> dict[str, Any]:
     """Show a search: state, phase, evaluations done, best score per budget, time left, and its configuration."""
     service.requests.labels("show").inc()
-    return shown(found) | {"config": read_json(found.folder / CONFIG)}
+    return service.summaries.of(found) | {"config": read_json(found.folder / CONFIG)}
 
 
 @router.post("/searches/{identifier}:cancel")
 def cancel(service: TheService, found: Owned, caller: Submitter) -> dict[str, Any]:
     """End a search early. What was found is kept."""
     service.processes.cancel(found)
-    return shown(found)
+    return service.summaries.of(found)
 
 
 @router.post("/searches/{identifier}:resume")
@@ -122,28 +124,7 @@ def resume(service: TheService, found: Owned, caller: Submitter, changes: Change
     service.processes.resume(found, changes.overrides)
     again = service.store.find(found.id, caller)
     assert again is not None
-    return shown(again)
-
-
-def shown(search: Search) -> dict[str, Any]:
-    """Return what lists and single searches show."""
-    at = search.progress
-    return {
-        "id": search.id,
-        "label": search.label,
-        "owner": search.owner,
-        "state": search.state,
-        "message": search.message,
-        "phase": at.get("text", ""),
-        "created": search.created,
-        "started": search.started,
-        "queue_seconds": None if search.started is None else search.started - search.created,
-        "evaluations": at.get("evaluations", 0),
-        "total": at.get("total"),
-        "failed": at.get("failed", 0),
-        "best": at.get("best", {}),
-        "time_left": at.get("time_left"),
-    }
+    return service.summaries.of(again)
 
 
 def _read_body(body: bytes) -> Any:
