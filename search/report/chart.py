@@ -9,9 +9,6 @@ from typing import Any, TypeAlias
 Row: TypeAlias = dict[str, Any]
 Spec: TypeAlias = dict[str, Any]
 
-FIT = {"type": "fit-x", "contains": "padding"}
-"""The width is that of the page; the height follows from the rows."""
-
 
 @dataclass(frozen=True)
 class Chart:

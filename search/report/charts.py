@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from secateur.search.report.chart import FIT, Chart, Row, Spec, axis, facet_by, number, text, words
+from secateur.search.report.chart import Chart, Row, Spec, axis, facet_by, number, text, words
 from secateur.search.report.data import RunData
 from secateur.search.report.layers import LayerRow
 
@@ -87,7 +87,7 @@ def limits(run: RunData) -> Chart:
         },
         {"mark": {"type": "rule", "strokeWidth": 2, "color": "#D55E00"}, "encoding": {"x": {"datum": 1, **x}}},
     ]
-    spec = {"data": {"name": "limits"}, "height": {"step": 30}, "autosize": FIT, "layer": layers}
+    spec = {"data": {"name": "limits"}, "height": {"step": 30}, "layer": layers}
     return Chart("limits", spec, {"limits": _limit_rows(run)})
 
 

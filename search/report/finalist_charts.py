@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from secateur.search.report.chart import FIT, Chart, Row, Spec, axis, facet_by, number, text
+from secateur.search.report.chart import Chart, Row, Spec, axis, facet_by, number, text
 from secateur.search.report.data import RunData
 from secateur.search.report.steps import EXPORT, EXPORT_OF_TRAINED, REPAIR, SEARCH, TRAINED_STEP
 
@@ -103,5 +103,5 @@ def latency(run: RunData) -> Chart:
         marks("measured", point, "measured"),
         marks("predicted", {"type": "tick", "thickness": 3, "height": 20}, "predicted"),
     ]
-    spec = {"data": {"name": "latency"}, "height": {"step": 34}, "autosize": FIT, "layer": layers}
+    spec = {"data": {"name": "latency"}, "height": {"step": 34}, "layer": layers}
     return Chart("latency", spec, {"latency": [asdict(one) for one in run.latencies]})

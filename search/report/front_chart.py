@@ -14,6 +14,8 @@ from secateur.search.results.formatting import amount
 
 STATES = [FRONT, WITHIN, OUTSIDE, STOPPED]
 FRONT_COLOR, GREEN, ORANGE = "#D55E00", "#009E73", "#E69F00"
+MANY = 1000
+"""Trials from which on points are drawn smaller."""
 X, Y, STATE, BUDGET, PAIR, STEP = "@x", "@y", "@state", "@budget", "@pair", "@step"
 """Placeholders of the template: field names, the budget, the pair of quantities, and how the front's line goes."""
 
@@ -76,11 +78,14 @@ class FrontData:
 
     def marks(self) -> list[Row]:
         """Return one row per dense model and per winner, with a label."""
-        rows = []
-        for run in self.runs:
+        rows: list[Row] = []
+        same = len({tuple(self._of(run, one.name).dense for one in self.quantities) for run in self.runs}) == 1
+        for index, run in enumerate(self.runs):
             several = f"{run.name}: " if len(self.runs) > 1 else ""
             dense = {f"q{i}": self._of(run, one.name).dense * one.factor for i, one in enumerate(self.quantities)}
-            rows.append({**dense, "label": f"{several}dense", "what": "dense model", "run": run.name})
+            if index == 0 or not same:
+                label = "dense" if same else f"{several}dense"
+                rows.append({**dense, "label": label, "what": "dense model", "run": run.name})
             for won in run.winners():
                 names = [name for name, budget in run.budgets.items() if budget.winner == won]
                 if won in run.trials:
@@ -167,7 +172,7 @@ class FrontData:
         present = {state for run in self.runs for trial in run.trials.values() for state in trial.status.values()}
         states = [state for state in STATES if state in present]
         by_run = {"field": "run", "type": "nominal", "scale": {"domain": [run.name for run in self.runs]}, "title": "run"}
-        color = by_run if several else _by_state("nominal", "state", states)
+        color = by_run if several else _by_state("state", states)
         line = {
             "type": "line",
             "interpolate": STEP,
@@ -192,6 +197,8 @@ class FrontData:
         names = [text("run")] if len(self.runs) > 1 else []
         values = [number(f"q{i}", one.format, one.title) for i, one in enumerate(self.quantities)]
         chosen = {"param": "chosen", "empty": False}
+        ordered = {"type": "ordinal", "sort": STATES}
+        many = sum(len(run.trials) for run in self.runs) > MANY
         return {
             "data": {"name": "trials"},
             "params": [{"name": "chosen", "select": {"type": "point", "fields": ["key"], "clear": False}}],
@@ -200,9 +207,9 @@ class FrontData:
                 "x": _axis(X),
                 "y": _axis(Y),
                 "color": color,
-                "shape": _by_state("nominal", ["circle", "circle", "cross", "cross"], states),
-                "opacity": _by_state("ordinal", [1, 0.6, 0.35, 0.2], states),
-                "size": _by_state("ordinal", [70, 30, 22, 18], states),
+                "shape": _by_state(["circle", "circle", "cross", "cross"], states),
+                "opacity": {**_by_state([1, 0.6, 0.35, 0.2], states), **ordered},
+                "size": {**_by_state([70, *([12, 10, 8] if many else [30, 22, 18])], states), **ordered},
                 "stroke": {"condition": {**chosen, "value": "currentColor"}, "value": "transparent"},
                 "strokeWidth": {"condition": {**chosen, "value": 3}, "value": 0},
                 "tooltip": [
@@ -217,10 +224,10 @@ class FrontData:
         }
 
 
-def _by_state(kind: str, values: Any, states: Sequence[str]) -> Spec:
+def _by_state(values: Any, states: Sequence[str]) -> Spec:
     """Return a channel that shows what a trial is; the legend lists the states that occur."""
-    scale, legend = {"domain": STATES, "range": values}, {"values": list(states)}
-    return {"field": STATE, "type": kind, "sort": STATES, "scale": scale, "title": None, "legend": legend}
+    scale, legend = {"type": "ordinal", "domain": STATES, "range": values}, {"values": list(states)}
+    return {"field": STATE, "type": "nominal", "scale": scale, "title": None, "legend": legend}
 
 
 def summary(run: RunData, trial: ReportTrial) -> Row:
@@ -274,6 +281,8 @@ def _box() -> Spec:
 def _mark_layers() -> list[Spec]:
     place = {"x": _axis(X), "y": _axis(Y)}
     shared: Spec = {"data": {"name": "marks"}}
+    label = {"type": "text", "align": "right", "dx": -9, "dy": -9, "fontWeight": "bold", "clip": True}
+    named = {**place, "text": text("label")}
     return [
         {
             **shared,
@@ -281,9 +290,5 @@ def _mark_layers() -> list[Spec]:
             "mark": {"type": "point", "shape": "diamond", "filled": True, "size": 110, "color": ORANGE, "clip": True},
             "encoding": {**place, "tooltip": text("label", "model")},
         },
-        {
-            **shared,
-            "mark": {"type": "text", "align": "right", "dx": -9, "dy": -9, "fontWeight": "bold", "clip": True},
-            "encoding": {**place, "text": text("label")},
-        },
+        *({**shared, "mark": {**label, **style}, "encoding": named} for style in ({"style": "halo"}, {})),
     ]

@@ -19,6 +19,7 @@ function theme() {
     header: { labelColor: color("ink"), titleColor: color("ink"), labelFontSize: 13, labelAnchor: "start" },
     text: { color: color("ink"), fontSize: 11 },
     rule: { color: color("soft") },
+    style: { halo: { stroke: color("ground"), strokeWidth: 4, strokeJoin: "round" } },
     range: {
       category: [1, 2, 3, 4, 5, 6, 7].map((number) => color(`c${number}`)),
       state: ["front", "within", "outside", "stopped"].map(color),
@@ -29,7 +30,6 @@ function theme() {
 function draw(place, spec) {
   const options = {
     renderer: "svg",
-    logLevel: 1, // errors only
     config: theme(),
     actions: { export: true, source: false, compiled: false, editor: false },
     downloadFileName: `secateur-${place.id.replace("chart-", "")}`,

@@ -27,6 +27,7 @@ LOOK = {
     "view": {"stroke": None, "continuousWidth": 640, "continuousHeight": 380},
     "axis": {"titleFontWeight": "normal", "gridOpacity": 0.6},
     "legend": {"orient": "top", "labelLimit": 320},
+    "style": {"halo": {"stroke": "white", "strokeWidth": 4, "strokeJoin": "round"}},
     "range": {
         "category": ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5b646e"],
         "state": ["#D55E00", "#0072B2", "#7d8590", "#9aa0a8"],

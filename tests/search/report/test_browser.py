@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -159,6 +160,19 @@ def test_a_hostile_budget_name_stays_text(browser, copy, tmp_path):
     assert browser.title == "run" and browser.find_elements("css selector", "img") == []
     assert "owned" in browser.find_element("id", "chart-front").text + browser.find_element("id", "budget").text
     assert errors(browser) == []
+
+
+def test_five_thousand_trials_are_drawn(browser, data, tmp_path):
+    known = list(data.trials.values())
+    trials = {number: replace(known[number % len(known)], number=number) for number in range(5000)}
+    levels = {number: data.levels[known[number % len(known)].number] for number in trials}
+    path = tmp_path / "many.html"
+    path.write_text(render([replace(data, trials=trials, levels=levels)]), encoding="utf-8")
+    assert path.stat().st_size < 8_000_000
+    open_page(browser, path)
+    assert browser.execute_script(f"{POINTS}.filter((path) => path.__data__?.datum?.key).length") == 5000
+    click(browser, "0/4999")
+    wait(browser, "return document.getElementById('facts').textContent.includes('evaluation4999')")
 
 
 def test_several_runs_are_compared(browser, data, other_run, tmp_path):

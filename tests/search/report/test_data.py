@@ -143,6 +143,7 @@ def test_runs_are_compared_in_the_quantities_that_both_have(run, other_run, data
     assert {row["run"] for row in rows} == {"first", "second"} and len(rows) == len({row["key"] for row in rows})
     assert front.budgets == [ANY, "phone", "watch"]
     assert len([box for box in front.boxes() if box["budget"] == "phone"]) == 1  # the same limits are drawn once
+    assert [mark["label"] for mark in front.marks() if mark["what"] == "dense model"] == ["dense"]
 
 
 def test_runs_with_different_scores_are_refused(run, copy):
