@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from secateur.envs.core import InputError
@@ -44,13 +45,16 @@ def report(
 
 
 def _read(folders: Sequence[Path]) -> list[RunData]:
-    """Return the runs; two of the same name are told apart by their paths."""
+    """Return the runs; two of the same name are told apart by their paths, and several runs show their agents."""
     names = [folder.resolve().name for folder in folders]
     shared = {name for name, count in Counter(names).items() if count > 1}
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise InputError("A run is named twice. Name each run once.")
     pairs = zip(folders, names, strict=True)
-    return [read_run(folder, str(folder) if name in shared else name) for folder, name in pairs]
+    found = [read_run(folder, str(folder) if name in shared else name) for folder, name in pairs]
+    if len(found) == 1:
+        return found
+    return [replace(run, name=f"{run.name} ({run.config.search.agent})") for run in found]
 
 
 def _replace(path: Path, text: str) -> None:

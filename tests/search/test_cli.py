@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
         patch.setenv("SECATEUR_CACHE", str(folder / "cache"))
         done = secateur("search", write(folder))
         assert done.exit_code == 0, done.output
-        assert done.stdout.rstrip().endswith("run: runs/small-1")
+        assert done.stdout.rstrip().endswith("report: secateur report runs/small-1\nrun: runs/small-1")
         for name in ("phone", "watch"):
             assert f"{name}: exports/{name}, checked from its files; " in done.stdout
     return folder

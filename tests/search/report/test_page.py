@@ -127,7 +127,8 @@ def test_a_report_lies_in_the_run_unless_it_is_told_otherwise(copy, other_run, t
     monkeypatch.chdir(tmp_path)
     assert secateur.load_run(copy).report() == copy / "report.html"
     path = secateur.report([copy, other_run])
-    assert path.name == "report.html" and "Comparison of 2 runs" in (tmp_path / path).read_text()
+    text = (tmp_path / path).read_text()
+    assert path.name == "report.html" and "Comparison of 2 runs" in text and "copy (evopress), second (random)" in text
 
 
 @pytest.mark.parametrize("runs", [["missing"], []])
