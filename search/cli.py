@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Callable
 from enum import StrEnum
@@ -169,6 +170,7 @@ def _show_run(folder: Path) -> None:
     from secateur.search.results.document import read_front
 
     _show_front(read_front(folder))
+    print(f"report: secateur report {shlex.quote(str(folder))}")
     print(f"run: {folder}")
 
 
@@ -199,6 +201,23 @@ def front(
         print(front_csv(document), end="")
     else:
         _show_front(document, budget)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs; several are compared.")],
+    output: Annotated[
+        Path | None, typer.Option(help="HTML file to write; default: RUN/report.html, or report.html for several runs.")
+    ] = None,
+    plots: Annotated[Path | None, typer.Option(help="Folder for every plot as SVG and CSV.")] = None,
+) -> None:
+    """Write a self-contained HTML page about runs: fronts, progress, layers, limits, finalists, latencies, origin."""
+    from secateur.search.report.write import report as write_report
+
+    page = write_report(runs, output, plots)
+    if plots is not None:
+        print(f"plots: {plots}")
+    print(f"report: {page}")
 
 
 @app.command()

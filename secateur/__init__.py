@@ -5,6 +5,7 @@
     load_run(folder)            the `Run` in a folder: front and trials as tables, winners, exports
     ask(run, budget)            policies for any budget from the agent of a finished run
     finalize(run, epochs=...)   train the winners with distillation from the dense model, export and verify them
+    report(runs, output)        write an HTML page about one run, or about several
     export(run, budget=...)     write compressed models: JSON, safetensors, ONNX
     apply(policy, weights)      put a policy on other weights of the same architecture, export and verify it
     verify(folder)              check what an export promises, from its files
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from secateur.search.export.verify import verify_export as verify
     from secateur.search.inspection import inspect
     from secateur.search.profiling.profile_run import profile
+    from secateur.search.report.write import report
     from secateur.search.run.handle import Run, finalize, load_run, resume, search
 
 __version__ = "0.1.0"
@@ -55,6 +57,7 @@ __all__ = [
     "load_config",
     "load_run",
     "profile",
+    "report",
     "resume",
     "save_compressed",
     "search",
@@ -74,6 +77,7 @@ _HOMES = {
     "load_config": "secateur.search.config:load_config",
     "load_run": "secateur.search.run.handle:load_run",
     "profile": "secateur.search.profiling.profile_run:profile",
+    "report": "secateur.search.report.write:report",
     "resume": "secateur.search.run.handle:resume",
     "save_compressed": "secateur.search.export.save:save_compressed",
     "verify": "secateur.search.export.verify:verify_export",

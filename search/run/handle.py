@@ -307,6 +307,12 @@ class Run:
         """Train the winners of this run, export and verify them; see `secateur.finalize`."""
         return finalize(self, budget=budget, top=top, epochs=epochs, overrides=overrides, progress=progress)
 
+    def report(self, output: str | os.PathLike[str] | None = None, plots: str | os.PathLike[str] | None = None) -> Path:
+        """Write a self-contained HTML page about this run, and return its path; see `secateur.report`."""
+        from secateur.search.report.write import report
+
+        return report(self, output, plots)
+
     def resume(self, overrides: Overrides = (), progress: SearchProgress | bool = False) -> Run:
         """Continue this run; see `secateur.resume`."""
         return resume(self, overrides, progress)

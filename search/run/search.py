@@ -25,6 +25,7 @@ from secateur.search.results.finalize import dense_test_score, finalize
 from secateur.search.results.front import Front
 from secateur.search.results.winners import verify_winners, winner_folder
 from secateur.search.run.folder import AGENT, DEVICE, check_run_folder, create_run_folder, held, load_manifest, write_manifest
+from secateur.search.run.network import write_network
 from secateur.search.run.progress import SearchProgress
 from secateur.search.run.replay import Recorded, check_evaluations, check_same_score, check_unchanged
 from secateur.search.run.sensitivities import read_sensitivities, write_sensitivities
@@ -110,6 +111,7 @@ def _evaluate(
     """Search; a resumed run keeps its front and its agent until there is a new evaluation."""
     config, describe = problem.config, problem.space.policy_space.policy_to_choices
     write_manifest(run, config, _facts(problem))
+    write_network(run, problem.assembler.graph)
     if problem.device is not None:
         write_device(problem.device, run / DEVICE)
     front, recorder = build_front(problem), _recorder(problem, run)

@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
         patch.setenv("SECATEUR_CACHE", str(folder / "cache"))
         done = secateur("search", write(folder))
         assert done.exit_code == 0, done.output
-        assert done.stdout.rstrip().endswith("run: runs/small-1")
+        assert done.stdout.rstrip().endswith("report: secateur report runs/small-1\nrun: runs/small-1")
         for name in ("phone", "watch"):
             assert f"{name}: exports/{name}, checked from its files; " in done.stdout
     return folder
@@ -62,7 +62,9 @@ def inside(folder, monkeypatch):
 
 def test_a_run_holds_study_front_and_manifest(folder):
     run = folder / "runs" / "small-1"
-    assert {path.name for path in run.iterdir()} == {"manifest.json", "study.journal", "front.json", "front.csv", "exports"}
+    assert {path.name for path in run.iterdir()} == {
+        "manifest.json", "network.json", "study.journal", "front.json", "front.csv", "exports",
+    }  # fmt: skip
     document = json.loads((run / "front.json").read_text())
     assert document["evaluations"] == 12 and document["feasible"] == 12
     for name, budget in document["budgets"].items():
