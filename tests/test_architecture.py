@@ -40,7 +40,7 @@ SOLVERS = {"agents.spdy": {"cmaes"}, "agents.integer_program": {"scipy"}, "agent
 ONLY_IN = {
     "ray": {"search.run.ray_runner"},
     "optuna": {"search.run.study", "agents.optuna_samplers"},
-    "typer": {"search.cli", "search.arguments", "search.benchmarks.cli"},
+    "typer": {"search.cli", "search.arguments", "search.benchmarks.cli", "search.service.cli"},
     "yaml": {"search.config.reading"},
 }
 """Libraries that few modules hide from all others."""

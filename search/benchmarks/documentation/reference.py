@@ -242,11 +242,11 @@ def commands(command: Any) -> dict[str, Any]:
     """Return {"secateur benchmark search": its click command} of every command below the whole one."""
 
     def walk(name: str, command: Any) -> Iterator[tuple[str, Any]]:
-        if hasattr(command, "commands"):
-            for child, inner in command.commands.items():
-                yield from walk(f"{name} {child}", inner)
-        else:
+        children = getattr(command, "commands", {})
+        if not children or command.invoke_without_command:
             yield name, command
+        for child, inner in children.items():
+            yield from walk(f"{name} {child}", inner)
 
     return dict(walk("secateur", command))
 
