@@ -221,6 +221,33 @@ def report(
 
 
 @app.command()
+def query(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, e.g. runs/digits-*.")],
+    where: Annotated[
+        str | None, typer.Option(help="Condition on columns: \"top1 >= 0.9 and macs <= 0.5*dense and budget == 'phone'\".")
+    ] = None,
+    sort: Annotated[str, typer.Option(help="Columns with commas; a minus before a name: largest first.")] = "",
+    limit: Annotated[int | None, typer.Option(min=0, help="Largest number of rows; default: all, in a table 50.")] = None,
+    columns: Annotated[str | None, typer.Option(help="Columns with commas; default: all, in a table no choices.")] = None,
+    kind: Annotated[str, typer.Option("--format", metavar="table|csv|json|parquet", help="Output format.")] = "table",
+    output: Annotated[Path | None, typer.Option(help="File to write instead of standard output; not for tables.")] = None,
+) -> None:
+    """Print evaluations of runs that satisfy a condition, also during the search. Numbers are in the columns' units."""
+    from secateur.search.results.query import TableFormat, shown_table, write_table
+    from secateur.search.results.query import query as find
+
+    if kind not in list(TableFormat):
+        raise InputError(f"`--format` must be one of {', '.join(TableFormat)}, but got {kind!r}.")
+    if kind == TableFormat.TABLE:
+        if output is not None:
+            raise InputError("`--output` needs --format csv, json or parquet.")
+        found = find(runs, where, sort, None, columns)
+        Console().print(shown_table(found, columns, limit))
+    else:
+        write_table(find(runs, where, sort, limit, columns), TableFormat(kind), output)
+
+
+@app.command()
 def finalize(
     run: RunPath,
     budget: BudgetOption = None,

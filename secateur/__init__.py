@@ -3,6 +3,7 @@
     search(config, overrides)   run a search; returns a `Run`. Also search(model, inputs=..., calibration=..., evaluate=...)
     resume(run)                 continue an interrupted run, or extend a finished one
     load_run(folder)            the `Run` in a folder: front and trials as tables, winners, exports
+    query(runs, where=...)      evaluations of one run or many as a table: a condition, sorted and cut
     ask(run, budget)            policies for any budget from the agent of a finished run
     finalize(run, epochs=...)   train the winners with distillation from the dense model, export and verify them
     report(runs, output)        write an HTML page about one run, or about several
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from secateur.search.inspection import inspect
     from secateur.search.profiling.profile_run import profile
     from secateur.search.report.write import report
+    from secateur.search.results.query import query
     from secateur.search.run.handle import Run, finalize, load_run, resume, search
 
 __version__ = "0.1.0"
@@ -58,6 +60,7 @@ __all__ = [
     "load_run",
     "profile",
     "report",
+    "query",
     "resume",
     "save_compressed",
     "search",
@@ -78,6 +81,7 @@ _HOMES = {
     "load_run": "secateur.search.run.handle:load_run",
     "profile": "secateur.search.profiling.profile_run:profile",
     "report": "secateur.search.report.write:report",
+    "query": "secateur.search.results.query:query",
     "resume": "secateur.search.run.handle:resume",
     "save_compressed": "secateur.search.export.save:save_compressed",
     "verify": "secateur.search.export.verify:verify_export",

@@ -257,6 +257,17 @@ def service_command(
     run_service(searches, clients, listeners, seconds, output)
 
 
+@benchmark.command("study")
+def study_command(
+    trials: Annotated[int, typer.Option(min=1, help="Number of evaluations.")] = 20_000,
+    choices: Annotated[int, typer.Option(min=1, help="Number of choices in each.")] = 60,
+) -> None:
+    """Measure the study at the size of a long search: time of a record, of `front` and of `query`."""
+    from secateur.search.benchmarks.study import run_study
+
+    run_study(trials, choices)
+
+
 def support(
     models: Annotated[list[str] | None, typer.Argument(help="Names in SUPPORT.md; default: all.")] = None,
     output: Annotated[Path, typer.Option(help="Table to write; rows of other models are kept.")] = Path("SUPPORT.md"),

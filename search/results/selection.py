@@ -10,7 +10,7 @@ from typing import Any
 from secateur.envs.core import CompressionPolicy, InputError
 from secateur.envs.policy_space import PolicySpace, policy_to_document
 from secateur.search.results.document import winner
-from secateur.search.run.study import load_study
+from secateur.search.run.journal import read_journal
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def find_trial(run: Path, number: int) -> Any:
     Raises:
         InputError: if there is no such trial, or it failed.
     """
-    trials = load_study(run).trials
+    trials = read_journal(run).trials
     if not 0 <= number < len(trials):
         reach = f"its trials are 0 to {len(trials) - 1}" if trials else "it has none"
         raise InputError(f"There is no trial {number} in {run}; {reach}.")

@@ -16,8 +16,10 @@ from secateur.envs.core import CompressionPolicy, InputError
 from secateur.envs.policy_space import document_to_policy
 from secateur.search.config import ConfigSource, Overrides, SearchConfig, load_config
 from secateur.search.results.document import front_csv, read_front, winner
+from secateur.search.results.query import Columns, query
 from secateur.search.run import search as engine
 from secateur.search.run.folder import MANIFEST, load_manifest, read_json
+from secateur.search.run.journal import read_journal
 from secateur.search.run.progress import SearchProgress
 from secateur.search.run.study import Study, load_study, trials_table
 from secateur.search.schema import metric_of, search_score_of
@@ -250,7 +252,13 @@ class Run:
         Columns: state (COMPLETE, PRUNED if stopped early, FAIL), budget and feasible (within the budget that it was
         chosen for), the metric's name, every cost, images, seconds, failure (a sentence), every choice.
         """
-        return trials_table(self.study)
+        return trials_table(read_journal(self.folder))
+
+    def query(
+        self, where: str | None = None, sort: Columns = (), limit: int | None = None, columns: Columns | None = None
+    ) -> pandas.DataFrame:
+        """Return the evaluations that satisfy a condition; see `secateur.query`."""
+        return query(self, where, sort, limit, columns)
 
     @property
     def study(self) -> Study:

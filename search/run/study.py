@@ -16,15 +16,15 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import TrialState, create_trial
 
 from secateur.envs.core import Budget, Episode, InputError
 from secateur.envs.metric import Metric, drop_name
 from secateur.envs.policy_space import Decision, PolicySpace
+from secateur.search.run.journal import JOURNAL, Journal, Trial, read_journal
 
 Study: TypeAlias = optuna.Study
 
-JOURNAL = "study.journal"
 UNLIMITED = -1.0
 """Slack of a quantity that an episode's budget does not limit: what a cost of zero would have."""
 
@@ -129,28 +129,33 @@ def load_study(run: str | Path) -> optuna.Study:
         InputError: if the folder holds no study that can be read.
     """
     journal = Path(run) / JOURNAL
-    if not journal.is_file():
-        raise InputError(f"{run} is not a run: it has no {JOURNAL}.")
+    read_journal(run)  # names the damaged line; Optuna's reader raises whatever a line happens to cause
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         return optuna.load_study(study_name=None, storage=JournalStorage(JournalFileBackend(str(journal))))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:  # what damaged lines happen to cause
+    except (ValueError, LookupError, AttributeError, TypeError, AssertionError) as error:  # what damaged lines happen to cause
         raise InputError(f"{journal} cannot be read: {type(error).__name__}: {error}") from error
 
 
-def trials_table(study: Study) -> pandas.DataFrame:
+def trials_table(journal: Journal) -> pandas.DataFrame:
     """Return one row per evaluation, indexed by its number; `Run.trials` lists the columns."""
-    objectives = study.user_attrs["objectives"]
-    rows = [_row(trial, objectives[0]) for trial in study.get_trials(deepcopy=False)]
-    columns = dict.fromkeys(["evaluation", *(name for row in rows for name in row)])
+    objectives = journal.user_attrs["objectives"]
+    rows = [_row(trial, objectives[0]) for trial in journal.trials]
+    columns = dict.fromkeys(
+        ["evaluation", *(name for row in rows for name in row)] if rows else ["evaluation", *_FACTS, *objectives]
+    )
     return pandas.DataFrame(rows, columns=list(columns)).set_index("evaluation")
 
 
-def _row(trial: FrozenTrial, metric: str) -> dict[str, Any]:
+_FACTS = ("state", "budget", "feasible")
+"""Columns of every table of trials, also of one without rows."""
+
+
+def _row(trial: Trial, metric: str) -> dict[str, Any]:
     facts = trial.user_attrs
     return {
         "evaluation": facts["evaluation"],
-        "state": trial.state.name,
+        "state": trial.state,
         "budget": facts["budget"],
         "feasible": facts["feasible"],
         metric: trial.values[0] if trial.values else float("nan"),

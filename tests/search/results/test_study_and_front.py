@@ -6,48 +6,19 @@ import csv
 import json
 from dataclasses import replace
 from types import SimpleNamespace
+from wsgiref.util import setup_testing_defaults
 
-import numpy as np
 import optuna
 import pytest
 
-from secateur.envs.core import Budget, CompressionPolicy, Episode, Evaluation, InputError
+from secateur.envs.core import CompressionPolicy, Episode, Evaluation, InputError
 from secateur.envs.metric import TOP1
-from secateur.envs.policy_space import Decision, document_to_policy
-from secateur.envs.rewards import constraints
+from secateur.envs.policy_space import document_to_policy
 from secateur.search.results.document import FRONT_CSV, FRONT_JSON, front_csv, only_budget, read_front, winner, write_front
 from secateur.search.results.front import Front
+from secateur.search.run.journal import read_journal
 from secateur.search.run.study import StudyRecorder, limited_quantities, load_study
-
-DENSE = Evaluation(0.9, {"macs": 100.0, "weight_bytes": 400.0}, images=500)
-PHONE = Budget("phone", {"macs": 50.0})
-WATCH = Budget("watch", {"macs": 80.0, "weight_bytes": 200.0}, metric_drop=0.1)
-OBJECTIVES = ("top1", "macs", "weight_bytes")
-WIDTHS, BITS = tuple(range(100, 0, -1)), (8, 4)
-SPACE = SimpleNamespace(
-    decisions=(
-        Decision("prune_ratio/conv", "prune_ratio", 0, WIDTHS, tuple(1 - w / 100 for w in WIDTHS), np.linspace(0, 1, 100)),
-        Decision("weight_bits/conv", "weight_bits", 0, BITS, BITS, np.array([0.0, 1.0])),
-    ),
-    policy_to_choices=lambda policy: {
-        "prune_ratio/conv": 1 - policy.widths[0] / 100,
-        "weight_bits/conv": policy.weight_bits[0],
-    },
-)
-
-
-def episode(width, top1, macs, weight_bytes, budget=PHONE):
-    evaluation = Evaluation(top1, {"macs": macs, "weight_bytes": weight_bytes}, images=500, seconds=0.1)
-    policy = CompressionPolicy((width,), (8,), (32,))
-    return Episode(budget.name, policy, evaluation, constraints(evaluation, budget, TOP1, DENSE.score), reward=np.zeros(3))
-
-
-def random_episodes(count, seed):
-    rng = np.random.default_rng(seed)
-    return [
-        episode(int(width), float(rng.random()), float(rng.uniform(20, 70)), float(rng.uniform(50, 400)))
-        for width in rng.permutation(np.arange(1, 101))[:count]
-    ]
+from tests.search.results.recorded import DENSE, OBJECTIVES, PHONE, SPACE, WATCH, episode, random_episodes
 
 
 @pytest.fixture
@@ -111,6 +82,50 @@ def test_our_front_is_optunas_front(recorder, tmp_path, seed):
     best = load_study(tmp_path).best_trials
     assert 0 < len(best) < sum(item.feasible for item in episodes) < 60
     assert {trial.user_attrs["evaluation"] for trial in best} == {candidate.number for candidate in front.of()}
+
+
+def test_optuna_alone_reads_the_study(recorder, tmp_path):
+    """Optuna's own functions, as in its documentation, without any of ours."""
+    for number, item in enumerate(random_episodes(40, 0)):
+        recorder.record(number, "random", item)
+    recorder.record(40, "random", Episode("phone", None, None, failure="worker lost twice"))
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(tmp_path / "study.journal")))
+    study = optuna.load_study(study_name=None, storage=storage)
+    infeasible = [trial.number for trial in study.trials if any(slack > 0 for slack in trial.constraints.values())]
+    assert infeasible == [t.number for t in study.trials if t.state.name == "COMPLETE" and not t.user_attrs["feasible"]] != []
+    assert all(trial.number not in infeasible for trial in study.best_trials)
+    table = study.trials_dataframe()
+    assert {"values_top1", "values_macs", "user_attrs_cost/macs", "params_prune_ratio/conv"} <= set(table) and len(table) == 41
+    forest = optuna.importance.FanovaImportanceEvaluator(n_trees=8, seed=0)
+    importances = optuna.importance.get_param_importances(study, evaluator=forest, target=lambda trial: trial.values[0])
+    assert max(importances, key=importances.get) == "prune_ratio/conv"  # the bits never change
+
+
+def test_the_dashboards_server_answers_for_the_study(recorder, tmp_path):
+    from optuna_dashboard import wsgi
+
+    for number, item in enumerate(random_episodes(10, 0)):
+        recorder.record(number, "random", item)
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(tmp_path / "study.journal")))
+    server = wsgi(storage)
+    (study,) = ask_server(server, "/api/studies")["study_summaries"]
+    assert study["study_name"] == tmp_path.name
+    detail = ask_server(server, f"/api/studies/{study['study_id']}")
+    assert detail["objective_names"] == list(OBJECTIVES) and len(detail["trials"]) == 10
+    # The server's own `best_trials` ignores constraints; its pages mark what is infeasible by the constraints of each trial.
+    for shown, trial in zip(detail["trials"], load_study(tmp_path).trials, strict=True):
+        assert [float(value) for value in shown["values"]] == trial.values
+        assert all(slack <= 0 for slack in shown["constraints"]) == trial.user_attrs["feasible"]
+
+
+def ask_server(server, path):
+    """Return the JSON that a WSGI application answers to GET."""
+    environment = {"PATH_INFO": path}
+    setup_testing_defaults(environment)
+    codes = []
+    body = b"".join(server(environment, lambda status, headers, *_: codes.append(status)))
+    assert codes == ["200 OK"], (path, codes, body[:200])
+    return json.loads(body)
 
 
 def test_a_damaged_or_missing_study_is_named(tmp_path):
@@ -245,6 +260,63 @@ def test_one_budget_keeps_its_front_and_its_finalists():
     ]
     with pytest.raises(InputError, match="There is no budget `fone`"):
         only_budget(whole, "fone")
+
+
+RECORD = '{"op_code": 4, "study_id": 0, "worker_id": "w", "datetime_start": null, "user_attrs": {"evaluation": 5}}'
+
+
+@pytest.mark.parametrize(
+    ("change", "line", "reason"),
+    [
+        (lambda lines: [*lines, b"text\n"], 11, "not valid JSON"),
+        (lambda lines: [*lines, b'{"op_code": 99}\n'], 11, "operation 99"),
+        (lambda lines: [*lines, b"\xff\xfe\n"], 11, "no record"),
+        (lambda lines: [*lines, b"[" * 100_000 + b"\n"], 11, "nested too deeply"),
+        (lambda lines: [*lines, b"7\n"], 11, "no record"),
+        (lambda lines: [*lines, RECORD.encode() + b"\n"], 11, "it has no `budget`"),
+        (lambda lines: [*lines, RECORD.replace('{"evaluation": 5}', "3").encode() + b"\n"], 11, "no record"),
+        (lambda lines: [*lines, lines[-1]], 11, "holds evaluation 4, but the next one is 5"),
+        (lambda lines: [*lines[:7], *lines[8:]], 8, "holds evaluation 3, but the next one is 2"),
+        (lambda lines: [*lines[:7], lines[7][:40] + b"\n", *lines[8:]], 8, "not valid JSON"),
+        (lambda lines: [lines[0], *lines], 2, "must begin with one study"),
+        (lambda lines: lines[5:], 1, "must begin with one study"),
+    ],
+)
+def test_the_damaged_line_of_a_journal_is_named(recorder, tmp_path, change, line, reason):
+    for number, item in enumerate(random_episodes(5, 0)):
+        recorder.record(number, "random", item)
+    journal = tmp_path / "study.journal"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 10
+    journal.write_bytes(b"".join(change(lines)))
+    for read in (load_study, read_journal):
+        with pytest.raises(InputError, match=rf"study.journal cannot be read: line {line} .*{reason}"):
+            read(tmp_path)
+
+
+def test_the_last_line_may_be_unfinished(recorder, tmp_path):
+    for number, item in enumerate(random_episodes(5, 0)):
+        recorder.record(number, "random", item)
+    journal = tmp_path / "study.journal"
+    text = journal.read_bytes()
+    for cut in (1, 100, 300):
+        journal.write_bytes(text[:-cut])
+        assert len(read_journal(tmp_path).trials) == 4
+
+
+def test_the_journal_is_read_as_optuna_reads_it(recorder, tmp_path):
+    for number, item in enumerate([*random_episodes(5, 1), Episode("phone", None, None, failure="lost"), episode(3, 0.5, 9, 9)]):
+        recorder.record(number, "random", item)
+    ours, theirs = read_journal(tmp_path), load_study(tmp_path)
+    assert ours.user_attrs == theirs.user_attrs
+    for one, other in zip(ours.trials, theirs.trials, strict=True):
+        assert (one.number, one.state, one.params, one.user_attrs) == (
+            other.number,
+            other.state.name,
+            other.params,
+            other.user_attrs,
+        )
+        assert one.values == other.values
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"schema": 3}', "[1]", "{}"])
