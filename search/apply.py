@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -79,6 +79,7 @@ def apply(
     status: StatusCallback = lambda text: None,
     note: StatusCallback = lambda text: None,
     given: Given | None = None,
+    trust: Collection[str] = (),
 ) -> Applied:
     """Put the policy of an export on other weights of the same architecture; repair, export and verify the network.
 
@@ -94,6 +95,7 @@ def apply(
         status: called with a few words at each stage.
         note: called with sentences that are worth keeping.
         given: model and task as Python objects, if the search began with such (`Run.given`).
+        trust: modules that policy.json may name.
     Returns:
         The export and its scores.
     Raises:
@@ -107,7 +109,7 @@ def apply(
     check_files(source, document)
     folder = source.with_name(f"{source.name}-applied") if output is None else Path(output)
     check_free(folder)
-    config = _config(source, document, overrides, weights, given)
+    config = _config(source, document, overrides, weights, given, trust)
     recipe = None if epochs is None else training_config(config, epochs)
     problem = build_problem(config, status, None if given is None else with_weights(given, weights, status))
     check_architecture(document, problem.assembler.graph.geometry.layers)
@@ -153,6 +155,7 @@ def _config(
     overrides: Overrides,
     weights: str | os.PathLike[str] | nn.Module,
     given: Given | None,
+    trust: Collection[str],
 ) -> SearchConfig:
     """Return the configuration of the search that found the policy, with the new weights."""
     path = source / POLICY
@@ -169,7 +172,7 @@ def _config(
         values["model"]["weights"] = str(Path(weights).expanduser())
     config = parse_config(values, str(path), named)
     if given is None:
-        check_named_code(config, named, POLICY)
+        check_named_code(config, overrides, POLICY, trust)
     return config
 
 

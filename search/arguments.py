@@ -8,6 +8,12 @@ from typing import Annotated
 import typer
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; the installed examples are found too.")]
+Trust = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trust", metavar="MODULE", help="Module that the files may name; importing it runs its code. Repeat for several."
+    ),
+]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one value, e.g. search.evaluations=50.")
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +67,7 @@ def ask(
     overrides: Overrides = (),
     status: StatusCallback = lambda text: None,
     given: Given | None = None,
+    trust: Collection[str] = (),
 ) -> Reply:
     """Return the best policies that the agent of a run proposes, measured.
 
@@ -78,12 +79,13 @@ def ask(
         overrides: changes of the run's configuration, such as {"data.root": "where/the/data/are/now"}.
         status: status callback, called at each stage.
         given: model and task as Python objects, if the run began with such (`Run.given`).
+        trust: modules that the run's manifest may name.
     Raises:
         InputError: for a run without such an agent, or a budget or preference that cannot be used.
     """
     if evaluations < 1:
         raise InputError(f"`evaluations` must be at least 1, but got {evaluations}.")
-    settings, _ = load_own_manifest(run, overrides, given)
+    settings, _ = load_own_manifest(run, overrides, given, trust)
     agent_folder(run, settings)  # before anything that takes long
     limits = _budget_config(budget)
     problem = build_problem(settings, status, given)

@@ -21,7 +21,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from secateur.cost_models.core import InputError
-from secateur.search.arguments import ConfigPath, Overrides
+from secateur.search.arguments import ConfigPath, Overrides, Trust
 from secateur.search.benchmarks.cli import benchmark, support
 from secateur.search.service.cli import serve
 
@@ -128,11 +128,11 @@ def search(
 
 
 @app.command()
-def resume(run: RunPath, overrides: Overrides = None) -> None:
+def resume(run: RunPath, overrides: Overrides = None, trust: Trust = None) -> None:
     """Continue an interrupted run, or one with more evaluations (--set search.evaluations=500), as if it had never stopped."""
     from secateur.search.run import handle
 
-    _follow(lambda progress: handle.resume(run, overrides or (), progress))
+    _follow(lambda progress: handle.resume(run, overrides or (), progress, trust or ()))
 
 
 def _follow(search: Callable[[SearchProgress], Run]) -> None:
@@ -147,10 +147,19 @@ def _follow(search: Callable[[SearchProgress], Run]) -> None:
             if progress.run is None:
                 raise
             _show_run(progress.run)
-            print(f"interrupted: the run holds what was found; continue it with: secateur resume {progress.run}", file=sys.stderr)
+            command = f"secateur resume {progress.run}{_trust_options(progress.run)}"
+            print(f"interrupted: the run holds what was found; continue it with: {command}", file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from None
     _show_run(folder)
     _show_trained(_trained_at_the_end(folder))
+
+
+def _trust_options(run: Path) -> str:
+    """Return the options that allow a run to name the modules that the user's configuration has named."""
+    from secateur.search.named_code import modules_of
+    from secateur.search.run.folder import load_manifest
+
+    return "".join(f" --trust {module}" for module in modules_of(load_manifest(run)[0]))
 
 
 def _trained_at_the_end(folder: Path) -> list[TrainedWinner]:
@@ -254,13 +263,21 @@ def finalize(
     top: Annotated[int, typer.Option(min=1, help="Number of policies per budget that are trained; the best is exported.")] = 1,
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs; default: finalize.training.epochs of the run, or 5.")] = None,
     overrides: Overrides = None,
+    trust: Trust = None,
 ) -> None:
     """Train the winners of a run with distillation, export and verify them. After Ctrl-C the same command continues."""
     from secateur.search.run import handle
     from secateur.search.run.progress import SearchProgress
 
     with SearchProgress(Console(stderr=True)) as progress:
-        winners = handle.finalize(run, budget=budget, top=top, epochs=epochs, overrides=overrides or (), progress=progress)
+        options: dict[str, Any] = {
+            "budget": budget,
+            "top": top,
+            "epochs": epochs,
+            "overrides": overrides or (),
+            "trust": trust or (),
+        }
+        winners = handle.finalize(run, progress=progress, **options)
     _show_trained(winners)
     if any(winner.verified is not True for winner in winners):
         raise typer.Exit(1)
@@ -286,6 +303,7 @@ def export(
     ] = None,
     pt2: Annotated[bool, typer.Option("--pt2", help="Write model.pt2 of torch.export too.")] = False,
     overrides: Overrides = None,
+    trust: Trust = None,
 ) -> None:
     """Write models of a run: policy.json, safetensors and ONNX, loadable without pickles. Choose them with one option."""
     from secateur.search.export import run_exports
@@ -293,7 +311,7 @@ def export(
 
     with SearchProgress(Console(stderr=True)) as progress:
         chosen: dict[str, Any] = {"budget": budget, "trial": trial, "front": front, "output": output, "pt2": pt2}
-        exports = run_exports.export(run, **chosen, overrides=overrides or (), status=progress.status)
+        exports = run_exports.export(run, **chosen, overrides=overrides or (), status=progress.status, trust=trust or ())
     for one in exports:
         if not one.written:
             print(f"export: {one.folder} is there already")
@@ -313,6 +331,7 @@ def apply(
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of training with distillation; default: none.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder to write; default: EXPORT-applied.")] = None,
     overrides: Overrides = None,
+    trust: Trust = None,
 ) -> None:
     """Put a policy on other weights of the same architecture; repair, perhaps train, export and verify the network."""
     from secateur.search.apply import apply as apply_policy
@@ -327,6 +346,7 @@ def apply(
             epochs=epochs,
             output=output,
             overrides=overrides or (),
+            trust=trust or (),
             status=progress.status,
             note=progress.note,
         )
@@ -354,14 +374,15 @@ def verify(
         ),
     ] = None,
     factory: Annotated[
-        str | None, typer.Option(help="Factory of the network, if policy.json names one that is not called without this option.")
+        str | None, typer.Option(help="Factory of the network, in place of the one that policy.json names.")
     ] = None,
+    trust: Trust = None,
 ) -> None:
     """Check what an export promises: outputs, scores, costs, size and latency of its files. Exit code 1 if it is broken."""
     from secateur.search.export.verification_tables import verification_tables
     from secateur.search.export.verify import verify_export
 
-    verification = verify_export(folder, runtime, threads, overrides or (), factory=factory)
+    verification = verify_export(folder, runtime, threads, overrides or (), factory=factory, trust=trust or ())
     for table in verification_tables(verification):
         Console().print(table)
     for failure in verification.failures:
@@ -426,6 +447,7 @@ def ask(
     ] = None,
     evaluations: Annotated[int, typer.Option(min=1, help="Number of proposals that are evaluated.")] = 3,
     overrides: Overrides = None,
+    trust: Trust = None,
 ) -> None:
     """Ask the agent of a run for policies under any budget: a few evaluations instead of a search."""
     from secateur.search.ask import ask as ask_agent
@@ -433,7 +455,7 @@ def ask(
     from secateur.search.run.progress import SearchProgress
 
     with SearchProgress(Console(stderr=True)) as progress:
-        reply = ask_agent(run, budget, preference, evaluations, overrides or (), progress.status)
+        reply = ask_agent(run, budget, preference, evaluations, overrides or (), progress.status, trust=trust or ())
     Console().print(answer_table(reply))
 
 

@@ -7,9 +7,10 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, astuple
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,7 +77,8 @@ def save_calibration(calibration: Calibration, path: Path, key: str) -> None:
         arrays |= {f"{index}.moments": layer.moments, f"{index}.samples": layer.samples}
         values = {field: getattr(layer, field) for field in ("kind", "low", "high", "area", "count")}
         layers.append({"name": name, **values})
-    header = {"key": key, "images": calibration.images, "config": asdict(calibration.config), "layers": layers}
+    header: dict[str, Any] = {"key": key, "images": calibration.images, "config": asdict(calibration.config), "layers": layers}
+    header["checksum"] = _checksum(header, arrays)
     handle, unfinished = tempfile.mkstemp(dir=path.parent, suffix=".unfinished")
     os.close(handle)
     try:
@@ -91,20 +93,30 @@ def load_calibration(path: Path, key: str) -> Calibration:
     """Return the calibration in a file.
 
     Raises:
-        ValueError: if the file has another key.
+        ValueError: if the file has another key, or not the content that was written.
         SafetensorError, OSError, ValueError, KeyError, TypeError: if it is damaged.
     """
     with safe_open(path, framework="numpy") as file:
         header = json.loads(file.metadata()["secateur"])
         if header["key"] != key:
             raise ValueError(f"its key is {header['key']}")
-        layers = {
-            layer.pop("name"): LayerStatistics(
-                moments=file.get_tensor(f"{index}.moments"), samples=file.get_tensor(f"{index}.samples"), **layer
-            )
-            for index, layer in enumerate(header["layers"])
-        }
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+    if header.pop("checksum") != _checksum(header, arrays):
+        raise ValueError("its checksum is another one")
+    layers = {
+        layer.pop("name"): LayerStatistics(moments=arrays[f"{index}.moments"], samples=arrays[f"{index}.samples"], **layer)
+        for index, layer in enumerate(header["layers"])
+    }
     return Calibration(layers, header["images"], CalibrationConfig(**header["config"]))
+
+
+def _checksum(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
+    """Return a hash of the content of a file."""
+    digest = hashlib.blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=16)
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name}{array.dtype}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def _key(model: nn.Module, graph: ModelGraph, images: Inputs, config: CalibrationConfig) -> str:

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import inspect
 import os
-import site
 import sys
-import sysconfig
 from collections.abc import Iterable
-from pathlib import Path
 from types import ModuleType
 
 from secateur.envs.core import InputError
@@ -50,26 +46,6 @@ def import_object(path: str, place: str) -> tuple[ModuleType, object]:
         public = [known for known in vars(module) if not known.startswith("_")]
         raise InputError(f"`{place}`: module `{module_name}` has no `{name}`.{did_you_mean(name, public)}")
     return module, getattr(module, name)
-
-
-def is_own_code(function: object) -> bool:
-    """Return whether this is a function from a file of the user's own: not of Python, an installed package or secateur.
-
-    A file that somebody else wrote can name any function that this machine has. Those of Python and of packages are the same
-    everywhere, so they are called only if the user names them.
-    """
-    if not inspect.isfunction(function) or function.__module__.partition(".")[0] in ("secateur", "torch"):
-        return False
-    return is_own_file(function.__code__.co_filename)
-
-
-def is_own_file(path: str) -> bool:
-    """Return whether a source file is the user's own: not of Python and not of an installed package."""
-    file = Path(path)
-    installed = {sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
-    installed |= {*site.getsitepackages(), site.getusersitepackages()}
-    packages = any(part in ("site-packages", "dist-packages") for part in file.parts)
-    return file.is_file() and not packages and not any(file.resolve().is_relative_to(Path(p).resolve()) for p in installed)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from torch import nn
 
 from secateur.envs.core import InputError
 from secateur.envs.model_graph.plain_layers import make_weights_plain, unwrapped
-from secateur.envs.tasks.imports import OBJECT, current_name, did_you_mean, import_object, is_own_code
+from secateur.envs.tasks.imports import OBJECT, current_name, did_you_mean, import_object
 from secateur.envs.tasks.supervised import SupervisedTask
 from secateur.envs.tasks.training import Progress
 from secateur.envs.tasks.weights import load_weights
@@ -158,29 +157,6 @@ def _find_in_torchvision(factory: str, arguments: dict[str, object]) -> tuple[Ca
         arguments = {"init_weights": True, **arguments}  # without it, torchvision warns
     downloads = [option for option in ("weights", "weights_backbone") if option in inspect.signature(builder).parameters]
     return builder, {**dict.fromkeys(downloads), **arguments}
-
-
-def is_model_factory(function: object) -> bool:
-    """Return whether a factory that a file names, and not the user, may be called: it can be `os:system` as well as a network.
-
-    These may be called: a class of modules; a function of torchvision's models; a function of a module that holds a class of
-    modules; a function in a file of the user's own (`is_own_code`).
-    """
-    if isinstance(function, type):
-        return issubclass(function, nn.Module)
-    if not inspect.isfunction(function):
-        return False
-    home = function.__module__
-    if home.partition(".")[0] == "torch":  # torch's functions make no networks, but torch.export.load reads pickles
-        return False
-    known = list(vars(sys.modules[home]).values()) if home in sys.modules else []
-    holds_class = any(isinstance(value, type) and issubclass(value, nn.Module) for value in known)
-    return home.startswith("torchvision.models.") or holds_class or is_own_code(function)
-
-
-def not_called(factory: str) -> str:
-    """Return words for an error about a factory that `is_model_factory` does not allow."""
-    return f"`{factory}`, which is no torch.nn.Module class and no function of your own files, so it was not called"
 
 
 def _train(factory: str, model: nn.Module, task: SupervisedTask | None, progress: Progress | None) -> Path:

@@ -78,7 +78,7 @@ def _record(run: Path, trials: int, choices: int) -> list[float]:
     for number in range(trials):
         episode = _episode(rng, choices)
         front.add(episode)
-        seconds.append(_timed(lambda number=number, episode=episode: recorder.record(number, "random", episode))[0])  # type: ignore[misc]
+        seconds.append(_timed(lambda number=number, episode=episode: recorder.record(number, "random", episode))[0])
     write_front(run, front.document(space.policy_to_choices))
     return seconds
 

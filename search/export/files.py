@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import onnx
 
 from secateur.envs.core import InputError
 from secateur.search.run.folder import read_json
@@ -17,6 +20,9 @@ INPUT, LOGITS, OUTPUT = "input", "logits", "output"
 
 CODES, SCALE, LEVELS = ".weight.codes", ".weight.scale", ".weight.levels"
 """Endings of the tensors in model.safetensors that stand for a quantized weight."""
+
+
+_FILE_NAME = re.compile(r"model(\.\w+)+")
 
 
 def read_export(folder: str | Path) -> dict[str, Any]:
@@ -34,7 +40,40 @@ def check_files(folder: Path, document: Mapping[str, Any]) -> None:
     if written.get("policy_sha256") != policy_checksum(written):
         raise InputError(f"{folder / POLICY} is not the file that was exported: it was changed. Export it again.")
     for name, checksum in document["files"].items():
+        if not _FILE_NAME.fullmatch(name):
+            raise InputError(
+                f"{folder / POLICY} is damaged: `files` names {name!r}, which is no file of an export. Export it again."
+            )
         check_file(folder / name, checksum)
+    _check_plain_onnx(folder, document["files"])
+
+
+def _check_plain_onnx(folder: Path, files: Collection[str]) -> None:
+    """Raise InputError if model.onnx is damaged, or reads weights from a file that is not of this export."""
+    path = folder / ONNX
+    if not path.is_file():  # `check_files` has named it, if it is a file of the export
+        return
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf and onnx raise many kinds of errors
+        raise InputError(f"{path} is damaged: {type(error).__name__}: {error}. Export it again.") from None
+    for tensor in _tensors(model.graph):
+        for entry in tensor.external_data:
+            if entry.key == "location" and (entry.value not in files or not _FILE_NAME.fullmatch(entry.value)):
+                raise InputError(
+                    f"{path} reads the weight `{tensor.name}` from {entry.value!r}, which is no file of this export."
+                )
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Yield the stored tensors of a graph, and of the graphs inside its nodes."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield from ([attribute.t] if attribute.HasField("t") else [])
+            yield from attribute.tensors
+            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                yield from _tensors(inner)
 
 
 def policy_checksum(document: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,22 @@ from secateur.envs.quantization.fake_quantize import set_activation_grid, set_qu
 from secateur.envs.quantization.packing import unpack_bits
 from secateur.envs.quantization.quantizers import ActivationGrid, QuantizedWeight
 from secateur.envs.quantization.trainable import DEFAULT, make_trainable
-from secateur.envs.tasks.models import build_model, call_factory, find_factory, is_model_factory, not_called
+from secateur.envs.tasks.imports import OBJECT
+from secateur.envs.tasks.models import build_model, call_factory, find_factory
+from secateur.envs.tasks.trust import check_trusted
 from secateur.search.export.files import CODES, LEVELS, POLICY, SCALE, WEIGHTS, check_file, read_export
 
 Factory = str | Callable[..., nn.Module] | nn.Module | None
 """What the user names: a factory "package.module:function", the function itself, or the dense model. None: see policy.json."""
 
 
-def load_compressed(folder: str | Path, factory: Factory = None, trainable: bool | str = False) -> nn.Module:
+def load_compressed(
+    folder: str | Path, factory: Factory = None, trainable: bool | str = False, trust: Collection[str] = ()
+) -> nn.Module:
     """Return the compressed model in an export folder, in eval mode; its weights equal the scored ones bit for bit.
 
-    Loading imports the module of the factory that policy.json names, which runs the code of that module, and calls the
-    factory if `is_model_factory` allows it. With `factory` neither happens.
+    Nothing is unpickled. The factory that policy.json names is called if it is one of secateur or torchvision, or in a module
+    that is trusted (envs/tasks/trust.py). With `factory` it is not called.
 
     Args:
         folder: of the export.
@@ -45,9 +49,10 @@ def load_compressed(folder: str | Path, factory: Factory = None, trainable: bool
             every forward pass and gets the gradient of the rounded one (envs/quantization/trainable.py). Call `train()` before,
             and `secateur.save_compressed` after training. Or the name of an estimator (envs/quantization/estimators), such as
             "learned_step", which trains the scales too.
+        trust: modules that policy.json may name.
     Raises:
         InputError: if the folder is no export, its files are damaged or were changed, the code of the model has changed, or
-            policy.json names something that is not a factory of networks.
+            policy.json names a module that is not trusted.
     """
     folder = Path(folder)
     if isinstance(trainable, str) and trainable not in ESTIMATORS:
@@ -55,7 +60,7 @@ def load_compressed(folder: str | Path, factory: Factory = None, trainable: bool
     document = read_export(folder)
     try:
         packed = _read_weights(folder / WEIGHTS, document["weights_sha256"])
-        model = build_dense(document["model"], factory).float().eval()
+        model = build_dense(document["model"], factory, trust).float().eval()
         set_written_sizes(model, document.get("sizes", {}))  # exports of earlier versions have none
         restore_view_sizes(model, document.get("views", {}))
         restore_layers(model, packed, document["layers"])
@@ -69,12 +74,12 @@ def load_compressed(folder: str | Path, factory: Factory = None, trainable: bool
     if trainable:
         make_trainable(model, trainable if isinstance(trainable, str) else DEFAULT)
         loaded: Any = model
-        loaded.compressed_from = folder
+        loaded.compressed_from, loaded.trusted = folder, tuple(trust)
     return model
 
 
-def build_dense(model: Mapping[str, Any], factory: Factory = None) -> nn.Module:
-    """Return the network before compression; a function that policy.json names is called only if `is_model_factory` allows it."""
+def build_dense(model: Mapping[str, Any], factory: Factory = None, trust: Collection[str] = ()) -> nn.Module:
+    """Return the network before compression; a function that policy.json names is called only if its module is trusted."""
     if isinstance(factory, nn.Module):
         dense = copy.deepcopy(factory)
         return _plain_network(lambda **arguments: dense, {}, type(factory).__name__)
@@ -82,14 +87,9 @@ def build_dense(model: Mapping[str, Any], factory: Factory = None) -> nn.Module:
         return build_model(factory, model["args"])
     if factory is not None:
         return _plain_network(factory, model["args"], model["factory"])
-    function, arguments = find_factory(model["factory"], model["args"])
-    if not is_model_factory(function):
-        name = model["factory"]
-        raise InputError(
-            f"{POLICY} names {not_called(name)}. If it makes the network, name it: load_compressed(folder, factory=...).",
-            f"{POLICY} names {not_called(name)}. If it makes the network, name it: --factory {name}.",
-        )
-    return _plain_network(function, arguments, model["factory"])
+    if not model["factory"].startswith(OBJECT):
+        check_trusted(model["factory"], "model.factory", POLICY, trust)
+    return _plain_network(*find_factory(model["factory"], model["args"]), model["factory"])
 
 
 def _plain_network(factory: Callable[..., object], arguments: Mapping[str, object], name: str) -> nn.Module:

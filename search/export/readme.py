@@ -7,7 +7,7 @@ from typing import Any
 
 from secateur.envs.inputs import Signature, inputs_of
 from secateur.envs.tasks.imports import OBJECT
-from secateur.envs.tasks.models import find_factory, is_model_factory
+from secateur.envs.tasks.trust import is_built_in, module_of
 from secateur.search.export.files import ONNX, PT2, input_names
 from secateur.search.export.image_size import size_sentence
 from secateur.search.schema import metric_of
@@ -30,7 +30,7 @@ def export_readme(document: Mapping[str, Any], name: str) -> str:
         for cost, value in document["costs"].items()
     )
     factory = document["model"]["factory"]
-    imported, argument, loading = _loading(factory)
+    argument, loading = _loading(factory)
     torch_call, numpy_call = _calls(document)
     return f"""# {factory}, compressed for the budget "{document["budget"]["name"]}"
 
@@ -38,7 +38,7 @@ In PyTorch:
 
 ```python
 import torch
-from secateur import load_compressed{imported}
+from secateur import load_compressed
 
 model = load_compressed("{name}"{argument})  # this folder; a torch.nn.Module in eval mode
 {torch_call}
@@ -64,17 +64,16 @@ session = onnxruntime.InferenceSession("{name}/{ONNX}", options, providers=["CPU
 """
 
 
-def _loading(factory: str) -> tuple[str, str, str]:
-    """Return an import, the further argument of `load_compressed`, and a sentence about what loading does."""
+def _loading(factory: str) -> tuple[str, str]:
+    """Return the further argument of `load_compressed`, and a sentence about what loading does."""
     if factory.startswith(OBJECT):
         model = factory.removeprefix(OBJECT)
-        return "", ", dense", f"`dense` is the model that was compressed, a `{model}` object; its weights do not matter."
-    calls = f"Loading in PyTorch imports the module of `{factory}` and calls it: its code runs."
-    trust = f"{calls} Load only exports from people you trust."
-    if is_model_factory(find_factory(factory)[0]):
-        return "", "", trust
-    module, _, function = factory.partition(":")
-    return f"\nfrom {module} import {function}", f", factory={function}", trust
+        return ", dense", f"`dense` is the model that was compressed, a `{model}` object; its weights do not matter."
+    if is_built_in(factory):
+        return "", "Loading in PyTorch runs no code of this folder, and unpickles nothing."
+    module = module_of(factory)
+    calls = f"Loading in PyTorch imports `{module}` and calls `{factory}`: its code runs. Name only modules that you trust."
+    return f', trust=["{module}"]', calls
 
 
 def _calls(document: Mapping[str, Any]) -> tuple[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,7 @@ def export(
     overrides: Overrides = (),
     status: StatusCallback = lambda text: None,
     given: Given | None = None,
+    trust: Collection[str] = (),
 ) -> list[Exported]:
     """Write models of a run: policy.json, safetensors and ONNX, loadable without pickles. Give one of the first three options.
 
@@ -75,6 +76,7 @@ def export(
         overrides: changes of the run's configuration, such as {"data.root": "where/the/data/are/now"}.
         status: called with a few words at each stage.
         given: model and task as Python objects, if the run began with such (`Run.given`).
+        trust: modules that the run's manifest may name.
     Returns:
         The exports, in the order of the front. Exports that are in their default folders already are not written again.
     Raises:
@@ -82,7 +84,7 @@ def export(
     """
     check_selection(budget, trial, front)
     run, output = Path(run), None if output is None else Path(output)
-    settings, _ = load_own_manifest(run, overrides, given)
+    settings, _ = load_own_manifest(run, overrides, given, trust)
     document = read_front(run)
     if trial is not None:
         found = find_trial(run, trial)

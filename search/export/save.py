@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ def save_compressed(
     overrides: Overrides = (),
     factory: Factory = None,
     task: Task | None = None,
+    trust: Collection[str] | None = None,
 ) -> Verification:
     """Write a compressed model that was trained after loading as an export, verify it, and return the result.
 
@@ -60,11 +61,13 @@ def save_compressed(
         overrides: ["data.root=FOLDER"] or {"data.root": FOLDER}, for data that has moved.
         factory: as in `load_compressed`.
         task: scores the model, in place of the task and the data that policy.json names.
+        trust: modules that policy.json may name; None: those that `load_compressed` was given.
     Raises:
         InputError: if the folder is not free, the export is not known, or the model is not that of the export.
         RuntimeError: if the model that is read back computes something else.
     """
     source = getattr(model, "compressed_from", None) if source is None else source
+    trust = getattr(model, "trusted", ()) if trust is None else trust
     if source is None:
         raise InputError(
             "The model was not loaded with `load_compressed(folder, trainable=True)`. Name its export: `source=folder`."
@@ -72,9 +75,9 @@ def save_compressed(
     document = read_export(source)
     network = copy.deepcopy(model).cpu().float().eval()
     make_quantized(network)
-    _check_same_layers(network, load_compressed(source, factory), Path(source))
-    scored: Task = load_task(document, overrides, factory) if task is None else task
-    dense = build_dense(document["model"], factory).float().eval()
+    _check_same_layers(network, load_compressed(source, factory, trust=trust), Path(source))
+    scored: Task = load_task(document, overrides, factory, trust) if task is None else task
+    dense = build_dense(document["model"], factory, trust).float().eval()
     if paths := document["model"].get("part"):
         scored, dense = take_parts(scored.task if isinstance(scored, PartTask) else scored, dense, paths)
     part = parts_of(scored, network)
@@ -84,9 +87,9 @@ def save_compressed(
         document["scores"] |= {split: _score(scored, part, split) for split in ("validation", "test")}
         document["layers"], document["training"] = layer_entries(part), TRAINED_IN_PYTHON
         write_document(draft, document, Path(folder).name)
-        loaded = parts_of(scored, load_compressed(draft, factory))
+        loaded = parts_of(scored, load_compressed(draft, factory, trust=trust))
         check_same_outputs(loaded, part, first_inputs(scored, "validation", 16)[0])
-    return verify_export(folder, overrides=overrides, factory=factory, task=task)
+    return verify_export(folder, overrides=overrides, factory=factory, task=task, trust=trust)
 
 
 def _check_same_layers(network: nn.Module, exported: nn.Module, source: Path) -> None:

@@ -16,7 +16,7 @@ import copy
 import math
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -56,6 +56,7 @@ from secateur.search.export.verification import (
 from secateur.search.profiling.profiler import describe_machine
 from secateur.search.profiling.runtimes import find_runtime, measure_latencies, open_session
 from secateur.search.results.formatting import amount, percent
+from secateur.search.run.folder import check_links
 from secateur.search.schema import metric_of
 
 FLOAT_TOLERANCE = 1e-3
@@ -87,6 +88,7 @@ def verify_export(
     seconds: float = SECONDS,
     factory: Factory = None,
     task: Task | None = None,
+    trust: Collection[str] = (),
 ) -> Verification:
     """Check an export from its files alone, and write verify.json into it.
 
@@ -96,25 +98,27 @@ def verify_export(
         threads: of the runtime.
         overrides: ["data.root=FOLDER"] or {"data.root": FOLDER}, for data that has moved.
         seconds: how long each network is timed.
-        factory: factory of the network, for one that a policy.json of somebody else could not name; see `load_compressed`.
+        factory: factory of the network, in place of the one that policy.json names; see `load_compressed`.
         task: scores the model, in place of the task and the data that policy.json names.
+        trust: modules that policy.json may name; see `load_compressed`.
     Raises:
         InputError: if a file is missing, damaged or was changed, the runtime is not installed, or the data cannot be read.
     """
     folder = Path(folder)
     version = find_runtime(runtime).version()
+    check_links(folder)
     document = read_export(folder)
     _check_complete(folder, document)
     check_files(folder, document)
-    task = load_task(document, overrides, factory) if task is None else task
-    network = load_compressed(folder, factory)
+    task = load_task(document, overrides, factory, trust) if task is None else task
+    network = load_compressed(folder, factory, trust=trust)
     if paths := document["model"].get("part"):
         task, network = take_parts(task if not isinstance(task, PartTask) else task.task, network, paths)
     device = None if document["device"] is None else parse_device(document["device"], f"The device in {folder / POLICY}")
     outputs = _compare(network, folder, runtime, threads, task, document)
     validation = task.evaluate(network, "validation").score
     costs = _costs(network, document, device)
-    latency = _latency(folder, runtime, threads, task, document, device, seconds, factory)
+    latency = _latency(folder, runtime, threads, task, document, device, seconds, factory, trust)
     limits = check_limits(document, costs, latency, validation)
     failures = find_failures(document, outputs, costs, limits, validation)
     verification = Verification(
@@ -136,20 +140,18 @@ def verify_export(
 
 
 def verify_in_fresh_process(
-    folder: str | Path, runtime: str = "onnxruntime", threads: int = 1, overrides: Sequence[str] = (), factory: str = ""
+    folder: str | Path, runtime: str = "onnxruntime", threads: int = 1, trust: Sequence[str] = ()
 ) -> Verification:
     """Return the result of `verify_export` in a process of its own, which has nothing but the files.
 
     Args:
-        folder, runtime, threads, overrides: see `verify_export`.
-        factory: name of the network's factory; "": that of policy.json.
+        folder, runtime, threads, trust: see `verify_export`.
     Raises:
         InputError: as `verify_export` does.
         RuntimeError: if the process fails otherwise.
     """
     # -P: the working directory is not put before the standard library and the installed packages.
-    command = [sys.executable, "-P", "-m", "secateur.search.export.verify", str(folder), runtime, str(threads)]
-    command += [factory, *overrides]
+    command = [sys.executable, "-P", "-m", "secateur.search.export.verify", str(folder), runtime, str(threads), *trust]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == INPUT_ERROR:
         raise InputError(done.stderr.strip().splitlines()[-1])
@@ -278,6 +280,7 @@ def _latency(
     device: Device | None,
     seconds: float,
     factory: Factory,
+    trust: Collection[str],
 ) -> MeasuredLatency:
     """Measure the export and the dense network in float32, in turns. Times do not depend on the values of weights."""
     table = None if device is None else device.table
@@ -286,7 +289,7 @@ def _latency(
         precision, batch, here = device.float_precision, table.batch, device.machine == describe_machine()
     images = first_inputs(task, "test", batch)[0]
     with TemporaryDirectory() as temporary:
-        dense = build_dense(document["model"], factory).float().eval()
+        dense = build_dense(document["model"], factory, trust).float().eval()
         dense = parts_of(task, dense)
         example = described_inputs(document["model"])
         graph = analyze(positional(dense, example), tuple(tensors_of_inputs(example)), verify=False)
@@ -395,9 +398,9 @@ def _output_failures(outputs: Outputs, metric: Metric) -> list[str]:
 
 def main(arguments: Sequence[str]) -> int:
     """Verify and return the exit code: 0 if verify.json was written, 2 if the input cannot be used."""
-    folder, runtime, threads, factory, *overrides = arguments
+    folder, runtime, threads, *trust = arguments
     try:
-        verify_export(folder, runtime, int(threads), overrides, factory=factory or None)
+        verify_export(folder, runtime, int(threads), trust=trust)
     except InputError as error:
         print(error, file=sys.stderr)
         return INPUT_ERROR

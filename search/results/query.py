@@ -16,8 +16,7 @@ from rich.table import Table
 from secateur.envs.core import InputError
 from secateur.search.results.document import read_front
 from secateur.search.results.expression import check_column, matching_rows
-from secateur.search.run.journal import read_journal
-from secateur.search.run.study import trials_table
+from secateur.search.run.journal import read_journal, trials_table
 from secateur.search.schema import search_score_of
 
 RUN, EVALUATION = "run", "evaluation"
@@ -59,8 +58,9 @@ def query(
         raise InputError("Name at least one run, for example runs/digits-1.")
     if limit is not None and limit < 0:
         raise InputError(f"`limit` must be 0 or more, but got {limit}.")
-    tables, dense = zip(*(_evaluations(Path(folder)) for folder in folders), strict=True)
-    table = pandas.concat(tables, ignore_index=True)
+    found = [_evaluations(Path(folder)) for folder in folders]
+    dense = [values for _, values in found]
+    table: pandas.DataFrame = pandas.concat([rows for rows, _ in found], ignore_index=True)
     if where is not None and len(table):
         every = {name: pandas.concat([one.get(name, pandas.Series(dtype=float)) for one in dense]) for name in _names(dense)}
         of_rows = {name: table[RUN].map(values[~values.index.duplicated()]) for name, values in every.items()}

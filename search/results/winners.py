@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from secateur.envs.core import Budget, CompressionPolicy, InputError
-from secateur.envs.tasks.named_functions import FUNCTIONS, FunctionsConfig
 from secateur.search.export.verification import Verification
 from secateur.search.export.verify import verify_export, verify_in_fresh_process
 from secateur.search.export.write import write_export
+from secateur.search.named_code import modules_of
 from secateur.search.problem import Problem
 from secateur.search.profiling.runtimes import PyTorch
 from secateur.search.results.core import Finalist, Outcome, Rejected
@@ -77,11 +77,7 @@ def check_export(problem: Problem, folder: Path, verify: Callable[..., Verificat
     given, config = problem.given, problem.config
     if given is not None:
         return verify_export(folder, factory=given.model, task=given.task, **where)
-    # The user's configuration names these functions; files may not name every function.
-    names = [f"data.name={config.data.name}"]
-    if config.task.name == FUNCTIONS:
-        names = [f"task.{option}={name}" for option, name in FunctionsConfig(**config.task.options).names.items()]
-    return verify(folder, factory=config.model.factory, overrides=names, **where)
+    return verify(folder, trust=modules_of(config), **where)
 
 
 @dataclass

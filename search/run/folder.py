@@ -94,6 +94,20 @@ def held(run: Path) -> Iterator[None]:
         os.close(folder)
 
 
+def check_links(folder: Path) -> None:
+    """Raise InputError if an entry of a run or export, or of a folder in it, is a link that leads out of the folder.
+
+    A folder that somebody else has made could otherwise have files read, written or removed anywhere on this machine.
+    """
+    home = folder.resolve()
+    for entry in folder.glob("*") if folder.is_dir() else ():
+        for inner in (entry, *(entry.glob("*") if entry.is_dir() else ())):
+            if inner.is_symlink() and not inner.resolve().is_relative_to(home):
+                raise InputError(
+                    f"{inner} is a link that leads out of {folder}, to {os.readlink(inner)}. Replace it by its target."
+                )
+
+
 def write_manifest(run: Path, config: SearchConfig, facts: Mapping[str, Any]) -> None:
     """Write the resolved configuration, the versions that ran it, and `facts` (JSON values) about the run."""
     manifest = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +15,14 @@ from rich.console import Console
 from secateur.envs.core import CompressionPolicy, InputError
 from secateur.envs.policy_space import document_to_policy
 from secateur.search.config import ConfigSource, Overrides, SearchConfig, load_config
+from secateur.search.named_code import modules_of
 from secateur.search.results.document import front_csv, read_front, winner
 from secateur.search.results.query import Columns, query
 from secateur.search.run import search as engine
 from secateur.search.run.folder import MANIFEST, load_manifest, read_json
-from secateur.search.run.journal import read_journal
+from secateur.search.run.journal import read_journal, trials_table
 from secateur.search.run.progress import SearchProgress
-from secateur.search.run.study import Study, load_study, trials_table
+from secateur.search.run.study import Study, load_study
 from secateur.search.schema import metric_of, search_score_of
 
 if TYPE_CHECKING:
@@ -85,23 +86,30 @@ def search(
         raise InputError(f"`{named[0]}` goes with a model object; with a configuration, use `overrides`.")
     resolved = load_config(config, overrides)
     with _shown(progress) as display:
-        return Run(engine.search(resolved, display, given), given)
+        folder = engine.search(resolved, display, given)
+    return Run(folder, given, () if given is not None else modules_of(resolved))
 
 
-def resume(run: str | os.PathLike[str], overrides: Overrides = (), progress: SearchProgress | bool = False) -> Run:
+def resume(
+    run: str | os.PathLike[str],
+    overrides: Overrides = (),
+    progress: SearchProgress | bool = False,
+    trust: Collection[str] = (),
+) -> Run:
     """Continue an interrupted run, or a finished one with more evaluations, as if it had never stopped; return it.
 
     Args:
         run: the run, or its folder.
         overrides: changes of the run's configuration, such as {"search.evaluations": 500}.
         progress: True: show the progress on stderr.
+        trust: modules that the run's manifest may name; those of secateur and torchvision's models need not be named.
     Raises:
-        InputError: if the folder is not a run, another process searches in it, or the overrides change what was searched;
-            nothing is written then.
+        InputError: if the folder is not a run, another process searches in it, the manifest names a module that is not
+            trusted, or the overrides change what was searched; nothing is written then.
     """
-    given = run.given if isinstance(run, Run) else None
+    given, trusted = _own(run, trust)
     with _shown(progress) as display:
-        return Run(engine.resume(Path(run), overrides, display, given), given)
+        return Run(engine.resume(Path(run), overrides, display, given, trusted), given, trusted)
 
 
 def finalize(
@@ -112,6 +120,7 @@ def finalize(
     epochs: int | None = None,
     overrides: Overrides = (),
     progress: SearchProgress | bool = False,
+    trust: Collection[str] = (),
 ) -> list[TrainedWinner]:
     """Train the winners of a run with distillation from the dense model; export and verify them in RUN/exports/BUDGET-trained.
 
@@ -124,13 +133,14 @@ def finalize(
         epochs: number of epochs; None: `finalize.training.epochs` of the run, or 5.
         overrides: changes of the run's configuration, such as {"finalize.training.flip": True}.
         progress: True: show the progress on stderr.
+        trust: as in `resume`.
     Raises:
-        InputError: if nothing fits, there is nothing to train on, a checkpoint belongs to another training, or model, data or
-            code are not what the run was made with.
+        InputError: if nothing fits, there is nothing to train on, a checkpoint belongs to another training, the manifest names
+            a module that is not trusted, or model, data or code are not what the run was made with.
     """
     from secateur.search.training import finalize as engine
 
-    given = run.given if isinstance(run, Run) else None
+    given, trusted = _own(run, trust)
     with _shown(progress) as display:
         return engine.finalize(
             run,
@@ -141,17 +151,26 @@ def finalize(
             status=display.status,
             note=display.note,
             given=given,
+            trust=trusted,
         )
 
 
-def load_run(folder: str | os.PathLike[str]) -> Run:
-    """Return the run in a folder, whether its search has ended or not.
+def load_run(folder: str | os.PathLike[str], trust: Collection[str] = ()) -> Run:
+    """Return the run in a folder, whether its search has ended or not. Nothing that it names is imported.
 
+    Args:
+        folder: of the run.
+        trust: modules that the run's files may name when its methods build the model: see `resume`.
     Raises:
         InputError: if the folder is not a run.
     """
     read_json(Path(folder) / MANIFEST, "a run")
-    return Run(Path(folder))
+    return Run(Path(folder), trust=tuple(trust))
+
+
+def _own(run: str | os.PathLike[str], trust: Collection[str]) -> tuple[Given | None, tuple[str, ...]]:
+    """Return the objects of a run, and the modules that its files may name."""
+    return (run.given, (*run.trust, *trust)) if isinstance(run, Run) else (None, tuple(trust))
 
 
 def _shown(progress: SearchProgress | bool) -> SearchProgress:
@@ -176,6 +195,7 @@ class Winner:
         verified: whether its export kept all promises; None: not verified.
         folder: its export; None: not exported by the search.
         dense: the dense model, if the search was given a Python object in this process.
+        trust: modules that the export may name.
     """
 
     budget: str
@@ -188,6 +208,7 @@ class Winner:
     verified: bool | None
     folder: Path | None
     dense: nn.Module | None = field(default=None, compare=False, repr=False)
+    trust: tuple[str, ...] = field(default=(), compare=False)
 
     def model(self) -> nn.Module:
         """Return the compressed network in eval mode, loaded from the export.
@@ -201,7 +222,7 @@ class Winner:
             )
         from secateur.search.export.load import load_compressed
 
-        return load_compressed(self.folder, self.dense)
+        return load_compressed(self.folder, self.dense, trust=self.trust)
 
 
 @dataclass(frozen=True)
@@ -213,10 +234,12 @@ class Run:
     Attributes:
         folder: of the run.
         given: model and task, if the search was given Python objects in this process.
+        trust: modules that its files may name: those of the configuration in this process, or of `load_run`.
     """
 
     folder: Path
     given: Given | None = field(default=None, compare=False, repr=False)
+    trust: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     def __fspath__(self) -> str:
         return str(self.folder)
@@ -287,6 +310,7 @@ class Run:
             check.get("passed"),
             self.folder / check["export"] if check.get("export") else None,
             None if self.given is None else self.given.model,
+            self.trust,
         )
 
     def export(
@@ -301,7 +325,7 @@ class Run:
         """Write models of this run; see `secateur.export`."""
         from secateur.search.export.run_exports import export
 
-        return export(self, budget=budget, trial=trial, front=front, output=output, pt2=pt2, given=self.given)
+        return export(self, budget=budget, trial=trial, front=front, output=output, pt2=pt2, given=self.given, trust=self.trust)
 
     def finalize(
         self,
@@ -335,7 +359,7 @@ class Run:
         """Return policies for any budget from the run's agent; see `secateur.ask`."""
         from secateur.search.ask import ask
 
-        return ask(self, budget, preference, evaluations, overrides, given=self.given)
+        return ask(self, budget, preference, evaluations, overrides, given=self.given, trust=self.trust)
 
 
 def _validation_score(document: Mapping[str, Any], point: Mapping[str, Any]) -> float | None:

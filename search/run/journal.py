@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas
+
 from secateur.envs.core import InputError
 
 JOURNAL = "study.journal"
@@ -160,3 +162,36 @@ def _trial(record: Mapping[str, Any], number: int) -> Trial:
         if name in params:
             params[name] = choices[int(params[name])]
     return Trial(number, STATES[record.get("state", 0)], values, params, facts)
+
+
+# ----------------------------------------------------------------------------------------------------------------- table
+
+
+def trials_table(journal: Journal) -> pandas.DataFrame:
+    """Return one row per evaluation, indexed by its number; `Run.trials` lists the columns."""
+    objectives = journal.user_attrs["objectives"]
+    rows = [_row(trial, objectives[0]) for trial in journal.trials]
+    columns = dict.fromkeys(
+        ["evaluation", *(name for row in rows for name in row)] if rows else ["evaluation", *_FACTS, *objectives]
+    )
+    return pandas.DataFrame(rows, columns=list(columns)).set_index("evaluation")
+
+
+_FACTS = ("state", "budget", "feasible")
+"""Columns of every table of trials, also of one without rows."""
+
+
+def _row(trial: Trial, metric: str) -> dict[str, Any]:
+    facts = trial.user_attrs
+    return {
+        "evaluation": facts["evaluation"],
+        "state": trial.state,
+        "budget": facts["budget"],
+        "feasible": facts["feasible"],
+        metric: trial.values[0] if trial.values else float("nan"),
+        **{name.removeprefix("cost/"): value for name, value in facts.items() if name.startswith("cost/")},
+        "images": facts.get("images"),
+        "seconds": facts.get("seconds"),
+        "failure": facts.get("failure"),
+        **trial.params,
+    }

@@ -139,7 +139,8 @@ class RayRunner:
             options = {
                 "num_cpus": available_cores() if workers == AUTO else workers * self._threads,
                 "include_dashboard": False,
-                "_temp_dir": os.path.realpath(self._folder),
+                # Ray opens its folder to all users; the one around it stays ours.
+                "_temp_dir": os.path.join(os.path.realpath(self._folder), "r"),
             }
         try:
             if address != LOCAL:
@@ -236,8 +237,10 @@ def _set_ray_environment(address: str) -> None:
         return
     # Ray starts workers at a niceness of 15: anything else on the machine would run first, also the search's own driver.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    # Ray listens on all interfaces, so a cluster of ours always asks for a token.
+    # Ray reads this when it is imported; on Linux too, its processes then listen on the loopback interface only. A cluster of
+    # ours always asks for a token as well: programs may have imported Ray before, and other users share the interface.
     if "ray" not in sys.modules:
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         os.environ["RAY_AUTH_MODE"] = "token"
     else:
         # Ray has cached the mode when it was imported. Only while the variable is unset does `ray.init` turn the token

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -52,7 +52,11 @@ def search(config: SearchConfig, progress: SearchProgress | None = None, given: 
 
 
 def resume(
-    run: str | Path, overrides: Overrides = (), progress: SearchProgress | None = None, given: Given | None = None
+    run: str | Path,
+    overrides: Overrides = (),
+    progress: SearchProgress | None = None,
+    given: Given | None = None,
+    trust: Collection[str] = (),
 ) -> Path:
     """Go on with a run until its configuration's evaluations are done, as if it had never stopped (search/run/replay.py).
 
@@ -61,12 +65,13 @@ def resume(
         overrides: changes of the run's configuration, such as {"search.evaluations": 500}.
         progress: follows it; default: in silence.
         given: the run's model and task as Python objects, if it began with such.
+        trust: modules that the run's manifest may name.
     Raises:
         InputError: if the folder is no run, another process searches in it, or the configuration differs; nothing is written.
     """
     run, progress = Path(run), progress or SearchProgress(Console(quiet=True))
     before, manifest = load_manifest(run)
-    config, _ = load_own_manifest(run, overrides, given)
+    config, _ = load_own_manifest(run, overrides, given, trust)
     check_unchanged(before, config)
     with held(run):
         trials = load_study(run).trials

@@ -10,7 +10,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import optuna
-import pandas
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import JournalStorage
@@ -21,7 +20,7 @@ from optuna.trial import TrialState, create_trial
 from secateur.envs.core import Budget, Episode, InputError
 from secateur.envs.metric import Metric, drop_name
 from secateur.envs.policy_space import Decision, PolicySpace
-from secateur.search.run.journal import JOURNAL, Journal, Trial, read_journal
+from secateur.search.run.journal import JOURNAL, read_journal
 
 Study: TypeAlias = optuna.Study
 
@@ -135,36 +134,6 @@ def load_study(run: str | Path) -> optuna.Study:
         return optuna.load_study(study_name=None, storage=JournalStorage(JournalFileBackend(str(journal))))
     except (ValueError, LookupError, AttributeError, TypeError, AssertionError) as error:  # what damaged lines happen to cause
         raise InputError(f"{journal} cannot be read: {type(error).__name__}: {error}") from error
-
-
-def trials_table(journal: Journal) -> pandas.DataFrame:
-    """Return one row per evaluation, indexed by its number; `Run.trials` lists the columns."""
-    objectives = journal.user_attrs["objectives"]
-    rows = [_row(trial, objectives[0]) for trial in journal.trials]
-    columns = dict.fromkeys(
-        ["evaluation", *(name for row in rows for name in row)] if rows else ["evaluation", *_FACTS, *objectives]
-    )
-    return pandas.DataFrame(rows, columns=list(columns)).set_index("evaluation")
-
-
-_FACTS = ("state", "budget", "feasible")
-"""Columns of every table of trials, also of one without rows."""
-
-
-def _row(trial: Trial, metric: str) -> dict[str, Any]:
-    facts = trial.user_attrs
-    return {
-        "evaluation": facts["evaluation"],
-        "state": trial.state,
-        "budget": facts["budget"],
-        "feasible": facts["feasible"],
-        metric: trial.values[0] if trial.values else float("nan"),
-        **{name.removeprefix("cost/"): value for name, value in facts.items() if name.startswith("cost/")},
-        "images": facts.get("images"),
-        "seconds": facts.get("seconds"),
-        "failure": facts.get("failure"),
-        **trial.params,
-    }
 
 
 def _drop_unfinished_line(journal: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from secateur.search.build import build_options, build_problem
 from secateur.search.config import Overrides, SearchConfig
 from secateur.search.export.write import check_same_model
 from secateur.search.given import Given
-from secateur.search.named_code import load_own_manifest
+from secateur.search.named_code import load_own_manifest, modules_of
 from secateur.search.problem import StatusCallback
 from secateur.search.results.document import check_budget, finalist_points, read_front
 from secateur.search.run.folder import held
@@ -29,6 +30,7 @@ def finalize(
     status: StatusCallback = lambda text: None,
     note: StatusCallback = lambda text: None,
     given: Given | None = None,
+    trust: Collection[str] = (),
 ) -> list[TrainedWinner]:
     """Return the trained winner of each budget; see `secateur.finalize`.
 
@@ -37,11 +39,12 @@ def finalize(
         status: called with a few words at each stage, and with the time left while a network is trained.
         note: called with sentences that are worth keeping.
         given: model and task as Python objects, if the run began with such (`Run.given`).
+        trust: modules that the run's manifest may name.
     """
     run = Path(run)
     if top < 1:
         raise InputError(f"`top` must be at least 1, but got {top}.")
-    settings, _ = load_own_manifest(run, overrides, given)
+    settings, _ = load_own_manifest(run, overrides, given, trust)
     config = training_config(settings, epochs)
     document = read_front(run)
     if budget is not None:
@@ -53,13 +56,15 @@ def finalize(
         raise InputError(f"Nothing in {document['evaluations']} evaluations fits {fitting}, so there is nothing to train.")
     with held(run):
         finished = finished_winners(document, run, config, budgets, top)
+        dense, trusted = None if given is None else given.model, () if given is not None else modules_of(settings)
         if finished is not None:
             note("These networks are trained already.")
-            return finished if given is None else [replace(winner, dense=given.model) for winner in finished]
+            return [replace(winner, dense=dense, trust=trusted) for winner in finished]
         problem = build_problem(settings, status, given)
         for point in points:
             check_same_model(problem, document, point)
-        return train_winners(problem, document, run, config, budgets, top, status, note)
+        winners = train_winners(problem, document, run, config, budgets, top, status, note)
+        return [replace(winner, trust=trusted) for winner in winners]
 
 
 def training_config(settings: SearchConfig, epochs: int | None = None) -> DistillationConfig:

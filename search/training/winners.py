@@ -58,6 +58,7 @@ class TrainedWinner:
         stages: its learning curve, from the dense model to the export.
         folder: of the export; None: it could not be exported.
         dense: the dense model, if the search was given a Python object in this process.
+        trust: modules that the export may name.
     """
 
     budget: str
@@ -66,6 +67,7 @@ class TrainedWinner:
     stages: tuple[Stage, ...]
     folder: Path | None
     dense: nn.Module | None = field(default=None, compare=False, repr=False)
+    trust: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def validation_score(self) -> float | None:
@@ -97,7 +99,7 @@ class TrainedWinner:
             raise InputError(f"The trained winner of budget `{self.budget}` is not exported: {' '.join(self.notes)}")
         from secateur.search.export.load import load_compressed
 
-        return load_compressed(self.folder, self.dense)
+        return load_compressed(self.folder, self.dense, trust=self.trust)
 
     def _stage(self, name: str) -> Stage:
         return next(stage for stage in reversed(self.stages) if stage.stage == name)

@@ -98,9 +98,10 @@ def test_names_do_what_objects_do(run):
 def test_a_fresh_process_resumes_exports_and_verifies(run):
     program = f"""
 import secateur
-run = secateur.resume({str(run)!r}, {{"search.evaluations": 4, "finalize.verify": False}})
+run = secateur.resume({str(run)!r}, {{"search.evaluations": 4, "finalize.verify": False}}, trust=["own_task"])
 (one,) = run.export(trial=0)
-print(len(run.trials), secateur.verify(one.folder, seconds=0.01).passed, type(secateur.load_compressed(one.folder)).__name__)
+verified = secateur.verify(one.folder, seconds=0.01, trust=["own_task"])
+print(len(run.trials), verified.passed, type(secateur.load_compressed(one.folder, trust=["own_task"])).__name__)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -122,8 +123,9 @@ def test_without_evaluate_the_dense_weights_are_found_again(folder):
     assert secateur.inspect(config).task.samples("calibration") == 32
     (folder / "trained.pt").rename(folder / "moved.pt")
     with pytest.raises(InputError, match="trained.pt"):
-        secateur.verify(found.best().folder, seconds=0.01)
-    assert secateur.verify(found.best().folder, seconds=0.01, overrides={"model.weights": "moved.pt"}).passed
+        secateur.verify(found.best().folder, seconds=0.01, trust=found.trust)
+    moved = {"model.weights": "moved.pt"}
+    assert secateur.verify(found.best().folder, seconds=0.01, overrides=moved, trust=found.trust).passed
 
 
 @pytest.mark.parametrize(
@@ -170,7 +172,8 @@ def test_a_manifest_cannot_make_other_functions_run(run, tmp_path, option):
         text = text.replace(named, '"os:getcwd"', 1)
     assert "os:getcwd" in text
     (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(InputError, match="manifest.json names `os:getcwd`.* not called") as refused:
-        load_own_manifest(tmp_path)
-    assert f"--set task.{option}=os:getcwd" in refused.value.command
-    load_own_manifest(tmp_path, {f"task.{option}": "os:getcwd"})  # now the user has named it
+    with pytest.raises(InputError, match="manifest.json names `os:getcwd`.* importing `os` would run its code") as refused:
+        load_own_manifest(tmp_path, trust=["own_task"])
+    assert "--trust os" in refused.value.command
+    load_own_manifest(tmp_path, trust=["own_task", "os", "posix"])
+    load_own_manifest(tmp_path, trust=["own_task"], overrides={"search.seed": 1, f"task.{option}": "os:getcwd"})

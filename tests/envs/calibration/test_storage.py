@@ -112,7 +112,7 @@ def test_every_option_counts(problem, tmp_path):
     assert len(list(tmp_path.iterdir())) == 5
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "header", "foreign"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "header", "value", "foreign"])
 def test_damaged_and_foreign_files_are_written_anew(problem, tmp_path, computed, caplog, damage):
     first = cached_calibration(*problem, CONFIG, tmp_path)
     (file,) = tmp_path.iterdir()
@@ -122,7 +122,12 @@ def test_damaged_and_foreign_files_are_written_anew(problem, tmp_path, computed,
         (other,) = set(tmp_path.iterdir()) - {file}
         os.replace(other, file)
     else:
-        new = {"empty": b"", "cut": content[:-30], "header": content.replace(b"images", b"imagos")}[damage]
+        new = {
+            "empty": b"",
+            "cut": content[:-30],
+            "header": content.replace(b"images", b"imagos"),
+            "value": content[:-9] + bytes(1) + content[-8:],
+        }[damage]
         file.write_bytes(new)
     computed.clear()
     with caplog.at_level(logging.WARNING, storage.__name__):

@@ -14,7 +14,7 @@ from secateur.envs.tasks.classification import Classification
 from secateur.envs.tasks.core import check_finite
 from secateur.envs.tasks.data import DATASETS
 from secateur.envs.tasks.imports import FORMER_NAMES, current_name
-from secateur.envs.tasks.models import FACTORIES, find_factory, is_model_factory, load_model
+from secateur.envs.tasks.models import FACTORIES, find_factory, load_model
 
 FACTORY = "secateur:resnet20"
 
@@ -60,7 +60,7 @@ def test_half_precision_becomes_float32_and_batch_counters_may_be_missing(tmp_pa
 @pytest.mark.parametrize("name", FACTORIES)
 def test_built_in_networks_have_short_names(name):
     function = find_factory(f"secateur:{name}")[0]
-    assert f"{function.__module__}:{function.__name__}" == FACTORIES[name] and is_model_factory(function)
+    assert f"{function.__module__}:{function.__name__}" == FACTORIES[name]
 
 
 @pytest.mark.parametrize("former", FORMER_NAMES)
@@ -173,25 +173,6 @@ def test_factory_errors_are_one_sentence(factory, arguments, words, monkeypatch)
     with pytest.raises(InputError) as error:
         load_model(factory, factory_args=arguments)
     assert words in str(error.value) and "model.factory" in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("factory", "expected"),
-    [
-        (FACTORY, True),
-        ("secateur.envs.tasks.synthetic:SyntheticNet", True),
-        ("torchvision:squeezenet1_0", True),
-        ("torch.nn:Linear", True),
-        ("os:system", False),
-        ("shutil:rmtree", False),
-        ("subprocess:Popen", False),
-        ("torch:load", False),
-        ("torch.hub:load", False),
-        ("torch.export:load", False),
-    ],
-)
-def test_only_what_makes_networks_is_a_model_factory(factory, expected):
-    assert is_model_factory(find_factory(factory)[0]) is expected
 
 
 def test_missing_weights_file_is_named():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -100,10 +101,10 @@ def test_a_hand_edited_policy_is_refused(folder, change):
         load_compressed(folder)
 
 
-def test_a_function_that_makes_no_network_is_never_called(folder):
+def test_a_function_that_is_not_trusted_is_never_called(folder):
     mark = folder.parent / "executed"
     edit(folder, lambda d: d["model"].update(factory="os:system", args={"command": f"touch {mark}"}))
-    with pytest.raises(InputError, match="`os:system`.* not called.*factory="):
+    with pytest.raises(InputError, match=r"policy.json names `os:system` \(`model.factory`\), but importing.*trust=\[\"os\"\]"):
         load_compressed(folder)
     assert not mark.exists()
     assert isinstance(load_compressed(folder, lambda command: load_model(FACTORY)), torch.nn.Module)
@@ -114,7 +115,10 @@ def test_a_function_of_a_module_without_classes_loads(folder, tmp_path, monkeypa
     (tmp_path / "module_without_classes.py").write_text(module)
     monkeypatch.syspath_prepend(tmp_path)
     edit(folder, lambda d: d["model"].update(factory="module_without_classes:make"))
-    assert isinstance(load_compressed(folder), torch.nn.Module)
+    with pytest.raises(InputError, match="module_without_classes"):
+        load_compressed(folder)
+    assert "module_without_classes" not in sys.modules
+    assert isinstance(load_compressed(folder, trust=["module_without_classes"]), torch.nn.Module)
 
 
 def test_a_name_that_the_user_gives_is_called(folder):

@@ -59,8 +59,8 @@ def trial(tmp_path, monkeypatch):
         def verify(folder, **where):
             if failure is not None:
                 raise failure
-            named = {"factory": "m:net", "overrides": ["data.name=digits"]}  # by the user's configuration, not by the files
-            assert where == {"runtime": "openvino", "threads": 2, **named}
+            trusted = ("tests.search.results.recorded",)  # the user's configuration has named it
+            assert where == {"runtime": "openvino", "threads": 2, "trust": trusted}
             return checked(measured[policy(int((folder / "policy.json").read_text()))], limit)
 
         monkeypatch.setattr(module, "write_export", write)
@@ -71,7 +71,7 @@ def trial(tmp_path, monkeypatch):
         front = SimpleNamespace(best=lambda name, count: everything[:count], evaluations=100)
         device = SimpleNamespace(table=SimpleNamespace(runtime="openvino", threads=2))
         model, data, task = (
-            SimpleNamespace(factory="m:net"),
+            SimpleNamespace(factory="tests.search.results.recorded:episode"),
             SimpleNamespace(name="digits"),
             SimpleNamespace(name="classification"),
         )

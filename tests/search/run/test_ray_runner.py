@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -152,6 +153,25 @@ def test_ray_asks_for_a_token_and_sends_no_statistics(runner):
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
 
 
+def test_a_local_cluster_is_open_to_nobody_else():
+    """In a fresh process, because Ray decides at import where it listens."""
+    program = """
+import os, stat
+from secateur.search.run.ray_runner import RayRunner
+runner = RayRunner(dict, 1)
+import psutil  # comes with Ray
+processes = {one.pid for one in (psutil.Process(), *psutil.Process().children(recursive=True))}
+listening = [one for one in psutil.net_connections("inet") if one.status == psutil.CONN_LISTEN and one.pid in processes]
+print(len(listening), {one.laddr.ip for one in listening}, oct(stat.S_IMODE(os.stat(runner._folder).st_mode)))
+runner.close()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    count, *addresses, mode = done.stdout.split(" ")
+    assert int(count) >= 4 and mode.strip() == "0o700"
+    assert " ".join(addresses) in ("{'::ffff:127.0.0.1', '127.0.0.1'}", "{'127.0.0.1', '::ffff:127.0.0.1'}", "{'127.0.0.1'}")
+
+
 def test_a_cluster_that_is_too_small_is_an_error_and_stays_as_it_was(runner):
     with pytest.raises(InputError, match="`search.workers: 64` needs 64 cores, but the Ray cluster has 2"):
         RayRunner(ToyEnv, workers=64)
@@ -217,7 +237,7 @@ def test_closing_removes_everything_that_the_runner_made(runner):
     import ray
 
     folder = runner._folder
-    assert glob.glob(f"{folder}/session_*")
+    assert glob.glob(f"{folder}/r/session_*")
     runner.close()
     assert not ray.is_initialized() and not os.path.exists(folder)
 
