@@ -12,6 +12,7 @@ from secateur.cost_models.core import FLOAT_BITS, CostModel, InputError, Range, 
 from secateur.cost_models.energy import CountedEnergy, Energy
 from secateur.cost_models.latency_table import LatencyTable, TableLatency
 from secateur.cost_models.precision import executed_precision, precision_name
+from secateur.cost_models.reading import parse_json, read_text
 from secateur.cost_models.roofline import Roofline, RooflineLatency
 from secateur.cost_models.traffic import Traffic
 
@@ -123,13 +124,9 @@ def read_device(path: str | Path) -> Device:
     """
     file = _find(Path(path).expanduser())
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}.") from None
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{path} is damaged: {error.msg} (line {error.lineno}, column {error.colno}). Profile the device again."
-        ) from None
+        values = parse_json(read_text(file), str(path))
+    except InputError as error:
+        raise InputError(f"{error} Profile the device again.") from None
     return parse_device(values, str(path))
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from secateur.envs.assembler import Assembler
-from secateur.envs.core import CompressionPolicy, Evaluation
+from secateur.envs.core import CompressionPolicy, Evaluation, InputError
 from secateur.envs.model_graph.folding import fold_batch_norms
 from secateur.envs.model_graph.plan import ModelGraph
 from secateur.envs.number_format import InputFormat, convert_network, output_as_float32
@@ -85,7 +85,7 @@ def choose_precision(assemble_dense: Callable[[], nn.Module], graph: ModelGraph,
     network = prepare_network(assemble_dense(), graph, torch.bfloat16)
     try:
         found = task.evaluate(network, "validation")
-    except RuntimeError as error:  # the user's forward may use its own float32 tensors
+    except (RuntimeError, InputError) as error:  # the forward may use its own float32 tensors, or overflow
         return Precision("float32", f"the model does not run in bfloat16: {str(error).splitlines()[0]}")
     metric = task.metric
     difference = abs(metric.quality(found.score, dense_score) - metric.quality(dense_score, dense_score))

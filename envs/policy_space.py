@@ -65,7 +65,11 @@ class SpaceConfig:
         if self.channel_multiple < 1:
             raise InputError(f"`space.channel_multiple` must be at least 1, but got {self.channel_multiple}.")
         for name in KINDS[1:]:
-            for bits in getattr(self, name) or ():
+            choices = getattr(self, name)
+            if choices is not None and len(set(choices)) < max(len(choices), 1):
+                fault = "names a width twice" if choices else "has no choice: leave it out"
+                raise InputError(f"`space.{name}` {fault} (got {list(choices)}).")
+            for bits in choices or ():
                 if bits != FLOAT_BITS and not 2 <= bits <= 8:
                     raise InputError(f"`space.{name}` must be 2..8, or 32 for untouched, but got {bits}.")
 

@@ -23,7 +23,7 @@ def rollout(env: CompressionEnv, actor: Actor) -> Episode:
             observations.append(observation)
             actions.append(info["action"])
             policy = info.get("policy")
-    except Exception as error:  # whatever a model, a plug-in or an actor raises must not end the search
+    except (Exception, SystemExit) as error:  # whatever a model, a plug-in or an actor raises must not end the search
         log.info("an episode under budget '%s' failed", actor.budget.name, exc_info=True)
         return Episode(actor.budget.name, env.policy, None, failure=f"{type(error).__name__}: {error}")
     assert terminated, "the environment has as many steps as the space"

@@ -166,8 +166,12 @@ def absolute_budget(name: str, config: BudgetConfig, dense_costs: Mapping[str, f
     """Return the budget with every limit in the cost's own unit (not yet checked).
 
     Raises:
-        InputError: if the budget limits the loss of another metric.
+        InputError: if the budget limits the loss of another metric, or a cost that is not known.
     """
+    for cost in config.limits:
+        if cost not in dense_costs:
+            known = ", ".join(dense_costs)
+            raise InputError(f"The search knows no `{cost}`, only {known}: it has no device with that cost. Limit one of these.")
     limits = {cost: limit.value * dense_costs[cost] if limit.relative else limit.value for cost, limit in config.limits.items()}
     return Budget(name, limits, config.metric_drop(metric))
 

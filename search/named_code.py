@@ -15,6 +15,7 @@ from secateur.envs.tasks.imports import OBJECT, current_name
 from secateur.envs.tasks.named_functions import FUNCTIONS, FunctionsConfig
 from secateur.envs.tasks.trust import check_trusted, trusted_modules
 from secateur.search.config import Overrides, SearchConfig, apply_overrides
+from secateur.search.documents import ManifestDocument, check_document
 from secateur.search.given import Given
 from secateur.search.run.folder import MANIFEST, check_links, load_manifest
 
@@ -40,6 +41,7 @@ def load_own_manifest(
     """
     check_links(Path(run))
     config, manifest = load_manifest(run, overrides)
+    check_document(manifest, ManifestDocument, Path(run) / MANIFEST)
     if given is None:
         check_named_code(config, overrides, MANIFEST, trust)
     return config, manifest

@@ -46,10 +46,10 @@ class CalibrationConfig:
     """
 
     max_images: Count = 1024
-    positions: Count = 32
+    positions: Annotated[int, Range(least=1, most=100_000)] = 32
     max_matrix_bytes: Count = 32_000_000
-    samples: Count = 4096
-    batch_size: Count = 64
+    samples: Annotated[int, Range(least=1, most=1_000_000)] = 4096
+    batch_size: Annotated[int, Range(least=1, most=100_000)] = 64
     seed: Annotated[int, Range(least=0)] = 0
 
     def __post_init__(self) -> None:

@@ -138,7 +138,7 @@ def first_outputs(model: nn.Module, example: Inputs, hint: str) -> Any:
     """
     try:
         return call_model(model, example)
-    except Exception as error:  # the user's forward runs arbitrary code
+    except (Exception, SystemExit) as error:  # the user's forward runs arbitrary code
         shapes = ", ".join(str(tuple(x.shape)) for x in tensors_of_inputs(example))
         reason = (str(error).splitlines() or [""])[0]
         raise InputError(

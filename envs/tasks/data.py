@@ -83,7 +83,7 @@ def _call(path: str, **arguments: Any) -> TaskData:
         data = function(**arguments)
     except InputError:
         raise
-    except Exception as error:  # the user's function runs arbitrary code
+    except (Exception, SystemExit) as error:  # the user's function runs arbitrary code
         raise InputError(f"`data.name: {path}` failed: {type(error).__name__}: {error}") from error
     if not isinstance(data, TaskData):
         raise InputError(f"`data.name: {path}` must return a secateur.envs.tasks.data.TaskData, but got {type(data).__name__}.")

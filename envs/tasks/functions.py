@@ -101,7 +101,7 @@ class FunctionTask:
         try:
             with torch.no_grad():
                 score = function(model)
-        except Exception as error:  # the user's function runs arbitrary code
+        except (Exception, SystemExit) as error:  # the user's function runs arbitrary code
             kind = type(model).__name__
             raise InputError(f"`{name}` failed for a {kind}: {type(error).__name__}: {error}") from error
         return Metrics(_number(score, name), 0)
@@ -116,7 +116,7 @@ class FunctionTask:
             raise InputError("A training loss is needed: pass `loss`, a function of the model and a batch (inputs, targets).")
         try:
             loss = self.training_loss(model, batch)  # type: ignore[arg-type]
-        except Exception as error:  # the user's function runs arbitrary code
+        except (Exception, SystemExit) as error:  # the user's function runs arbitrary code
             raise InputError(f"`loss` failed for a {type(model).__name__}: {type(error).__name__}: {error}") from error
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise InputError(f"`loss` must return one number with gradients, but returned {_shown(loss)}.")
@@ -279,7 +279,7 @@ def _items(iterator: Iterator[Any]) -> Iterator[Any]:
             item = next(iterator)
         except StopIteration:
             return
-        except Exception as error:  # the user's data set runs arbitrary code
+        except (Exception, SystemExit) as error:  # the user's data set runs arbitrary code
             raise InputError(f"`calibration` failed: {type(error).__name__}: {error}") from error
         yield item
 
@@ -343,7 +343,7 @@ def check_divergence(compare: Callable[[Any, Any], Tensor], outputs: Any) -> Non
     """
     try:
         found = compare(outputs, outputs)
-    except Exception as error:  # the user's function runs arbitrary code
+    except (Exception, SystemExit) as error:  # the user's function runs arbitrary code
         raise InputError(f"`divergence` failed on the dense model's outputs: {type(error).__name__}: {error}") from error
     if not isinstance(found, Tensor) or found.shape != (1,) or not found.isfinite().all():
         raise InputError(f"`divergence` must return one finite number per sample, shape (1,) here, but returned {_shown(found)}.")

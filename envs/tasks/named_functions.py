@@ -82,5 +82,5 @@ def find_functions(config: FunctionsConfig) -> dict[str, Any]:
 def _called(function: Callable[[], Any], place: str) -> Any:
     try:
         return function()
-    except Exception as error:  # the user's function runs arbitrary code
+    except (Exception, SystemExit) as error:  # the user's function runs arbitrary code
         raise InputError(f"`{place}` failed without arguments: {type(error).__name__}: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.nn.functional import avg_pool2d, interpolate
 
 from secateur.envs.core import InputError
@@ -28,6 +29,12 @@ IGNORED = 255
 
 CROP_SHARE = 0.875
 """Side of the center crop over the shorter side of the resized image: the usual 224 of 256."""
+
+
+MAX_RATIO = 100
+"""Of the sides of an image in a folder; a longer one would be enlarged to gigabytes."""
+
+MAX_CLASSES = 100_000
 
 
 def read_digits(root: str | Path | None, input_shape: tuple[int, int, int] | None) -> Dataset:
@@ -162,6 +169,8 @@ def read_arrays(root: str | Path | None, input_shape: tuple[int, int, int] | Non
     if "test" not in pools:
         raise InputError(f"`data.root: {path}` has no x_test. It must hold {holds}.")
     count = max(_count_classes(pool.labels) for pool in pools.values())
+    if count > MAX_CLASSES:
+        raise InputError(f"`data.root: {path}` has labels up to {count - 1:,}; at most {MAX_CLASSES:,} classes are read.")
     classes = tuple(map(str, arrays["classes"].tolist() if "classes" in arrays else range(count)))
     channels = arrays["x_test"].shape[-1] if arrays["x_test"].dtype == np.uint8 else 1
     mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,) * channels, (0.5,) * channels)
@@ -289,9 +298,12 @@ def decode_image(path: str, input_shape: tuple[int, int, int]) -> np.ndarray:
     """
     channels, height, width = input_shape
     try:
-        with Image.open(path) as file:
+        with warnings.catch_warnings(), Image.open(path) as file:
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            if max(file.size) > MAX_RATIO * min(file.size):
+                raise ValueError(f"it has {file.width} x {file.height} pixels, and one side is {MAX_RATIO} times the other")
             image = file.convert("RGB" if channels == 3 else "L")
-    except (UnidentifiedImageError, OSError) as error:
+    except Exception as error:  # Pillow's readers raise whatever a damaged file causes
         raise InputError(f"{path} is not an image that can be read: {error}") from error
     scale = max(height / image.height, width / image.width) / CROP_SHARE
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BILINEAR)

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from secateur.envs.core import InputError
 from secateur.envs.inputs import call_model
 from secateur.envs.metric import Metric
-from secateur.envs.tasks.core import Batch, Metrics, Model, Stop, relative_error
+from secateur.envs.tasks.core import Batch, Metrics, Model, Stop, relative_error, tensors_of
 from secateur.envs.tasks.splits import TaskData
 
 PIXELS = 65536
@@ -108,7 +109,10 @@ class PerSampleTask(SupervisedTask):
         total = -(-self.samples(split) // evaluation_batch(self.data.splits[split].images.shape))
         counted: list[np.ndarray] = []
         for number, (inputs, targets) in enumerate(self.batches(split), start=1):
-            counted.append(self.statistics(call_model(model, inputs), targets))
+            outputs = call_model(model, inputs)
+            if broken := sum(not bool(x.isfinite().all()) for x in tensors_of(outputs)):
+                raise InputError(f"{broken} output tensors of the network hold NaN or infinite values, so it has no score.")
+            counted.append(self.statistics(outputs, targets))
             if self.stoppable and stop is not None and stop(np.concatenate(counted), number, total):
                 return replace(self.summarize(np.concatenate(counted)), stopped=True)
         return self.summarize(np.concatenate(counted))

@@ -110,8 +110,8 @@ def read_checkpoint(path: Path, identity: Mapping[str, Any]) -> State | None:
             header = json.loads(file.metadata()[HEADER])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
         state = State(tensors, header["optimizer"], header["schedule"], header["epochs"], header["note"])
-        found = header["identity"]
-    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
+        found = dict(header["identity"])
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise InputError(f"The checkpoint {path} is damaged: {type(error).__name__}: {error}. Remove it to train anew.") from None
     wanted = json.loads(json.dumps(identity))
     differing = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]

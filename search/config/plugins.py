@@ -53,7 +53,8 @@ def plugins_of(path: str) -> Registry:
 def check_plugin(registry: Registry, name: str, options: Mapping[str, Any]) -> None:
     """Raise InputError unless `registry` has `name` and its configuration takes these options."""
     if name not in registry:
-        raise InputError(f"unknown name (got {name}).{did_you_mean(name, registry)} Known: {', '.join(registry)}")
+        shown = name if len(name) <= 60 else f"{name[:57]}..."
+        raise InputError(f"unknown name (got {shown}).{did_you_mean(name, registry)} Known: {', '.join(registry)}")
     check_options(registry[name][0], name, options)
 
 

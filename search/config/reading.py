@@ -13,10 +13,11 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from secateur.cost_models.core import InputError
+from secateur.cost_models.reading import read_text
 from secateur.envs.tasks.imports import did_you_mean
 from secateur.search.config.errors import reason_of, shorten
 from secateur.search.config.plugins import PluginEntry
-from secateur.search.config.sections import SearchConfig
+from secateur.search.config.sections import MAX_NAME, SearchConfig
 
 INSTALLED_CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 """The example configurations that are installed with the package."""
@@ -91,8 +92,28 @@ def find_config(path: str | os.PathLike[str]) -> Path:
     )
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML that refuses a key given twice; PyYAML silently keeps the last one."""
+MAX_SHOWN = 200
+"""Characters of an override in an error."""
+
+MAX_YAML_BYTES, MAX_NODES = 1_000_000, 20_000
+"""Of a configuration: its size, and the number of its values after all aliases are replaced by what they stand for."""
+
+
+class _CarefulLoader(yaml.SafeLoader):
+    """YAML that refuses a key given twice (PyYAML silently keeps the last one), and more values than a configuration has."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None and (size := _size(node, {})) > MAX_NODES:
+            raise yaml.MarkedYAMLError(problem=f"it holds {size:,} values, more than {MAX_NODES:,}", problem_mark=node.start_mark)
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:  # of Python's own conversions
+            problem = f"{shorten(node.value)} cannot be read as {node.tag.rpartition(':')[2]} ({error})"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
@@ -102,13 +123,41 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """Return the number of values in a node; one that several aliases stand for counts each time."""
+    if id(node) in known:
+        if known[id(node)] == 0:
+            raise yaml.MarkedYAMLError(problem="an alias stands for a value that contains it", problem_mark=node.start_mark)
+        return known[id(node)]
+    known[id(node)] = 0
+    inner = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+    nodes = inner if isinstance(node, yaml.CollectionNode) else ()
+    known[id(node)] = size = 1 + sum(_size(part, known) for part in nodes)
+    return size
+
+
+def _load_yaml(text: str) -> Any:
+    """Return the value of a YAML text.
+
+    Raises:
+        InputError: what is wrong with it, without the place.
+    """
+    if len(text) > MAX_YAML_BYTES:
+        raise InputError(f"is longer than {MAX_YAML_BYTES:,} characters")
     try:
-        values = yaml.load(file.read_text(encoding="utf-8"), _UniqueKeyLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read: {error}") from None
+        return yaml.load(text, _CarefulLoader)
     except yaml.YAMLError as error:
-        raise InputError(f"{file}: is not valid YAML: {_yaml_problem(error)}") from None
+        raise InputError(f"is not valid YAML: {_yaml_problem(error)}") from None
+    except RecursionError:
+        raise InputError("is nested too deeply") from None
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    text = read_text(file, MAX_YAML_BYTES)
+    try:
+        values = _load_yaml(text)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
     if not isinstance(values, dict):
         raise InputError(f"{file}: must be a mapping with the sections {', '.join(SearchConfig.model_fields)}")
     return values
@@ -123,7 +172,7 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
 def _with_prefix(values: dict[str, Any], file: Path) -> dict[str, Any]:
     """Name unnamed runs after the file; leave a malformed `output` to the validation."""
     output = values.get("output", {})
-    stem = re.sub(r"[^\w.-]", "_", file.stem)
+    stem = re.sub(r"[^\w.-]", "_", file.stem)[:MAX_NAME]
     return {**values, "output": {"prefix": stem, **output}} if isinstance(output, dict) else values
 
 
@@ -157,9 +206,9 @@ def apply_override(values: dict[str, Any], text: str) -> str:
     if not equals:
         raise _override_error(text, _FORM)
     try:
-        value = yaml.load(written, _UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise _override_error(text, f"the value is not valid YAML: {_yaml_problem(error)}") from None
+        value = _load_yaml(written)
+    except InputError as error:
+        raise _override_error(text, f"the value {error}") from None
     return _set(values, dotted.strip(), value, text)
 
 
@@ -182,7 +231,8 @@ def _set(values: dict[str, Any], dotted: str, value: Any, text: str) -> str:
 
 
 def _override_error(text: str, reason: str) -> InputError:
-    return InputError(f"overrides: {text}: {reason}", f"--set {text}: {reason}")
+    shown = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+    return InputError(f"overrides: {shown}: {reason}", f"--set {shown}: {reason}")
 
 
 # ------------------------------------------------------------------------------------------------------------- messages

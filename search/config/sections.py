@@ -92,7 +92,7 @@ class DataSection(Section):
     test: ImageCount = "rest"
     train: OptionalImageCount = 0
     validation_from: Literal["test", "train"] = "test"
-    seed: StrictInt = 0
+    seed: Annotated[StrictInt, Field(ge=0)] = 0
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 
@@ -211,7 +211,10 @@ class FinalizeSection(Section):
     training: TrainingOptions | None = None
 
 
-FolderName = Annotated[StrictStr, Field(pattern=r"^[\w.-]*\w$")]
+MAX_NAME = 60
+"""Characters of a name that becomes the name of a folder: at most 255 bytes, with room for endings."""
+
+FolderName = Annotated[StrictStr, Field(pattern=r"^[\w.-]*\w$", max_length=MAX_NAME)]
 
 
 class OutputSection(Section):
@@ -280,7 +283,7 @@ DeviceEntry = Annotated[Device | DeviceProfile | None, PlainValidator(_load_devi
 """A device file, or `profile`: this machine is measured. A file is read here, and a profile is made when the problem is built, so
 that a run's manifest holds the device as it was when the run started."""
 
-BudgetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+BudgetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=MAX_NAME)]
 
 
 class SearchConfig(Section):

@@ -11,7 +11,9 @@ from typing import Any
 
 import onnx
 
+from secateur.cost_models.reading import parse_json, read_text
 from secateur.envs.core import InputError
+from secateur.search.documents import PolicyDocument, check_document
 from secateur.search.run.folder import read_json
 
 POLICY, WEIGHTS, ONNX, PT2, README = "policy.json", "model.safetensors", "model.onnx", "model.pt2", "README.md"
@@ -31,12 +33,14 @@ def read_export(folder: str | Path) -> dict[str, Any]:
     Raises:
         InputError: if the folder is no export, or the file is damaged.
     """
-    return read_json(Path(folder) / POLICY, "an export")
+    document = read_json(Path(folder) / POLICY, "an export")
+    check_document(document, PolicyDocument, Path(folder) / POLICY)
+    return document
 
 
 def check_files(folder: Path, document: Mapping[str, Any]) -> None:
     """Raise InputError if a file of an export is missing or was changed since it was written."""
-    written = json.loads((folder / POLICY).read_text(encoding="utf-8"))  # `document` may be upgraded to the present schema
+    written = parse_json(read_text(folder / POLICY), str(folder / POLICY))  # `document` may be upgraded to the present schema
     if written.get("policy_sha256") != policy_checksum(written):
         raise InputError(f"{folder / POLICY} is not the file that was exported: it was changed. Export it again.")
     for name, checksum in document["files"].items():

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 from rich.table import Table
 
-from secateur.cost_models.device import Device, write_device
+from secateur.cost_models.device import Device, read_device, write_device
 from secateur.cost_models.latency_table import LatencyTable
 from secateur.envs.core import InputError
 from secateur.envs.model_graph import analyze
@@ -108,6 +108,8 @@ def profile_to_file(subject: Subject, output: Path, runtime_name: str, config: P
     if output.is_dir() or not output.parent.is_dir():
         wrong = f"{output} cannot be written: name a file in an existing folder with"
         raise InputError(f"{wrong} `output`.", f"{wrong} --output.")
+    if output.exists():
+        _check_replaceable(output)
     with _Display(console) as display:
         try:
             return measure_device(subject, output, runtime_name, config, display.note, display.advance, display.line)
@@ -162,6 +164,15 @@ def profile_identity(subject: Subject, runtime: Runtime, config: ProfileConfig) 
         "config": asdict(config),
         "machine": describe_machine(),
     }
+
+
+def _check_replaceable(output: Path) -> None:
+    """Raise InputError unless a file that is there already is a device file, so that nothing else is overwritten."""
+    try:
+        read_device(output)
+    except InputError:
+        taken = f"{output} is there already, and is no device file. Choose another"
+        raise InputError(f"{taken} `output`.", f"{taken} --output.") from None
 
 
 def _unfinished(output: Path) -> Path:

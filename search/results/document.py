@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.envs.core import InputError
+from secateur.search.documents import FrontDocument, check_document
 from secateur.search.run.folder import read_json
 from secateur.search.schema import search_score_of
 
@@ -61,7 +62,9 @@ def read_front(run: str | Path) -> dict[str, Any]:
     Raises:
         InputError: if the folder is no run, or the file is damaged.
     """
-    return read_json(Path(run) / FRONT_JSON, "a run")
+    document = read_json(Path(run) / FRONT_JSON, "a run")
+    check_document(document, FrontDocument, Path(run) / FRONT_JSON)
+    return document
 
 
 def check_budget(document: Mapping[str, Any], budget: str) -> None:

@@ -15,8 +15,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from secateur.cost_models.reading import parse_json, read_text
 from secateur.envs.core import InputError
 from secateur.search.config import OutputSection, Overrides, SearchConfig, apply_overrides, parse_config
+from secateur.search.config.errors import shorten
 from secateur.search.schema import SCHEMA, upgrade
 
 fcntl: ModuleType | None
@@ -135,7 +137,7 @@ def load_manifest(run: str | os.PathLike[str], overrides: Overrides = ()) -> tup
     """
     path = Path(run) / MANIFEST
     manifest = read_json(path, "a run")
-    if "config" not in manifest:
+    if not isinstance(manifest.get("config"), dict):
         raise InputError(f"{path} is damaged: it has no `config`.")
     overridden = apply_overrides(manifest["config"], overrides)
     return parse_config(manifest["config"], str(path), overridden), manifest
@@ -152,14 +154,15 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     """
     if not path.is_file():
         raise InputError(f"{path.parent} is not {what}: it has no {path.name}.")
+    document = parse_json(read_text(path), str(path))
+    if not isinstance(document, dict) or "schema" not in document:
+        raise InputError(f"{path} is damaged: it must be a mapping with a `schema`.")
+    if document["schema"] not in (1, SCHEMA):
+        raise InputError(f"{path} has schema {shorten(document['schema'])}; this version reads schemas 1 and {SCHEMA}.")
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        schema = document["schema"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged: {type(error).__name__}: {error}") from None
-    if schema not in (1, SCHEMA):
-        raise InputError(f"{path} has schema {schema}; this version reads schemas 1 and {SCHEMA}.")
-    return upgrade(document)
+        return upgrade(document)
+    except RecursionError:
+        raise InputError(f"{path} is damaged: it is nested too deeply.") from None
 
 
 def _version(package: str) -> str | None:
