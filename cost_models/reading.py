@@ -31,7 +31,7 @@ def read_text(path: Path, most: int = MAX_BYTES) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is damaged: it is no UTF-8 text ({error}).") from None
+        raise InputError(f"{path} cannot be read: it is no UTF-8 text ({error}).") from None
 
 
 def parse_json(text: str, source: str) -> Any:

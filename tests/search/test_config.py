@@ -246,7 +246,7 @@ def test_mistakes_in_budgets(budget, reason):
             3,
             "calibration: `calibration` has no option `positons`. Did you mean `positions`? Known: max_images,",
         ),
-        ("calibration.positions", 0, "calibration: `calibration`: `positions` of the calibration must be at least 1"),
+        ("calibration.positions", 0, "calibration: `calibration`: `positions` of the calibration must be in [1, 100000]"),
         (
             "calibration.seed",
             "x",

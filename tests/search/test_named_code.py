@@ -41,7 +41,13 @@ def own_module(tmp_path, monkeypatch):
 
 def write_run(folder, **changes):
     config = {**CONFIG, **changes}
-    (folder / "manifest.json").write_text(json.dumps({"schema": 1, "config": config}))
+    manifest = {
+        "schema": 2,
+        "config": config,
+        "dense": {"score": 0.9, "images": 8, "costs": {}},
+        "precision": {"dtype": "float32"},
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 
 
