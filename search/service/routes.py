@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Annotated, Any
 
 import yaml
@@ -168,9 +169,12 @@ def trials(
 @router.post("/searches/{identifier}/exports", status_code=201)
 def export(found: Readable, wanted: ExportRequest, caller: Submitter) -> dict[str, Any]:
     """Write the model of a budget's winner, or of any evaluation; `artifacts` lists its files."""
+    from secateur.search.named_code import modules_of
     from secateur.search.run.handle import load_run
 
-    exports = load_run(found.run).export(budget=wanted.budget, trial=wanted.trial)
+    run = load_run(found.run)
+    # The service's rules have checked the modules that the configuration names, before the search began.
+    exports = replace(run, trust=modules_of(run.config)).export(budget=wanted.budget, trial=wanted.trial)
     return {"exports": [{"folder": str(one.folder.relative_to(found.run)), "budget": one.budget} for one in exports]}
 
 

@@ -16,7 +16,9 @@ from rich.console import Console
 
 from secateur.cost_models.core import InputError
 from secateur.search.config import parse_config
+from secateur.search.named_code import modules_of
 from secateur.search.results.front import Front
+from secateur.search.run.folder import load_manifest
 from secateur.search.run.progress import SearchProgress
 from secateur.search.run.search import resume, search
 from secateur.search.service.store import CHANGES, CONFIG, EVENTS, OUTCOME, PROGRESS, RUN, State, write_json
@@ -75,7 +77,8 @@ def work(folder: Path) -> State:
         if (folder / RUN).is_dir():
             changes = folder / CHANGES
             overrides = json.loads(changes.read_text(encoding="utf-8")) if changes.is_file() else {}
-            resume(folder / RUN, overrides, progress)
+            # The service's rules have checked the modules that the configuration names, before the search began.
+            resume(folder / RUN, overrides, progress, trust=modules_of(load_manifest(folder / RUN)[0]))
         else:
             values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
             values["output"] = {"root": str(folder), "name": RUN}
