@@ -130,9 +130,9 @@ class FrontDocument(_Part):
         for number in named:
             if number not in known:
                 raise InputError(f"`points` has no evaluation {number}, which the front names")
-        priced = [set(self.dense.costs)] + [set(point.costs) for point in self.points]
+        priced: list[set[str]] = [set(self.dense.costs), *(set(point.costs) for point in self.points)]
         needed = {*self.objectives[1:], *(cost for budget in self.budgets.values() for cost in budget.limits)}
-        if missing := sorted(needed - set.intersection(*priced)):
+        if missing := sorted(needed - priced[0].intersection(*priced[1:])):
             raise InputError(f"the dense model or a point has no cost `{missing[0]}`")
         return self
 
@@ -171,6 +171,13 @@ class _Execution(_Part):
     activation_bits: Number
 
 
+def _required(value: Any) -> Any:
+    """Return an entry that may be left out, but not be null."""
+    if value is None:
+        raise InputError("must not be null")
+    return value
+
+
 class PolicyDocument(_Part):
     """policy.json, as far as a model is built from it; `verify` needs what earlier versions did not write."""
 
@@ -179,9 +186,9 @@ class PolicyDocument(_Part):
     layers: list[_Layer]
     weights_sha256: StrictStr
     policy: _Policy | None = None
-    budget: _BudgetEntry = Field(default=None, validate_default=False)
+    budget: Annotated[_BudgetEntry | None, AfterValidator(_required)] = None
     costs: Costs = {}
-    scores: _ExportScores = Field(default=None, validate_default=False)
+    scores: Annotated[_ExportScores | None, AfterValidator(_required)] = None
     data_config: dict[StrictStr, Any] = {}
     device: dict[StrictStr, Any] | None = None
     execution: list[_Execution] = []
