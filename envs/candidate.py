@@ -190,4 +190,4 @@ class CandidateNetwork:
 
 
 def _digest(weight: Tensor) -> bytes:
-    return hashlib.blake2b(weight.contiguous().numpy().data, digest_size=16).digest()
+    return hashlib.blake2b(weight.cpu().contiguous().numpy().data, digest_size=16).digest()

@@ -13,6 +13,7 @@ validation split remains unused by the search and decides among the finalists.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -21,7 +22,8 @@ import torch
 from torch import nn
 
 from secateur.cost_models.core import InputError, Range, check_fields
-from secateur.envs.inputs import call_model
+from secateur.envs.devices import move, move_tree
+from secateur.envs.inputs import call_model, map_inputs
 from secateur.envs.metric import DIVERGENCE, Metric
 from secateur.envs.tasks.core import Metrics, Model, Stop, Task, all_samples, map_tensors
 
@@ -74,6 +76,14 @@ class DivergenceScore:
             outputs = [call_model(model, batch) for batch in self._batches]
         self._outputs = [map_tensors(torch.clone, tree) for tree in outputs]  # of their own memory: the score is pickled
 
+    def on(self, device: torch.device) -> DivergenceScore:
+        """See `Score.on`."""
+        moved = copy.copy(self)
+        moved.task = self.task.on(device)
+        moved._batches = tuple(map_inputs(lambda x: move(x, device), batch) for batch in self._batches)
+        moved._outputs = [move_tree(tree, device) for tree in self._outputs]
+        return moved
+
     @torch.inference_mode()
     def measure(self, model: Model, stop: Stop | None = None) -> Metrics:
         """See `Score.measure`; the samples are few, so `stop` is not asked.
@@ -85,7 +95,7 @@ class DivergenceScore:
             self.task.divergence(wanted, call_model(model, batch))
             for wanted, batch in zip(self._outputs, self._batches, strict=True)
         ]
-        each = torch.cat(found).double().numpy()
+        each = torch.cat(found).double().cpu().numpy()
         if not np.isfinite(each).all():
             raise ValueError(f"the outputs of {int((~np.isfinite(each)).sum())} of {len(each)} samples are not finite")
         return Metrics(float(each.mean()), len(each), each)

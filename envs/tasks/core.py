@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -95,6 +95,10 @@ class Task(Protocol):
 
     def loss(self, model: Model, batch: Batch) -> Tensor:
         """Return the training loss of a batch, a scalar with gradients."""
+        ...
+
+    def on(self, device: torch.device) -> Self:
+        """Return the task with its batches on a device, for models that are there."""
         ...
 
     def check(self, outputs: Any) -> None:

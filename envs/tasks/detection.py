@@ -74,9 +74,10 @@ class Detection(SupervisedTask):
         count = 0
         for inputs, targets in self.batches(split):
             found = [
-                {name: answer[name].detach() for name in ("boxes", "labels", "scores")} for answer in call_model(model, inputs)
+                {name: answer[name].detach().cpu() for name in ("boxes", "labels", "scores")}
+                for answer in call_model(model, inputs)
             ]
-            measure.update(found, self.annotations(targets))
+            measure.update(found, self.annotations(targets.cpu()))
             count += len(targets)
         values = measure.compute()
         return Metrics(max(float(values["map"]), 0.0), count, None, {"map_50": max(float(values["map_50"]), 0.0)})

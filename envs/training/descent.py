@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from secateur.envs.devices import device_of
 from secateur.envs.tasks.core import Batch, map_tensors
 from secateur.envs.training.samples import Samples
 
@@ -33,7 +35,7 @@ class Forward:
         inputs = (*args, *kwargs.values())
         same = self._inputs is not None and len(inputs) == len(self._inputs)
         if not same or any(one is not other for one, other in zip(inputs, self._inputs or (), strict=True)):
-            with autocast(self.dtype):
+            with autocast(self.dtype, device_of(self.network)):
                 outputs = self.network(*args, **kwargs)
             self.outputs, self._inputs = map_tensors(Tensor.float, outputs), inputs
         return self.outputs
@@ -91,6 +93,6 @@ def batches(samples: Samples, batch_size: int) -> int:
     return -(-samples.count // batch_size)
 
 
-def autocast(dtype: torch.dtype) -> torch.autocast:
-    """Return a context in which networks compute in `dtype`; weights stay in float32."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
+def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which networks on a device compute in `dtype`; weights stay in float32."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)

@@ -70,7 +70,7 @@ class HRank:
             for hook in hooks:
                 hook.remove()
         return tuple(
-            mean_l1_norm(dense.model, group) if total is None else total.numpy() / len(images)
+            mean_l1_norm(dense.model, group) if total is None else total.cpu().numpy() / len(images)
             for group, total in zip(dense.graph.groups, totals, strict=True)
         )
 

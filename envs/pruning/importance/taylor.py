@@ -80,4 +80,4 @@ def _first_order(parameters: dict[str, nn.Parameter], places: list[TensorSlice])
         parameter = parameters[place.tensor]
         if parameter.grad is not None:
             products.append(unit_rows(parameter * parameter.grad, place).sum(1))
-    return torch.stack(products).sum(0).numpy()
+    return torch.stack(products).sum(0).cpu().numpy()
