@@ -17,6 +17,7 @@ from secateur.envs.candidate import CandidateNetwork
 from secateur.envs.core import CompressionPolicy
 from secateur.envs.devices import move, move_network
 from secateur.envs.inputs import Inputs, map_inputs
+from secateur.envs.memory import REPAIR, halving
 from secateur.envs.model_graph.plan import ModelGraph
 from secateur.envs.piece_cache import PieceCache
 from secateur.envs.pruning.slicing import Slicer
@@ -97,10 +98,15 @@ class Assembler:
         Order: slicing; quantization of inputs; recoveries that change weights; quantization of weights; the other recoveries.
         No recovery changes a quantized weight, and the recoveries at the end can correct the whole error.
         """
-        candidate = self.candidate(policy)
-        for _, step in self.steps():
-            step(candidate)
-        return candidate.network.eval()
+
+        def run(parts: int) -> nn.Module:
+            candidate = self.candidate(policy)
+            candidate.parts = parts
+            for _, step in self.steps():
+                step(candidate)
+            return candidate.network.eval()
+
+        return halving(REPAIR, run)
 
     def steps(self) -> list[tuple[str, Callable[[CandidateNetwork], None]]]:
         """Return the steps after slicing, with their names and in order."""

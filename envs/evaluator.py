@@ -14,6 +14,7 @@ from torch import nn
 from secateur.envs.assembler import Assembler
 from secateur.envs.core import CompressionPolicy, Evaluation
 from secateur.envs.devices import CPU
+from secateur.envs.memory import memory_note
 from secateur.envs.model_graph.folding import fold_batch_norms
 from secateur.envs.model_graph.plan import ModelGraph
 from secateur.envs.number_format import InputFormat, convert_network, output_as_float32
@@ -152,6 +153,7 @@ class Evaluator:
                 found.stopped,
                 None if found.stopped else _answers(found.contributions),
                 self.score.metric.quality(found.score, self.score.dense),
+                memory_note(),
             )
         return self.cache[policy]
 

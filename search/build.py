@@ -28,6 +28,7 @@ from secateur.envs.devices import AUTO, CPU, find_device, move_network
 from secateur.envs.evaluator import Evaluator, Precision, choose_precision
 from secateur.envs.feasibility import FeasibleSpace
 from secateur.envs.inputs import Inputs, positional, tensors_of_inputs
+from secateur.envs.memory import IMPORTANCE, halving
 from secateur.envs.metric import Metric
 from secateur.envs.model_graph import ModelGraph, analyze
 from secateur.envs.parts import PartTask, take_parts
@@ -282,8 +283,12 @@ def build_assemblers(
         settings = build_options(CalibrationConfig, config.calibration)
         calibration = cached_calibration(model, graph, images, settings, cache_directory() / "calibration", status)
     status("ranking the channels")
-    rng = np.random.default_rng(config.search.seed)
-    scores = plugins.importance.scores(DenseModel(model, graph, calibration, images, labels, rng, task.loss))
+
+    def scores_in(parts: int) -> tuple[np.ndarray, ...]:
+        rng = np.random.default_rng(config.search.seed)
+        return plugins.importance.scores(DenseModel(model, graph, calibration, images, labels, rng, task.loss, parts))
+
+    scores = halving(IMPORTANCE, scores_in)
     assembler = Assembler(model, graph, tuple(scores), plugins.quantizer, plugins.recoveries, calibration, images)
     return assembler, replace(assembler, recoveries=plugins.finalist_recoveries)
 

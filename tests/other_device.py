@@ -56,7 +56,7 @@ class OtherDevice(TorchFunctionMode):
             )
         if name == "__set__":
             return function(*args, **kwargs)
-        tensors = _tensors((args, kwargs))
+        tensors = _tensors(args[:1] if name == "__deepcopy__" else (args, kwargs))  # without what was copied before
         marked = [tensor for tensor in tensors if self.is_marked(tensor)]
         if name in MOVES and isinstance(args[0], Tensor):
             return self._moved(function, name, args, kwargs)

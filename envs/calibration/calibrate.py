@@ -14,6 +14,7 @@ from secateur.envs.calibration.core import CHANNEL, DIAGONAL, FULL, NONE, Calibr
 from secateur.envs.calibration.patches import Layer, is_product, num_positions, patches, sample_positions
 from secateur.envs.core import InputError
 from secateur.envs.inputs import Inputs, call_model
+from secateur.envs.memory import CALIBRATION, halving
 from secateur.envs.model_graph.plan import ModelGraph
 from secateur.envs.weight_layout import outputs_first
 
@@ -85,7 +86,11 @@ def calibrate(model: nn.Module, graph: ModelGraph, images: Inputs, config: Calib
     Raises:
         InputError: if the input of a layer has NaN or infinite values.
     """
-    batches = images[: config.max_images].split(config.batch_size)
+    return halving(CALIBRATION, lambda parts: _calibrate(model, graph, images, config, max(config.batch_size // parts, 1)))
+
+
+def _calibrate(model: nn.Module, graph: ModelGraph, images: Inputs, config: CalibrationConfig, batch_size: int) -> Calibration:
+    batches = images[: config.max_images].split(batch_size)
     observers = _observers(model, graph, config, -(-config.samples // len(batches)))
     modules = _modules(model, graph)
     hooks = [modules[name].register_forward_pre_hook(observer, with_kwargs=True) for name, observer in observers.items()]

@@ -137,7 +137,9 @@ class Sequential:
         """See `Recovery.apply`."""
         # The caller may be in inference mode, but new parameters must be trainable later.
         with torch.inference_mode(False), torch.no_grad():
-            targets = candidate.cache.get(("sequential", self.config), lambda: dense_targets(candidate, self.config))
+            targets = candidate.cache.get(
+                ("sequential", self.config, candidate.parts), lambda: dense_targets(candidate, self.config)
+            )
             LeastSquares().refit_readers(candidate, without=targets.values)
             _Pass(candidate, targets, self.config).run()
 
@@ -216,7 +218,7 @@ def _images_at_once(candidate: CandidateNetwork, config: SequentialConfig) -> in
     geometry = candidate.graph.geometry
     elements = geometry.buffer_fixed + geometry.group_units @ geometry.buffer_per_unit
     peak = 2 * _FLOAT_BYTES * float((geometry.live @ elements).max(initial=1.0))
-    return max(1, min(config.max_images, len(candidate.given_images()), int(config.max_bytes / peak)))
+    return max(1, min(config.max_images, len(candidate.given_images()), int(config.max_bytes / peak)) // candidate.parts)
 
 
 def _num_positions(layer: nn.Module, target: Target) -> int:

@@ -23,7 +23,8 @@ from torch import nn
 
 from secateur.cost_models.core import InputError, Range, check_fields
 from secateur.envs.devices import move, move_tree
-from secateur.envs.inputs import call_model, map_inputs
+from secateur.envs.inputs import map_inputs
+from secateur.envs.memory import run_model
 from secateur.envs.metric import DIVERGENCE, Metric
 from secateur.envs.tasks.core import Metrics, Model, Stop, Task, all_samples, map_tensors
 
@@ -73,7 +74,7 @@ class DivergenceScore:
         held = inputs[len(inputs) - count :]
         self.task, self._batches = task, tuple(held.split(size))
         with torch.inference_mode():
-            outputs = [call_model(model, batch) for batch in self._batches]
+            outputs = [run_model(model, batch) for batch in self._batches]
         self._outputs = [map_tensors(torch.clone, tree) for tree in outputs]  # of their own memory: the score is pickled
 
     def on(self, device: torch.device) -> DivergenceScore:
@@ -92,7 +93,7 @@ class DivergenceScore:
             ValueError: if the outputs are not finite.
         """
         found = [
-            self.task.divergence(wanted, call_model(model, batch))
+            self.task.divergence(wanted, run_model(model, batch))
             for wanted, batch in zip(self._outputs, self._batches, strict=True)
         ]
         each = torch.cat(found).double().cpu().numpy()

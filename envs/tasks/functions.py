@@ -28,6 +28,7 @@ from secateur.envs.inputs import (
     signature_of,
     tensors_of_inputs,
 )
+from secateur.envs.memory import run_model
 from secateur.envs.metric import DIVERGENCE, Metric
 from secateur.envs.tasks.core import Batch, Metrics, Model, Stop, kl_divergence, relative_error, tensors_of
 
@@ -196,7 +197,7 @@ class DenseOutputs:
 
     def __call__(self, model: Model) -> float:
         """Return the mean divergence."""
-        found = [self.compare(outputs, call_model(model, inputs)) for inputs, outputs in self.batches]
+        found = [self.compare(outputs, run_model(model, inputs)) for inputs, outputs in self.batches]
         return float(torch.cat(found).double().mean())
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.envs.devices import CPU
-from secateur.envs.inputs import call_model
+from secateur.envs.memory import run_model
 from secateur.envs.metric import Metric
 from secateur.envs.tasks.core import Batch, Metrics, Model, Stop, relative_error
 from secateur.envs.tasks.splits import TaskData
@@ -119,7 +119,7 @@ class PerSampleTask(SupervisedTask):
         total = -(-self.samples(split) // self._batch_size(split))
         counted: list[np.ndarray] = []
         for number, (inputs, targets) in enumerate(self.batches(split), start=1):
-            counted.append(self.statistics(call_model(model, inputs), targets))
+            counted.append(self.statistics(run_model(model, inputs), targets))
             if self.stoppable and stop is not None and stop(np.concatenate(counted), number, total):
                 return replace(self.summarize(np.concatenate(counted)), stopped=True)
         return self.summarize(np.concatenate(counted))

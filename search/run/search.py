@@ -123,12 +123,17 @@ def _evaluate(
     elif before < config.search.evaluations:
         progress.note(f"replaying {before} recorded evaluations")
 
+    noted: set[str] = set()
+
     def on_episode(actor: Actor, episode: Episode) -> None:
         if recorded is not None and recorded.take(episode):
             return
         recorder.record(front.evaluations, config.search.agent, episode)
         if front.add(episode):
             write_front(run, front.document(describe))
+        if episode.evaluation is not None and (text := episode.evaluation.note) and text not in noted:
+            noted.add(text)
+            progress.note(text)
         progress.on_episode()
 
     out_of_time, total = _clock(config.search.time_limit), config.search.evaluations

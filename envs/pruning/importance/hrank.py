@@ -64,7 +64,7 @@ class HRank:
                 hooks.append(dense.model.get_submodule(name).register_forward_pre_hook(adder))
         try:
             with torch.inference_mode():
-                for batch in images.split(self.config.batch_size):
+                for batch in images.split(dense.fitting(self.config.batch_size)):
                     call_model(dense.model, batch)
         finally:
             for hook in hooks:

@@ -55,7 +55,7 @@ class Taylor:
         parameters = named_parameters(model)
         places = [_gates(model, group) for group in dense.graph.groups]
         totals = [np.zeros(group.units) for group in dense.graph.groups]
-        batches = dense.first_batches(self.config.max_images, self.config.batch_size)
+        batches = dense.first_batches(self.config.max_images, dense.fitting(self.config.batch_size))
         for batch in batches:
             model.zero_grad()
             dense.loss(model, batch).backward()

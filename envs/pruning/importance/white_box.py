@@ -89,7 +89,7 @@ class WhiteBox:
         masks = list(masked.masks.values())
         optimizer = torch.optim.Adam(masks, self.config.learning_rate)
         for _ in range(self.config.epochs):
-            for order in torch.randperm(len(images), generator=generator).split(self.config.batch_size):
+            for order in torch.randperm(len(images), generator=generator).split(dense.fitting(self.config.batch_size)):
                 picked = order.to(labels.device)
                 masked.coefficients = class_coefficients(labels[picked], masked.classes, generator)
                 scores = torch.cat([mask.mean(0) for mask in masks])
