@@ -47,6 +47,13 @@ def find_device(name: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 
+def describe_device(device: torch.device) -> str:
+    """Return a device in words: "NVIDIA H200 without TF32", "2 torch threads"."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} without TF32"
+    return f"{torch.get_num_threads()} torch threads" if device == CPU else str(device)
+
+
 def move(x: Tensor, device: torch.device) -> Tensor:
     """Return a tensor on a device: itself if it is there. Copies to a GPU run while the processor goes on."""
     if x.device == device:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.envs.devices import device_of
 from secateur.envs.memory import TRAINING, halving, join_outputs
 from secateur.envs.tasks.core import Batch, map_tensors
 from secateur.envs.training.samples import Samples
@@ -37,7 +36,7 @@ class Forward:
         inputs = (*args, *kwargs.values())
         same = self._inputs is not None and len(inputs) == len(self._inputs)
         if not same or any(one is not other for one, other in zip(inputs, self._inputs or (), strict=True)):
-            with autocast(self.dtype, device_of(self.network)):
+            with autocast(self.dtype, inputs):
                 outputs = self.network(*args, **kwargs)
             self.outputs, self._inputs = map_tensors(Tensor.float, outputs), inputs
         return self.outputs
@@ -90,7 +89,8 @@ class Descent:
     def _backward(self, batch: Batch, loss_of: LossOf, dtype: torch.dtype, parts: int) -> tuple[Any, float]:
         """Compute the gradients of a batch, in parts if memory is short; return its outputs and its loss."""
         self.optimizer.zero_grad()
-        outputs, total = [], 0.0
+        outputs: list[Any] = []
+        total = 0.0
         for part in _divided(batch, parts):
             forward = Forward(self.network, dtype)
             loss = loss_of(forward, part) * (len(part.inputs) / len(batch.inputs))
@@ -115,6 +115,8 @@ def batches(samples: Samples, batch_size: int) -> int:
     return -(-samples.count // batch_size)
 
 
-def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
-    """Return a context in which networks on a device compute in `dtype`; weights stay in float32."""
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+def autocast(dtype: torch.dtype, inputs: Sequence[Any]) -> AbstractContextManager[Any]:
+    """Return a context in which networks compute in `dtype` on the device of their inputs; weights stay in float32."""
+    if dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(next(x.device.type for x in inputs if isinstance(x, Tensor)), dtype)
