@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import cycle
 
 import numpy as np
 import pytest
@@ -10,10 +11,18 @@ import torch
 
 import secateur
 from secateur.envs.devices import CPU, find_device
+from secateur.envs.pruning.importance import IMPORTANCES
+from secateur.envs.quantization.quantizers import QUANTIZERS
+from secateur.envs.recovery import RECOVERIES
 from secateur.search.build import build_problem, make_evaluator, open_runner
 from secateur.search.config import parse_config
 from secateur.search.run.local_runner import LocalRunner
-from tests.search.test_other_device import PLUGINS, VALUES
+from tests.search.test_other_device import VALUES
+
+PLUGINS = [
+    {"importance": importance, "quantizer": quantizer, "recovery": [recovery], "finalize": {"recovery": [recovery]}}
+    for importance, quantizer, recovery in zip(IMPORTANCES, cycle(QUANTIZERS), cycle(RECOVERIES), strict=False)
+]
 
 pytestmark = [
     pytest.mark.gpu,

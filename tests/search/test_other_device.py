@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
-from itertools import cycle
+from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,12 +15,15 @@ from torch import nn
 
 import secateur
 from secateur.envs.devices import CPU
+from secateur.envs.evaluator import Precision
 from secateur.envs.pruning.importance import IMPORTANCES
+from secateur.envs.pruning.importance.core import DenseModel
 from secateur.envs.quantization.quantizers import QUANTIZERS
 from secateur.envs.recovery import RECOVERIES
+from secateur.envs.tasks.core import all_samples
 from secateur.search import build
-from secateur.search.build import build_problem, make_evaluator, with_sensitivities
-from secateur.search.config import parse_config
+from secateur.search.build import build_plugin, build_problem, make_evaluator, with_sensitivities
+from secateur.search.config import PluginEntry, parse_config
 from tests.other_device import DEVICE, MixedDevicesError, OtherDevice
 
 VALUES = {
@@ -30,62 +34,120 @@ VALUES = {
     "budgets": {"small": {"macs": "<= 50%"}},
 }
 SCENES = {"calibration": 16, "validation": 24, "test": 24}
-UNTRAINED = {
-    "segmentation": {"model": {"factory": "secateur:unet", "input": [1, 64, 64]}, "data": {"name": "digit_scenes", **SCENES}},
-    "restoration": {"model": {"factory": "secateur:edsr", "input": [1, 32, 32]}, "data": {"name": "digit_scenes_x2", **SCENES}},
-    "detection": {
-        "model": {"factory": "secateur:scene_detector", "input": [1, 64, 64], "part": "network"},
-        "data": {"name": "digit_scene_boxes", **SCENES},
-        "importance": "taylor",
-    },
+DETECTION = {
+    "model": {"factory": "secateur:scene_detector", "input": [1, 64, 64], "part": "network"},
+    "data": {"name": "digit_scene_boxes", **SCENES},
+    "task": "detection",
+    "space": {"weight_bits": [4, 8]},
+    "importance": "taylor",
 }
-PLUGINS = [
-    {"importance": importance, "quantizer": quantizer, "recovery": [recovery], "finalize": {"recovery": [recovery]}}
-    for importance, quantizer, recovery in zip(IMPORTANCES, cycle(QUANTIZERS), cycle(RECOVERIES), strict=False)
-]
-NO_MOMENTS = {"name": "data_free", "options": {"fit": "nonnegative"}}
-CASES = [
-    *PLUGINS,
-    {"recovery": ["sequential"], "quantizer": "gptq"},
-    {"recovery": [NO_MOMENTS], "finalize": {"recovery": [{"name": "data_free", "options": {"fit": "closed_form"}}]}},
-    {"search": {**VALUES["search"], "score": "divergence", "precision": "bfloat16"}},
-    *({"task": task, "space": {"weight_bits": [4, 8]}, **values} for task, values in UNTRAINED.items()),
-]
+DATA_FREE = [("data_free", {"fit": fit}) for fit in ("nonnegative", "closed_form")]
+
+
+@pytest.fixture(scope="module")
+def device():
+    return OtherDevice()
 
 
 @pytest.fixture
-def elsewhere(monkeypatch):
-    """The mode in which `compute.device` is the other device; use it in a `with` statement."""
+def elsewhere(device, monkeypatch):
+    """A context in which `compute.device` is the other device."""
 
-    class Elsewhere(OtherDevice):
-        def __enter__(self):
-            monkeypatch.setattr(build, "find_device", lambda name: DEVICE)
-            return super().__enter__()
+    @contextmanager
+    def context():
+        with monkeypatch.context() as patch, device:
+            patch.setattr(build, "find_device", lambda name: DEVICE)
+            yield device
 
-    return Elsewhere()
+    return context
 
 
-def numbers(changes):
-    """Return every number that a search computes with a network: scores, sensitivities, and the tensors of finalists."""
-    torch.manual_seed(0)
-    problem = with_sensitivities(build_problem(parse_config({**VALUES, **changes}, "test.yaml")))
+@pytest.fixture(scope="module")
+def problems(device):
+    """A problem on the CPU, and the same one on the other device."""
+    here = build_problem(parse_config({**VALUES, "importance": "second_order"}, "test.yaml"))
+    with device:
+        return here, here.on(DEVICE)
+
+
+def both(device, problems, compute):
+    """Return what `compute` finds on the CPU and on the other device."""
+    here, there = problems
+    found = compute(here)
+    before = device.operations
+    with device:
+        again = compute(there)
+    assert device.operations > before
+    return found, again
+
+
+def policy_of(problem):
     space, rng = problem.space, np.random.default_rng(0)
-    policy = space.decode(space.scale_to_budget(rng.uniform(size=space.used.shape), problem.budgets[0]))
-    network = problem.finalist_assembler.assemble(policy)
-    scores = [problem.dense.score, make_evaluator(problem).evaluate(policy).score, problem.task.evaluate(network, "test").score]
-    tensors = {name: tensor.detach().cpu().numpy().tobytes() for name, tensor in network.state_dict().items()}
-    return scores, space.sensitivities.curves.tobytes(), tensors, problem.torch_device
+    return space.decode(space.scale_to_budget(rng.uniform(size=space.used.shape), problem.budgets[0]))
 
 
-@pytest.mark.parametrize("changes", CASES, ids=lambda changes: "-".join(map(str, changes.values()))[:60])
-def test_every_plugin_and_task_computes_the_same_elsewhere(changes, elsewhere):
-    if changes.get("task") == "detection":
-        pytest.importorskip("torchmetrics")
-    *wanted, here = numbers(changes)
-    with elsewhere:
-        *found, there = numbers(changes)
-    assert (here, there) == (CPU, DEVICE)
-    assert found == wanted and elsewhere.operations > 1000
+def bytes_of(network):
+    return {name: tensor.detach().cpu().numpy().tobytes() for name, tensor in network.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", IMPORTANCES)
+def test_importances_are_the_same_elsewhere(name, device, problems):
+    def compute(problem):
+        images, labels = all_samples(problem.task, "calibration")
+        assembler, rng = problem.assembler, np.random.default_rng(0)
+        dense = DenseModel(assembler.model, problem.graph, assembler.calibration, images, labels, rng, problem.task.loss)
+        return [scores.tolist() for scores in build_plugin(IMPORTANCES, PluginEntry(name=name)).scores(dense)]
+
+    found, again = both(device, problems, compute) if name != "random" else ((), ())
+    assert found == again
+
+
+@pytest.mark.parametrize(
+    ("recovery", "quantizer"),
+    [
+        *zip([(name, {}) for name in RECOVERIES], ["gptq"] * len(RECOVERIES), strict=True),
+        *zip(DATA_FREE, ["uniform", "power_of_two"], strict=True),
+        (("batch_norm", {}), "dual_bounds"),
+    ],
+    ids=str,
+)
+def test_repairs_and_quantizers_are_the_same_elsewhere(recovery, quantizer, device, problems):
+    plugin = build_plugin(RECOVERIES, PluginEntry(name=recovery[0], options=recovery[1]))
+
+    def compute(problem):
+        rounding = build_plugin(QUANTIZERS, PluginEntry(name=quantizer))
+        assembler = replace(problem.assembler, recoveries=[plugin], quantizer=rounding)
+        network = assembler.assemble(policy_of(problem))
+        return problem.task.evaluate(network, "test").score, bytes_of(network)
+
+    found, again = both(device, problems, compute)
+    assert found == again
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_evaluations_and_sensitivities_are_the_same_elsewhere(dtype, device, problems):
+    def compute(problem):
+        problem = replace(problem, precision=Precision(dtype, "test"))
+        score = make_evaluator(problem).evaluate(policy_of(problem)).score
+        return score, with_sensitivities(problem).space.sensitivities.curves.tolist() if dtype == "float32" else None
+
+    found, again = both(device, problems, compute)
+    assert found == again
+
+
+def test_parts_and_their_loss_are_the_same_elsewhere(elsewhere):
+    pytest.importorskip("torchmetrics")
+
+    def numbers():
+        torch.manual_seed(0)
+        problem = build_problem(parse_config({**VALUES, **DETECTION}, "test.yaml"))
+        network = problem.finalist_assembler.assemble(policy_of(problem))
+        return problem.dense.score, problem.task.evaluate(network, "test").score, bytes_of(network), problem.torch_device
+
+    *wanted, here = numbers()
+    with elsewhere():
+        *found, there = numbers()
+    assert (here, there) == (CPU, DEVICE) and found == wanted
 
 
 def without_times(tree):
@@ -109,7 +171,7 @@ def test_a_search_with_training_leaves_the_same_files(elsewhere, tmp_path):
     values = {**VALUES, "data": data, "finalize": {"training": training}}
     values["search"] = {**VALUES["search"], "agent": "greedy", "racing": True}
     secateur.search({**values, "output": {"root": str(tmp_path), "name": "here"}})
-    with elsewhere:
+    with elsewhere():
         run = secateur.search({**values, "output": {"root": str(tmp_path), "name": "there"}})
         assert next(run.best("small").model().parameters()).device == CPU
     here, there = (files_of(tmp_path / name) for name in ("here", "there"))
@@ -138,14 +200,14 @@ def test_functions_of_the_user_need_not_know_the_device(elsewhere, tmp_path, mon
     for functions in ({"evaluate": evaluate, "metric": metric}, {}):
         here = searched(**functions)
         names.clear()
-        with elsewhere:
+        with elsewhere():
             assert searched(**functions) == here and here[-1]
         assert not functions or DEVICE in names
 
 
 def test_a_problem_travels_to_other_processes_in_main_memory(elsewhere):
     changes = {"search": {**VALUES["search"], "score": "divergence"}}
-    with elsewhere:
+    with elsewhere():
         problem = build_problem(parse_config({**VALUES, **changes}, "test.yaml"))
         assert problem.on(DEVICE) is problem
         with pytest.raises(MixedDevicesError, match="__reduce_ex__"):
@@ -157,7 +219,7 @@ def test_a_problem_travels_to_other_processes_in_main_memory(elsewhere):
 
 
 def test_images_are_moved_once(elsewhere, monkeypatch):
-    with elsewhere as device:
+    with elsewhere() as device:
         problem = build_problem(parse_config({**VALUES, "importance": "l1_norm"}, "test.yaml"))
         first, again = (next(iter(problem.task.batches("validation"))) for _ in range(2))
         assert torch.equal(first.inputs, again.inputs) and first.targets.device == DEVICE
