@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
@@ -176,7 +177,14 @@ class ComputeSection(Section):
             CPU, and latencies are measured by the runtime of the `device` at the top level.
     """
 
-    device: Annotated[StrictStr, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    device: StrictStr = "auto"
+
+    @field_validator("device")
+    @classmethod
+    def _known(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+            raise InputError(f"must be `auto`, `cpu`, `cuda`, or the number of a GPU such as `cuda:1` (got {device})")
+        return device
 
 
 class SpaceSection(Section):

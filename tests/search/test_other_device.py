@@ -160,7 +160,11 @@ def without_times(tree):
 def files_of(run):
     """Return what a run holds, without times: front, learning curves, and exported tensors."""
     front = without_times(json.loads((run / "front.json").read_text()))
-    curves = [without_times(json.loads(line)) for path in run.glob("training/*/learning.jsonl") for line in path.open()]
+    curves = [
+        without_times(json.loads(line))
+        for path in run.glob("training/*/learning.jsonl")
+        for line in path.read_text().splitlines()
+    ]
     exports = {path.parent.name: load_file(path) for path in run.glob("exports/*/model.safetensors")}
     return front, curves, {name: {key: x.numpy().tobytes() for key, x in tensors.items()} for name, tensors in exports.items()}
 
