@@ -14,7 +14,7 @@ DEVICE = torch.device("privateuseone", 0)
 
 MOVES = ("to", "cpu", "cuda")
 COPIES = ("copy_", "_has_compatible_shallow_copy_type")
-UNREADABLE = ("numpy", "__array__", "__reduce_ex__", "data_ptr")
+UNREADABLE = ("numpy", "__array__")
 
 
 class MixedDevicesError(RuntimeError):

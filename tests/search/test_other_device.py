@@ -24,7 +24,7 @@ from secateur.envs.tasks.core import all_samples
 from secateur.search import build
 from secateur.search.build import build_plugin, build_problem, make_evaluator, with_sensitivities
 from secateur.search.config import PluginEntry, parse_config
-from tests.other_device import DEVICE, MixedDevicesError, OtherDevice
+from tests.other_device import DEVICE, OtherDevice
 
 VALUES = {
     "model": {"factory": "secateur:synthetic", "weights": "trained", "input": [3, 8, 8]},
@@ -214,9 +214,10 @@ def test_a_problem_travels_to_other_processes_in_main_memory(elsewhere):
     with elsewhere():
         problem = build_problem(parse_config({**VALUES, **changes}, "test.yaml"))
         assert problem.on(DEVICE) is problem
-        with pytest.raises(MixedDevicesError, match="__reduce_ex__"):
-            pickle.dumps(problem)
-        sent = pickle.loads(pickle.dumps(problem.on(CPU)))
+        main = problem.on(CPU)
+        tensors = [*main.assembler.model.state_dict().values(), main.assembler.images, *main.score._outputs, *main.score._batches]
+        assert all(x.device == CPU for x in tensors) and main.task.data.device == CPU
+        sent = pickle.loads(pickle.dumps(main))
         policy = problem.space.policy_space.levels_to_policy(problem.space.policy_space.weakest)
         scores = [make_evaluator(one).evaluate(policy).score for one in (problem, sent, sent.on(DEVICE))]
     assert scores[0] == scores[1] == scores[2]
