@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +15,9 @@ from secateur.cost_models.core import FLOAT_BITS
 from secateur.envs.calibration.core import Calibration
 from secateur.envs.candidate import CandidateNetwork
 from secateur.envs.core import CompressionPolicy
-from secateur.envs.inputs import Inputs
+from secateur.envs.devices import move, move_network
+from secateur.envs.inputs import Inputs, map_inputs
+from secateur.envs.memory import REPAIR, halving
 from secateur.envs.model_graph.plan import ModelGraph
 from secateur.envs.piece_cache import PieceCache
 from secateur.envs.pruning.slicing import Slicer
@@ -56,6 +58,11 @@ class Assembler:
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_slicer"}
 
+    def on(self, device: torch.device) -> Assembler:
+        """Return an assembler whose networks are on a device; its cache is its own."""
+        images = None if self.images is None else map_inputs(lambda x: move(x, device), self.images)
+        return replace(self, model=move_network(self.model, device), images=images, cache=PieceCache(self.cache.max_bytes))
+
     def kept(self, policy: CompressionPolicy) -> list[np.ndarray]:
         """Return the kept unit indices of every group, sorted; of units with equal scores, those with lower indices are kept."""
         return [
@@ -91,10 +98,15 @@ class Assembler:
         Order: slicing; quantization of inputs; recoveries that change weights; quantization of weights; the other recoveries.
         No recovery changes a quantized weight, and the recoveries at the end can correct the whole error.
         """
-        candidate = self.candidate(policy)
-        for _, step in self.steps():
-            step(candidate)
-        return candidate.network.eval()
+
+        def run(parts: int) -> nn.Module:
+            candidate = self.candidate(policy)
+            candidate.parts = parts
+            for _, step in self.steps():
+                step(candidate)
+            return candidate.network.eval()
+
+        return halving(REPAIR, run)
 
     def steps(self) -> list[tuple[str, Callable[[CandidateNetwork], None]]]:
         """Return the steps after slicing, with their names and in order."""

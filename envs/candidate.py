@@ -53,6 +53,7 @@ class CandidateNetwork:
         cache: cache of computed pieces, shared by all candidates of a process.
         positions: kept positions of the dense tensors; None: they are computed when they are needed.
         dtype: number format of forward passes in which recoveries only estimate statistics.
+        parts: number of parts that recoveries divide their batches into, because memory is short.
         float_weights: {layer: weight before it was quantized}, filled by `quantize`.
     """
 
@@ -67,6 +68,7 @@ class CandidateNetwork:
     cache: PieceCache
     positions: Positions | None = None
     dtype: torch.dtype = torch.float32
+    parts: int = 1
     float_weights: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
@@ -190,4 +192,4 @@ class CandidateNetwork:
 
 
 def _digest(weight: Tensor) -> bytes:
-    return hashlib.blake2b(weight.contiguous().numpy().data, digest_size=16).digest()
+    return hashlib.blake2b(weight.cpu().contiguous().numpy().data, digest_size=16).digest()

@@ -51,6 +51,7 @@ class Evaluation:
             (envs/racing.py). Such a policy is on no front.
         correct: which images were classified correctly, as packed bits in the evaluator's own order; None: not kept.
         quality: the score on the scale that agents see (`Metric.quality`), higher is better; None: the score itself.
+        note: what the user should know about the evaluation, in one sentence, or "".
     """
 
     score: float
@@ -61,6 +62,7 @@ class Evaluation:
     stopped: bool = False
     correct: bytes | None = field(default=None, compare=False, repr=False)
     quality: float = None  # type: ignore[assignment]
+    note: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if self.quality is None:

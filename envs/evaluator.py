@@ -13,6 +13,8 @@ from torch import nn
 
 from secateur.envs.assembler import Assembler
 from secateur.envs.core import CompressionPolicy, Evaluation, InputError
+from secateur.envs.devices import CPU
+from secateur.envs.memory import memory_note
 from secateur.envs.model_graph.folding import fold_batch_norms
 from secateur.envs.model_graph.plan import ModelGraph
 from secateur.envs.number_format import InputFormat, convert_network, output_as_float32
@@ -33,7 +35,7 @@ class Precision:
     """The number format of the validation runs, with the reason.
 
     Attributes:
-        dtype: "bfloat16" or "float32".
+        dtype: "float32", "bfloat16" or "float16".
         reason: one sentence with the figures that decided it.
     """
 
@@ -49,7 +51,7 @@ class Precision:
 def prepare_network(network: nn.Module, graph: ModelGraph, dtype: torch.dtype) -> nn.Module:
     """Return the network, changed in place: batch norms folded, channels last, in `dtype`; inputs and outputs are float32."""
     fold_batch_norms(network, graph)
-    if dtype == torch.bfloat16:
+    if dtype == torch.bfloat16:  # float16 has the bits for the values themselves, but not the range for weights times scales
         use_integer_inputs(network)
     convert_network(network, dtype)
     network.register_forward_pre_hook(InputFormat(dtype), prepend=True, with_kwargs=True)
@@ -68,8 +70,17 @@ def processor_has_bfloat16() -> bool:
     return any(check is not None and check() for check in checks)
 
 
-def choose_precision(assemble_dense: Callable[[], nn.Module], graph: ModelGraph, task: Task, dense_score: float) -> Precision:
-    """Return bfloat16 if the processor supports it and the dense model's score is almost unchanged, otherwise float32.
+def half_format(device: torch.device) -> torch.dtype | None:
+    """Return the number format with 16 bits that a device computes fast in: bfloat16, float16 on older GPUs, or none."""
+    if device.type == "cuda" and BFLOAT16_VARIABLE not in os.environ:
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if processor_has_bfloat16() else None
+
+
+def choose_precision(
+    assemble_dense: Callable[[], nn.Module], graph: ModelGraph, task: Task, dense_score: float, device: torch.device = CPU
+) -> Precision:
+    """Return 16 bits if the device supports them and the dense model's score is almost unchanged, otherwise float32.
 
     The choice does not depend on time measurements: the same search on the same processor always gets the same format.
 
@@ -78,21 +89,24 @@ def choose_precision(assemble_dense: Callable[[], nn.Module], graph: ModelGraph,
         graph: structure of the dense network.
         task: scores it on the validation split.
         dense_score: of the dense model, in float32.
+        device: where the networks are.
     """
-    if not processor_has_bfloat16():
+    dtype = half_format(device)
+    if dtype is None:
         off = os.environ.get(BFLOAT16_VARIABLE) == "0"
         return Precision("float32", "bfloat16 is switched off" if off else "this processor has no bfloat16 arithmetic")
-    network = prepare_network(assemble_dense(), graph, torch.bfloat16)
+    name = str(dtype).removeprefix("torch.")
+    network = prepare_network(assemble_dense(), graph, dtype)
     try:
         found = task.evaluate(network, "validation")
     except (RuntimeError, InputError) as error:  # the forward may use its own float32 tensors, or overflow
-        return Precision("float32", f"the model does not run in bfloat16: {str(error).splitlines()[0]}")
+        return Precision("float32", f"the model does not run in {name}: {str(error).splitlines()[0]}")
     metric = task.metric
     difference = abs(metric.quality(found.score, dense_score) - metric.quality(dense_score, dense_score))
     moved = metric.difference(round(abs(found.score - dense_score), 6))
     return Precision(
-        "bfloat16" if difference <= PRECISION_TOLERANCE + 1e-9 else "float32",
-        f"bfloat16 moves the dense model's {metric.label} by {moved} on {found.samples} validation samples; "
+        name if difference <= PRECISION_TOLERANCE + 1e-9 else "float32",
+        f"{name} moves the dense model's {metric.label} by {moved} on {found.samples} validation samples; "
         f"at most {100 * PRECISION_TOLERANCE:g} % of its range is accepted",
     )
 
@@ -139,6 +153,7 @@ class Evaluator:
                 found.stopped,
                 None if found.stopped else _answers(found.contributions),
                 self.score.metric.quality(found.score, self.score.dense),
+                memory_note(),
             )
         return self.cache[policy]
 

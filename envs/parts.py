@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from secateur.cost_models.core import InputError
+from secateur.envs.devices import move_network
 from secateur.envs.inputs import Arguments, Inputs, Signature, call_model, tensors_of_inputs
 from secateur.envs.metric import Metric
 from secateur.envs.tasks.core import Batch, Metrics, Model, Stop, Task, all_samples, relative_error, tensors_of
@@ -134,7 +135,8 @@ class PartTask:
         for inputs, _ in self.task.batches(split, size):
             found = capture(self.whole, self.parts.signatures, inputs)[1]
             one_each = len(found) == len(inputs)  # a head for regions gets several samples of each image
-            yield Batch(found, torch.arange(start, start + len(inputs)) if one_each else torch.full((len(found),), -1))
+            numbers = torch.arange(start, start + len(inputs)) if one_each else torch.full((len(found),), -1)
+            yield Batch(found, numbers.to(tensors_of_inputs(found)[0].device))
             start += len(inputs)
 
     def evaluate(self, model: Model, split: str, stop: Stop | None = None) -> Metrics:
@@ -170,6 +172,11 @@ class PartTask:
             finally:
                 for parameter in others:
                     parameter.requires_grad_(True)
+
+    def on(self, device: torch.device) -> PartTask:
+        """Return the task with the whole model on a device; see `Task.on`."""
+        whole = move_network(self.whole, device)
+        return PartTask(self.task.on(device), whole, Parts(whole, self.parts.signatures).eval())
 
     def check(self, outputs: Any) -> None:
         """Accept all outputs: those of the whole were checked."""
@@ -245,7 +252,7 @@ def sampled_loss(outputs: Any, seed: int) -> Tensor:
     generator, tensors = torch.Generator().manual_seed(seed), tensors_of(outputs)
     terms = []
     for y in tensors:
-        noise = torch.randn(y.shape, generator=generator)
+        noise = torch.randn(y.shape, generator=generator).to(y.device)
         deviation = y.detach().var(correction=0).clamp_min(1e-12).sqrt()
         terms.append((noise * y).sum() / (deviation * (y.numel() * len(tensors)) ** 0.5))
     return torch.stack(terms).sum()

@@ -23,7 +23,8 @@ import torch
 from torch import nn
 
 from secateur.envs.core import CompressionPolicy
-from secateur.envs.inputs import Inputs, call_model
+from secateur.envs.inputs import Inputs
+from secateur.envs.memory import run_model
 from secateur.envs.policy_space import PolicySpace
 
 log = logging.getLogger(__name__)
@@ -86,4 +87,4 @@ def _mean_divergence(
 
 @torch.inference_mode()
 def _outputs(network: nn.Module, inputs: Sequence[Inputs]) -> list[Any]:
-    return [call_model(network, batch) for batch in inputs]
+    return [run_model(network, batch) for batch in inputs]

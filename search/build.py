@@ -11,6 +11,7 @@ from itertools import product
 from typing import Any
 
 import numpy as np
+import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
@@ -23,9 +24,11 @@ from secateur.envs.calibration import CalibrationConfig, LayerPlan, cached_calib
 from secateur.envs.compression_env import CompressionEnv
 from secateur.envs.core import Budget, Evaluation, InputError, Sensitivities
 from secateur.envs.costs import PolicyCosts
+from secateur.envs.devices import AUTO, CPU, find_device, move_network
 from secateur.envs.evaluator import Evaluator, Precision, choose_precision
 from secateur.envs.feasibility import FeasibleSpace
 from secateur.envs.inputs import Inputs, positional, tensors_of_inputs
+from secateur.envs.memory import IMPORTANCE, halving
 from secateur.envs.metric import Metric
 from secateur.envs.model_graph import ModelGraph, analyze
 from secateur.envs.parts import PartTask, take_parts
@@ -208,6 +211,8 @@ def build_problem(config: SearchConfig, status: StatusCallback = log.info, given
     budgets, projection = build_budgets(config, costs, task.metric), FeasibilityProjection(costs)
     for budget in budgets:
         projection.check(budget)
+    device = driver_device(config)
+    task, model = _moved(task, model, device)
     check_finite(model, first_inputs(task, "validation", CHECKED_IMAGES))
     assembler, finalist_assembler = build_assemblers(config, task, model, graph, status)
     status("scoring the dense model")
@@ -217,13 +222,33 @@ def build_problem(config: SearchConfig, status: StatusCallback = log.info, given
     if isinstance(task, PartTask):
         precision = Precision("float32", "parts of a model are scored in float32")
     elif config.search.precision == "auto":
-        precision = choose_precision(lambda: slice_model(model, graph, everything), graph, task, dense.score)
+        precision = choose_precision(lambda: slice_model(model, graph, everything), graph, task, dense.score, device)
     else:
         precision = Precision(config.search.precision, "chosen in the configuration")
     magnitudes = [mean_over_producers(model, group, lambda rows: rows.abs().mean(1)) for group in graph.groups]
     objectives = build_objectives(config, costs, score.metric)
     space = FeasibleSpace(costs, objectives, score.metric, score.dense, magnitudes)
-    return Problem(config, task, assembler, finalist_assembler, score, space, budgets, dense, precision, given)
+    return Problem(config, task, assembler, finalist_assembler, score, space, budgets, dense, precision, given, device)
+
+
+def driver_device(config: SearchConfig) -> torch.device:
+    """Return where this process computes. The driver of a search on a cluster needs no GPU: its workers have them.
+
+    Raises:
+        InputError: if `compute.device` is a GPU that is not there.
+    """
+    try:
+        return find_device(config.compute.device)
+    except InputError:
+        if config.search.address is None or config.search.workers == 0:
+            raise
+        return CPU
+
+
+def _moved(task: Task, model: nn.Module, device: torch.device) -> tuple[Task, nn.Module]:
+    """Return task and model on a device; parts of a model stay those of the task's whole."""
+    task = task.on(device)
+    return task, task.parts if isinstance(task, PartTask) else move_network(model, device)
 
 
 def build_score(config: SearchConfig, task: Task, model: nn.Module, dense: float) -> Score:
@@ -262,8 +287,12 @@ def build_assemblers(
         settings = build_options(CalibrationConfig, config.calibration)
         calibration = cached_calibration(model, graph, images, settings, cache_directory() / "calibration", status)
     status("ranking the channels")
-    rng = np.random.default_rng(config.search.seed)
-    scores = plugins.importance.scores(DenseModel(model, graph, calibration, images, labels, rng, task.loss))
+
+    def scores_in(parts: int) -> tuple[np.ndarray, ...]:
+        rng = np.random.default_rng(config.search.seed)
+        return plugins.importance.scores(DenseModel(model, graph, calibration, images, labels, rng, task.loss, parts))
+
+    scores = halving(IMPORTANCE, scores_in)
     assembler = Assembler(model, graph, tuple(scores), plugins.quantizer, plugins.recoveries, calibration, images)
     return assembler, replace(assembler, recoveries=plugins.finalist_recoveries)
 
@@ -389,7 +418,26 @@ def open_runner(problem: Problem, evaluated: Evaluated = ()) -> Runner:
     section = problem.config.search
     if section.workers == 0:
         return LocalRunner(partial(make_env, problem, evaluated))
-    return RayRunner(partial(make_env, problem, evaluated), section.workers, section.address or LOCAL)
+    workers, gpus = _workers_and_gpus(problem)
+    make = partial(_make_worker_env, problem.on(CPU), evaluated)
+    return RayRunner(make, workers, section.address or LOCAL, gpus=gpus)
+
+
+def _make_worker_env(problem: Problem, evaluated: Evaluated) -> CompressionEnv:
+    """Return a worker's environment, on the device of the worker."""
+    return make_env(problem.on(find_device(problem.config.compute.device)), evaluated)
+
+
+def _workers_and_gpus(problem: Problem) -> tuple[int | str, float | None]:
+    """Return how many Ray workers there are, and how much of a GPU each asks for; None: a whole one if the cluster has any."""
+    section, device = problem.config.search, torch.device("cuda" if (name := problem.config.compute.device) == AUTO else name)
+    share = None if isinstance(section.gpus_per_worker, str) else section.gpus_per_worker
+    if device == CPU or (name == AUTO and section.address is None and problem.torch_device == CPU):
+        return section.workers, 0.0
+    if device.index is None:
+        return section.workers, share
+    # Ray hands out GPUs by its own numbers, so workers that share a numbered one are not counted by Ray.
+    return int(1 / (share or 1.0)) if section.workers == AUTO else section.workers, 0.0
 
 
 @dataclass(frozen=True)

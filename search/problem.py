@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from secateur.cost_models.device import Device
 from secateur.envs.assembler import Assembler
 from secateur.envs.core import Budget, CompressionPolicy, Evaluation, without_drop
+from secateur.envs.devices import CPU
 from secateur.envs.evaluator import Precision
 from secateur.envs.feasibility import FeasibleSpace
 from secateur.envs.model_graph import ModelGraph
@@ -38,6 +41,7 @@ class Problem:
         dense: float32 metric and costs of the dense model on the validation split.
         precision: number format of the search's forward passes.
         given: the user's objects; None: the configuration names model and data.
+        torch_device: where everything is computed; the user's objects stay on the CPU.
     """
 
     config: SearchConfig
@@ -50,6 +54,16 @@ class Problem:
     dense: Evaluation
     precision: Precision
     given: Given | None = None
+    torch_device: torch.device = CPU
+
+    def on(self, device: torch.device) -> Problem:
+        """Return the problem on another device: to send it to other processes, to compute there, or to export on the CPU."""
+        if device == self.torch_device:
+            return self
+        assembler = self.assembler.on(device)
+        finalists = replace(assembler, recoveries=self.finalist_assembler.recoveries)
+        task, score = self.task.on(device), self.score.on(device)
+        return replace(self, task=task, assembler=assembler, finalist_assembler=finalists, score=score, torch_device=device)
 
     @property
     def search_budgets(self) -> tuple[Budget, ...]:

@@ -14,6 +14,7 @@ from secateur.envs.calibration.core import CHANNEL, DIAGONAL, FULL, NONE, Calibr
 from secateur.envs.calibration.patches import Layer, is_product, num_positions, patches, sample_positions
 from secateur.envs.core import InputError
 from secateur.envs.inputs import Inputs, call_model
+from secateur.envs.memory import CALIBRATION, halving
 from secateur.envs.model_graph.plan import ModelGraph
 from secateur.envs.weight_layout import outputs_first
 
@@ -85,7 +86,11 @@ def calibrate(model: nn.Module, graph: ModelGraph, images: Inputs, config: Calib
     Raises:
         InputError: if the input of a layer has NaN or infinite values.
     """
-    batches = images[: config.max_images].split(config.batch_size)
+    return halving(CALIBRATION, lambda parts: _calibrate(model, graph, images, config, max(config.batch_size // parts, 1)))
+
+
+def _calibrate(model: nn.Module, graph: ModelGraph, images: Inputs, config: CalibrationConfig, batch_size: int) -> Calibration:
+    batches = images[: config.max_images].split(batch_size)
     observers = _observers(model, graph, config, -(-config.samples // len(batches)))
     modules = _modules(model, graph)
     hooks = [modules[name].register_forward_pre_hook(observer, with_kwargs=True) for name, observer in observers.items()]
@@ -132,10 +137,11 @@ class _Observer:
 
     def __call__(self, layer: nn.Module, inputs: tuple, keywords: dict[str, Tensor]) -> None:
         x = (inputs[0] if inputs else keywords["input"]).float()
-        low, high = x.aminmax()
+        low, high = (end.cpu() for end in x.aminmax())
         # numpy's minimum returns NaN if an operand is NaN; Python's does not.
         self.low, self.high = np.minimum(self.low, low.numpy()), np.maximum(self.high, high.numpy())
-        self.samples.append(x.flatten()[torch.from_numpy(self.rng.integers(x.numel(), size=self.samples_per_call))])
+        picked = torch.from_numpy(self.rng.integers(x.numel(), size=self.samples_per_call))
+        self.samples.append(x.flatten()[picked.to(x.device)])
         if self.kind != NONE:
             assert is_product(layer)
             rows = self._rows(layer, x)
@@ -149,10 +155,10 @@ class _Observer:
         if isinstance(layer, nn.Linear) and x.shape[0] % self.images == 0:
             x = x.reshape(self.images, -1, layer.in_features)  # windows that are part of the batch axis are tokens too
         if self.kind == FULL or isinstance(layer, nn.Linear):
-            picked = sample_positions(num_positions(layer, x), most, self.rng)
+            picked = sample_positions(num_positions(layer, x), most, self.rng).to(x.device)
             return patches(layer, x, picked).flatten(0, 1).transpose(0, 1)
         pixels = x.flatten(2)
-        picked = sample_positions(pixels.shape[2], most, self.rng)
+        picked = sample_positions(pixels.shape[2], most, self.rng).to(x.device)
         rows = pixels[:, :, picked].transpose(1, 2).reshape(-1, layer.groups, x.shape[1] // layer.groups)
         return rows.transpose(0, 1)
 
@@ -168,7 +174,7 @@ class _Observer:
                 f"The input of layer `{name}` has no finite range on the calibration images "
                 f"({low} to {high}). Check the weights, or exclude the layer from the search."
             )
-        samples = torch.cat(self.samples).numpy()
+        samples = torch.cat(self.samples).cpu().numpy()
         if len(samples) > self.config.samples:
             samples = self.rng.choice(samples, self.config.samples, replace=False)
         return LayerStatistics(self.kind, self._means(), low, high, np.sort(samples), self.area, self.count)
@@ -178,7 +184,7 @@ class _Observer:
         if self.kind == NONE or self.total is None:
             return np.zeros(0, np.float32)
         means = (self.total / self.count).float()
-        return (means if self.kind == DIAGONAL else means.triu() + means.triu(1).mT).numpy()
+        return (means if self.kind == DIAGONAL else means.triu() + means.triu(1).mT).cpu().numpy()
 
 
 def _power_sums(rows: Tensor) -> Tensor:

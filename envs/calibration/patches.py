@@ -123,9 +123,10 @@ def _pixel_index(layer: Any, positions: Sequence[Tensor], size: Sequence[int], b
         size: spatial size of the input.
         before: padding with zeros before the input along each axis.
     """
-    flat, inside = torch.zeros(len(positions[0]), 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.bool)
+    flat, inside = positions[0].new_zeros(len(positions[0]), 1), positions[0].new_ones(1, 1, dtype=torch.bool)
     for axis, (start, length) in enumerate(zip(positions, size, strict=True)):
-        stride, offsets = layer.stride[axis], torch.arange(layer.kernel_size[axis]) * layer.dilation[axis]
+        offsets = torch.arange(layer.kernel_size[axis], device=start.device) * layer.dilation[axis]
+        stride = layer.stride[axis]
         if layer.transposed:
             scaled = start[:, None] + before[axis] - offsets
             coordinates, valid = scaled.div(stride, rounding_mode="floor"), scaled % stride == 0

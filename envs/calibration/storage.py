@@ -129,7 +129,7 @@ def _key(model: nn.Module, graph: ModelGraph, images: Inputs, config: Calibratio
     tensors = [*model.named_parameters(), *model.named_buffers(), *inputs]
     for name, tensor in tensors:
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

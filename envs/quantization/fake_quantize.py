@@ -89,14 +89,17 @@ def set_quantized_weight(module: nn.Module, quantized: QuantizedWeight) -> None:
 
 
 def quantized_weight(module: nn.Module) -> QuantizedWeight | None:
-    """Return a layer's quantized weight, or None if its weight is not quantized.
+    """Return a layer's quantized weight, where the weight is, or None if its weight is not quantized.
 
     Raises:
         ValueError: if the weight was changed after it was quantized (by folding or training, for example).
     """
     layer: Any = module
     quantized = getattr(layer, "weight_codes", None)
-    if quantized is not None and not torch.equal(quantized.dequantize(), layer.weight.detach()):
+    if quantized is None:
+        return None
+    quantized = quantized.on(layer.weight.device)  # a network that moves takes its parameters along, not this attribute
+    if not torch.equal(quantized.dequantize(), layer.weight.detach()):
         raise ValueError("A weight was changed after it was quantized. Read the codes before batch norms are folded.")
     return quantized
 

@@ -76,7 +76,7 @@ class BatchNorm:
             norm.momentum = None
         images = candidate.given_images()[: self.config.max_images]
         # Batches of equal size, because all batches have equal weight in the mean.
-        parts = np.array_split(np.arange(len(images)), -(-len(images) // self.config.batch_size))
+        parts = np.array_split(np.arange(len(images)), -(-len(images) // max(self.config.batch_size // candidate.parts, 2)))
         with torch.inference_mode():
             for part in parts:
                 batch = map_inputs(lambda x: prepare_images(x, candidate.dtype), images[part[0] : part[-1] + 1])

@@ -44,7 +44,7 @@ class BiasCorrection:
             statistics = candidate.statistics(name)
             if statistics is None or statistics.kind == NONE or not candidate.has_intercept(name):
                 continue
-            mean = torch.tensor(statistics.mean())  # (conv groups, n)
             layer = candidate.layers[name]
+            mean = torch.tensor(statistics.mean(), device=layer.weight.device)  # (conv groups, n)
             error = (outputs_first(layer, weight) - outputs_first(layer)).view(len(mean), -1, mean.shape[1])
             candidate.shift(name, (error @ mean[:, :, None]).flatten())

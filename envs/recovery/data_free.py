@@ -231,16 +231,17 @@ def filter_gram(candidate: CandidateNetwork, group: ChannelGroup, alpha1: float)
 
 def from_gram(gram: Tensor, kept: np.ndarray, removed: np.ndarray) -> Tensor:
     """Return eq. (1), (kept, removed); if there are several solutions, the one with the smallest norm."""
-    matrix = gram.numpy()
-    return torch.from_numpy(np.linalg.lstsq(matrix[np.ix_(kept, kept)], matrix[np.ix_(kept, removed)], rcond=1e-10)[0])
+    matrix = gram.cpu().numpy()
+    found = np.linalg.lstsq(matrix[np.ix_(kept, kept)], matrix[np.ix_(kept, removed)], rcond=1e-10)[0]
+    return torch.from_numpy(found).to(gram.device)
 
 
 def from_gram_nonnegative(gram: Tensor, kept: np.ndarray, removed: np.ndarray) -> Tensor:
     """Return eq. (2), (kept, removed)."""
-    values, vectors = np.linalg.eigh(gram.numpy())
+    values, vectors = np.linalg.eigh(gram.cpu().numpy())
     factor = np.sqrt(values.clip(0))[:, None] * vectors.T  # factor^T factor = gram
     solutions = [nnls(factor[:, kept], factor[:, unit])[0] for unit in removed]
-    return torch.from_numpy(np.stack(solutions, axis=1))
+    return torch.from_numpy(np.stack(solutions, axis=1)).to(gram.device)
 
 
 def from_covariance(moments: Moments, kept: np.ndarray, removed: np.ndarray, damping: float) -> Tensor:
@@ -248,18 +249,23 @@ def from_covariance(moments: Moments, kept: np.ndarray, removed: np.ndarray, dam
     covariance = moments.covariance.double()
     matrix, cross = covariance[np.ix_(kept, kept)], covariance[np.ix_(kept, removed)]
     delta = damping * matrix.diagonal().mean().clamp_min(1e-12)
-    return torch.linalg.solve(matrix + delta * torch.eye(len(kept)), cross)
+    return torch.linalg.solve(matrix + delta * torch.eye(len(kept), device=delta.device), cross)
 
 
 def compensated_weight(candidate: CandidateNetwork, name: str, predictions: list[Prediction]) -> Tensor:
     """Return a sliced layer's weight that compensates the removed inputs."""
     axes, dense = candidate.kept_axes(name), candidate.dense_layers[name].weight.detach()
-    weight = dense[torch.from_numpy(axes.outputs)].double()
+    weight = dense[_index(axes.outputs, dense)].double()
     weight = weight.reshape(*weight.shape[:2], -1)  # (outputs, inputs, area)
     result = weight.clone()
     for prediction in predictions:
-        removed = weight[:, torch.from_numpy(prediction.removed)]  # (outputs, units, multiplicity, area)
+        removed = weight[:, _index(prediction.removed, dense)]  # (outputs, units, multiplicity, area)
         change = torch.einsum("oruk,sr->osuk", removed, prediction.coefficients)
-        result[:, torch.from_numpy(prediction.kept)] += change
-    kept = result[:, torch.from_numpy(axes.inputs)].float()
+        result[:, _index(prediction.kept, dense)] += change
+    kept = result[:, _index(axes.inputs, dense)].float()
     return kept.reshape(len(axes.outputs), len(axes.inputs), *dense.shape[2:]).contiguous()
+
+
+def _index(positions: np.ndarray, tensor: Tensor) -> Tensor:
+    """Return positions as an index of a tensor."""
+    return torch.from_numpy(positions).to(tensor.device)

@@ -98,7 +98,7 @@ class LeastSquares:
             return torch.cat(weights), torch.cat(shifts)
 
         weight, shift = candidate.cache.get(key, solve)
-        outputs = torch.from_numpy(axes.outputs)
+        outputs = torch.from_numpy(axes.outputs).to(weight.device)
         return weight[outputs], shift[outputs]
 
 
@@ -117,9 +117,10 @@ def refit(
         use: share of the kernel positions that an output reads on average; see `kernel_use`.
     """
     removed_in = np.setdiff1d(np.arange(weight.shape[1]), kept_in)
+    device = weight.device
     rows = weight.double().reshape(*weight.shape[:2], -1)  # (outputs, inputs, area)
     if statistics.kind == DIAGONAL:
-        mean = torch.from_numpy(statistics.moments[0, 0, removed_in]).double()
+        mean = torch.from_numpy(statistics.moments[0, 0, removed_in]).to(device).double()
         shift = use * (rows[:, removed_in].sum(2) @ mean).float()
         return weight[:, kept_in].clone(), shift if intercept else torch.zeros_like(shift)
     per_channel = statistics.kind == CHANNEL
@@ -127,13 +128,13 @@ def refit(
     kept, removed = (statistics.entries(positions) for positions in (kept_in, removed_in))
     moments = statistics.moments[0]
     fit = np.append(kept, len(moments) - 1) if intercept else kept
-    second = torch.from_numpy(moments[np.ix_(fit, fit)]).double()
-    cross = torch.from_numpy(moments[np.ix_(fit, removed)]).double()
+    second = torch.from_numpy(moments[np.ix_(fit, fit)]).to(device).double()
+    cross = torch.from_numpy(moments[np.ix_(fit, removed)]).to(device).double()
     diagonal = second.diagonal()[: len(kept)]
     diagonal += damping * diagonal.mean().clamp_min(1e-12)
     change = torch.linalg.solve(second, cross @ rows[:, removed].T).T
     refitted = (rows[:, kept] + change[:, : len(kept)]).float()
-    shift = change[:, -1].float() if intercept else torch.zeros(len(rows))
+    shift = change[:, -1].float() if intercept else weight.new_zeros(len(rows), dtype=torch.float32)
     if per_channel:
         area = weight[0, 0].numel()
         refitted = refitted.view(len(weight), area, len(kept_in)).transpose(1, 2)

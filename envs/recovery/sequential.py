@@ -137,7 +137,9 @@ class Sequential:
         """See `Recovery.apply`."""
         # The caller may be in inference mode, but new parameters must be trainable later.
         with torch.inference_mode(False), torch.no_grad():
-            targets = candidate.cache.get(("sequential", self.config), lambda: dense_targets(candidate, self.config))
+            targets = candidate.cache.get(
+                ("sequential", self.config, candidate.parts), lambda: dense_targets(candidate, self.config)
+            )
             LeastSquares().refit_readers(candidate, without=targets.values)
             _Pass(candidate, targets, self.config).run()
 
@@ -183,7 +185,7 @@ def dense_targets(candidate: CandidateNetwork, config: SequentialConfig) -> Dens
     def take(number: int, value: Tensor) -> None:
         for name in by_image.intersection(readers.get(number, ())):
             for part in value.split(_IMAGES_PER_CHUNK * len(plan.targets[name].sample)):
-                sampled = positions[name][len(values[name])]
+                sampled = positions[name][len(values[name])].to(part.device)
                 values[name].append(outputs_at(modules[name], part, sampled).flatten(0, 1))
 
     for on_value, batch in (
@@ -216,7 +218,7 @@ def _images_at_once(candidate: CandidateNetwork, config: SequentialConfig) -> in
     geometry = candidate.graph.geometry
     elements = geometry.buffer_fixed + geometry.group_units @ geometry.buffer_per_unit
     peak = 2 * _FLOAT_BYTES * float((geometry.live @ elements).max(initial=1.0))
-    return max(1, min(config.max_images, len(candidate.given_images()), int(config.max_bytes / peak)))
+    return max(1, min(config.max_images, len(candidate.given_images()), int(config.max_bytes / peak)) // candidate.parts)
 
 
 def _num_positions(layer: nn.Module, target: Target) -> int:
@@ -300,7 +302,7 @@ class _Pass:
         for name in self.waiting.get(number, ()):
             parts = zip(self._chunks(name, value), self.dense.positions[name], strict=True)
             self.others[name] = torch.cat(
-                [outputs_at(self.candidate.layers[name], part, positions).flatten(0, 1) for part, positions in parts]
+                [outputs_at(self.candidate.layers[name], part, at.to(part.device)).flatten(0, 1) for part, at in parts]
             )
 
     def _chunks(self, name: str, x: Tensor) -> tuple[Tensor, ...]:
@@ -314,8 +316,8 @@ class _Pass:
         candidate = self.candidate
         parts = zip(self._chunks(name, inputs[0]), self.dense.positions[name], strict=True)
         size = target.sample.shape[2:]
-        rows = torch.cat([patches(layer, part, positions, size).flatten(0, 1) for part, positions in parts])
-        kept = torch.from_numpy(candidate.kept_axes(name).outputs)
+        rows = torch.cat([patches(layer, part, at.to(part.device), size).flatten(0, 1) for part, at in parts])
+        kept = torch.from_numpy(candidate.kept_axes(name).outputs).to(rows.device)
         wanted, other = self.dense.values[name], self.others.pop(name, None)
         wanted = wanted if len(kept) == wanted.shape[1] else wanted.index_select(1, kept)
         fit = _LayerFit(layer, candidate.norm(name), rows, wanted, other, candidate.has_intercept(name))
@@ -353,12 +355,12 @@ class _LayerFit:
         self.norm, self.wanted, self.other, self.has_intercept = norm, wanted, other, has_intercept
         groups = rows.shape[1]
         self.weight = outputs_first(layer).view(groups, -1, rows.shape[2]).double()
-        self.bias = torch.zeros(self.weight.shape[:2]) if layer.bias is None else layer.bias.view(groups, -1)
+        self.bias = rows.new_zeros(self.weight.shape[:2]) if layer.bias is None else layer.bias.view(groups, -1)
         inputs = rows.transpose(0, 1)  # (conv_groups, samples, n)
-        mean = inputs.mean(1, keepdim=True) if has_intercept else torch.zeros(groups, 1, rows.shape[2])
+        mean = inputs.mean(1, keepdim=True) if has_intercept else rows.new_zeros(groups, 1, rows.shape[2])
         self.inputs, self.mean = inputs - mean, mean[:, 0].double()
         self.center = self._product(self.weight) + self.bias  # output for the mean input
-        self.slope = torch.ones(self.weight.shape[:2].numel())
+        self.slope = rows.new_ones(self.weight.shape[:2].numel())
         if norm is not None:
             self.slope = torch.rsqrt(norm.running_var + norm.eps) * (1.0 if norm.weight is None else norm.weight)
         self.covariance: Tensor | None = None
@@ -444,7 +446,7 @@ class _LayerFit:
         extended = F.pad(self.mean, (0, 1), value=1.0)
         moments = extended[:, :, None] * extended[:, None]
         moments[:, :-1, :-1] += self.covariance
-        return replace(dense, kind=FULL, moments=moments.float().numpy(), count=self.inputs.shape[1])
+        return replace(dense, kind=FULL, moments=moments.float().cpu().numpy(), count=self.inputs.shape[1])
 
     def shift(self, weight: Tensor) -> Tensor:
         """Return the shift of the layer's output, (outputs,), with which it equals `center` for the mean input.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, Self
+
+import torch
 
 from secateur.envs.metric import Metric
 from secateur.envs.tasks.core import Metrics, Model, Stop
@@ -36,6 +38,10 @@ class Score(Protocol):
     @property
     def dense(self) -> float:
         """Score of the dense model."""
+        ...
+
+    def on(self, device: torch.device) -> Self:
+        """Return the score for networks on a device."""
         ...
 
     def measure(self, model: Model, stop: Stop | None = None) -> Metrics:

@@ -13,6 +13,7 @@ validation split remains unused by the search and decides among the finalists.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -21,7 +22,9 @@ import torch
 from torch import nn
 
 from secateur.cost_models.core import InputError, Range, check_fields
-from secateur.envs.inputs import call_model
+from secateur.envs.devices import move, move_tree
+from secateur.envs.inputs import map_inputs
+from secateur.envs.memory import run_model
 from secateur.envs.metric import DIVERGENCE, Metric
 from secateur.envs.tasks.core import Metrics, Model, Stop, Task, all_samples, map_tensors
 
@@ -71,8 +74,16 @@ class DivergenceScore:
         held = inputs[len(inputs) - count :]
         self.task, self._batches = task, tuple(held.split(size))
         with torch.inference_mode():
-            outputs = [call_model(model, batch) for batch in self._batches]
+            outputs = [run_model(model, batch) for batch in self._batches]
         self._outputs = [map_tensors(torch.clone, tree) for tree in outputs]  # of their own memory: the score is pickled
+
+    def on(self, device: torch.device) -> DivergenceScore:
+        """See `Score.on`."""
+        moved = copy.copy(self)
+        moved.task = self.task.on(device)
+        moved._batches = tuple(map_inputs(lambda x: move(x, device), batch) for batch in self._batches)
+        moved._outputs = [move_tree(tree, device) for tree in self._outputs]
+        return moved
 
     @torch.inference_mode()
     def measure(self, model: Model, stop: Stop | None = None) -> Metrics:
@@ -82,10 +93,10 @@ class DivergenceScore:
             ValueError: if the outputs are not finite.
         """
         found = [
-            self.task.divergence(wanted, call_model(model, batch))
+            self.task.divergence(wanted, run_model(model, batch))
             for wanted, batch in zip(self._outputs, self._batches, strict=True)
         ]
-        each = torch.cat(found).double().numpy()
+        each = torch.cat(found).double().cpu().numpy()
         if not np.isfinite(each).all():
             raise ValueError(f"the outputs of {int((~np.isfinite(each)).sum())} of {len(each)} samples are not finite")
         return Metrics(float(each.mean()), len(each), each)

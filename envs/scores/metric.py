@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import nn
 
 from secateur.envs.metric import Metric
@@ -32,6 +34,12 @@ class MetricScore:
     def metric(self) -> Metric:
         """The task's metric."""
         return self.task.metric
+
+    def on(self, device: torch.device) -> MetricScore:
+        """See `Score.on`."""
+        moved = copy.copy(self)
+        moved.task = self.task.on(device)
+        return moved
 
     def measure(self, model: Model, stop: Stop | None = None) -> Metrics:
         """See `Score.measure`."""

@@ -48,7 +48,7 @@ class Classification(PerSampleTask):
 
     def statistics(self, outputs: Tensor, targets: Tensor) -> np.ndarray:
         """Return which images are classified correctly, (images,) bool."""
-        return (outputs.argmax(dim=1) == targets).numpy()
+        return (outputs.argmax(dim=1) == targets).cpu().numpy()
 
     def summarize(self, statistics: np.ndarray) -> Metrics:
         """Return the share of images that are classified correctly."""
@@ -64,7 +64,7 @@ class Classification(PerSampleTask):
 
     def agreement(self, reference: Tensor, outputs: Tensor) -> np.ndarray:
         """Return whether the most likely class is the same, (images,)."""
-        return (reference.argmax(1) == outputs.argmax(1)).numpy()
+        return (reference.argmax(1) == outputs.argmax(1)).cpu().numpy()
 
     def check(self, outputs: Any) -> None:
         """Raise InputError unless the outputs are (1, classes) of the data's classes."""

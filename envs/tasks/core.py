@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from secateur.cost_models.core import InputError
 from secateur.envs.inputs import Inputs, call_model, concatenate, tensors_of_inputs
+from secateur.envs.memory import run_model
 from secateur.envs.metric import Metric
 
 Model = Callable[..., Any]
@@ -97,6 +98,10 @@ class Task(Protocol):
         """Return the training loss of a batch, a scalar with gradients."""
         ...
 
+    def on(self, device: torch.device) -> Self:
+        """Return the task with its batches on a device, for models that are there."""
+        ...
+
     def check(self, outputs: Any) -> None:
         """Raise InputError unless data and outputs suit the task; called once, with the dense model's outputs for one sample."""
         ...
@@ -158,7 +163,7 @@ def check_finite(model: Model, inputs: Sequence[Inputs]) -> None:
     """
     broken = 0
     for batch in inputs:
-        outputs = tensors_of(call_model(model, batch))
+        outputs = tensors_of(run_model(model, batch))
         finite = [x.isfinite().flatten(1).all(1) for x in outputs if len(x) == len(batch)]
         broken += int((~torch.stack(finite).all(0)).sum()) if finite else 0
     if broken:

@@ -19,7 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from secateur.cost_models.core import InputError
-from secateur.envs.inputs import ImageList, call_model, tensors_of_inputs
+from secateur.envs.inputs import ImageList, tensors_of_inputs
+from secateur.envs.memory import run_model
 from secateur.envs.metric import Metric
 from secateur.envs.tasks.core import Batch, Metrics, Model, Stop
 from secateur.envs.tasks.supervised import SupervisedTask
@@ -74,9 +75,10 @@ class Detection(SupervisedTask):
         count = 0
         for inputs, targets in self.batches(split):
             found = [
-                {name: answer[name].detach() for name in ("boxes", "labels", "scores")} for answer in call_model(model, inputs)
+                {name: answer[name].detach().cpu() for name in ("boxes", "labels", "scores")}
+                for answer in run_model(model, inputs)
             ]
-            measure.update(found, self.annotations(targets))
+            measure.update(found, self.annotations(targets.cpu()))
             count += len(targets)
         values = measure.compute()
         return Metrics(max(float(values["map"]), 0.0), count, None, {"map_50": max(float(values["map_50"]), 0.0)})

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from secateur.cost_models.core import InputError
+from secateur.envs.devices import CPU, called_from_anywhere, move, move_tree
 from secateur.envs.inputs import (
     Arguments,
     Inputs,
@@ -23,9 +24,11 @@ from secateur.envs.inputs import (
     call_model,
     concatenate,
     leaves_like,
+    map_inputs,
     signature_of,
     tensors_of_inputs,
 )
+from secateur.envs.memory import run_model
 from secateur.envs.metric import DIVERGENCE, Metric
 from secateur.envs.tasks.core import Batch, Metrics, Model, Stop, kl_divergence, relative_error, tensors_of
 
@@ -58,6 +61,7 @@ class FunctionTask:
         evaluate_test: scores finalists; None: `evaluate_validation` does.
         training_loss: loss of a model on a batch (inputs, targets); None: there is none.
         compare: divergence of two outputs, per sample.
+        device: where the models are. The functions need not know it: inputs that they pass are moved there, outputs back.
     """
 
     metric: Metric
@@ -66,6 +70,7 @@ class FunctionTask:
     evaluate_test: Evaluate | None = None
     training_loss: Loss | None = None
     compare: Callable[[Any, Any], Tensor] = output_divergence
+    device: torch.device = CPU
 
     def with_dense(self, model: nn.Module) -> FunctionTask:
         """Return the task for a dense model with other weights: scores by divergence compare with its outputs."""
@@ -99,7 +104,7 @@ class FunctionTask:
         if split == "test" and self.evaluate_test is not None:
             name, function = "test", self.evaluate_test
         try:
-            with torch.no_grad():
+            with torch.no_grad(), called_from_anywhere(model, self.device):
                 score = function(model)
         except (Exception, SystemExit) as error:  # the user's function runs arbitrary code
             kind = type(model).__name__
@@ -121,6 +126,13 @@ class FunctionTask:
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise InputError(f"`loss` must return one number with gradients, but returned {_shown(loss)}.")
         return loss.sum()
+
+    def on(self, device: torch.device) -> FunctionTask:
+        """Return the task for models on a device; see `Task.on`."""
+        given = tuple(
+            Batch(map_inputs(lambda x: move(x, device), inputs), move_tree(targets, device)) for inputs, targets in self.given
+        )
+        return replace(self, given=given, device=device)
 
     def divergence(self, reference: Any, outputs: Any) -> Tensor:
         """Return how far outputs are from a reference model's, (samples,)."""
@@ -185,7 +197,7 @@ class DenseOutputs:
 
     def __call__(self, model: Model) -> float:
         """Return the mean divergence."""
-        found = [self.compare(outputs, call_model(model, inputs)) for inputs, outputs in self.batches]
+        found = [self.compare(outputs, run_model(model, inputs)) for inputs, outputs in self.batches]
         return float(torch.cat(found).double().mean())
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -35,7 +36,7 @@ class Regression(PerSampleTask):
     def statistics(self, outputs: Tensor, targets: Tensor) -> np.ndarray:
         """Return the squared and the absolute error of each sample, (samples, 2)."""
         error = (outputs.view(targets.shape).float() - targets).reshape(len(targets), -1)
-        return np.stack([error.square().mean(1).numpy(), error.abs().mean(1).numpy()], axis=1)
+        return torch.stack([error.square().mean(1), error.abs().mean(1)], dim=1).cpu().numpy()
 
     def summarize(self, statistics: np.ndarray) -> Metrics:
         """Return the root of the mean squared error, with the mean absolute error."""

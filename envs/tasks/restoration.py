@@ -62,7 +62,7 @@ class Restoration(PerSampleTask):
         error = (found - wanted).square().flatten(1).mean(1) / self.config.range**2
         psnr = (-10 * torch.log10(error)).clamp_max(LARGEST_PSNR)
         columns = [psnr, ssim(found, wanted, self.config.range)] if self.config.ssim else [psnr]
-        return torch.stack(columns, dim=1).numpy()
+        return torch.stack(columns, dim=1).cpu().numpy()
 
     def summarize(self, statistics: np.ndarray) -> Metrics:
         """Return the mean PSNR, with the mean SSIM if it is asked for."""

@@ -143,7 +143,7 @@ class SceneDetector(nn.Module):
         """
         batch = torch.stack(list(images))
         height, width = batch.shape[2:]
-        raw, grid = self.network(batch), positions(height, width)
+        raw, grid = self.network(batch), positions(height, width).to(batch.device)
         if self.training:
             assert targets is not None, "training needs targets"
             return losses(raw, grid, targets)
@@ -181,7 +181,7 @@ def assign(boxes: Tensor, grid: Tensor) -> Tensor:
         grid: (P, 3), from `positions`.
     """
     if not len(boxes):
-        return torch.full((len(grid),), -1)
+        return grid.new_full((len(grid),), -1, dtype=torch.int64)
     sides = boxes[:, 2:] - boxes[:, :2]
     areas = sides.prod(1)
     of_level = (grid[:, None, 2] == STRIDES[0]) == (areas <= LARGEST_FINE)

@@ -58,7 +58,7 @@ class Segmentation(PerSampleTask):
             table = pairs.view(classes, classes)
             hits = table.diagonal()
             counts.append(torch.stack([hits, table.sum(0) + table.sum(1) - hits], dim=1))
-        return torch.stack(counts).numpy()
+        return torch.stack(counts).cpu().numpy()
 
     def summarize(self, statistics: np.ndarray) -> Metrics:
         """Return the mean over classes of intersection over union, both summed over all images."""
@@ -84,7 +84,7 @@ class Segmentation(PerSampleTask):
     def agreement(self, reference: Any, outputs: Any) -> np.ndarray:
         """Return the share of pixels with the same class, (images,)."""
         same = self._scores(reference).argmax(1) == self._scores(outputs).argmax(1)
-        return same.float().flatten(1).mean(1).numpy()
+        return same.float().flatten(1).mean(1).cpu().numpy()
 
     def check(self, outputs: Any) -> None:
         """Raise InputError unless the targets are classes of pixels, and there is one score per class and pixel."""

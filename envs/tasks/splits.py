@@ -10,16 +10,22 @@ the weights were trained on only some of the training images, the others can be 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from secateur.envs.core import InputError
+from secateur.envs.devices import CPU, move
+from secateur.envs.piece_cache import PieceCache
 
 REST = "rest"
 """Stands for a number of images: all images of that part that are left."""
+
+
+MOVED_BYTES = 8_000_000_000
+"""Largest memory of the samples that stay on another device than the CPU, shared equally by the splits."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,15 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of images and labels in bytes."""
+        return self.images.nbytes + self.labels.nbytes
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Return images and labels in main memory, as they are; the memory is shared."""
+        return torch.from_numpy(self.images), torch.from_numpy(self.labels)
+
     def at(self, indices: np.ndarray) -> Split:
         """Return the samples at these indices."""
         return Split(self.images[indices], self.labels[indices])
@@ -65,6 +80,8 @@ class TaskData:
         num_classes: labels are 0 .. num_classes - 1; 0: the targets are no classes.
         classes: names of the classes.
         source: one sentence that says which images are in which split.
+        device: where `tensors` and `at` put samples.
+        moved: samples that stay there, so that they are moved once.
     """
 
     calibration: Split | None
@@ -76,6 +93,8 @@ class TaskData:
     num_classes: int
     classes: tuple[str, ...]
     source: str
+    device: torch.device = CPU
+    moved: PieceCache = field(default_factory=lambda: PieceCache(MOVED_BYTES), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if len(self.classes) != self.num_classes:
@@ -96,11 +115,31 @@ class TaskData:
 
     def tensors(self, split: Split) -> tuple[Tensor, Tensor]:
         """Return a split as network input: images (N, C, H, W) float32 normalized, and the labels as they are."""
-        images, labels = torch.from_numpy(split.images), torch.from_numpy(split.labels)
+        return self.normalized(*split.tensors())
+
+    def at(self, split: str, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return samples of a split as network input; on another device than the CPU they stay, if the whole split fits."""
+        samples = self.splits[split]
+
+        def make() -> tuple[Tensor, Tensor]:
+            images, labels = samples.at(indices).tensors()
+            return move(images, self.device), move(labels, self.device)
+
+        if self.device == CPU or samples.nbytes > self.moved.max_bytes / len(self.splits):
+            return self.normalized(*make())
+        return self.normalized(*self.moved.get((split, indices.tobytes()), make))
+
+    def normalized(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return samples as network input, on the device."""
+        images, labels = move(images, self.device), move(labels, self.device)
         if images.dtype == torch.uint8:
-            mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
+            mean, std = (torch.tensor(values, device=self.device).view(1, -1, 1, 1) for values in (self.mean, self.std))
             images = (images.float() / 255 - mean) / std
         return images, labels
+
+    def on(self, device: torch.device) -> TaskData:
+        """Return the data with samples on a device."""
+        return self if device == self.device else replace(self, device=device, moved=PieceCache(self.moved.max_bytes))
 
 
 def _check_split(name: str, split: Split, data: TaskData) -> None:

@@ -12,13 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from secateur.envs.core import InputError
-from secateur.envs.inputs import call_model
+from secateur.envs.devices import CPU
+from secateur.envs.memory import run_model
 from secateur.envs.metric import Metric
 from secateur.envs.tasks.core import Batch, Metrics, Model, Stop, relative_error, tensors_of
 from secateur.envs.tasks.splits import TaskData
 
 PIXELS = 65536
 """Of a batch: its activations have about the size of the processor's cache. 64 images of 32 x 32 pixels."""
+
+
+GPU_PIXELS = 256 * 224 * 224
+"""Of a batch on another device than the CPU: enough work for a large one; the widest layer of VGG-16 takes 3.3 GB in float32."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,10 @@ class SupervisedTask(ABC):
         """Return the parts to compress if the configuration names none; () means the whole model."""
         return ()
 
+    def on(self, device: torch.device) -> Self:
+        """Return the task with its batches on a device; see `Task.on`."""
+        return replace(self, data=self.data.on(device))
+
     def without_training_data(self) -> Self:
         """Return the task without its training split, which the workers of a search do not need."""
         return replace(self, data=replace(self.data, train=None))
@@ -78,14 +87,16 @@ class SupervisedTask(ABC):
 
         Validation images come in a fixed random order, so the first of them are a random sample of the split.
         """
-        images = self.data.splits[split].images
-        order = np.arange(len(images))
+        order = np.arange(self.samples(split))
         if split == "validation":
             order = np.random.default_rng(0).permutation(order)
-        size = size or evaluation_batch(images.shape)
+        size = size or self._batch_size(split)
         for start in range(0, len(order), size):
-            picked = order[start : start + size]
-            yield Batch(*self.data.tensors(self.data.splits[split].at(picked)))
+            yield Batch(*self.data.at(split, order[start : start + size]))
+
+    def _batch_size(self, split: str) -> int:
+        """Return how many samples are in one batch of an evaluation."""
+        return evaluation_batch(self.data.splits[split].images.shape, self.data.device)
 
 
 @dataclass(frozen=True)
@@ -106,10 +117,10 @@ class PerSampleTask(SupervisedTask):
     @torch.inference_mode()
     def evaluate(self, model: Model, split: str, stop: Stop | None = None) -> Metrics:
         """Return the scores of a model; see `Task.evaluate`."""
-        total = -(-self.samples(split) // evaluation_batch(self.data.splits[split].images.shape))
+        total = -(-self.samples(split) // self._batch_size(split))
         counted: list[np.ndarray] = []
         for number, (inputs, targets) in enumerate(self.batches(split), start=1):
-            outputs = call_model(model, inputs)
+            outputs = run_model(model, inputs)
             if broken := sum(not bool(x.isfinite().all()) for x in tensors_of(outputs)):
                 raise InputError(f"{broken} output tensors of the network hold NaN or infinite values, so it has no score.")
             counted.append(self.statistics(outputs, targets))
@@ -123,6 +134,7 @@ def shape_of(outputs: Any) -> str:
     return str(tuple(outputs.shape)) if isinstance(outputs, Tensor) else type(outputs).__name__
 
 
-def evaluation_batch(shape: Sequence[int]) -> int:
+def evaluation_batch(shape: Sequence[int], device: torch.device = CPU) -> int:
     """Return how many images (N, C, H, W), or other arrays of this shape, are in one batch of an evaluation."""
-    return int(np.clip(PIXELS // int(np.prod(shape[2:])), 8, 256))
+    pixels = int(np.prod(shape[2:]))
+    return int(np.clip(PIXELS // pixels, 8, 256)) if device == CPU else int(np.clip(GPU_PIXELS // pixels, 8, 4096))

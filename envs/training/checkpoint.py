@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from secateur.cost_models.core import InputError
+from secateur.envs.devices import CPU, device_of
 from secateur.envs.training.descent import Descent
 
 SCHEMA = 1
@@ -27,7 +28,7 @@ class State:
     """What a training continues from, after some epochs.
 
     Attributes:
-        tensors: of the network, the optimizer, the running average and the random generators; copies.
+        tensors: of the network, the optimizer, the running average and the random generators; copies in main memory.
         optimizer, schedule: their other values, as JSON has them.
         epochs: a record of each finished epoch.
         note: why the training stopped early, in one sentence; "": it did not.
@@ -53,7 +54,9 @@ def capture(descent: Descent, average: Mapping[str, Tensor]) -> State:
     for number, values in descent.optimizer.state_dict()["state"].items():
         tensors[f"{MOMENTUM}.{number}"] = values[MOMENTUM]
     tensors |= {"random.order": descent.generator.get_state(), "random.torch": torch.get_rng_state()}
-    copies = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    if (device := device_of(descent.network)).type == "cuda":
+        tensors["random.cuda"] = torch.cuda.get_rng_state(device)
+    copies = {name: tensor.detach().to(CPU, copy=True, memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     return State(copies, descent.optimizer.state_dict()["param_groups"], dict(descent.schedule.state_dict()))
 
 
@@ -79,6 +82,8 @@ def restore(state: State, descent: Descent, average: Mapping[str, Tensor]) -> No
     descent.schedule.load_state_dict(state.schedule)
     descent.generator.set_state(state.tensors["random.order"])
     torch.set_rng_state(state.tensors["random.torch"])
+    if (device := device_of(descent.network)).type == "cuda" and "random.cuda" in state.tensors:
+        torch.cuda.set_rng_state(state.tensors["random.cuda"], device)
 
 
 def write_checkpoint(path: Path, state: State, identity: Mapping[str, Any]) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from secateur.envs.memory import TRAINING, halving, join_outputs
 from secateur.envs.tasks.core import Batch, map_tensors
 from secateur.envs.training.samples import Samples
 
@@ -33,7 +36,7 @@ class Forward:
         inputs = (*args, *kwargs.values())
         same = self._inputs is not None and len(inputs) == len(self._inputs)
         if not same or any(one is not other for one, other in zip(inputs, self._inputs or (), strict=True)):
-            with autocast(self.dtype):
+            with autocast(self.dtype, inputs):
                 outputs = self.network(*args, **kwargs)
             self.outputs, self._inputs = map_tensors(Tensor.float, outputs), inputs
         return self.outputs
@@ -75,15 +78,36 @@ class Descent:
         """
         total = 0.0
         for indices in torch.randperm(samples.count, generator=self.generator).tensor_split(batches(samples, batch_size)):
-            batch, forward = samples.batch(indices, self.generator), Forward(self.network, dtype)
-            loss = loss_of(forward, batch)
-            self.optimizer.zero_grad()
-            loss.backward()
+            batch = samples.batch(indices, self.generator)
+            outputs, loss = halving(TRAINING, partial(self._backward, batch, loss_of, dtype), max(len(indices) // 2, 1))
             self.optimizer.step()
             self.schedule.step()
-            total += loss.item() * len(indices)
-            after(forward.outputs, batch, loss.item())
+            total += loss * len(indices)
+            after(outputs, batch, loss)
         return total / samples.count
+
+    def _backward(self, batch: Batch, loss_of: LossOf, dtype: torch.dtype, parts: int) -> tuple[Any, float]:
+        """Compute the gradients of a batch, in parts if memory is short; return its outputs and its loss."""
+        self.optimizer.zero_grad()
+        outputs: list[Any] = []
+        total = 0.0
+        for part in _divided(batch, parts):
+            forward = Forward(self.network, dtype)
+            loss = loss_of(forward, part) * (len(part.inputs) / len(batch.inputs))
+            loss.backward()
+            outputs.append(forward.outputs)
+            total += loss.item()
+        return outputs[0] if parts == 1 else join_outputs(outputs), total
+
+
+def _divided(batch: Batch, parts: int) -> list[Batch]:
+    """Return a batch in parts of at least two samples, because batch norm has no variance for one."""
+    if parts == 1:
+        return [batch]
+    count = len(batch.inputs)
+    ends = [round(count * number / parts) for number in range(parts + 1)]
+    slices = [slice(start, end) for start, end in zip(ends, ends[1:], strict=False)]
+    return [Batch(batch.inputs[part], None if batch.targets is None else batch.targets[part]) for part in slices]
 
 
 def batches(samples: Samples, batch_size: int) -> int:
@@ -91,6 +115,8 @@ def batches(samples: Samples, batch_size: int) -> int:
     return -(-samples.count // batch_size)
 
 
-def autocast(dtype: torch.dtype) -> torch.autocast:
-    """Return a context in which networks compute in `dtype`; weights stay in float32."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
+def autocast(dtype: torch.dtype, inputs: Sequence[Any]) -> AbstractContextManager[Any]:
+    """Return a context in which networks compute in `dtype` on the device of their inputs; weights stay in float32."""
+    if dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(next(x.device.type for x in inputs if isinstance(x, Tensor)), dtype)

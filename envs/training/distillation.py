@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateur.cost_models.core import InputError
-from secateur.envs.inputs import call_model
+from secateur.envs.devices import device_of
+from secateur.envs.inputs import call_model, tensors_of_inputs
 from secateur.envs.quantization.trainable import make_quantized, make_trainable, set_progress
 from secateur.envs.tasks.core import Batch, Model, Task, kl_divergence, map_tensors
 from secateur.envs.training.checkpoint import State, capture, network_tensors, read_checkpoint, restore, write_checkpoint
@@ -145,7 +146,8 @@ class Training:
         make_trainable(network, self.config.estimator)
         network = network.to(memory_format=torch.channels_last)
         average = {name: x.detach().clone() for name, x in network_tensors(network) if self.config.ema and x.is_floating_point()}
-        with torch.random.fork_rng(devices=[]):
+        device = device_of(network)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(self.config.seed)  # for dropout
             descent = self._descent(network)
             state = self._continued(stored, descent, average) if stored is not None else capture(descent, average)
@@ -222,7 +224,7 @@ class Training:
         if weight < 1:
             parts.append((1 - weight) * task_loss(self.task, model, batch, self.config.label_smoothing))
         if weight > 0 and self.teacher is not None:
-            with torch.no_grad(), autocast(getattr(torch, self.config.precision)):
+            with torch.no_grad(), autocast(getattr(torch, self.config.precision), tensors_of_inputs(batch.inputs)):
                 wanted = map_tensors(Tensor.float, call_model(self.teacher, batch.inputs))
             outputs = call_model(model, batch.inputs)
             parts.append(weight * imitation_loss(self.task, wanted, outputs, self.config.temperature))

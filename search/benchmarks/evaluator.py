@@ -17,6 +17,7 @@ from torch import nn
 
 from secateur.agents.core import SequenceActor
 from secateur.envs.core import Actor, CompressionPolicy
+from secateur.envs.devices import CPU, describe_device
 from secateur.envs.evaluator import Evaluator, prepare_network
 from secateur.envs.inputs import Inputs, call_model
 from secateur.envs.piece_cache import PieceCache
@@ -34,7 +35,7 @@ from secateur.search.run.ray_runner import available_cores
 STRAIGHTFORWARD_BATCH = 128
 """Images per forward pass of the straightforward way; it is measured with the whole split in one pass as well."""
 
-MATRIX_SIZE = 2048
+MATRIX_SIZE, GPU_MATRIX_SIZE = 2048, 8192
 """Rows and columns of the matrices whose product gives the rate of the arithmetic."""
 
 SLICE, PREPARE, FORWARD = "slice", "fold and convert", "forward"
@@ -77,14 +78,15 @@ def run_evaluator(config: SearchConfig, policies: int) -> None:
         progress.note(f"evaluations in {problem.precision.dtype}: {problem.precision.reason}")
         drawn = [problem.space.decode(actor.sequence) for actor in random_actors(problem, problem.budgets[0], policies)]
         times = []
-        for found in measure_evaluations(problem, drawn, torch_pruning()):
+        for found in measure_evaluations(problem, drawn, torch_pruning() if problem.torch_device == CPU else None):
             times.append(found)
             progress.status(f"policy {len(times)} of {policies}")
         with workers(problem, progress) as runner:
             rate = evaluations_per_second(runner, random_actors(problem, problem.budgets[0], policies + runner.slots))
             slots = runner.slots
     print(speed_table(times))
-    print(f"\nMedians over {policies} policies, {torch.get_num_threads()} torch threads, {problem.dense.images} images.")
+    where = describe_device(problem.torch_device)
+    print(f"\nMedians over {policies} policies, {where}, {problem.dense.images} images, {problem.precision.dtype}.")
     print(f"In a search: {rate:.2f} evaluations/s, {slots} at the same time with one thread each.")
 
 
@@ -117,7 +119,7 @@ def measure_evaluations(
         parts, network, top1 = _timed_parts(evaluator, policy)
         bare, _ = timed(_bare_forward, network, [batch.inputs for batch in problem.task.batches("validation")])
         macs = images * problem.space.costs.of_policy(policy)["macs"]
-        times = EvaluationTimes(parts, top1, bare, macs * seconds_per_mac(evaluator.dtype))
+        times = EvaluationTimes(parts, top1, bare, macs * seconds_per_mac(evaluator.dtype, problem.torch_device))
         if pruning is not None:
             for batch in (STRAIGHTFORWARD_BATCH, images):
                 times.straightforward[batch] = timed(straightforward_top1, problem, policy, pruning, batch)
@@ -125,10 +127,11 @@ def measure_evaluations(
 
 
 @torch.inference_mode()
-def seconds_per_mac(dtype: torch.dtype) -> float:
+def seconds_per_mac(dtype: torch.dtype, device: torch.device) -> float:
     """Return the seconds of one multiply-accumulate in a large square matrix product, now and with torch's threads."""
-    matrix = torch.ones(MATRIX_SIZE, MATRIX_SIZE, dtype=dtype)
-    return min(timed(torch.matmul, matrix, matrix)[0] for _ in range(5)) / MATRIX_SIZE**3
+    size = MATRIX_SIZE if device == CPU else GPU_MATRIX_SIZE
+    matrix = torch.ones(size, size, dtype=dtype, device=device)
+    return min(timed(torch.matmul, matrix, matrix)[0] for _ in range(5)) / size**3
 
 
 def _timed_parts(evaluator: Evaluator, policy: CompressionPolicy) -> tuple[dict[str, float], nn.Module, float]:
@@ -201,7 +204,7 @@ def _straightforward_lines(times: Sequence[EvaluationTimes]) -> list[list[str]]:
 
 def _score_note(times: Sequence[EvaluationTimes]) -> str:
     if not times:
-        return "The straightforward way needs Torch-Pruning: pip install 'secateur[test]'."
+        return "The straightforward way is measured on the CPU, and needs Torch-Pruning: pip install 'secateur[test]'."
     differences = np.array([100 * (policy.top1 - list(policy.straightforward.values())[-1][1]) for policy in times])
     return (
         f"Top-1 minus that of the straightforward way: {differences.mean():+.2f} points on average, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
@@ -47,6 +48,17 @@ def _count_or(word: str, least: int) -> PlainValidator:
         if value == word or (isinstance(value, int) and not isinstance(value, bool) and value >= least):
             return value
         raise InputError(f"must be a whole number from {least} on, or `{word}` (got {value!r})")
+
+    return PlainValidator(check)
+
+
+def _share_or(word: str) -> PlainValidator:
+    """Accept a number that is at least 0, or one word."""
+
+    def check(value: Any) -> float | str:
+        if value == word or (isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")):
+            return value
+        raise InputError(f"must be a number from 0 on, or `{word}` (got {value!r})")
 
     return PlainValidator(check)
 
@@ -118,12 +130,14 @@ class SearchSection(Section):
         score: what the search maximizes. `metric`: the task's metric on the validation split; `divergence`: agreement with the
             dense model's outputs on calibration samples, without labels. Finalists are always compared by the metric.
         seed: random seed of the agent and of everything else that draws random numbers.
-        workers: number of evaluations at the same time, each in a Ray worker; "auto": one per core; 0: in this process,
-            without Ray.
+        workers: number of evaluations at the same time, each in a Ray worker; "auto": one per core, or as many as the GPUs
+            have room for; 0: in this process, without Ray.
+        gpus_per_worker: how much of a GPU a worker takes: 0.25 lets four of them share one; "auto": a whole one if
+            `compute.device` is a GPU. 0: Ray assigns none.
         address: address of a running Ray cluster; None: the search starts a local one, and stops it at the end.
         time_limit: seconds after which no new evaluation starts; None: no limit.
-        precision: number format of the evaluations; "auto": bfloat16 where the processor supports it and the dense model
-            keeps its score. Final scores are always computed in float32.
+        precision: number format of the evaluations; "auto": bfloat16 where the processor or GPU supports it (float16 on older
+            GPUs) and the dense model keeps its score. Final scores are always computed in float32.
         racing: whether the evaluation of a policy stops after the first images if it is clearly worse than an evaluated
             one of the same cost; see envs/racing.py. It has no effect unless the metric is a share of correct answers. With
             Ray, the order in which evaluations finish decides which ones stop.
@@ -135,9 +149,10 @@ class SearchSection(Section):
     score: ScoreEntry = PluginEntry(name="metric")
     seed: Annotated[StrictInt, Field(ge=0)] = 0
     workers: Annotated[int | str, _count_or("auto", 0)] = "auto"
+    gpus_per_worker: Annotated[float | str, _share_or("auto")] = "auto"
     address: StrictStr | None = None
     time_limit: Annotated[float, Field(gt=0)] | None = None
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     racing: StrictBool = False
 
     @field_validator("agent")
@@ -152,6 +167,24 @@ class SearchSection(Section):
         if "agent" in info.data:
             check_plugin(plugins_of("secateur.agents:AGENTS"), info.data["agent"], options)
         return options
+
+
+class ComputeSection(Section):
+    """Where the networks are computed: calibration, importances, sensitivities, evaluation, repair and training.
+
+    Attributes:
+        device: "cpu"; "cuda" or "cuda:1": a GPU; "auto": a GPU where there is one. Exports are written and verified on the
+            CPU, and latencies are measured by the runtime of the `device` at the top level.
+    """
+
+    device: StrictStr = "auto"
+
+    @field_validator("device")
+    @classmethod
+    def _known(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+            raise InputError(f"must be `auto`, `cpu`, `cuda`, or the number of a GPU such as `cuda:1` (got {device})")
+        return device
 
 
 class SpaceSection(Section):
@@ -304,6 +337,7 @@ class SearchConfig(Section):
     task: TaskEntry = PluginEntry(name="classification")
     device: DeviceEntry = None
     search: SearchSection = SearchSection.model_construct()
+    compute: ComputeSection = ComputeSection()
     space: SpaceSection = SpaceSection.model_construct()
     importance: ImportanceEntry = PluginEntry(name="l1_norm")
     quantizer: QuantizerEntry = PluginEntry(name="uniform")

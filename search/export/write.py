@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from secateur.cost_models.core import FLOAT_BITS, LayerShape
 from secateur.envs.core import Budget, CompressionPolicy, Evaluation, InputError
+from secateur.envs.devices import CPU, move_network
 from secateur.envs.inputs import Inputs, call_model, describe_inputs, positional, samples_like, signature_of
 from secateur.envs.model_graph.trace import root_cause
 from secateur.envs.parts import part_names, parts_of, whole_with
@@ -115,7 +116,7 @@ def write_export(
         RuntimeError: if the model that is read back computes something else.
     """
     built = BuiltNetwork(problem.finalist_assembler.assemble(policy)) if built is None else built
-    network = built.network
+    problem, network = problem.on(CPU), move_network(built.network, CPU)
     given = problem.given
     # The user's own configuration named the factory, so here it is called without a check.
     factory = problem.config.model.factory if given is None else given.model

@@ -72,15 +72,23 @@ class RayRunner:
 
     Args:
         make_env: returns a worker's environment; sent once to Ray's object store, so it may hold the whole problem.
-        workers: how many; "auto": as many as there are cores.
+        workers: how many; "auto": as many as there are cores, and GPUs if the workers ask for them.
         address: of a running cluster; "local": start one for this runner, and end it in `close`. A connection that this
             process already has is used and left open.
         threads: torch threads, and cores, per worker.
+        gpus: GPUs per worker, or a share of one; None: one if the cluster has any.
     Raises:
-        InputError: if there is no cluster at `address`, or it has too few cores.
+        InputError: if there is no cluster at `address`, or it has too few cores or GPUs.
     """
 
-    def __init__(self, make_env: Callable[[], CompressionEnv], workers: int | str, address: str = LOCAL, threads: int = 1):
+    def __init__(
+        self,
+        make_env: Callable[[], CompressionEnv],
+        workers: int | str,
+        address: str = LOCAL,
+        threads: int = 1,
+        gpus: float | None = 0.0,
+    ):
         self._threads = threads
         self._folder: str | None = None
         self._workers: list[Any] = []
@@ -92,7 +100,9 @@ class RayRunner:
         if self._connected:
             self._connect(address, workers)
         try:
-            self.slots = self._count(workers)
+            all_gpus = self._ray.cluster_resources().get("GPU", 0.0)
+            self._gpus = min(all_gpus, 1.0) if gpus is None else gpus
+            self.slots = self._count(workers, all_gpus)
             # Kept: Ray forgets what only the constructor calls of its actors refer to, and replacements need it too.
             self._make_env = ray.put(make_env)
             self._workers = [self._new_worker() for _ in range(self.slots)]
@@ -116,19 +126,25 @@ class RayRunner:
                 "probably taken. Lower `search.workers`, or try again later."
             ) from None
 
-    def _count(self, workers: int | str) -> int:
+    def _count(self, workers: int | str, all_gpus: float) -> int:
         cores = int(self._ray.cluster_resources().get("CPU", 0))
         if isinstance(workers, str):  # AUTO
-            return max(cores // self._threads, 1)
+            fitting = cores // self._threads
+            return max(min(fitting, int(all_gpus / self._gpus + 1e-6)) if self._gpus else fitting, 1)
         if workers * self._threads > cores:
             raise InputError(
                 f"`search.workers: {workers}` needs {workers * self._threads} cores, but the Ray cluster has {cores}. "
                 "Lower it, or write `auto`."
             )
+        if workers * self._gpus > all_gpus + 1e-6:
+            raise InputError(
+                f"`search.workers: {workers}` with {self._gpus:g} GPUs each needs {workers * self._gpus:g} GPUs, but the Ray "
+                f"cluster has {all_gpus:g}. Lower `search.workers` or `search.gpus_per_worker`, or set `compute.device: cpu`."
+            )
         return workers
 
     def _new_worker(self) -> Any:
-        options = {"num_cpus": self._threads, "max_restarts": 0, "max_task_retries": 0}
+        options = {"num_cpus": self._threads, "num_gpus": self._gpus, "max_restarts": 0, "max_task_retries": 0}
         return self._ray.remote(_Worker).options(**options).remote(self._make_env, self._threads)
 
     def _connect(self, address: str, workers: int | str) -> None:

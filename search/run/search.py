@@ -14,6 +14,7 @@ from rich.console import Console
 from secateur.agents.core import Agent, Saving
 from secateur.cost_models.device import write_device
 from secateur.envs.core import Actor, Episode
+from secateur.envs.devices import CPU, describe_device
 from secateur.search.build import build_agent, build_front, build_problem, open_runner, prepare
 from secateur.search.config import Overrides, SearchConfig
 from secateur.search.given import Given
@@ -84,7 +85,8 @@ def resume(
 def _run(problem: Problem, run: Path | None, recorded: Recorded | None, progress: SearchProgress) -> Path:
     """Search in a new folder, or in that of a resumed run."""
     config = problem.config
-    progress.note(f"evaluations in {problem.precision.dtype}: {problem.precision.reason}")
+    where = "" if problem.torch_device == CPU else f" on {describe_device(problem.torch_device)}"
+    progress.note(f"evaluations in {problem.precision.dtype}{where}: {problem.precision.reason}")
     if run is not None:
         problem = _with_measured(problem, run)
     problem = prepare(problem, config.search.agent, config.search.options, progress.status)
@@ -128,12 +130,17 @@ def _evaluate(
     elif before < config.search.evaluations:
         progress.note(f"replaying {before} recorded evaluations")
 
+    noted: set[str] = set()
+
     def on_episode(actor: Actor, episode: Episode) -> None:
         if recorded is not None and recorded.take(episode):
             return
         recorder.record(front.evaluations, config.search.agent, episode)
         if front.add(episode):
             write_front(run, front.document(describe))
+        if episode.evaluation is not None and (text := episode.evaluation.note) and text not in noted:
+            noted.add(text)
+            progress.note(text)
         progress.on_episode()
 
     out_of_time, total = _clock(config.search.time_limit), config.search.evaluations

@@ -89,6 +89,7 @@ class StudyRecorder:
         attributes = {"evaluation": number, "agent": agent, "budget": episode.budget, "feasible": episode.feasible}
         if episode.evaluation is not None:
             attributes |= {name: getattr(episode.evaluation, name) for name in ("images", "seconds", "stopped")}
+            attributes |= {"note": episode.evaluation.note} if episode.evaluation.note else {}
             attributes |= {f"cost/{name}": float(value) for name, value in episode.evaluation.costs.items()}
         if failure is not None:
             attributes["failure"] = failure

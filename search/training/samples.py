@@ -36,7 +36,7 @@ def training_samples(problem: Problem, config: DistillationConfig) -> tuple[Samp
     elif not isinstance(problem.task, SupervisedTask):
         reason = "A task of functions has no training images"
     else:
-        data = load_training_data(problem.config)
+        data = load_training_data(problem.config).on(problem.torch_device)
         if data.train is not None:
             if (config.shift or config.flip) and data.train.labels.ndim > 1:
                 raise InputError(

@@ -50,4 +50,4 @@ def _group_scores(model: nn.Module, group: ChannelGroup, scales: Mapping[str, Te
     per_norm = [unit_rows(scales[place.tensor], place).abs().mean(1) for place in group.slices if place.tensor in scales]
     if not per_norm:
         return mean_l1_norm(model, group)
-    return torch.stack(per_norm).mean(0).numpy()
+    return torch.stack(per_norm).mean(0).cpu().numpy()

@@ -70,5 +70,5 @@ def reciprocal_scores(filters: Tensor) -> np.ndarray:
     distances = torch.cdist(filters, filters, compute_mode="donot_use_mm_for_euclid_dist")
     distances.fill_diagonal_(-1.0)
     order = distances.argsort(dim=1, stable=True)
-    places = torch.empty_like(order).scatter_(1, order, torch.arange(units).expand(units, units))
-    return (units - 1 - places.amax(0) + (1 - places.double().mean(0) / units)).numpy()
+    places = torch.empty_like(order).scatter_(1, order, torch.arange(units, device=order.device).expand(units, units))
+    return (units - 1 - places.amax(0) + (1 - places.double().mean(0) / units)).cpu().numpy()

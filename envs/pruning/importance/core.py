@@ -34,6 +34,7 @@ class DenseModel:
             if the importance does not need images.
         rng: the only source of randomness.
         loss: training loss of a model on a batch; by default the cross-entropy of classes.
+        parts: number of parts that batches are divided into, because memory is short.
     """
 
     model: nn.Module
@@ -43,6 +44,11 @@ class DenseModel:
     labels: Tensor | None
     rng: np.random.Generator
     loss: Callable[[nn.Module, Batch], Tensor] = cross_entropy
+    parts: int = 1
+
+    def fitting(self, size: int) -> int:
+        """Return the batch size to use in place of `size`."""
+        return max(size // self.parts, 1)
 
     def first_images(self, most: int) -> Inputs:
         """Return the first calibration inputs, at most `most`.

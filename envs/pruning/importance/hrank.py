@@ -64,13 +64,13 @@ class HRank:
                 hooks.append(dense.model.get_submodule(name).register_forward_pre_hook(adder))
         try:
             with torch.inference_mode():
-                for batch in images.split(self.config.batch_size):
+                for batch in images.split(dense.fitting(self.config.batch_size)):
                     call_model(dense.model, batch)
         finally:
             for hook in hooks:
                 hook.remove()
         return tuple(
-            mean_l1_norm(dense.model, group) if total is None else total.numpy() / len(images)
+            mean_l1_norm(dense.model, group) if total is None else total.cpu().numpy() / len(images)
             for group, total in zip(dense.graph.groups, totals, strict=True)
         )
 

@@ -125,7 +125,7 @@ def _share(found: Reader, entries: np.ndarray, matrices: tuple | None) -> Elimin
     if matrices is None:
         return unit_energy(found, entries)
     (inverse, damping), energy = matrices
-    flat = torch.tensor(entries.ravel())
+    flat = torch.tensor(entries.ravel(), device=inverse.device)
     weight = found.weight[0][:, flat]
     return Elimination(inverse[flat[:, None], flat], weight.T @ weight / energy, damping, entries.shape[1])
 
@@ -134,7 +134,8 @@ def damped_inverse(moments: Tensor, damping: float) -> tuple[Tensor, float]:
     """Return H^-1 (entries, entries) and lambda; lambda is multiplied by ten while rounding errors make H indefinite."""
     damping *= max(float(moments.diagonal().mean()), 1e-12)
     while True:
-        factor, failed = torch.linalg.cholesky_ex(moments + damping * torch.eye(len(moments), dtype=moments.dtype))
+        identity = torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
+        factor, failed = torch.linalg.cholesky_ex(moments + damping * identity)
         if not failed:
             return torch.cholesky_inverse(factor), damping
         damping *= 10
@@ -156,7 +157,7 @@ class Elimination:
         self._start_panel()
 
     def _start_panel(self) -> None:
-        units = torch.arange(len(self.inverse) // self.block)
+        units = torch.arange(len(self.inverse) // self.block, device=self.inverse.device)
         self.inverse_blocks, self.gram_blocks = (
             matrix.view(len(units), self.block, len(units), self.block)[units, :, units].clone()
             for matrix in (self.inverse, self.gram)
@@ -170,7 +171,7 @@ class Elimination:
             costs = (self.gram_blocks / self.inverse_blocks).view(-1)
         else:
             costs = torch.linalg.solve(self.inverse_blocks, self.gram_blocks).diagonal(dim1=1, dim2=2).sum(1)
-        return (costs - self.own).numpy()
+        return (costs - self.own).cpu().numpy()
 
     def remove(self, unit: int) -> None:
         """Remove one of the remaining units.
@@ -189,11 +190,12 @@ class Elimination:
         self.inverse_blocks -= step.mT @ row
         change = step.mT @ turn
         self.gram_blocks -= change + change.mT
-        self.inverse_blocks[unit] = torch.eye(self.block, dtype=self.inverse.dtype)
+        self.inverse_blocks[unit] = torch.eye(self.block, dtype=self.inverse.dtype, device=self.inverse.device)
 
     def end_panel(self, left: Tensor) -> None:
         """Update the matrices of the remaining units and drop those of the others."""
-        entries = (left[:, None] * self.block + torch.arange(self.block)).flatten()
+        left = left.to(self.inverse.device)
+        entries = (left[:, None] * self.block + torch.arange(self.block, device=left.device)).flatten()
         rows, steps, turns = (buffer[:, entries] for buffer in (self.rows, self.steps, self.turns))
         change = steps.T @ turns
         self.inverse = self.inverse[entries[:, None], entries] - steps.T @ rows

@@ -55,7 +55,7 @@ class Taylor:
         parameters = named_parameters(model)
         places = [_gates(model, group) for group in dense.graph.groups]
         totals = [np.zeros(group.units) for group in dense.graph.groups]
-        batches = dense.first_batches(self.config.max_images, self.config.batch_size)
+        batches = dense.first_batches(self.config.max_images, dense.fitting(self.config.batch_size))
         for batch in batches:
             model.zero_grad()
             dense.loss(model, batch).backward()
@@ -80,4 +80,4 @@ def _first_order(parameters: dict[str, nn.Parameter], places: list[TensorSlice])
         parameter = parameters[place.tensor]
         if parameter.grad is not None:
             products.append(unit_rows(parameter * parameter.grad, place).sum(1))
-    return torch.stack(products).sum(0).numpy()
+    return torch.stack(products).sum(0).cpu().numpy()

@@ -75,7 +75,7 @@ class WhiteBox:
         if masked.masks:
             self._train(masked, dense)
         return tuple(
-            masked.masks[group.name].detach().double().mean(0).abs().numpy()
+            masked.masks[group.name].detach().double().mean(0).abs().cpu().numpy()
             if group.name in masked.masks
             else mean_l1_norm(dense.model, group)
             for group in dense.graph.groups
@@ -89,7 +89,8 @@ class WhiteBox:
         masks = list(masked.masks.values())
         optimizer = torch.optim.Adam(masks, self.config.learning_rate)
         for _ in range(self.config.epochs):
-            for picked in torch.randperm(len(images), generator=generator).split(self.config.batch_size):
+            for order in torch.randperm(len(images), generator=generator).split(dense.fitting(self.config.batch_size)):
+                picked = order.to(labels.device)
                 masked.coefficients = class_coefficients(labels[picked], masked.classes, generator)
                 scores = torch.cat([mask.mean(0) for mask in masks])
                 loss = F.cross_entropy(call_model(masked.model, images[picked]), labels[picked])
@@ -108,13 +109,13 @@ class _MaskedModel:
         if not isinstance(scores, Tensor) or scores.dim() != 2:
             raise InputError("`importance: white_box` needs a model that returns class scores. Choose another importance.")
         self.classes = scores.shape[1]
-        self.coefficients = torch.empty(0, self.classes)
+        self.coefficients = scores.new_empty(0, self.classes)
         self.masks: dict[str, Tensor] = {}
         for group in dense.graph.groups:
             for name in group.consumers:
                 channels = input_channels(self.model, group, name)
                 if channels is not None:
-                    self.masks.setdefault(group.name, torch.ones(self.classes, group.units, requires_grad=True))
+                    self.masks.setdefault(group.name, scores.new_ones(self.classes, group.units).requires_grad_())
                     self.model.get_submodule(name).register_forward_pre_hook(self._hook(group.name, channels))
 
     def _hook(self, group: str, channels: Tensor) -> Callable:
@@ -122,7 +123,7 @@ class _MaskedModel:
             x = inputs[0]
             axis = x.dim() - 1 if isinstance(layer, nn.Linear) else 1
             per_unit = self.coefficients @ self.masks[group]  # eq. (1), (images, units)
-            factors = torch.ones(len(x), x.shape[axis]).index_copy(
+            factors = x.new_ones(len(x), x.shape[axis]).index_copy(
                 1, channels.flatten(), per_unit.repeat_interleave(channels.shape[1], dim=1)
             )
             shape = [len(x), *[1] * (x.dim() - 1)]
@@ -134,5 +135,5 @@ class _MaskedModel:
 
 def class_coefficients(labels: Tensor, classes: int, generator: torch.Generator) -> Tensor:
     """Return the coefficients of eq. (1) over their sum, (images, classes): 1 for the image's class, U(0, 1) for the others."""
-    drawn = torch.rand(len(labels), classes, generator=generator).scatter(1, labels[:, None], 1.0)
+    drawn = torch.rand(len(labels), classes, generator=generator).to(labels.device).scatter(1, labels[:, None], 1.0)
     return drawn / drawn.sum(1, keepdim=True)

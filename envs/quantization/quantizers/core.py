@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 import torch
@@ -49,6 +49,11 @@ class QuantizedWeight:
     scale: Tensor
     bits: int
     levels: Tensor | None = None
+
+    def on(self, device: torch.device) -> QuantizedWeight:
+        """Return the quantized weight with its tensors on a device."""
+        levels = None if self.levels is None else self.levels.to(device)
+        return replace(self, codes=self.codes.to(device), scale=self.scale.to(device), levels=levels)
 
     def dequantize(self) -> Tensor:
         """Return level * scale for each output channel (axis 0), float32; every call returns identical bits."""

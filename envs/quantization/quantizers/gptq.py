@@ -76,11 +76,12 @@ class GPTQ:
         check_bits(bits)
         if statistics is None or statistics.kind not in (FULL, CHANNEL) or not statistics.moments[:, :-1, :-1].any():
             return Uniform().quantize_weight(weight, bits)
-        curvature = _curvature(statistics, self.config.damping)
+        curvature = _curvature(statistics, self.config.damping, weight.device)
         # If the moments are those of one pixel, H is taken as block-diagonal: each kernel position is rounded separately.
         area = statistics.area if statistics.kind == CHANNEL else 1
         relative = relative_rows(weight)
-        grids = [symmetric_grid(bits), half_step_grid(bits)] if bits == 2 else [symmetric_grid(bits)]
+        makers = (symmetric_grid, half_step_grid) if bits == 2 else (symmetric_grid,)
+        grids = [make(bits).on(weight.device) for make in makers]
         roundings = [_rounded(relative, grid, curvature, area) for grid in grids]
         values, scale, grid, _ = min(roundings, key=lambda rounding: rounding[3])
         return grid.quantized(values, relative.scales(scale), weight.shape)
@@ -109,14 +110,14 @@ class Curvature:
         return (errors @ self.matrix * errors).sum(2)
 
 
-def _curvature(statistics: LayerStatistics, damping: float) -> Curvature:
+def _curvature(statistics: LayerStatistics, damping: float, device: torch.device) -> Curvature:
     """Return the curvature of a layer; each conv group has its own lambda."""
-    matrix = torch.tensor(statistics.moments[:, :-1, :-1], dtype=torch.float64)
+    matrix = torch.tensor(statistics.moments[:, :-1, :-1], dtype=torch.float64, device=device)
     means = matrix.diagonal(dim1=1, dim2=2).mean(1)
     means = torch.where(means > 0, means, means.mean())[:, None, None]  # the inputs of a group may all be zero
-    matrix = (matrix + damping * means * torch.eye(matrix.shape[1], dtype=torch.float64)) / means.mean()
+    matrix = (matrix + damping * means * torch.eye(matrix.shape[1], dtype=torch.float64, device=device)) / means.mean()
     order = matrix.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
-    sorted_matrix = matrix[torch.arange(len(order))[:, None, None], order[:, :, None], order[:, None]]
+    sorted_matrix = matrix[torch.arange(len(order), device=device)[:, None, None], order[:, :, None], order[:, None]]
     upper = torch.linalg.cholesky(sorted_matrix.flip(1, 2)).flip(1, 2)  # from the last row up
     feedback = (upper / upper.diagonal(dim1=1, dim2=2)[:, None]).transpose(1, 2)
     return Curvature(matrix.float(), order, feedback.float().contiguous())

@@ -51,7 +51,7 @@ class PowerOfTwo:
     def quantize_weight(self, weight: Tensor, bits: int, statistics: LayerStatistics | None = None) -> QuantizedWeight:
         """See `Quantizer.quantize_weight`."""
         check_bits(bits)
-        grid, relative = power_of_two_grid(bits), relative_rows(weight)
+        grid, relative = power_of_two_grid(bits).on(weight.device), relative_rows(weight)
         scale = choose_scale(relative.rows, grid, self.config.clip)
         return grid.quantized(grid.round(relative.rows / scale[:, None]), relative.scales(scale), weight.shape)
 

@@ -96,8 +96,8 @@ class ScaleEstimator:
             kept: kept units of the group.
             producers: the quantized layers among the group's producers.
         """
-        product, square = torch.zeros(len(kept)).double(), torch.zeros(len(kept)).double()
-        factor = torch.ones(len(kept)).double()
+        device = candidate.layers[producers[0]].weight.device
+        product, square, factor = (torch.full((len(kept),), x, dtype=torch.float64, device=device) for x in (0.0, 0.0, 1.0))
         for name, place in normed_producers(candidate, group):
             if name not in producers:
                 continue
@@ -124,7 +124,7 @@ class ScaleEstimator:
 def scale_inputs(candidate: CandidateNetwork, name: str, place: TensorSlice, kept: np.ndarray, scales: Tensor) -> None:
     """Multiply a layer's weights for a group's kept units by the scales, (units,)."""
     weight = candidate.layers[name].weight.detach()
-    factors = torch.ones(weight.shape[1])
+    factors = weight.new_ones(weight.shape[1])
     positions = np.searchsorted(candidate.kept_axes(name).inputs, place.positions[kept])
-    factors[torch.from_numpy(positions)] = scales.float()[:, None].expand(positions.shape)
+    factors[torch.from_numpy(positions).to(weight.device)] = scales.float()[:, None].expand(positions.shape)
     candidate.set_weight(name, weight * factors.view(1, -1, *[1] * (weight.dim() - 2)))

@@ -62,7 +62,7 @@ class Moments:
 
     def restricted(self, channels: np.ndarray) -> Moments:
         """Return the moments of some of the channels."""
-        picked = torch.from_numpy(channels)
+        picked = torch.from_numpy(channels).to(self.mean.device)
         return Moments(self.mean[picked], self.covariance[picked[:, None], picked], self.known, self.size)
 
 
@@ -112,7 +112,7 @@ def output_moments(layer: PlainLayer, weight: Tensor, moments: Moments, spatial_
     """
     rows = _grouped(layer, weight, moments.size)
     groups, _, channels, _ = rows.shape
-    picked = torch.arange(groups)
+    picked = torch.arange(groups, device=rows.device)
     blocks = moments.covariance.view(groups, channels, groups, channels)[picked, :, picked]
     mean = torch.einsum("goip,gi->go", rows, moments.mean.view(groups, channels))
     variance = torch.zeros_like(mean)
@@ -141,7 +141,7 @@ def _grouped(layer: nn.Module, weight: Tensor, size: tuple[int, ...]) -> Tensor:
 
 def _decorrelated(rows: Tensor, layer: nn.Module, size: tuple[int, ...], r: float) -> tuple[Tensor, ...]:
     """Return W L with S = L L^T for each position, (conv groups, outputs, channels): eq. (2) is the sum over these parts."""
-    return (rows @ torch.linalg.cholesky(_spatial(layer, size, r)).float()).unbind(3)
+    return (rows @ torch.linalg.cholesky(_spatial(layer, size, r)).float().to(rows.device)).unbind(3)
 
 
 def _spatial(layer: Any, size: tuple[int, ...], r: float) -> Tensor:
@@ -154,15 +154,20 @@ def _spatial(layer: Any, size: tuple[int, ...], r: float) -> Tensor:
     return reduce(torch.kron, blocks, torch.ones(1, 1, dtype=torch.float64))
 
 
+def _white_noise(channels: int, device: torch.device) -> Moments:
+    """Return the moments that stand for an unknown input."""
+    return Moments(torch.zeros(channels, device=device), torch.eye(channels, device=device), False)
+
+
 def _layer(layer: nn.Module, moments: Moments | None, r: float) -> Moments | None:
     if not is_plain(layer):
         return None
     if moments is None:
         channels = layer.weight.shape[1] * getattr(layer, "groups", 1)
-        moments = Moments(torch.zeros(channels), torch.eye(channels), False)
+        moments = _white_noise(channels, layer.weight.device)
     rows = _grouped(layer, layer.weight, moments.size)
     groups, _, channels, _ = rows.shape
-    covariance = torch.zeros(len(layer.weight), len(layer.weight))
+    covariance = rows.new_zeros(len(layer.weight), len(layer.weight))
     for part in _decorrelated(rows, layer, moments.size, r):
         half = (part @ moments.covariance.view(groups, channels, -1)).flatten(0, 1)  # W C, (outputs, channels)
         covariance += (part @ half.T.reshape(groups, channels, -1)).flatten(0, 1)
@@ -177,7 +182,7 @@ def _batch_norm(norm: Any, moments: Moments | None) -> Moments | None:
     mean = torch.zeros_like(norm.running_mean) if norm.bias is None else norm.bias.detach().float()
     gamma = torch.ones_like(mean) if norm.weight is None else norm.weight.detach().float()
     deviation = gamma * (norm.running_var / (norm.running_var + norm.eps)).sqrt()
-    correlation = torch.eye(len(mean)) if moments is None else _correlation(moments.covariance)
+    correlation = torch.eye(len(mean), device=mean.device) if moments is None else _correlation(moments.covariance)
     return Moments(mean, correlation * deviation * deviation[:, None])
 
 
@@ -192,12 +197,13 @@ def _function(operation: Operation, inputs: list[Moments]) -> Moments | None:
     (x,) = inputs
     function = _operator(operation)
     deviation = x.covariance.diagonal().clamp_min(0).sqrt().double()
-    density = torch.exp(-_GRID.square() / 2)
+    grid = _GRID.to(x.mean.device)
+    density = torch.exp(-grid.square() / 2)
     density = density / density.sum()
-    y = function((x.mean.double()[:, None] + deviation[:, None] * _GRID).float()).double()  # (channels, points)
+    y = function((x.mean.double()[:, None] + deviation[:, None] * grid).float()).double()  # (channels, points)
     if not y.isfinite().all():  # for example a logarithm
         return None
-    coefficients = y * density @ torch.from_numpy(_hermite()).T  # a_n, (channels, terms)
+    coefficients = y * density @ torch.from_numpy(_hermite()).to(y.device).T  # a_n, (channels, terms)
     correlation = _correlation(x.covariance).double()
     covariance, power = torch.zeros_like(correlation), torch.ones_like(correlation)
     for a in coefficients.T[1:]:
@@ -257,7 +263,7 @@ def synthetic_statistics(layer: Any, moments: Moments, spatial_correlation: floa
     Range and samples are empty, because moments do not determine them.
     """
     groups, area = getattr(layer, "groups", 1), 1 if isinstance(layer, nn.Linear) else layer.weight[0, 0].numel()
-    spatial = _spatial(layer, moments.size, spatial_correlation)
+    spatial = _spatial(layer, moments.size, spatial_correlation).to(moments.mean.device)
     channels = len(moments.mean) // groups
     entries = channels * len(spatial)
     if 4 * groups * (entries + 1) ** 2 > MAX_STATISTICS_BYTES:
@@ -265,10 +271,10 @@ def synthetic_statistics(layer: Any, moments: Moments, spatial_correlation: floa
     result = np.empty((groups, entries + 1, entries + 1), np.float32)
     for group, mean in enumerate(moments.mean.double().view(groups, channels)):
         part = slice(group * channels, (group + 1) * channels)
-        mean = torch.cat([mean.repeat_interleave(len(spatial)), torch.ones(1)]).double()
+        mean = torch.cat([mean.repeat_interleave(len(spatial)), mean.new_ones(1)])
         second = torch.outer(mean, mean)
         second[:-1, :-1] += torch.kron(moments.covariance[part, part].double(), spatial)
-        result[group] = second.numpy()
+        result[group] = second.cpu().numpy()
     return LayerStatistics(FULL, result, 0.0, 0.0, np.zeros(0, np.float32), area, 0)
 
 
@@ -306,7 +312,7 @@ def dense_state(candidate: CandidateNetwork, name: str, moments: Moments | None)
     if moments is not None:
         per_group = len(moments.mean) // getattr(dense, "groups", 1)
         moments = moments.restricted((axes.conv_groups[:, None] * per_group + np.arange(per_group)).ravel())
-    return LayerState(dense.weight.detach()[torch.from_numpy(axes.outputs)], moments)
+    return LayerState(dense.weight.detach()[torch.from_numpy(axes.outputs).to(dense.weight.device)], moments)
 
 
 def current_state(candidate: CandidateNetwork, name: str, moments: Moments | None) -> LayerState:
@@ -336,7 +342,7 @@ def restate_statistics(
     states = []
     for state in (before, after):
         channels = state.weight.shape[1] * getattr(layer, "groups", 1)
-        noise = Moments(torch.zeros(channels), torch.eye(channels))
+        noise = _white_noise(channels, state.weight.device)
         states.append(output_moments(layer, state.weight, state.moments or noise, spatial_correlation))
     (mean, variance), (new_mean, new_variance) = states
     if candidate.has_intercept(name):

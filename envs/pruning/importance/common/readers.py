@@ -74,7 +74,7 @@ def reader(dense: DenseModel, name: str, after_norm: bool = False) -> Reader | N
     rows = weight.reshape(len(statistics.moments), -1, weight.shape[1], statistics.area)  # (conv groups, outputs, inputs, area)
     per_channel = statistics.kind in (CHANNEL, DIAGONAL)
     rows = rows.transpose(2, 3).flatten(1, 2) if per_channel else rows.flatten(2)
-    moments = torch.tensor(statistics.moments, dtype=torch.float64)
+    moments = torch.tensor(statistics.moments, dtype=torch.float64, device=weight.device)
     squares = moments[:, 1] if statistics.kind == DIAGONAL else moments.diagonal(dim1=1, dim2=2)[:, :-1]
     return Reader(rows, _used_moments(statistics, moments, layer.bias is not None or norm is not None), squares)
 
@@ -97,13 +97,13 @@ def unit_energy(found: Reader, entries: np.ndarray) -> np.ndarray:
         found: the layer that reads the units.
         entries: entries of each unit, (units, block).
     """
-    rows = found.weight[:, :, torch.tensor(entries)]  # (conv groups, rows, units, block)
+    rows = found.weight[:, :, torch.tensor(entries, device=found.weight.device)]  # (conv groups, rows, units, block)
     if found.diagonal:
         energy = (rows.square().sum(1) * found.moments[:, entries]).sum((0, 2))
     else:
         blocks = found.moments[:, entries[:, :, None], entries[:, None]]  # (conv groups, units, block, block)
         energy = torch.einsum("gruk,gukl,grul->u", rows, blocks, rows)
-    return (energy / found.energy).numpy()
+    return (energy / found.energy).cpu().numpy()
 
 
 def input_place(model: nn.Module, group: ChannelGroup, name: str) -> TensorSlice | None:
@@ -131,7 +131,8 @@ def input_channels(model: nn.Module, group: ChannelGroup, name: str) -> Tensor |
     layer: Any = model.get_submodule(name)
     conv_groups = getattr(layer, "groups", 1) if place.axis == 1 else 1
     first = np.arange(conv_groups) * layer.weight.shape[1]
-    return torch.from_numpy((first[:, None] + place.positions[:, None]).reshape(group.units, -1))
+    positions = (first[:, None] + place.positions[:, None]).reshape(group.units, -1)
+    return torch.from_numpy(positions).to(layer.weight.device)
 
 
 def _norm(dense: DenseModel, name: str) -> Any:

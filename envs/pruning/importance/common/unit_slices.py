@@ -14,7 +14,7 @@ from secateur.envs.weight_layout import is_transposed
 
 def unit_rows(tensor: Tensor, place: TensorSlice) -> Tensor:
     """Return all entries of each unit in one tensor, (units, elements) float64."""
-    positions = torch.as_tensor(place.positions)
+    positions = torch.as_tensor(place.positions, device=tensor.device)
     picked = tensor.detach().double().movedim(place.axis, 0)[positions.reshape(-1)]
     return picked.reshape(len(positions), -1)
 
@@ -49,7 +49,7 @@ def mean_over_producers(model: nn.Module, group: ChannelGroup, norm: Callable[[T
     """
     parameters = named_parameters(model)
     per_producer = [norm(unit_rows(parameters[place.tensor], place)) for place in producer_weights(model, group)]
-    return torch.stack(per_producer).mean(0).numpy()
+    return torch.stack(per_producer).mean(0).cpu().numpy()
 
 
 def mean_l1_norm(model: nn.Module, group: ChannelGroup) -> np.ndarray:

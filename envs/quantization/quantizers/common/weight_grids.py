@@ -10,7 +10,8 @@ layers the signal becomes weak; with eq. (1), the error is orthogonal to w.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -46,18 +47,26 @@ class WeightGrid:
     bits: int
     offset: float | None
 
+    def on(self, device: torch.device) -> WeightGrid:
+        """Return the grid with its values on a device."""
+        return replace(self, values=self.values.to(device))
+
     def round(self, x: Tensor) -> Tensor:
         """Return the nearest values, same shape."""
         if self.offset is None:
             return self.values[torch.bucketize(x, (self.values[1:] + self.values[:-1]) / 2)]
-        return (x - self.offset).round_().add_(self.offset).clamp_(float(self.values[0]), float(self.values[-1]))
+        return (x - self.offset).round_().add_(self.offset).clamp_(*self._ends)
+
+    @cached_property
+    def _ends(self) -> tuple[float, float]:
+        return float(self.values[0]), float(self.values[-1])
 
     def quantized(self, values: Tensor, scale: Tensor, shape: torch.Size) -> QuantizedWeight:
         """Return values of the grid, (outputs, ...), as a quantized weight of this shape; scale: (outputs,)."""
         codes = (torch.searchsorted(self.values, values.contiguous()) + self.first_code).to(torch.int8).view(shape)
         levels = None
         if self.offset != 0:
-            levels = torch.zeros(2**self.bits)
+            levels = self.values.new_zeros(2**self.bits)
             start = self.first_code + 2 ** (self.bits - 1)
             levels[start : start + len(self.values)] = self.values
         return QuantizedWeight(codes, scale, self.bits, levels)
