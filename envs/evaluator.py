@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from secateur.envs.assembler import Assembler
-from secateur.envs.core import CompressionPolicy, Evaluation
+from secateur.envs.core import CompressionPolicy, Evaluation, KnownFailure, failure_text
 from secateur.envs.model_graph.folding import fold_batch_norms
 from secateur.envs.model_graph.plan import ModelGraph
 from secateur.envs.number_format import InputFormat, convert_network, output_as_float32
@@ -98,7 +98,7 @@ def choose_precision(assemble_dense: Callable[[], nn.Module], graph: ModelGraph,
 
 
 class Evaluator:
-    """Evaluates policies, each policy once.
+    """Evaluates policies, each policy once: a policy that has failed is not tried again.
 
     Args:
         assembler: assembles the network of a policy.
@@ -108,7 +108,8 @@ class Evaluator:
         race: stops policies that are clearly worse than evaluated ones; None: every policy is scored on all samples.
 
     Attributes:
-        cache: evaluations by policy; runners add evaluations of other workers.
+        cache: evaluations by policy.
+        failures: why a policy has failed, by policy.
     """
 
     def __init__(
@@ -123,24 +124,46 @@ class Evaluator:
         self.assembler, self.costs, self.race = replace(assembler, dtype=self.dtype), costs, race
         self.score = score
         self.cache: dict[CompressionPolicy, Evaluation] = {}
+        self.failures: dict[CompressionPolicy, str] = {}
+
+    def remember(self, evaluated: Iterable[tuple[CompressionPolicy, Evaluation | str]]) -> None:
+        """Reuse evaluations that were made elsewhere; a text instead of an evaluation is the reason why a policy has failed."""
+        for policy, found in evaluated:
+            if isinstance(found, Evaluation):
+                self.cache[policy] = found
+            else:
+                self.failures[policy] = found
 
     def evaluate(self, policy: CompressionPolicy) -> Evaluation:
-        """Return the policy's score and costs; cached evaluations are reused."""
+        """Return the policy's score and costs; cached evaluations are reused.
+
+        Raises:
+            KnownFailure: if the policy has failed before.
+        """
+        if policy in self.failures:
+            raise KnownFailure(self.failures[policy])
         if policy not in self.cache:
-            start = time.perf_counter()
-            costs = dict(self.costs(policy))
-            found = self.measure(self.network(policy), costs)
-            self.cache[policy] = Evaluation(
-                found.score,
-                costs,
-                "proxy",
-                found.samples,
-                time.perf_counter() - start,
-                found.stopped,
-                None if found.stopped else _answers(found.contributions),
-                self.score.metric.quality(found.score, self.score.dense),
-            )
+            try:
+                self.cache[policy] = self._evaluate(policy)
+            except Exception as error:  # whatever a model or a plug-in raises
+                self.failures[policy] = failure_text(error)
+                raise
         return self.cache[policy]
+
+    def _evaluate(self, policy: CompressionPolicy) -> Evaluation:
+        start = time.perf_counter()
+        costs = dict(self.costs(policy))
+        found = self.measure(self.network(policy), costs)
+        return Evaluation(
+            found.score,
+            costs,
+            "proxy",
+            found.samples,
+            time.perf_counter() - start,
+            found.stopped,
+            None if found.stopped else _answers(found.contributions),
+            self.score.metric.quality(found.score, self.score.dense),
+        )
 
     def network(self, policy: CompressionPolicy) -> nn.Module:
         """Return the policy's network in the form in which it is evaluated."""

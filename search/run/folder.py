@@ -94,6 +94,21 @@ def held(run: Path) -> Iterator[None]:
         os.close(folder)
 
 
+def lock_file(path: str | os.PathLike[str]) -> int | None:
+    """Return the descriptor of a locked file, made if there is none; None: another process has locked it.
+
+    The operating system releases the lock when the descriptor is closed, or this process ends.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    if fcntl is not None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+    return descriptor
+
+
 def write_manifest(run: Path, config: SearchConfig, facts: Mapping[str, Any]) -> None:
     """Write the resolved configuration, the versions that ran it, and `facts` (JSON values) about the run."""
     manifest = {

@@ -27,7 +27,7 @@ from secateur.search.results.selection import policy_of_trial
 MAY_CHANGE = {
     "data": ["root"],
     "model": ["weights"],
-    "search": ["evaluations", "workers", "address", "time_limit", "precision"],
+    "search": ["evaluations", "workers", "address", "time_limit", "evaluation_timeout", "precision"],
     "finalize": None,
     "output": None,
 }
@@ -48,9 +48,9 @@ class Recorded:
         self._left = Counter(map(_key, self.episodes))
 
     @property
-    def evaluated(self) -> list[tuple[CompressionPolicy, Evaluation]]:
-        """Policies whose evaluations are reused; failed ones are tried again, and count as new if they succeed."""
-        return [(e.policy, e.evaluation) for e in self.episodes if e.policy is not None and e.evaluation is not None]
+    def evaluated(self) -> list[tuple[CompressionPolicy, Evaluation | str]]:
+        """Policies that are not evaluated again, with their evaluations, or the reasons why they have failed."""
+        return [(e.policy, e.evaluation or e.failure or "unknown") for e in self.episodes if e.policy is not None]
 
     def take(self, episode: Episode) -> bool:
         """Return whether this episode is recorded; each recorded episode is taken once."""
