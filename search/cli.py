@@ -23,6 +23,7 @@ from typer.core import TyperGroup
 from secateur.cost_models.core import InputError
 from secateur.search.arguments import ConfigPath, Overrides
 from secateur.search.benchmarks.cli import benchmark, support
+from secateur.search.run.signals import ended_by_signals, exit_code
 from secateur.search.service.cli import serve
 
 if TYPE_CHECKING:
@@ -30,23 +31,21 @@ if TYPE_CHECKING:
     from secateur.search.run.progress import SearchProgress
     from secateur.search.training.winners import TrainedWinner
 
-INTERRUPTED = 130
-"""The exit code of a process that Ctrl-C has ended."""
-
 
 class _Verbs(TyperGroup):
     """The one place where errors become messages and exit codes."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with ended_by_signals():
+                return super().invoke(ctx)
         except InputError as error:
             for line in error.command.splitlines():
                 print(f"error: {line}", file=sys.stderr)
             raise typer.Exit(2) from None
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             print("interrupted", file=sys.stderr)
-            raise typer.Exit(INTERRUPTED) from None
+            raise typer.Exit(exit_code(error)) from None
 
 
 app = typer.Typer(
@@ -128,11 +127,20 @@ def search(
 
 
 @app.command()
-def resume(run: RunPath, overrides: Overrides = None) -> None:
+def resume(
+    run: RunPath,
+    overrides: Overrides = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option("--budget", metavar="NAME=LIMITS", help='Add a budget: --budget "small=macs<=35%"; repeat for several.'),
+    ] = None,
+) -> None:
     """Continue an interrupted run, or one with more evaluations (--set search.evaluations=500), as if it had never stopped."""
+    from secateur.search.config import budget_override
     from secateur.search.run import handle
 
-    _follow(lambda progress: handle.resume(run, overrides or (), progress))
+    changes = [*(overrides or ()), *map(budget_override, budget or ())]
+    _follow(lambda progress: handle.resume(run, changes, progress))
 
 
 def _follow(search: Callable[[SearchProgress], Run]) -> None:
@@ -142,13 +150,13 @@ def _follow(search: Callable[[SearchProgress], Run]) -> None:
     with SearchProgress(Console()) as progress:
         try:
             folder = search(progress).folder
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             progress.stop()
             if progress.run is None:
                 raise
             _show_run(progress.run)
             print(f"interrupted: the run holds what was found; continue it with: secateur resume {progress.run}", file=sys.stderr)
-            raise typer.Exit(INTERRUPTED) from None
+            raise typer.Exit(exit_code(error)) from None
     _show_run(folder)
     _show_trained(_trained_at_the_end(folder))
 

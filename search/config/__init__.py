@@ -8,7 +8,7 @@ reading.py   files, dicts and overrides; the messages
 
 from __future__ import annotations
 
-from secateur.search.config.limits import BudgetConfig, Limit, parse_limit
+from secateur.search.config.limits import BudgetConfig, Limit, budget_override, parse_limit, split_limits
 from secateur.search.config.plugins import PluginEntry
 from secateur.search.config.reading import (
     INSTALLED_CONFIGS,
@@ -37,8 +37,10 @@ __all__ = [
     "SpaceSection",
     "apply_override",
     "apply_overrides",
+    "budget_override",
     "find_config",
     "load_config",
     "parse_config",
     "parse_limit",
+    "split_limits",
 ]

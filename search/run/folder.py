@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -26,6 +27,9 @@ except ImportError:  # on Windows, where nothing keeps two processes apart
     fcntl = None
 
 log = logging.getLogger(__name__)
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a full disk, an exhausted quota, and a limit of the file size."""
 
 MANIFEST = "manifest.json"
 AGENT = "agent"
@@ -92,6 +96,20 @@ def held(run: Path) -> Iterator[None]:
         yield
     finally:
         os.close(folder)
+
+
+@contextmanager
+def full_disk_is_an_error(run: Path) -> Iterator[None]:
+    """Turn the errors of a full disk within the block into one sentence."""
+    try:
+        yield
+    except Exception as error:
+        # Not every library raises OSError: those written in Rust and C++ pass on the text.
+        full = error.errno in FULL if isinstance(error, OSError) else os.strerror(errno.ENOSPC) in str(error)
+        if not full:
+            raise
+        problem = f"{run} cannot be written: {error}. What was recorded is kept. Make room, then continue"
+        raise InputError(f"{problem}: secateur.resume({str(run)!r})", f"{problem}: secateur resume {run}") from error
 
 
 def lock_file(path: str | os.PathLike[str]) -> int | None:

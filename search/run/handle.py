@@ -91,7 +91,8 @@ def resume(run: str | os.PathLike[str], overrides: Overrides = (), progress: Sea
 
     Args:
         run: the run, or its folder.
-        overrides: changes of the run's configuration, such as {"search.evaluations": 500}.
+        overrides: changes of the run's configuration, such as {"search.evaluations": 500}, or another budget:
+            {"budgets.small": {"macs": "<= 35%"}}. All evaluations so far count for it, too.
         progress: True: show the progress on stderr.
     Raises:
         InputError: if the folder is not a run, another process searches in it, or the overrides change what was searched;

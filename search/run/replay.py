@@ -22,6 +22,7 @@ from secateur.envs.core import CompressionPolicy, Episode, Evaluation, InputErro
 from secateur.envs.rewards import constraints
 from secateur.search.config import SearchConfig
 from secateur.search.problem import Problem
+from secateur.search.results.document import FRONT_JSON, read_front
 from secateur.search.results.selection import policy_of_trial
 
 MAY_CHANGE = {
@@ -41,9 +42,11 @@ class Recorded:
     Args:
         trials: Optuna's trials of the study.
         problem: of the run.
+        damaged: whether these are what was left of a damaged study.
     """
 
-    def __init__(self, trials: Sequence[Any], problem: Problem):
+    def __init__(self, trials: Sequence[Any], problem: Problem, damaged: bool = False):
+        self.trials, self.damaged = trials, damaged
         self.episodes = [_episode(trial, problem) for trial in trials]
         self._left = Counter(map(_key, self.episodes))
 
@@ -80,15 +83,16 @@ def _episode(trial: Any, problem: Problem) -> Episode:
 
 
 def check_unchanged(before: SearchConfig, now: SearchConfig) -> None:
-    """Raise InputError if the run would not be the same: its first evaluations could not be replayed."""
+    """Raise InputError if the run would not be the same: its first evaluations could not be replayed. Budgets may be added."""
     apart = {section: set(names) if names else True for section, names in MAY_CHANGE.items()}
     old, new = (config.model_dump(mode="json", exclude=apart) for config in (before, now))
+    new["budgets"] = {name: limits for name, limits in new["budgets"].items() if name in old["budgets"]}
     changed = _changes(old, new)
     allowed = [f"`{section}.{name}`".replace(".`", "`") for section, names in MAY_CHANGE.items() for name in names or [""]]
     if changed:
         raise InputError(
             f"A resumed run must have the same configuration, but {', '.join(f'`{name}`' for name in changed)} changed. Start "
-            f"another search. What may change: {', '.join(allowed)}."
+            f"another search. What may change: {', '.join(allowed)}; and budgets may be added."
         )
 
 
@@ -104,6 +108,17 @@ def check_evaluations(run: Path, recorded: int, config: SearchConfig) -> None:
     if config.search.evaluations < recorded:
         wanted = config.search.evaluations
         raise InputError(f"`search.evaluations: {wanted}` is less than the {recorded} that {run} has already. Raise it.")
+
+
+def check_same_objectives(run: Path, problem: Problem) -> None:
+    """Raise InputError if a new budget limits a cost that the run has not traded so far: its study has no such objective."""
+    before = read_front(run)["objectives"] if (run / FRONT_JSON).is_file() else list(problem.space.objectives)
+    added = [name for name in problem.space.objectives if name not in before]
+    if added:
+        raise InputError(
+            f"A new budget limits {', '.join(f'`{name}`' for name in added)}, but {run} trades {', '.join(before)} only. Limit "
+            "these, or start another search with all budgets."
+        )
 
 
 def check_same_score(run: Path, manifest: Mapping[str, Any], problem: Problem) -> None:

@@ -14,7 +14,7 @@ import torch
 from secateur.agents import AGENTS
 from secateur.envs.core import InputError
 from secateur.envs.policy_space import policy_to_document
-from secateur.search.config import parse_config
+from secateur.search.config import budget_override, parse_config
 from secateur.search.results.document import read_front, winner
 from secateur.search.results.winners import verify_winners
 from secateur.search.run.folder import held
@@ -254,3 +254,46 @@ def test_torch_threads_are_left_alone(tmp_path):
     before = torch.get_num_threads()
     run(tmp_path, agent="envelope_ddpg", evaluations=6, options=LEARNER)
     assert torch.get_num_threads() == before
+
+
+def test_a_budget_is_added_to_a_finished_run_and_reuses_its_evaluations(tmp_path, monkeypatch):
+    from secateur.envs.evaluator import Evaluator
+
+    few = {"agent": "evopress", "evaluations": 12}
+    folder = run(tmp_path, **few)
+    before = trials(folder)
+    counted, network = [], Evaluator.network
+    monkeypatch.setattr(Evaluator, "network", lambda self, policy: (counted.append(policy), network(self, policy))[1])
+    resume(folder, [budget_override("middle=macs<=40%,top1_drop<=90")])
+    assert not counted and trials(folder) == before
+    document = read_front(folder)
+    assert list(document["budgets"]) == ["small", "tiny", "middle"]
+    assert document["budgets"]["middle"]["front"], "policies of the tighter budget fit it, too"
+    assert any(point["budget"] == "middle" for point in document["final"]["points"])
+    resume(folder, ["search.evaluations=20"])
+    added = trials(folder)[12:]
+    assert trials(folder)[:12] == before and len(added) == 8
+    assert [budget for budget, _, _ in added[:4]] == ["middle"] * 4, "the new budget catches up with the others"
+    assert load_study(folder).user_attrs["constraint_names"] == ["macs", "weight_bytes", "top1_drop"]
+
+
+def test_a_budget_that_a_run_cannot_take_is_refused(tmp_path):
+    folder = run(tmp_path, evaluations=4)
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    with pytest.raises(InputError, match=r"limits `peak_activation_bytes`, but .* trades top1, macs, weight_bytes only"):
+        resume(folder, [budget_override("memory=peak_activation_bytes<=50%")])
+    with pytest.raises(InputError, match="must have the same configuration, but `budgets.small.macs` changed"):
+        resume(folder, [budget_override("small=macs<=35%")])
+    for wrong in ("macs<=35%", "=macs<=35%", "small", "small=", "small=macs", "small=macs<=1%,macs<=2%"):
+        with pytest.raises(InputError, match="--budget"):
+            budget_override(wrong)
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize("schema", [0, 3, "2", None])
+def test_a_run_of_another_schema_is_refused_in_one_sentence(tmp_path, schema):
+    folder = run(tmp_path, evaluations=2)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "schema": schema}))
+    with pytest.raises(InputError, match=rf"has schema {schema}; this version reads schemas 1 and 2\.$"):
+        resume(folder)
