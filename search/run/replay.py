@@ -22,7 +22,6 @@ from secateur.envs.core import CompressionPolicy, Episode, Evaluation, InputErro
 from secateur.envs.rewards import constraints
 from secateur.search.config import SearchConfig
 from secateur.search.problem import Problem
-from secateur.search.results.document import FRONT_JSON, read_front
 from secateur.search.results.selection import policy_of_trial
 
 MAY_CHANGE = {
@@ -110,14 +109,13 @@ def check_evaluations(run: Path, recorded: int, config: SearchConfig) -> None:
         raise InputError(f"`search.evaluations: {wanted}` is less than the {recorded} that {run} has already. Raise it.")
 
 
-def check_same_objectives(run: Path, problem: Problem) -> None:
+def check_added_budgets(before: SearchConfig, now: SearchConfig) -> None:
     """Raise InputError if a new budget limits a cost that the run has not traded so far: its study has no such objective."""
-    before = read_front(run)["objectives"] if (run / FRONT_JSON).is_file() else list(problem.space.objectives)
-    added = [name for name in problem.space.objectives if name not in before]
-    if added:
+    old, new = ({cost for budget in config.budgets.values() for cost in budget.limits} or {"macs"} for config in (before, now))
+    if added := sorted(new - old):
         raise InputError(
-            f"A new budget limits {', '.join(f'`{name}`' for name in added)}, but {run} trades {', '.join(before)} only. Limit "
-            "these, or start another search with all budgets."
+            f"A new budget limits {', '.join(f'`{name}`' for name in added)}, but the run trades {', '.join(sorted(old))} only. "
+            "Limit these, or start another search with all budgets."
         )
 
 

@@ -37,7 +37,7 @@ from secateur.search.run.folder import (
 from secateur.search.run.journal import recorded_trials
 from secateur.search.run.network import write_network
 from secateur.search.run.progress import SearchProgress
-from secateur.search.run.replay import Recorded, check_evaluations, check_same_objectives, check_same_score, check_unchanged
+from secateur.search.run.replay import Recorded, check_added_budgets, check_evaluations, check_same_score, check_unchanged
 from secateur.search.run.sensitivities import read_sensitivities, write_sensitivities
 from secateur.search.run.signals import ended_by_signals, first_signal_waits
 from secateur.search.run.study import DAMAGED, JOURNAL, StudyRecorder
@@ -81,12 +81,12 @@ def resume(
     before, manifest = load_manifest(run)
     config, _ = load_own_manifest(run, overrides, given)
     check_unchanged(before, config)
+    check_added_budgets(before, config)
     with ended_by_signals(), held(run):
         trials, damaged = recorded_trials(run)
         check_evaluations(run, len(trials), config)
         problem = build_problem(config, progress.status, given)
         check_same_score(run, manifest, problem)
-        check_same_objectives(run, problem)
         if damaged:
             progress.note(f"{JOURNAL} was damaged: {len(trials)} evaluations are sound; {DAMAGED} is the file as it was")
         return _run(problem, run, Recorded(trials, problem, bool(damaged)), progress)

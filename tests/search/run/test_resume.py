@@ -280,7 +280,7 @@ def test_a_budget_is_added_to_a_finished_run_and_reuses_its_evaluations(tmp_path
 def test_a_budget_that_a_run_cannot_take_is_refused(tmp_path):
     folder = run(tmp_path, evaluations=4)
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-    with pytest.raises(InputError, match=r"limits `peak_activation_bytes`, but .* trades top1, macs, weight_bytes only"):
+    with pytest.raises(InputError, match="limits `peak_activation_bytes`, but the run trades macs, weight_bytes only"):
         resume(folder, [budget_override("memory=peak_activation_bytes<=50%")])
     with pytest.raises(InputError, match="must have the same configuration, but `budgets.small.macs` changed"):
         resume(folder, [budget_override("small=macs<=35%")])
