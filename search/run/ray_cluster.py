@@ -15,6 +15,7 @@ from typing import Any
 
 from secateur.envs.core import InputError
 from secateur.search.run.folder import lock_file
+from secateur.search.run.signals import undisturbed
 
 LOCAL = "local"
 
@@ -74,9 +75,10 @@ class RayConnection:
 
     def close(self) -> None:
         """End the connection, and the cluster if it was started here."""
-        if self._opened and self.ray.is_initialized():
-            self.ray.shutdown()
-        self._remove_folder()
+        with undisturbed():
+            if self._opened and self.ray.is_initialized():
+                self.ray.shutdown()
+            self._remove_folder()
 
     def _make_folder(self) -> None:
         remove_left_folders()

@@ -22,6 +22,7 @@ from secateur.envs.rollout import rollout
 from secateur.search.problem import Evaluated
 from secateur.search.run.evaluation_timeout import EvaluationTimeout
 from secateur.search.run.ray_cluster import LOCAL, RayConnection, available_cores, first_line
+from secateur.search.run.signals import undisturbed
 
 log = logging.getLogger(__name__)
 
@@ -257,11 +258,12 @@ class RayRunner:
 
     def close(self) -> None:
         """End the workers; leave the cluster, and end it if it was started here."""
-        if self._ray.is_initialized():
-            for worker in self._workers:
-                self._ray.kill(worker)
-        self._workers = []
-        self._connection.close()
+        with undisturbed():
+            if self._ray.is_initialized():
+                for worker in self._workers:
+                    self._ray.kill(worker)
+            self._workers = []
+            self._connection.close()
 
 
 def _cannot_start(error: Exception) -> InputError:

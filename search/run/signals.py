@@ -63,6 +63,13 @@ def first_signal_waits() -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
+def undisturbed() -> Iterator[None]:
+    """Ignore the signals within the block, which ends something: interrupted, it would leave processes and folders behind."""
+    with _handled(lambda number, frame: None):
+        yield
+
+
+@contextmanager
 def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """Use a handler for the signals within the block; signals that are ignored (nohup) stay ignored.
 
