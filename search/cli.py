@@ -127,6 +127,43 @@ def search(
 
 
 @app.command()
+def sweep(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    agent: Annotated[
+        list[str] | None,
+        typer.Option(help='Agent, with options if any ("envelope_ddpg updates=3"); repeat for several. Default: the file\'s.'),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from the configuration's on.")] = 1,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--budget",
+            metavar="NAME=LIMITS",
+            help='Only budget of a search: "small=macs<=35%"; repeat for several.',
+        ),
+    ] = None,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=[VALUE, ...]", help="Values of a key: space.channel_multiple=[1, 8]; repeat for several."),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Workers of each search; 0: it evaluates in its own process.")] = 0,
+    concurrent: Annotated[int | None, typer.Option(min=1, help="Searches at the same time. Default: as the cores allow.")] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to use instead of a local one.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder of rows, tables and runs; continues what is there.")] = Path(
+        "results/sweep"
+    ),
+) -> None:
+    """Run whole searches at the same time: agents x seeds x budgets x any other values. The same command continues a sweep."""
+    from secateur.search.config import budget_override, load_config
+    from secateur.search.sweep import run_sweep, searches
+
+    settings = load_config(config, [*(overrides or ()), *([f"search.address={address}"] if address else [])])
+    chosen = searches(settings, agent, seeds, list(map(budget_override, budget or ())), vary or ())
+    run_sweep(settings, chosen, output, workers, concurrent)
+
+
+@app.command()
 def resume(
     run: RunPath,
     overrides: Overrides = None,

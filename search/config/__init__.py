@@ -18,6 +18,7 @@ from secateur.search.config.reading import (
     apply_overrides,
     find_config,
     load_config,
+    override_values,
     parse_config,
 )
 from secateur.search.config.sections import DataSection, DeviceProfile, ModelSection, OutputSection, SearchConfig, SpaceSection
@@ -40,6 +41,7 @@ __all__ = [
     "budget_override",
     "find_config",
     "load_config",
+    "override_values",
     "parse_config",
     "parse_limit",
     "split_limits",

@@ -153,6 +153,15 @@ def apply_overrides(values: dict[str, Any], overrides: Overrides) -> set[str]:
 
 def apply_override(values: dict[str, Any], text: str) -> str:
     """Set one "section.key=value" in place; return "section.key"."""
+    return _set(values, *override_values(text), text)
+
+
+def override_values(text: str) -> tuple[str, Any]:
+    """Return key and value of "section.key=value".
+
+    Raises:
+        InputError: if the text does not read so, or the value is not valid YAML.
+    """
     dotted, equals, written = text.partition("=")
     if not equals:
         raise _override_error(text, _FORM)
@@ -160,7 +169,7 @@ def apply_override(values: dict[str, Any], text: str) -> str:
         value = yaml.load(written, _UniqueKeyLoader)
     except yaml.YAMLError as error:
         raise _override_error(text, f"the value is not valid YAML: {_yaml_problem(error)}") from None
-    return _set(values, dotted.strip(), value, text)
+    return dotted.strip(), value
 
 
 _FORM = "must read section.key=value, for example search.evaluations=50"

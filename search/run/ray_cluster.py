@@ -117,6 +117,11 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def last_line(error: Exception) -> str:
+    """Return the last line of an error's text: in Ray's errors, the cause."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+
+
 def set_ray_environment(address: str) -> None:
     """Set what Ray reads from the environment when it is imported; the processes it starts inherit it."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -21,7 +21,7 @@ from secateur.envs.core import Actor, CompressionPolicy, Episode, InputError
 from secateur.envs.rollout import rollout
 from secateur.search.problem import Evaluated
 from secateur.search.run.evaluation_timeout import EvaluationTimeout
-from secateur.search.run.ray_cluster import LOCAL, RayConnection, available_cores, first_line
+from secateur.search.run.ray_cluster import LOCAL, RayConnection, available_cores, first_line, last_line
 from secateur.search.run.signals import undisturbed
 
 log = logging.getLogger(__name__)
@@ -268,8 +268,7 @@ class RayRunner:
 
 def _cannot_start(error: Exception) -> InputError:
     """Return the error for workers whose constructor fails; the last line of Ray's text names the cause."""
-    cause = str(error).strip().splitlines()[-1].strip()
     return InputError(
-        f"The workers cannot start: {cause}. They must be able to import what this process imports, and to read the same files: "
-        "install your modules on every machine of the cluster, or start the search in their folder."
+        f"The workers cannot start: {last_line(error)}. They must be able to import what this process imports, and to read the "
+        "same files: install your modules on every machine of the cluster, or start the search in their folder."
     )
