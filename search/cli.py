@@ -60,6 +60,7 @@ app.add_typer(benchmark, name="benchmark")
 app.add_typer(serve, name="serve")
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, e.g. runs/digits-1.")]
+ClusterAddress = Annotated[str, typer.Option("--address", help="Dashboard of the Ray cluster, e.g. http://head:8265.")]
 BudgetOption = Annotated[str | None, typer.Option("--budget", help="Name of one budget.")]
 
 
@@ -124,6 +125,57 @@ def search(
 
     changes = [*(overrides or ()), *([f"search.address={address}"] if address else [])]
     _follow(lambda progress: handle.search(config, changes, progress))
+
+
+@app.command()
+def submit(
+    config: ConfigPath,
+    address: ClusterAddress,
+    overrides: Overrides = None,
+    wheel: Annotated[
+        Path | None, typer.Option(help="Wheel of secateur in this folder, for a cluster that has not installed it.")
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until the job has ended; exit code 1 if it has failed.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Wait, and print what the job prints.")] = False,
+    fetch: Annotated[Path | None, typer.Option(help="Wait, and copy the run into this folder.")] = None,
+) -> None:
+    """Send a search to a cluster through Ray Jobs, with this folder, and print the job's id."""
+    from secateur.search.jobs import Jobs
+
+    cluster = Jobs(address)
+    job = cluster.submit(config, overrides or (), Path.cwd(), wheel)
+    print(job, flush=True)
+    if not (wait or follow or fetch):
+        return
+    state = cluster.wait(job, (lambda text: print(text, end="", flush=True)) if follow else (lambda text: None))
+    print(f"{job}: {state}", file=sys.stderr)
+    if fetch is not None:
+        print(f"run: {cluster.fetch(job, fetch)}")
+    if state != "SUCCEEDED":
+        raise typer.Exit(1)
+
+
+@app.command()
+def jobs(
+    address: ClusterAddress,
+    log: Annotated[str | None, typer.Option(metavar="JOB", help="Print what a job has printed.")] = None,
+    stop: Annotated[str | None, typer.Option(metavar="JOB", help="End a job; its run is saved.")] = None,
+    fetch: Annotated[str | None, typer.Option(metavar="JOB", help="Copy the run of a job into the folder --output.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the runs that are fetched.")] = Path("runs"),
+) -> None:
+    """List the jobs of a cluster; or print the log of a job, stop it, or fetch its run."""
+    from secateur.search.jobs import Jobs
+
+    cluster = Jobs(address)
+    if log is not None:
+        print(cluster.log(log), end="")
+    if stop is not None:
+        cluster.stop(stop)
+    if fetch is not None:
+        print(f"run: {cluster.fetch(fetch, output)}")
+    if log is stop is fetch is None:
+        for job, state, message in cluster.list():
+            print(f"{job}  {state}  {message}")
 
 
 @app.command()

@@ -38,7 +38,7 @@ SOLVERS = {"agents.spdy": {"cmaes"}, "agents.integer_program": {"scipy"}, "agent
 """Agents that are another library's optimizer behind `ask` and `tell`."""
 
 ONLY_IN = {
-    "ray": {"search.run.ray_cluster", "search.sweep"},
+    "ray": {"search.run.ray_cluster", "search.sweep", "search.jobs"},
     "optuna": {"search.run.study", "search.run.journal", "agents.optuna_samplers"},
     "typer": {"search.cli", "search.arguments", "search.benchmarks.cli", "search.service.cli"},
     "yaml": {"search.config.reading"},
