@@ -17,7 +17,7 @@ from secateur.search.loop import run_loop
 from secateur.search.run.ray_cluster import set_ray_environment
 from secateur.search.run.ray_runner import RayRunner
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 
 EVALUATIONS = 30
 

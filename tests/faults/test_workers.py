@@ -19,7 +19,7 @@ from secateur.search.loop import run_loop
 from secateur.search.run.evaluation_timeout import EvaluationTimeout
 from secateur.search.run.ray_runner import RayRunner
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 
 BUDGET = Budget("phone", {"macs": 1.0})
 MOMENTS = (0, 3, 5, 8, 11)
