@@ -39,7 +39,7 @@ SOLVERS = {"agents.spdy": {"cmaes"}, "agents.integer_program": {"scipy"}, "agent
 
 ONLY_IN = {
     "ray": {"search.run.ray_cluster", "search.sweep", "search.jobs"},
-    "optuna": {"search.run.study", "search.run.journal", "agents.optuna_samplers"},
+    "optuna": {"search.run.study", "search.run.recorded_trials", "agents.optuna_samplers"},
     "typer": {"search.cli", "search.arguments", "search.benchmarks.cli", "search.service.cli"},
     "yaml": {"search.config.reading"},
 }

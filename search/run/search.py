@@ -34,9 +34,9 @@ from secateur.search.run.folder import (
     load_manifest,
     write_manifest,
 )
-from secateur.search.run.journal import recorded_trials
 from secateur.search.run.network import write_network
 from secateur.search.run.progress import SearchProgress
+from secateur.search.run.recorded_trials import recorded_trials
 from secateur.search.run.replay import Recorded, check_added_budgets, check_evaluations, check_same_score, check_unchanged
 from secateur.search.run.sensitivities import read_sensitivities, write_sensitivities
 from secateur.search.run.signals import ended_by_signals, first_signal_waits
