@@ -15,7 +15,7 @@ demo: $(VENV)/.installed
 	$(BIN)/secateur search configs/searches/digits.yaml
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not matrix and not data and not packaging"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not faults and not matrix and not data and not packaging"
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -125,6 +125,15 @@ class Episode:
         return self.evaluation is not None and all(value <= 0 for value in self.constraints.values())
 
 
+class KnownFailure(RuntimeError):
+    """A policy that has failed before is not evaluated again; the text is the failure of the first time."""
+
+
+def failure_text(error: Exception | SystemExit) -> str:
+    """Return the failure of an episode that this error has ended."""
+    return str(error) if isinstance(error, KnownFailure) else f"{type(error).__name__}: {error}"
+
+
 class Actor(Protocol):
     """Chooses the actions of one episode. Pure and picklable: it travels to a worker, and only its episode comes back."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from secateur.envs.assembler import Assembler
-from secateur.envs.core import CompressionPolicy, Evaluation, InputError
+from secateur.envs.core import CompressionPolicy, Evaluation, InputError, KnownFailure, failure_text
 from secateur.envs.devices import CPU
 from secateur.envs.memory import memory_note
 from secateur.envs.model_graph.folding import fold_batch_norms
@@ -112,7 +112,7 @@ def choose_precision(
 
 
 class Evaluator:
-    """Evaluates policies, each policy once.
+    """Evaluates policies, each policy once: a policy that has failed is not tried again.
 
     Args:
         assembler: assembles the network of a policy.
@@ -122,7 +122,8 @@ class Evaluator:
         race: stops policies that are clearly worse than evaluated ones; None: every policy is scored on all samples.
 
     Attributes:
-        cache: evaluations by policy; runners add evaluations of other workers.
+        cache: evaluations by policy.
+        failures: why a policy has failed, by policy.
     """
 
     def __init__(
@@ -137,25 +138,47 @@ class Evaluator:
         self.assembler, self.costs, self.race = replace(assembler, dtype=self.dtype), costs, race
         self.score = score
         self.cache: dict[CompressionPolicy, Evaluation] = {}
+        self.failures: dict[CompressionPolicy, str] = {}
+
+    def remember(self, evaluated: Iterable[tuple[CompressionPolicy, Evaluation | str]]) -> None:
+        """Reuse evaluations that were made elsewhere; a text instead of an evaluation is the reason why a policy has failed."""
+        for policy, found in evaluated:
+            if isinstance(found, Evaluation):
+                self.cache[policy] = found
+            else:
+                self.failures[policy] = found
 
     def evaluate(self, policy: CompressionPolicy) -> Evaluation:
-        """Return the policy's score and costs; cached evaluations are reused."""
+        """Return the policy's score and costs; cached evaluations are reused.
+
+        Raises:
+            KnownFailure: if the policy has failed before.
+        """
+        if policy in self.failures:
+            raise KnownFailure(self.failures[policy])
         if policy not in self.cache:
-            start = time.perf_counter()
-            costs = dict(self.costs(policy))
-            found = self.measure(self.network(policy), costs)
-            self.cache[policy] = Evaluation(
-                found.score,
-                costs,
-                "proxy",
-                found.samples,
-                time.perf_counter() - start,
-                found.stopped,
-                None if found.stopped else _answers(found.contributions),
-                self.score.metric.quality(found.score, self.score.dense),
-                memory_note(),
-            )
+            try:
+                self.cache[policy] = self._evaluate(policy)
+            except (Exception, SystemExit) as error:  # whatever a model or a plug-in raises
+                self.failures[policy] = failure_text(error)
+                raise
         return self.cache[policy]
+
+    def _evaluate(self, policy: CompressionPolicy) -> Evaluation:
+        start = time.perf_counter()
+        costs = dict(self.costs(policy))
+        found = self.measure(self.network(policy), costs)
+        return Evaluation(
+            found.score,
+            costs,
+            "proxy",
+            found.samples,
+            time.perf_counter() - start,
+            found.stopped,
+            None if found.stopped else _answers(found.contributions),
+            self.score.metric.quality(found.score, self.score.dense),
+            memory_note(),
+        )
 
     def network(self, policy: CompressionPolicy) -> nn.Module:
         """Return the policy's network in the form in which it is evaluated."""

@@ -1,4 +1,4 @@
-"""One episode: an actor walks through the environment."""
+"""One episode: an actor walks through the environment; and the same walk without its evaluation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import logging
 import numpy as np
 
 from secateur.envs.compression_env import CompressionEnv
-from secateur.envs.core import Actor, Episode
+from secateur.envs.core import Actor, CompressionPolicy, Episode, failure_text
+from secateur.envs.feasibility import FeasibleSpace
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ def rollout(env: CompressionEnv, actor: Actor) -> Episode:
             policy = info.get("policy")
     except (Exception, SystemExit) as error:  # whatever a model, a plug-in or an actor raises must not end the search
         log.info("an episode under budget '%s' failed", actor.budget.name, exc_info=True)
-        return Episode(actor.budget.name, env.policy, None, failure=f"{type(error).__name__}: {error}")
+        return Episode(actor.budget.name, env.policy, None, failure=failure_text(error))
     assert terminated, "the environment has as many steps as the space"
     return Episode(
         budget=actor.budget.name,
@@ -36,3 +37,15 @@ def rollout(env: CompressionEnv, actor: Actor) -> Episode:
         actions=np.stack(actions),
         reward=reward,
     )
+
+
+def chosen_policy(space: FeasibleSpace, actor: Actor) -> CompressionPolicy | None:
+    """Return the policy that an actor chooses, without an evaluation; None if the actor itself fails."""
+    walk, only = space.episodes([actor.budget]), np.zeros(1, int)
+    try:
+        for step in range(space.num_steps):
+            walk.advance(np.asarray(actor.act(walk.observe(only)[0], step))[None], only)
+    except Exception:
+        log.info("an actor under budget '%s' failed", actor.budget.name, exc_info=True)
+        return None
+    return space.policy_space.levels_to_policy(walk.levels[0])

@@ -18,7 +18,7 @@ from secateur.envs.feasibility import FeasibleSpace
 from secateur.envs.rollout import rollout
 from secateur.envs.tasks.imports import did_you_mean
 from secateur.search.build import absolute_budget, build_problem, make_env
-from secateur.search.config import BudgetConfig, Overrides, SearchConfig
+from secateur.search.config import BudgetConfig, Overrides, SearchConfig, split_limits
 from secateur.search.given import Given
 from secateur.search.named_code import load_own_manifest
 from secateur.search.problem import Problem, StatusCallback
@@ -165,14 +165,10 @@ def _wrong(argument: str, reason: str) -> InputError:
 def _budget_config(budget: str | Mapping[str, str]) -> BudgetConfig:
     """Return the limits of a text or a mapping."""
     if isinstance(budget, str):
-        parts = [part.strip() for part in budget.split(",") if part.strip()]
-        pairs = [part.partition("<=") for part in parts]
-        if not pairs or not all(sign and name.strip() and limit.strip() for name, sign, limit in pairs):
-            raise _wrong("budget", f' must read like "macs<=43%,weight_bytes<=20kB", but got {budget!r}.')
-        names = [name.strip() for name, _, _ in pairs]
-        if len(set(names)) < len(names):
-            raise _wrong("budget", f" limits a cost twice: {budget!r}.")
-        budget = {name: f"<= {limit.strip()}" for name, (_, _, limit) in zip(names, pairs, strict=True)}
+        try:
+            budget = split_limits(budget)
+        except InputError as reason:
+            raise _wrong("budget", f" {reason}.") from None
     try:
         return BudgetConfig.model_validate(dict(budget))
     except ValidationError as errors:

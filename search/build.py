@@ -42,6 +42,7 @@ from secateur.envs.quantization.quantizers import QUANTIZERS, Quantizer
 from secateur.envs.racing import Race
 from secateur.envs.recovery import RECOVERIES, Recovery
 from secateur.envs.recovery.core import HasQuickForm
+from secateur.envs.rollout import chosen_policy
 from secateur.envs.scores import SCORES, Score, ScoreConfig
 from secateur.envs.sensitivity import IMAGES, measure_sensitivities
 from secateur.envs.tasks.core import Task, all_samples, check_finite, first_inputs, first_outputs
@@ -55,8 +56,10 @@ from secateur.search.given import Given, named_given
 from secateur.search.loop import Runner
 from secateur.search.problem import Evaluated, Problem, StatusCallback
 from secateur.search.results.front import Front
+from secateur.search.run.evaluation_timeout import EvaluationTimeout
 from secateur.search.run.local_runner import LocalRunner
-from secateur.search.run.ray_runner import LOCAL, RayRunner
+from secateur.search.run.ray_cluster import LOCAL
+from secateur.search.run.ray_runner import RayRunner
 
 log = logging.getLogger(__name__)
 
@@ -400,11 +403,11 @@ def with_sensitivities(problem: Problem, status: StatusCallback = log.info) -> P
 
 
 def make_env(problem: Problem, evaluated: Evaluated = ()) -> CompressionEnv:
-    """Return a separate environment for one worker; the `evaluated` policies are reused."""
+    """Return a separate environment for one worker; the `evaluated` policies are not evaluated again."""
     evaluator = make_evaluator(problem)
     if problem.config.search.racing:
         evaluator.race = Race(problem.space.objectives[1:], [budget.limits for budget in problem.budgets])
-    evaluator.cache.update(evaluated)
+    evaluator.remember(evaluated)
     return CompressionEnv(problem.space, evaluator, problem.search_budgets)
 
 
@@ -414,13 +417,14 @@ def make_evaluator(problem: Problem) -> Evaluator:
 
 
 def open_runner(problem: Problem, evaluated: Evaluated = ()) -> Runner:
-    """Return the runner that the configuration asks for, whose workers reuse the `evaluated` policies; close it after use."""
+    """Return the runner that the configuration asks for, which evaluates none of the `evaluated` policies; close it after use."""
     section = problem.config.search
     if section.workers == 0:
         return LocalRunner(partial(make_env, problem, evaluated))
     workers, gpus = _workers_and_gpus(problem)
     make = partial(_make_worker_env, problem.on(CPU), evaluated)
-    return RayRunner(make, workers, section.address or LOCAL, gpus=gpus)
+    choose, timeout = partial(chosen_policy, problem.space), EvaluationTimeout(section.evaluation_timeout)
+    return RayRunner(make, workers, section.address or LOCAL, timeout, choose, gpus=gpus)
 
 
 def _make_worker_env(problem: Problem, evaluated: Evaluated) -> CompressionEnv:

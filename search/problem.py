@@ -22,8 +22,8 @@ from secateur.search.given import Given
 StatusCallback = Callable[[str], None]
 """Called with each stage of a long operation, in a few words."""
 
-Evaluated = Sequence[tuple[CompressionPolicy, Evaluation]]
-"""Policies whose evaluations are reused."""
+Evaluated = Sequence[tuple[CompressionPolicy, Evaluation | str]]
+"""Policies that are not evaluated again: with their evaluations, or the reasons why they have failed."""
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,8 @@ SOLVERS = {"agents.spdy": {"cmaes"}, "agents.integer_program": {"scipy"}, "agent
 """Agents that are another library's optimizer behind `ask` and `tell`."""
 
 ONLY_IN = {
-    "ray": {"search.run.ray_runner"},
-    "optuna": {"search.run.study", "agents.optuna_samplers"},
+    "ray": {"search.run.ray_cluster", "search.sweep", "search.jobs"},
+    "optuna": {"search.run.study", "search.run.recorded_trials", "agents.optuna_samplers"},
     "typer": {"search.cli", "search.arguments", "search.benchmarks.cli", "search.service.cli"},
     "yaml": {"search.config.reading"},
 }

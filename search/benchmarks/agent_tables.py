@@ -88,7 +88,8 @@ def _budget_lines(budget: str, runs: Runs) -> list[list[str]]:
         winners = [winner for row in rows if (winner := row["winners"].get(budget))]
         seeds = f"{len(rows)}" if len(winners) == len(rows) else f"{len(winners)} of {len(rows)}"
         scores = [
-            _spread([shown_score(_metric_of_score(rows[0], score), winner[score]) for winner in winners]) for score in SCORES
+            _spread([shown_score(_metric_of_score(rows[0], score), winner[score]) for winner in winners if score in winner])
+            for score in SCORES
         ]
         sign = 1 if row_metric(rows[0]).higher_is_better else -1
         lines.append(
@@ -113,12 +114,23 @@ def _run_cells(agent: str, rows: Sequence[Row]) -> list[str]:
         f"{max(row['evaluations'] for row in rows)}",
         _spread([row["hypervolume"] for row in rows], 4),
         *(
-            _spread([shown_score(row_metric(rows[0]), _mean([winner[score] for winner in winners])) for winners in complete])
+            _spread(
+                [
+                    shown_score(row_metric(rows[0]), _mean([winner[score] for winner in winners]))
+                    for winners in complete
+                    if all(score in winner for winner in winners)
+                ]
+            )
             for score in TEST_SCORES
         ),
         f"{100 * _mean([row['feasible'] for row in rows]):.0f}",
-        *(f"{_mean([row[key] / row['evaluations'] for row in rows]):.2f}" for key in ("seconds", "agent_seconds")),
+        *(_seconds_per_evaluation(rows, key) for key in ("seconds", "agent_seconds")),
     ]
+
+
+def _seconds_per_evaluation(rows: Sequence[Row], key: str) -> str:
+    known = [row[key] / row["evaluations"] for row in rows if key in row]  # a sweep does not measure its agents
+    return f"{_mean(known):.2f}" if known else "-"
 
 
 def _curve_table(runs: Runs) -> str:

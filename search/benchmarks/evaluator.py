@@ -30,7 +30,7 @@ from secateur.search.build import build_problem, make_env
 from secateur.search.config import SearchConfig
 from secateur.search.loop import Runner
 from secateur.search.problem import Problem
-from secateur.search.run.ray_runner import available_cores
+from secateur.search.run.ray_cluster import available_cores
 
 STRAIGHTFORWARD_BATCH = 128
 """Images per forward pass of the straightforward way; it is measured with the whole split in one pass as well."""

@@ -42,7 +42,7 @@ from secateur.search.build import make_evaluator
 from secateur.search.config import SearchConfig
 from secateur.search.correlation import spearman, spearman_interval
 from secateur.search.problem import Problem
-from secateur.search.run.ray_runner import available_cores
+from secateur.search.run.ray_cluster import available_cores
 from secateur.search.training.samples import load_training_data
 
 FILE = "policies.jsonl"

@@ -8,7 +8,7 @@ reading.py   files, dicts and overrides; the messages
 
 from __future__ import annotations
 
-from secateur.search.config.limits import BudgetConfig, Limit, parse_limit
+from secateur.search.config.limits import BudgetConfig, Limit, budget_override, parse_limit, split_limits
 from secateur.search.config.plugins import PluginEntry
 from secateur.search.config.reading import (
     INSTALLED_CONFIGS,
@@ -18,6 +18,7 @@ from secateur.search.config.reading import (
     apply_overrides,
     find_config,
     load_config,
+    override_values,
     parse_config,
 )
 from secateur.search.config.sections import DataSection, DeviceProfile, ModelSection, OutputSection, SearchConfig, SpaceSection
@@ -37,8 +38,11 @@ __all__ = [
     "SpaceSection",
     "apply_override",
     "apply_overrides",
+    "budget_override",
     "find_config",
     "load_config",
+    "override_values",
     "parse_config",
     "parse_limit",
+    "split_limits",
 ]

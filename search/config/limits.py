@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import dataclass
@@ -68,6 +69,36 @@ def parse_limit(text: Any) -> Limit:
         return Limit(number / 100, True, "%", str(text))
     unit, factor = _UNITS[written]
     return Limit(number * factor, False, unit, str(text))
+
+
+def split_limits(text: str) -> dict[str, str]:
+    """Return {cost: limit} of a text such as "macs<=43%,weight_bytes<=20kB".
+
+    Raises:
+        InputError: if the text does not read so.
+    """
+    pairs = [part.partition("<=") for part in text.split(",") if part.strip()]
+    if not pairs or not all(sign and name.strip() and limit.strip() for name, sign, limit in pairs):
+        raise InputError(f'must read like "macs<=43%,weight_bytes<=20kB", but got {text!r}')
+    names = [name.strip() for name, _, _ in pairs]
+    if len(set(names)) < len(names):
+        raise InputError(f"limits a cost twice: {text!r}")
+    return {name: f"<= {limit.strip()}" for name, (_, _, limit) in zip(names, pairs, strict=True)}
+
+
+def budget_override(text: str) -> str:
+    """Return the override that adds the budget of a text such as "phone=macs<=43%,weight_bytes<=20kB".
+
+    Raises:
+        InputError: if the text does not read so.
+    """
+    name, equals, limits = text.partition("=")
+    if not equals or not name.strip() or limits.startswith("=") or name.endswith("<"):
+        raise InputError(f'`--budget` must read like "phone=macs<=43%,weight_bytes<=20kB", but got {text!r}.')
+    try:
+        return f"budgets.{name.strip()}={json.dumps(split_limits(limits))}"
+    except InputError as error:
+        raise InputError(f"`--budget {text}`: the limits of a budget {error}.") from None
 
 
 def _check_cost_name(name: str) -> str:

@@ -136,7 +136,7 @@ def _size(node: yaml.Node, known: dict[int, int]) -> int:
     return size
 
 
-def _load_yaml(text: str) -> Any:
+def load_yaml(text: str) -> Any:
     """Return the value of a YAML text.
 
     Raises:
@@ -155,7 +155,7 @@ def _load_yaml(text: str) -> Any:
 def _read_yaml(file: Path) -> dict[str, Any]:
     text = read_text(file, MAX_YAML_BYTES)
     try:
-        values = _load_yaml(text)
+        values = load_yaml(text)
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
     if not isinstance(values, dict):
@@ -202,14 +202,23 @@ def apply_overrides(values: dict[str, Any], overrides: Overrides) -> set[str]:
 
 def apply_override(values: dict[str, Any], text: str) -> str:
     """Set one "section.key=value" in place; return "section.key"."""
+    return _set(values, *override_values(text), text)
+
+
+def override_values(text: str) -> tuple[str, Any]:
+    """Return key and value of "section.key=value".
+
+    Raises:
+        InputError: if the text does not read so, or the value is not valid YAML.
+    """
     dotted, equals, written = text.partition("=")
     if not equals:
         raise _override_error(text, _FORM)
     try:
-        value = _load_yaml(written)
+        value = load_yaml(written)
     except InputError as error:
         raise _override_error(text, f"the value {error}") from None
-    return _set(values, dotted.strip(), value, text)
+    return dotted.strip(), value
 
 
 _FORM = "must read section.key=value, for example search.evaluations=50"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -40,6 +41,8 @@ from secateur.search.config.plugins import (
     plugins_of,
 )
 
+AUTO = "auto"
+
 
 def _count_or(word: str, least: int) -> PlainValidator:
     """Accept a whole number that is at least `least`, or one word."""
@@ -56,11 +59,17 @@ def _share_or(word: str) -> PlainValidator:
     """Accept a number that is at least 0, or one word."""
 
     def check(value: Any) -> float | str:
-        if value == word or (isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")):
+        if value == word or (isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf):
             return value
         raise InputError(f"must be a number from 0 on, or `{word}` (got {value!r})")
 
     return PlainValidator(check)
+
+
+def _seconds_or_auto(value: Any) -> float | str:
+    if value == AUTO or (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf):
+        return value
+    raise InputError(f"must be a number of seconds above 0, or `{AUTO}` (got {value!r})")
 
 
 ImageCount = Annotated[int | str, _count_or("rest", 1)]
@@ -136,6 +145,9 @@ class SearchSection(Section):
             `compute.device` is a GPU. 0: Ray assigns none.
         address: address of a running Ray cluster; None: the search starts a local one, and stops it at the end.
         time_limit: seconds after which no new evaluation starts; None: no limit.
+        evaluation_timeout: seconds after which one evaluation is ended, with its worker; the second time, the policy has failed.
+            "auto": 20 times the longest evaluation so far, at least a minute; half an hour until one has finished. An evaluation
+            in the search's own process (`workers: 0`) cannot be ended.
         precision: number format of the evaluations; "auto": bfloat16 where the processor or GPU supports it (float16 on older
             GPUs) and the dense model keeps its score. Final scores are always computed in float32.
         racing: whether the evaluation of a policy stops after the first images if it is clearly worse than an evaluated
@@ -148,12 +160,22 @@ class SearchSection(Section):
     evaluations: PositiveInt = 200
     score: ScoreEntry = PluginEntry(name="metric")
     seed: Annotated[StrictInt, Field(ge=0)] = 0
-    workers: Annotated[int | str, _count_or("auto", 0)] = "auto"
-    gpus_per_worker: Annotated[float | str, _share_or("auto")] = "auto"
+    workers: Annotated[int | str, _count_or(AUTO, 0)] = AUTO
+    gpus_per_worker: Annotated[float | str, _share_or(AUTO)] = AUTO
     address: StrictStr | None = None
     time_limit: Annotated[float, Field(gt=0)] | None = None
+    evaluation_timeout: Annotated[float | str, PlainValidator(_seconds_or_auto)] = AUTO
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     racing: StrictBool = False
+
+    @model_validator(mode="after")
+    def _evaluations_can_be_ended(self) -> SearchSection:
+        if self.workers == 0 and self.evaluation_timeout != AUTO:
+            raise InputError(
+                "`evaluation_timeout` needs workers, because an evaluation in the search's own process cannot be ended: write "
+                "`workers: 1` or more"
+            )
+        return self
 
     @field_validator("agent")
     @classmethod

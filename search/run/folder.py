@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -28,6 +29,9 @@ except ImportError:  # on Windows, where nothing keeps two processes apart
     fcntl = None
 
 log = logging.getLogger(__name__)
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a full disk, an exhausted quota, and a limit of the file size."""
 
 MANIFEST = "manifest.json"
 AGENT = "agent"
@@ -108,6 +112,35 @@ def check_links(folder: Path) -> None:
                 raise InputError(
                     f"{inner} is a link that leads out of {folder}, to {os.readlink(inner)}. Replace it by its target."
                 )
+
+
+@contextmanager
+def full_disk_is_an_error(run: Path) -> Iterator[None]:
+    """Turn the errors of a full disk within the block into one sentence."""
+    try:
+        yield
+    except Exception as error:
+        # Not every library raises OSError: those written in Rust and C++ pass on the text.
+        full = error.errno in FULL if isinstance(error, OSError) else os.strerror(errno.ENOSPC) in str(error)
+        if not full:
+            raise
+        problem = f"{run} cannot be written: {error}. What was recorded is kept. Make room, then continue"
+        raise InputError(f"{problem}: secateur.resume({str(run)!r})", f"{problem}: secateur resume {run}") from error
+
+
+def lock_file(path: str | os.PathLike[str]) -> int | None:
+    """Return the descriptor of a locked file, made if there is none; None: another process has locked it.
+
+    The operating system releases the lock when the descriptor is closed, or this process ends.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    if fcntl is not None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+    return descriptor
 
 
 def write_manifest(run: Path, config: SearchConfig, facts: Mapping[str, Any]) -> None:

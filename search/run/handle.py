@@ -100,7 +100,8 @@ def resume(
 
     Args:
         run: the run, or its folder.
-        overrides: changes of the run's configuration, such as {"search.evaluations": 500}.
+        overrides: changes of the run's configuration, such as {"search.evaluations": 500}, or another budget:
+            {"budgets.small": {"macs": "<= 35%"}}. All evaluations so far count for it, too.
         progress: True: show the progress on stderr.
         trust: modules that the run's manifest may name; those of secateur and torchvision's models need not be named.
     Raises:

@@ -8,35 +8,33 @@ we replace lost workers and do not let Ray restart them: a call to a restarting 
 from __future__ import annotations
 
 import logging
-import os
-import secrets
-import shutil
-import socket
-import sys
-import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from secateur.envs.compression_env import CompressionEnv
-from secateur.envs.core import Actor, CompressionPolicy, Episode, Evaluation, InputError
+from secateur.envs.core import Actor, CompressionPolicy, Episode, InputError
 from secateur.envs.rollout import rollout
+from secateur.search.problem import Evaluated
+from secateur.search.run.evaluation_timeout import EvaluationTimeout
+from secateur.search.run.ray_cluster import LOCAL, RayConnection, available_cores, first_line, last_line
+from secateur.search.run.signals import undisturbed
 
 log = logging.getLogger(__name__)
 
-LOCAL, AUTO = "local", "auto"
+AUTO = "auto"
 START_SECONDS = 900
 """How long workers may take to get their cores and build their environments."""
 
 MAX_LOSSES = 2
 """A candidate that has cost this many workers is a failure; the first loss may have been somebody else's fault."""
 
-
-def available_cores() -> int:
-    """Return how many cores this process may use: what `workers: auto` means on this machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+MAX_FAILED_STARTS = 5
+"""The search ends with an error when this many new workers in a row could not start."""
 
 
 class _Worker:
@@ -49,36 +47,47 @@ class _Worker:
     def ready(self) -> None:
         """Return once the environment is built."""
 
-    def run(self, actor: Actor, evaluated: Sequence[tuple[CompressionPolicy, Evaluation]]) -> Episode:
+    def run(self, actor: Actor, evaluated: Evaluated) -> Episode:
         """Return the actor's episode; `evaluated` is what all workers have evaluated since this one last heard."""
-        self._env.evaluator.cache.update(evaluated)
+        self._env.evaluator.remember(evaluated)
         return rollout(self._env, actor)
 
 
 @dataclass
 class _Task:
-    """An episode that is out."""
+    """An episode, from `submit` until its end.
+
+    Attributes:
+        losses: how many workers it has cost.
+        worker: index of the worker that runs it.
+        started: when it began there, in seconds of the monotonic clock.
+    """
 
     actor: Actor
-    worker: int
     losses: int = 0
+    worker: int = -1
+    started: float = 0.0
 
 
 class RayRunner:
     """A `Runner` (search/loop.py) over Ray actors.
 
-    A lost worker (it crashed, ran out of memory, or its machine went away) is replaced and its episode tried once more;
-    the second loss makes the episode a failure. All workers share their evaluations.
+    A lost worker (it crashed, hung, ran out of memory, or its machine went away) is replaced, and its episode is tried once
+    more; the second loss makes the episode a failure. All workers share their evaluations and failures, so no policy is tried
+    again. An episode whose worker was lost waits for any worker: if a machine is gone for good, the search goes on with those
+    that are left.
 
     Args:
         make_env: returns a worker's environment; sent once to Ray's object store, so it may hold the whole problem.
         workers: how many; "auto": as many as there are cores, and GPUs if the workers ask for them.
         address: of a running cluster; "local": start one for this runner, and end it in `close`. A connection that this
             process already has is used and left open.
+        timeout: of one evaluation.
+        choose: returns the policy that an actor chooses, so that a policy which cost two workers has a name; None: unknown.
         threads: torch threads, and cores, per worker.
         gpus: GPUs per worker, or a share of one; None: one if the cluster has any.
     Raises:
-        InputError: if there is no cluster at `address`, or it has too few cores or GPUs.
+        InputError: if there is no cluster at `address`, it has too few cores or GPUs, or its workers cannot start.
     """
 
     def __init__(
@@ -86,45 +95,39 @@ class RayRunner:
         make_env: Callable[[], CompressionEnv],
         workers: int | str,
         address: str = LOCAL,
+        timeout: EvaluationTimeout | None = None,
+        choose: Callable[[Actor], CompressionPolicy | None] = lambda actor: None,
         threads: int = 1,
         gpus: float | None = 0.0,
     ):
-        self._threads = threads
-        self._folder: str | None = None
+        self._timeout, self._choose, self._threads = timeout or EvaluationTimeout(), choose, threads
         self._workers: list[Any] = []
-        _set_ray_environment(address)
-        import ray
-
-        self._ray = ray
-        self._connected = not ray.is_initialized()
-        if self._connected:
-            self._connect(address, workers)
+        cores = available_cores() if isinstance(workers, str) else workers * threads
+        self._connection = RayConnection(address, num_cpus=cores)
+        self._ray: Any = self._connection.ray
         try:
             all_gpus = self._ray.cluster_resources().get("GPU", 0.0)
             self._gpus = min(all_gpus, 1.0) if gpus is None else gpus
             self.slots = self._count(workers, all_gpus)
             # Kept: Ray forgets what only the constructor calls of its actors refer to, and replacements need it too.
-            self._make_env = ray.put(make_env)
+            self._make_env = self._ray.put(make_env)
             self._workers = [self._new_worker() for _ in range(self.slots)]
             self._wait_until_ready()
         except BaseException:
             self.close()
             raise
+        self._waiting: deque[_Task] = deque()
         self._idle = list(range(self.slots))
         self._out: dict[Any, _Task] = {}
+        self._starting: dict[Any, int] = {}  # {reference that is ready when the worker is: the worker}
+        self._failed_starts = 0
+        self._last_sign = time.monotonic()  # of any worker
         # All evaluations so far, in order, and how many of them each worker has received.
-        self._evaluated: list[tuple[CompressionPolicy, Evaluation]] = []
+        self._evaluated: list[tuple[CompressionPolicy, Any]] = []
         self._seen: set[CompressionPolicy] = set()
         self._received = [0] * self.slots
 
-    def _wait_until_ready(self) -> None:
-        try:
-            self._ray.get([worker.ready.remote() for worker in self._workers], timeout=START_SECONDS)
-        except self._ray.exceptions.GetTimeoutError:
-            raise InputError(
-                f"Ray did not start {self.slots} workers within {START_SECONDS // 60} minutes: the cluster's cores are "
-                "probably taken. Lower `search.workers`, or try again later."
-            ) from None
+    # ------------------------------------------------------------------------------------------------------------ workers
 
     def _count(self, workers: int | str, all_gpus: float) -> int:
         cores = int(self._ray.cluster_resources().get("CPU", 0))
@@ -147,121 +150,135 @@ class RayRunner:
         options = {"num_cpus": self._threads, "num_gpus": self._gpus, "max_restarts": 0, "max_task_retries": 0}
         return self._ray.remote(_Worker).options(**options).remote(self._make_env, self._threads)
 
-    def _connect(self, address: str, workers: int | str) -> None:
-        options: dict[str, Any] = {}
-        if address == LOCAL:
-            # Socket paths end at 107 characters, so the folder's path must be short whatever TMPDIR says.
-            self._folder = tempfile.mkdtemp(prefix="secateur-", dir="/tmp" if os.path.isdir("/tmp") else None)
-            options = {
-                "num_cpus": available_cores() if workers == AUTO else workers * self._threads,
-                "include_dashboard": False,
-                # Ray opens its folder to all users; the one around it stays ours.
-                "_temp_dir": os.path.join(os.path.realpath(self._folder), "r"),
-            }
+    def _wait_until_ready(self) -> None:
         try:
-            if address != LOCAL:
-                _knock(address)
-            self._ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
-        except (OSError, RuntimeError, ValueError, self._ray.exceptions.RayError) as error:
-            self._remove_folder()
-            if address == LOCAL:
-                raise
+            self._ray.get([worker.ready.remote() for worker in self._workers], timeout=START_SECONDS)
+        except self._ray.exceptions.GetTimeoutError:
             raise InputError(
-                f"`search.address: {address}` cannot be joined: {_first_line(error)}. Leave it out to search on this "
-                "machine. If there is a cluster, both sides need RAY_AUTH_MODE=token and the same token."
+                f"Ray did not start {self.slots} workers within {START_SECONDS // 60} minutes: the cluster's cores are "
+                "probably taken. Lower `search.workers`, or try again later."
             ) from None
-
-    def submit(self, actor: Actor) -> None:
-        """Start an episode on an idle worker; there must be one."""
-        self._start(_Task(actor, self._idle.pop()))
-
-    def _start(self, task: _Task) -> None:
-        news = self._evaluated[self._received[task.worker] :]
-        self._received[task.worker] = len(self._evaluated)
-        self._out[self._workers[task.worker].run.remote(task.actor, news)] = task
-
-    def wait(self) -> list[tuple[Actor, Episode]]:
-        """Block until at least one episode is finished; return all that are."""
-        finished: list[tuple[Actor, Episode]] = []
-        while not finished:
-            out = list(self._out)
-            self._ray.wait(out, num_returns=1)
-            ready, _ = self._ray.wait(out, num_returns=len(out), timeout=0)
-            for reference in ready:
-                finished += self._collect(reference)
-        return finished
-
-    def _collect(self, reference: Any) -> Sequence[tuple[Actor, Episode]]:
-        """Return the finished episode, or nothing if its worker was lost and it is tried again."""
-        from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError
-
-        task = self._out.pop(reference)
-        try:
-            episode = self._ray.get(reference)
-        except (RayActorError, OutOfMemoryError, ObjectLostError) as error:  # ActorDiedError and ActorUnavailableError alike
-            task.losses += 1
-            log.warning("a worker was lost (loss %d of this candidate): %s", task.losses, _first_line(error))
-            self._replace(task.worker)
-            if task.losses < MAX_LOSSES:
-                self._start(task)
-                return []
-            failure = f"worker lost twice: {_first_line(error)}"
-            episode = Episode(task.actor.budget.name, None, None, failure=failure)
-        self._idle.append(task.worker)
-        if episode.evaluation is not None and episode.policy not in self._seen:
-            self._seen.add(episode.policy)
-            self._evaluated.append((episode.policy, episode.evaluation))
-        return [(task.actor, episode)]
+        except self._ray.exceptions.RayActorError as error:
+            raise _cannot_start(error) from None
 
     def _replace(self, worker: int) -> None:
-        self._ray.kill(self._workers[worker])  # one that is only out of reach must not come back
+        """End a worker that is lost, and start another one in its place."""
+        self._ray.kill(self._workers[worker])  # one that hangs, or is only out of reach, must not come back
         self._workers[worker] = self._new_worker()
         self._received[worker] = 0
+        self._starting[self._workers[worker].ready.remote()] = worker
+
+    def _begin(self, reference: Any) -> None:
+        """Take a new worker into the pool; start another one if it could not start."""
+        worker = self._starting.pop(reference)
+        try:
+            self._ray.get(reference)
+        except self._ray.exceptions.RayError as error:
+            self._failed_starts += 1
+            log.warning("a worker could not start: %s", first_line(error))
+            if self._failed_starts >= MAX_FAILED_STARTS:
+                raise _cannot_start(error) from None
+            self._replace(worker)
+            return
+        self._failed_starts = 0
+        self._idle.append(worker)
+
+    # ----------------------------------------------------------------------------------------------------------- episodes
+
+    def submit(self, actor: Actor) -> None:
+        """Start an episode as soon as a worker is idle."""
+        self._waiting.append(_Task(actor))
+        self._dispatch()
+
+    def _dispatch(self) -> None:
+        while self._waiting and self._idle:
+            task = self._waiting.popleft()
+            task.worker, task.started = self._idle.pop(), time.monotonic()
+            news = self._evaluated[self._received[task.worker] :]
+            self._received[task.worker] = len(self._evaluated)
+            self._out[self._workers[task.worker].run.remote(task.actor, news)] = task
+
+    def wait(self) -> list[tuple[Actor, Episode]]:
+        """Block until at least one episode is finished; return all that are.
+
+        Raises:
+            InputError: if all workers are lost and no new one can start.
+        """
+        finished: list[tuple[Actor, Episode]] = []
+        while not finished:
+            for reference in self._ready():
+                if reference in self._starting:
+                    self._begin(reference)
+                else:
+                    finished += self._collect(reference)
+            for reference, task in list(self._out.items()):
+                if time.monotonic() - task.started > self._timeout.seconds:
+                    del self._out[reference]
+                    finished += self._lose(task, f"the evaluation took longer than {self._timeout.seconds:g} s")
+            self._dispatch()
+        return finished
+
+    def _ready(self) -> list[Any]:
+        """Block until something happens or an evaluation's time is up; return what has happened."""
+        references = [*self._out, *self._starting]
+        now = time.monotonic()
+        limits = [task.started + self._timeout.seconds - now for task in self._out.values()]
+        patience = min(limits) if limits else self._last_sign + START_SECONDS - now
+        self._ray.wait(references, num_returns=1, timeout=max(patience, 0.0) + 0.01)
+        ready, _ = self._ray.wait(references, num_returns=len(references), timeout=0)
+        now = time.monotonic()
+        if ready or limits:
+            self._last_sign = now
+        elif now - self._last_sign > START_SECONDS:
+            raise InputError(
+                f"All workers are lost, and no new one has started within {START_SECONDS // 60} minutes. What was found is kept: "
+                "resume the run when the cluster is back."
+            )
+        return list(ready)
+
+    def _collect(self, reference: Any) -> list[tuple[Actor, Episode]]:
+        """Return the finished episode, or nothing if its worker was lost and it is tried again."""
+        errors, task = self._ray.exceptions, self._out.pop(reference)
+        try:
+            episode = self._ray.get(reference)
+        except (errors.RayActorError, errors.OutOfMemoryError, errors.ObjectLostError) as error:
+            return self._lose(task, f"worker lost: {first_line(error)}")
+        self._idle.append(task.worker)
+        self._timeout.add(episode)
+        self._share(episode)
+        return [(task.actor, episode)]
+
+    def _lose(self, task: _Task, reason: str) -> list[tuple[Actor, Episode]]:
+        """Replace the worker of an episode; return the episode if it has failed, or nothing if it is tried again."""
+        task.losses += 1
+        log.warning("a worker was lost (loss %d of this candidate): %s", task.losses, reason)
+        self._replace(task.worker)
+        if task.losses < MAX_LOSSES:
+            self._waiting.appendleft(task)
+            return []
+        episode = Episode(task.actor.budget.name, self._choose(task.actor), None, failure=f"{reason}, twice")
+        self._share(episode)
+        return [(task.actor, episode)]
+
+    def _share(self, episode: Episode) -> None:
+        """Note what all workers should know: the evaluation of the policy, or its failure."""
+        if episode.policy is not None and episode.policy not in self._seen:
+            self._seen.add(episode.policy)
+            self._evaluated.append((episode.policy, episode.evaluation or episode.failure))
 
     def close(self) -> None:
         """End the workers; leave the cluster, and end it if it was started here."""
-        if self._ray.is_initialized():
-            for worker in self._workers:
-                self._ray.kill(worker)
-            if self._connected:
-                self._ray.shutdown()
-        self._workers = []
-        self._remove_folder()
-
-    def _remove_folder(self) -> None:
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        with undisturbed():
+            if self._ray.is_initialized():
+                for worker in self._workers:
+                    self._ray.kill(worker)
+            self._workers = []
+            self._connection.close()
 
 
-def _knock(address: str) -> None:
-    """Raise OSError unless something listens at "host:port"; Ray itself would try for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=10).close()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
-
-
-def _set_ray_environment(address: str) -> None:
-    """Set what Ray reads from the environment when it is imported; the processes it starts inherit it."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the behavior to come; unset, Ray warns
-    if address != LOCAL:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        return
-    # Ray starts workers at a niceness of 15: anything else on the machine would run first, also the search's own driver.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    # Ray reads this when it is imported; on Linux too, its processes then listen on the loopback interface only. A cluster of
-    # ours always asks for a token as well: programs may have imported Ray before, and other users share the interface.
-    if "ray" not in sys.modules:
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        os.environ["RAY_AUTH_MODE"] = "token"
-    else:
-        # Ray has cached the mode when it was imported. Only while the variable is unset does `ray.init` turn the token
-        # on and refresh that; otherwise this process and the cluster would disagree.
-        os.environ.pop("RAY_AUTH_MODE", None)
-    # A token that lives in our environment only keeps Ray from writing one to a file that every user can read.
-    if "RAY_AUTH_TOKEN" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+def _cannot_start(error: Exception) -> InputError:
+    """Return the error for workers whose constructor fails; the last line of Ray's text names the cause."""
+    return InputError(
+        f"The workers cannot start: {last_line(error)}. They must be able to import what this process imports, and to read the "
+        "same files: install your modules on every machine of the cluster, or start the search in their folder."
+    )

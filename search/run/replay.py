@@ -27,7 +27,7 @@ from secateur.search.results.selection import policy_of_trial
 MAY_CHANGE = {
     "data": ["root"],
     "model": ["weights"],
-    "search": ["evaluations", "workers", "address", "time_limit", "precision", "gpus_per_worker"],
+    "search": ["evaluations", "workers", "address", "time_limit", "evaluation_timeout", "precision", "gpus_per_worker"],
     "compute": None,
     "finalize": None,
     "output": None,
@@ -42,16 +42,18 @@ class Recorded:
     Args:
         trials: Optuna's trials of the study.
         problem: of the run.
+        damaged: whether these are what was left of a damaged study.
     """
 
-    def __init__(self, trials: Sequence[Any], problem: Problem):
+    def __init__(self, trials: Sequence[Any], problem: Problem, damaged: bool = False):
+        self.trials, self.damaged = trials, damaged
         self.episodes = [_episode(trial, problem) for trial in trials]
         self._left = Counter(map(_key, self.episodes))
 
     @property
-    def evaluated(self) -> list[tuple[CompressionPolicy, Evaluation]]:
-        """Policies whose evaluations are reused; failed ones are tried again, and count as new if they succeed."""
-        return [(e.policy, e.evaluation) for e in self.episodes if e.policy is not None and e.evaluation is not None]
+    def evaluated(self) -> list[tuple[CompressionPolicy, Evaluation | str]]:
+        """Policies that are not evaluated again, with their evaluations, or the reasons why they have failed."""
+        return [(e.policy, e.evaluation or e.failure or "unknown") for e in self.episodes if e.policy is not None]
 
     def take(self, episode: Episode) -> bool:
         """Return whether this episode is recorded; each recorded episode is taken once."""
@@ -81,15 +83,16 @@ def _episode(trial: Any, problem: Problem) -> Episode:
 
 
 def check_unchanged(before: SearchConfig, now: SearchConfig) -> None:
-    """Raise InputError if the run would not be the same: its first evaluations could not be replayed."""
+    """Raise InputError if the run would not be the same: its first evaluations could not be replayed. Budgets may be added."""
     apart = {section: set(names) if names else True for section, names in MAY_CHANGE.items()}
     old, new = (config.model_dump(mode="json", exclude=apart) for config in (before, now))
+    new["budgets"] = {name: limits for name, limits in new["budgets"].items() if name in old["budgets"]}
     changed = _changes(old, new)
     allowed = [f"`{section}.{name}`".replace(".`", "`") for section, names in MAY_CHANGE.items() for name in names or [""]]
     if changed:
         raise InputError(
             f"A resumed run must have the same configuration, but {', '.join(f'`{name}`' for name in changed)} changed. Start "
-            f"another search. What may change: {', '.join(allowed)}."
+            f"another search. What may change: {', '.join(allowed)}; and budgets may be added."
         )
 
 
@@ -105,6 +108,16 @@ def check_evaluations(run: Path, recorded: int, config: SearchConfig) -> None:
     if config.search.evaluations < recorded:
         wanted = config.search.evaluations
         raise InputError(f"`search.evaluations: {wanted}` is less than the {recorded} that {run} has already. Raise it.")
+
+
+def check_added_budgets(before: SearchConfig, now: SearchConfig) -> None:
+    """Raise InputError if a new budget limits a cost that the run has not traded so far: its study has no such objective."""
+    old, new = ({cost for budget in config.budgets.values() for cost in budget.limits} or {"macs"} for config in (before, now))
+    if added := sorted(new - old):
+        raise InputError(
+            f"A new budget limits {', '.join(f'`{name}`' for name in added)}, but the run trades {', '.join(sorted(old))} only. "
+            "Limit these, or start another search with all budgets."
+        )
 
 
 def check_same_score(run: Path, manifest: Mapping[str, Any], problem: Problem) -> None:

@@ -25,12 +25,24 @@ from secateur.search.results.document import read_front, write_front
 from secateur.search.results.finalize import dense_test_score, finalize
 from secateur.search.results.front import Front
 from secateur.search.results.winners import verify_winners, winner_folder
-from secateur.search.run.folder import AGENT, DEVICE, check_run_folder, create_run_folder, held, load_manifest, write_manifest
+from secateur.search.run.folder import (
+    AGENT,
+    DEVICE,
+    check_run_folder,
+    create_run_folder,
+    full_disk_is_an_error,
+    held,
+    load_manifest,
+    write_manifest,
+)
+from secateur.search.run.journal import JOURNAL
 from secateur.search.run.network import write_network
 from secateur.search.run.progress import SearchProgress
-from secateur.search.run.replay import Recorded, check_evaluations, check_same_score, check_unchanged
+from secateur.search.run.recorded_trials import recorded_trials
+from secateur.search.run.replay import Recorded, check_added_budgets, check_evaluations, check_same_score, check_unchanged
 from secateur.search.run.sensitivities import read_sensitivities, write_sensitivities
-from secateur.search.run.study import StudyRecorder, load_study
+from secateur.search.run.signals import ended_by_signals, first_signal_waits
+from secateur.search.run.study import DAMAGED, StudyRecorder
 from secateur.search.training.finalize import training_config
 from secateur.search.training.winners import train_winners
 
@@ -41,15 +53,17 @@ def search(config: SearchConfig, progress: SearchProgress | None = None, given: 
     `given` are model and task as Python objects; None: the configuration names them.
 
     front.json is on disk from the start on and follows every change, and the study holds every evaluation as soon as it is
-    done. After Ctrl-C or an error both hold everything that was found, and `resume` continues from there.
+    done. After Ctrl-C, SIGTERM or an error both hold everything that was found, and `resume` continues from there. The first
+    signal waits for the evaluations that run, the second one does not (search/run/signals.py).
 
     Raises:
         InputError: for anything in the configuration that cannot be used; nothing is written then.
     """
     check_run_folder(config.output)
     progress = progress or SearchProgress(Console(quiet=True))
-    problem = build_problem(config, progress.status, given)
-    return _run(problem, None, None, progress)
+    with ended_by_signals():
+        problem = build_problem(config, progress.status, given)
+        return _run(problem, None, None, progress)
 
 
 def resume(
@@ -63,7 +77,7 @@ def resume(
 
     Args:
         run: its folder.
-        overrides: changes of the run's configuration, such as {"search.evaluations": 500}.
+        overrides: changes of the run's configuration, such as {"search.evaluations": 500}, or another budget.
         progress: follows it; default: in silence.
         given: the run's model and task as Python objects, if it began with such.
         trust: modules that the run's manifest may name.
@@ -74,12 +88,15 @@ def resume(
     before, manifest = load_manifest(run)
     config, _ = load_own_manifest(run, overrides, given, trust)
     check_unchanged(before, config)
-    with held(run):
-        trials = load_study(run).trials
+    check_added_budgets(before, config)
+    with ended_by_signals(), held(run):
+        trials, damaged = recorded_trials(run)
         check_evaluations(run, len(trials), config)
         problem = build_problem(config, progress.status, given)
         check_same_score(run, manifest, problem)
-        return _run(problem, run, Recorded(trials, problem), progress)
+        if damaged:
+            progress.note(f"{JOURNAL} was damaged: {len(trials)} evaluations are sound; {DAMAGED} is the file as it was")
+        return _run(problem, run, Recorded(trials, problem, bool(damaged)), progress)
 
 
 def _run(problem: Problem, run: Path | None, recorded: Recorded | None, progress: SearchProgress) -> Path:
@@ -98,6 +115,7 @@ def _run(problem: Problem, run: Path | None, recorded: Recorded | None, progress
         if run is None:
             run = create_run_folder(config.output)
             stack.enter_context(held(run))
+        stack.enter_context(full_disk_is_an_error(run))
         write_sensitivities(run, problem.space)
         front = _evaluate(problem, agent, runner, run, recorded, progress)
         runner.close()
@@ -121,13 +139,13 @@ def _evaluate(
     write_network(run, problem.assembler.graph)
     if problem.device is not None:
         write_device(problem.device, run / DEVICE)
-    front, recorder = build_front(problem), _recorder(problem, run)
+    front, recorder = build_front(problem), _recorder(problem, run, recorded)
     for episode in recorded.episodes if recorded else ():
         front.add(episode)
     before = front.evaluations
-    if recorded is None:
+    if recorded is None or recorded.damaged:
         write_front(run, front.document(describe))
-    elif before < config.search.evaluations:
+    if recorded is not None and before < config.search.evaluations:
         progress.note(f"replaying {before} recorded evaluations")
 
     noted: set[str] = set()
@@ -152,7 +170,8 @@ def _evaluate(
 
     progress.on_start(run, front, total, config.search.time_limit)
     try:
-        run_loop(agent, runner, total, on_episode, enough)
+        with first_signal_waits() as asked_to_end:
+            run_loop(agent, runner, total, on_episode, lambda: enough() or asked_to_end())
         new = lost or front.evaluations > before
     except BaseException:
         new = front.evaluations > before
@@ -206,11 +225,11 @@ def _facts(problem: Problem) -> dict:
     }
 
 
-def _recorder(problem: Problem, run: Path) -> StudyRecorder:
+def _recorder(problem: Problem, run: Path, recorded: Recorded | None) -> StudyRecorder:
     attributes = {"agent": problem.config.search.agent, "seed": problem.config.search.seed, "data": problem.task.source}
-    return StudyRecorder(
-        run, problem.space.policy_space, problem.space.objectives, problem.score.metric, problem.search_budgets, attributes
-    )
+    space, metric = problem.space, problem.score.metric
+    sound = recorded.trials if recorded is not None and recorded.damaged else None
+    return StudyRecorder(run, space.policy_space, space.objectives, metric, problem.search_budgets, attributes, sound)
 
 
 def _clock(limit: float | None) -> Callable[[], bool]:

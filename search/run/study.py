@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import warnings
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,7 +18,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
-from optuna.trial import TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from secateur.envs.core import Budget, Episode, InputError
 from secateur.envs.metric import Metric, drop_name
@@ -23,6 +26,12 @@ from secateur.envs.policy_space import Decision, PolicySpace
 from secateur.search.run.journal import JOURNAL, read_journal
 
 Study: TypeAlias = optuna.Study
+
+DAMAGED = "study.journal.damaged"
+"""What the file of the study was before a resumed run left damaged lines out of it."""
+
+CHECKSUM = "checksum"
+"""Attribute of a trial."""
 
 UNLIMITED = -1.0
 """Slack of a quantity that an episode's budget does not limit: what a cost of zero would have."""
@@ -42,6 +51,7 @@ class StudyRecorder:
         metric: of the search's score.
         budgets: of the search; episodes name the one they were conditioned on.
         attributes: about the whole run, JSON values.
+        sound: trials of a damaged journal, which is written anew with them; None: the journal is sound.
     """
 
     def __init__(
@@ -52,29 +62,52 @@ class StudyRecorder:
         metric: Metric,
         budgets: Sequence[Budget],
         attributes: Mapping[str, Any] | None = None,
+        sound: Sequence[FrozenTrial] | None = None,
     ):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._space, self._objectives = space, tuple(objectives)
         self._distributions = {decision.name: _distribution(decision) for decision in space.decisions}
         self._limited = limited_quantities(budgets, metric)
-        if (folder / JOURNAL).is_file():  # a resumed run
-            _drop_unfinished_line(folder / JOURNAL)
-            self._study = load_study(folder)
+        self._attributes = {"objectives": list(objectives), "constraint_names": list(self._limited), **(attributes or {})}
+        first = StudyDirection.MAXIMIZE if metric.higher_is_better else StudyDirection.MINIMIZE
+        self._directions = [first, *[StudyDirection.MINIMIZE] * (len(objectives) - 1)]
+        journal = folder / JOURNAL
+        if sound is not None and journal.is_file():
+            self._rewrite(journal, sound)
+        if not journal.is_file():
+            self._study = self._create(journal)
             return
-        self._study = optuna.create_study(
-            study_name=folder.name,
-            storage=JournalStorage(JournalFileBackend(str(folder / JOURNAL))),
-            directions=[
-                StudyDirection.MAXIMIZE if metric.higher_is_better else StudyDirection.MINIMIZE,
-                *[StudyDirection.MINIMIZE] * (len(objectives) - 1),
-            ],
+        _drop_unfinished_line(journal)
+        self._study = load_study(folder)
+        if self._study.directions != self._directions:
+            self._rewrite(journal, self._study.get_trials(deepcopy=False))
+            self._study = load_study(folder)
+        for name, value in self._attributes.items():  # the names of the constraints change with another budget
+            if self._study.user_attrs.get(name) != value:
+                self._study.set_user_attr(name, value)
+
+    def _create(self, journal: Path) -> Study:
+        study = optuna.create_study(
+            study_name=journal.parent.name,
+            storage=JournalStorage(JournalFileBackend(str(journal))),
+            directions=self._directions,
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)  # without names the dashboard shows "Objective 0"
-            self._study.set_metric_names(list(objectives))
-        described = {"objectives": list(objectives), "constraint_names": list(self._limited)}
-        for name, value in {**described, **(attributes or {})}.items():
-            self._study.set_user_attr(name, value)
+            study.set_metric_names(list(self._objectives))
+        for name, value in self._attributes.items():
+            study.set_user_attr(name, value)
+        return study
+
+    def _rewrite(self, journal: Path, trials: Sequence[FrozenTrial]) -> None:
+        """Replace a damaged journal by one of these trials at once, and keep the old one."""
+        draft = journal.with_name(f"{JOURNAL}.draft")
+        draft.unlink(missing_ok=True)
+        study = self._create(draft)
+        for trial in trials:
+            study.add_trial(trial)
+        shutil.copyfile(journal, journal.with_name(DAMAGED))
+        os.replace(draft, journal)
 
     def record(self, number: int, agent: str, episode: Episode) -> None:
         """Add one episode as a trial.
@@ -93,9 +126,11 @@ class StudyRecorder:
             attributes |= {f"cost/{name}": float(value) for name, value in episode.evaluation.costs.items()}
         if failure is not None:
             attributes["failure"] = failure
+        choices = self._space.policy_to_choices(episode.policy) if episode.policy is not None else {}
+        attributes[CHECKSUM] = checksum(choices, values if failure is None else None, attributes)
         trial = create_trial(
             state=_state(episode, failure),
-            params=self._space.policy_to_choices(episode.policy) if episode.policy is not None else {},
+            params=choices,
             distributions=self._distributions if episode.policy is not None else {},
             values=values if failure is None else None,
             user_attrs=attributes,
@@ -112,6 +147,13 @@ class StudyRecorder:
         evaluation = episode.evaluation
         values = [float(evaluation.score), *(float(evaluation.costs[name]) for name in self._objectives[1:])]
         return values if np.isfinite(values).all() else None
+
+
+def checksum(choices: Mapping[str, float], values: Sequence[float] | None, facts: Mapping[str, Any]) -> int:
+    """Return the checksum of a trial: of its parameters, values and user attributes."""
+    numbers = {name: float(value) for name, value in choices.items()}
+    content = [numbers, values, {name: value for name, value in facts.items() if name != CHECKSUM}]
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def limited_quantities(budgets: Sequence[Budget], metric: Metric) -> tuple[str, ...]:

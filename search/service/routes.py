@@ -11,11 +11,12 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Annotated, Any
 
-import yaml
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, Field
 
+from secateur.cost_models.core import InputError
+from secateur.search.config.reading import load_yaml
 from secateur.search.results.document import only_budget, read_front
 from secateur.search.service.access import Owned, Problem, Readable, Reader, Service, Submitter, TheService
 from secateur.search.service.rules import DIGEST
@@ -133,9 +134,9 @@ def _read_body(body: bytes) -> Any:
     if len(body) > LARGEST_BODY:
         raise Problem(413, f"A configuration may have {LARGEST_BODY} bytes at most.")
     try:
-        return yaml.safe_load(body)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise Problem(422, "The body is neither JSON nor YAML.", [(str(error).splitlines() or [""])[0]]) from None
+        return load_yaml(body.decode())
+    except (UnicodeDecodeError, InputError) as error:
+        raise Problem(422, "The body is neither JSON nor YAML.", [f"It {error}."]) from None
 
 
 # --------------------------------------------------------------------------------------------------------------- results

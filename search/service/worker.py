@@ -6,7 +6,6 @@ It has its own session, so it goes on when the server ends. SIGTERM and SIGINT e
 from __future__ import annotations
 
 import json
-import signal
 import sys
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from secateur.search.results.front import Front
 from secateur.search.run.folder import load_manifest
 from secateur.search.run.progress import SearchProgress
 from secateur.search.run.search import resume, search
+from secateur.search.run.signals import ended_by_signals
 from secateur.search.service.store import CHANGES, CONFIG, EVENTS, OUTCOME, PROGRESS, RUN, State, write_json
 
 
@@ -102,13 +102,8 @@ def _ended(folder: Path, progress: RecordedProgress, state: State, message: str 
 
 def main(folder: Path) -> int:
     """Work, and return the exit code."""
-
-    def stop(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
-    return {"finished": 0, "cancelled": 130}.get(work(folder), 1)
+    with ended_by_signals():
+        return {"finished": 0, "cancelled": 130}.get(work(folder), 1)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ and the last ones close the cluster.
 
 from __future__ import annotations
 
+import ctypes
 import glob
 import json
 import os
@@ -20,10 +21,11 @@ import numpy as np
 import pytest
 
 from secateur.agents.core import SequenceActor
-from secateur.envs.core import Budget, CompressionPolicy, Evaluation, InputError
+from secateur.envs.core import Budget, CompressionPolicy, Evaluation, InputError, KnownFailure
 from secateur.envs.evaluator import Precision
 from secateur.search.build import build_problem, make_env
 from secateur.search.config import parse_config
+from secateur.search.run.evaluation_timeout import EvaluationTimeout
 from secateur.search.run.local_runner import LocalRunner
 from secateur.search.run.ray_runner import RayRunner
 
@@ -31,13 +33,24 @@ BUDGET = Budget("phone", {"macs": 1.0})
 STEPS = 3
 
 
+class ToyEvaluator:
+    """What a worker knows: evaluations and failures."""
+
+    def __init__(self):
+        self.cache, self.failures = {}, {}
+
+    def remember(self, evaluated):
+        for policy, found in evaluated:
+            (self.failures if isinstance(found, str) else self.cache)[policy] = found
+
+
 class ToyEnv:
-    """Three choices among ten; the score is their sum. Choices above 9 break things in the ways that candidates do."""
+    """Three choices among ten; the score is their sum. Two choices of 10 break things in the ways that candidates do."""
 
     space = SimpleNamespace(num_steps=STEPS)
 
     def __init__(self, evaluator_delay: float = 0.0):
-        self.evaluator = SimpleNamespace(cache={})
+        self.evaluator = ToyEvaluator()
         self.evaluated = 0
         self._delay = evaluator_delay
 
@@ -59,8 +72,14 @@ class ToyEnv:
         return np.full(1, choice / 10, np.float32), reward, done, False, info
 
     def _evaluate(self):
+        if self.policy in self.evaluator.failures:
+            raise KnownFailure(self.evaluator.failures[self.policy])
         if self.chosen == [10, 10, 10]:
             os._exit(1)
+        if self.chosen == [10, 10, 8]:
+            time.sleep(1000)
+        if self.chosen == [10, 10, 7]:
+            ctypes.PyDLL(None).sleep(1000)  # it holds Python's lock: no other thread of the process can run
         if self.chosen == [10, 10, 0]:
             raise RuntimeError("the forward failed")
         if self.policy not in self.evaluator.cache:
@@ -85,6 +104,11 @@ class Replay:
         return np.array([self.choices[step] / 10])
 
 
+def chosen(actor):
+    """Return the toy policy of an actor."""
+    return CompressionPolicy(actor.choices, (), ())
+
+
 def run_all(runner, actors):
     """Return {choices: episode}; keeps every slot busy and checks that the very actors come back."""
     waiting, out, episodes = list(actors), [], {}
@@ -104,7 +128,7 @@ def runner():
     import ray
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
-    runner = RayRunner(partial(ToyEnv, 0.01), workers=2)
+    runner = RayRunner(partial(ToyEnv, 0.01), workers=2, timeout=EvaluationTimeout(1.0), choose=chosen)
     yield runner
     runner.close()
 
@@ -139,13 +163,31 @@ def test_both_workers_work_and_neither_repeats_what_the_other_has_evaluated(runn
 def test_a_candidate_that_kills_its_worker_twice_fails_and_the_search_goes_on(runner):
     before = run_all(runner, [Replay((5, 5, 5))])
     episodes = run_all(runner, [Replay((10, 10, 10)), *(Replay((a, 8, 8)) for a in range(6)), Replay((5, 5, 5))])
-    assert episodes[(10, 10, 10)].failure.startswith("worker lost twice")
-    assert not episodes[(10, 10, 10)].feasible
+    failed = episodes[(10, 10, 10)]
+    assert failed.failure.startswith("worker lost: ") and failed.failure.endswith(", twice")
+    assert not failed.feasible and failed.policy == chosen(Replay((10, 10, 10)))
     assert all(episodes[(a, 8, 8)].failure is None for a in range(6))
     assert episodes[(5, 5, 5)].evaluation == before[(5, 5, 5)].evaluation
     # The new worker is sent all earlier evaluations.
     after = run_all(runner, [Replay((5, 5, 5)), Replay((5, 5, 5)), Replay((4, 8, 8)), Replay((4, 8, 8))])
     assert after[(5, 5, 5)].evaluation == before[(5, 5, 5)].evaluation
+
+
+@pytest.mark.parametrize("choices", [(10, 10, 8), (10, 10, 7)], ids=["asleep", "holding Python's lock"])
+def test_a_hanging_evaluation_is_ended_and_fails_after_the_second_time(runner, choices):
+    episodes = run_all(runner, [Replay(choices), *(Replay((a, 6, 8)) for a in range(4))])
+    assert episodes[choices].failure == "the evaluation took longer than 1 s, twice"
+    assert episodes[choices].policy == chosen(Replay(choices))
+    assert all(episodes[(a, 6, 8)].failure is None for a in range(4))
+
+
+def test_a_policy_that_failed_is_never_tried_again(runner):
+    workers = list(runner._workers)
+    for choices in ((10, 10, 10), (10, 10, 8)):
+        for _ in range(2):  # by both workers
+            again = run_all(runner, [Replay(choices), Replay((1, 1, 1))])
+            assert again[choices].failure.endswith("twice")
+    assert runner._workers == workers, "no worker was lost"
 
 
 def test_ray_asks_for_a_token_and_sends_no_statistics(runner):
@@ -236,7 +278,7 @@ def in_order(runner, actors):
 def test_closing_removes_everything_that_the_runner_made(runner):
     import ray
 
-    folder = runner._folder
+    folder = runner._connection.folder
     assert glob.glob(f"{folder}/r/session_*")
     runner.close()
     assert not ray.is_initialized() and not os.path.exists(folder)

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from secateur.agents import AGENTS
 from secateur.envs.core import InputError
 from secateur.envs.policy_space import policy_to_document
-from secateur.search.config import parse_config
+from secateur.search.config import budget_override, parse_config
 from secateur.search.results.document import read_front, winner
 from secateur.search.results.winners import verify_winners
 from secateur.search.run.folder import held
@@ -65,13 +66,22 @@ class Interrupted(SearchProgress):
 
 OPTIONS = {
     "random": {},
+    "uniform": {},
+    "greedy": {},
+    "integer_program": {},
+    "clr_rnf": {},
     "evopress": {},
     "spdy": {"population": 4},
     "bee_colony": {"sources": 2},
     "nsga2": {"population": 4},
     "optuna": {"startup": 4},
     "envelope_ddpg": LEARNER,
+    "amc_ddpg": {},
 }
+
+
+def test_every_agent_is_resumed_here():
+    assert set(OPTIONS) == set(AGENTS)
 
 
 @pytest.mark.numerics
@@ -80,15 +90,15 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(tmp_path, agent):
     options = OPTIONS[agent]
     straight = run(tmp_path / "straight", agent=agent, options=options)
     config = parse_config(values(tmp_path / "broken", agent=agent, options=options), "test.yaml")
-    progress = Interrupted(after=11)
+    progress = Interrupted(after=min(11, len(trials(straight)) - 1))  # some agents have one policy per budget
     with pytest.raises(KeyboardInterrupt):
         search(config, progress)
     broken = progress.run
-    assert len(trials(broken)) == 11
+    assert 1 <= len(trials(broken)) < len(trials(straight))
     assert resume(broken) == broken
     assert trials(broken) == trials(straight)
     documents = [read_front(folder) for folder in (broken, straight)]
-    assert documents[0] == documents[1] and documents[0]["evaluations"] == 16
+    assert documents[0] == documents[1] and documents[0]["evaluations"] == len(trials(straight))
     if agent == "envelope_ddpg":
         states = [json.loads((folder / "agent" / "agent.json").read_text()) for folder in (broken, straight)]
         assert states[0]["rng"] == states[1]["rng"]
@@ -162,7 +172,7 @@ def test_a_lost_agent_is_rebuilt_by_the_replay(tmp_path):
     assert len(trials(folder)) == 12
 
 
-def test_failed_evaluations_stay_in_the_study_and_are_not_reused(tmp_path, monkeypatch):
+def test_a_failed_policy_is_remembered_and_never_tried_again(tmp_path, monkeypatch):
     from secateur.envs.evaluator import Evaluator
 
     network = Evaluator.network
@@ -179,8 +189,9 @@ def test_failed_evaluations_stay_in_the_study_and_are_not_reused(tmp_path, monke
     assert read_front(folder)["failed"] == 1
     resume(folder, ["search.evaluations=9"])
     states = [trial.state.name for trial in load_study(folder).trials]
-    assert states[:6] == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
-    assert states[6:] == ["COMPLETE"] * 3 and read_front(folder)["evaluations"] == 9
+    assert states == ["COMPLETE", "COMPLETE", "FAIL", *["COMPLETE"] * 6]
+    assert load_study(folder).trials[2].user_attrs["failure"] == "RuntimeError: out of luck"
+    assert len(set(calls)) == len(calls) == 9 and read_front(folder)["evaluations"] == 9
 
 
 def test_a_truncated_line_of_the_journal_is_dropped(tmp_path):
@@ -243,3 +254,46 @@ def test_torch_threads_are_left_alone(tmp_path):
     before = torch.get_num_threads()
     run(tmp_path, agent="envelope_ddpg", evaluations=6, options=LEARNER)
     assert torch.get_num_threads() == before
+
+
+def test_a_budget_is_added_to_a_finished_run_and_reuses_its_evaluations(tmp_path, monkeypatch):
+    from secateur.envs.evaluator import Evaluator
+
+    few = {"agent": "evopress", "evaluations": 12}
+    folder = run(tmp_path, **few)
+    before = trials(folder)
+    counted, network = [], Evaluator.network
+    monkeypatch.setattr(Evaluator, "network", lambda self, policy: (counted.append(policy), network(self, policy))[1])
+    resume(folder, [budget_override("middle=macs<=40%,top1_drop<=90")])
+    assert not counted and trials(folder) == before
+    document = read_front(folder)
+    assert list(document["budgets"]) == ["small", "tiny", "middle"]
+    assert document["budgets"]["middle"]["front"], "policies of the tighter budget fit it, too"
+    assert any(point["budget"] == "middle" for point in document["final"]["points"])
+    resume(folder, ["search.evaluations=20"])
+    added = trials(folder)[12:]
+    assert trials(folder)[:12] == before and len(added) == 8
+    assert [budget for budget, _, _ in added[:4]] == ["middle"] * 4, "the new budget catches up with the others"
+    assert load_study(folder).user_attrs["constraint_names"] == ["macs", "weight_bytes", "top1_drop"]
+
+
+def test_a_budget_that_a_run_cannot_take_is_refused(tmp_path):
+    folder = run(tmp_path, evaluations=4)
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    with pytest.raises(InputError, match="limits `peak_activation_bytes`, but the run trades macs, weight_bytes only"):
+        resume(folder, [budget_override("memory=peak_activation_bytes<=50%")])
+    with pytest.raises(InputError, match="must have the same configuration, but `budgets.small.macs` changed"):
+        resume(folder, [budget_override("small=macs<=35%")])
+    for wrong in ("macs<=35%", "=macs<=35%", "small", "small=", "small=macs", "small=macs<=1%,macs<=2%"):
+        with pytest.raises(InputError, match="--budget"):
+            budget_override(wrong)
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize("schema", [0, 3, "2", None])
+def test_a_run_of_another_schema_is_refused_in_one_sentence(tmp_path, schema):
+    folder = run(tmp_path, evaluations=2)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "schema": schema}))
+    with pytest.raises(InputError, match=rf"has schema {schema}; this version reads schemas 1 and 2\.$"):
+        resume(folder)

@@ -1,0 +1,128 @@
+"""A search of a task that costs nothing, and processes that are killed in the middle of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from secateur.search.config import parse_config
+from secateur.search.results.document import read_front
+from secateur.search.run.search import resume, search
+from secateur.search.run.study import load_study
+
+EVALUATIONS = 8
+TASK = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.head = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.second(torch.relu(self.first(x)))))
+
+INPUTS = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+EXAMPLE = INPUTS[:1]
+WANTED = Net().eval()(INPUTS).detach()
+
+def loader():
+    return [INPUTS[:32], INPUTS[32:]]
+
+def error(model):
+    return (model(INPUTS) - WANTED).square().mean().sqrt()
+"""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def task(tmp_path_factory):
+    """The folder with the module `toy_task`, which is the working directory."""
+    folder = tmp_path_factory.mktemp("task")
+    (folder / "toy_task.py").write_text(TASK)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SECATEUR_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.syspath_prepend(folder)
+        patch.chdir(folder)
+        yield folder
+
+
+def values(folder, **changes):
+    return {
+        "model": {"factory": "toy_task:Net", "input": [8]},
+        "task": {
+            "calibration": "toy_task:loader",
+            "evaluate": "toy_task:error",
+            "inputs": "toy_task:EXAMPLE",
+            "metric": {"name": "error", "higher_is_better": False, "best": 0.0},
+        },
+        "search": {"agent": "random", "evaluations": EVALUATIONS, "workers": 0},
+        "recovery": [],
+        "budgets": {"half": {"macs": "<= 60%"}, "third": {"macs": "<= 40%"}},
+        "finalize": {"top": 1, "verify": False, "recovery": []},
+        "output": {"root": str(folder), "name": "run"},
+        **changes,
+    }
+
+
+def run(folder, **changes):
+    """Return the folder of a search."""
+    return search(parse_config(values(folder, **changes), "test.yaml"))
+
+
+def trials(run):
+    """Return budget, choices and scores of every evaluation, in order."""
+    return [(trial.user_attrs["budget"], trial.params, trial.values) for trial in load_study(run).trials]
+
+
+def in_child(action):
+    """Run a function in a copy of this process; return its exit status, negative if a signal has ended it."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            action()
+            code = 0
+        except BaseException as error:
+            Path("child.txt").write_text(f"{type(error).__name__}: {error}")
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def killing(patch, owner, name, call=1, after=True):
+    """Replace a function by one that kills its process at a call: after the function's work, or before it."""
+    function, calls = getattr(owner, name), []
+
+    def killed(*arguments, **options):
+        calls.append(name)
+        if len(calls) == call and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = function(*arguments, **options)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    patch.setattr(owner, name, killed)
+
+
+@pytest.fixture(scope="session")
+def straight(tmp_path_factory, task):
+    """The folder of a run that nothing has interrupted."""
+    return run(tmp_path_factory.mktemp("straight"))
+
+
+def assert_continued(folder, straight, recorded):
+    """Resume a run, and check that it ends as the straight one, with the evaluations that it had recorded."""
+    resume(folder)
+    after = trials(folder)
+    assert after[: len(recorded)] == recorded, "a recorded evaluation was lost or changed"
+    assert after == trials(straight), "an evaluation is missing, or recorded twice"
+    assert [trial.user_attrs["evaluation"] for trial in load_study(folder).trials] == list(range(EVALUATIONS))
+    assert read_front(folder) == read_front(straight)
