@@ -171,11 +171,25 @@ def latency_table(results: Path) -> str:
     return markdown_table(heads, lines)
 
 
+def training_table(results: Path) -> str:
+    """Return the scores of the network in results/training before and after its training."""
+    lines = (results / "training" / "learning.jsonl").read_text(encoding="utf-8").splitlines()
+    stages = {stage["stage"]: stage for stage in map(json.loads, lines)}
+    names = {"dense": "dense", "repair": "pruned, after `sequential`", "trained": "after the training", "exported": "as exported"}
+
+    def cell(score: float | None) -> str:
+        return "-" if score is None else f"{100 * score:.2f}"
+
+    rows = [[label, *(cell(stages[name].get(split)) for split in ("validation", "test"))] for name, label in names.items()]
+    return markdown_table(["", "validation top-1 %", "test top-1 %"], rows)
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "budgets-short": lambda results: budgets_table(results / "budgets", short=True),
     "budgets": lambda results: budgets_table(results / "budgets", short=False),
     "budgets-bits": lambda results: budgets_table(results / "budgets_bits", short=False),
     "half": half_table,
+    "training": training_table,
     "budgets-rerun": rerun_table,
     "divergence": lambda results: reported_table(results / "divergence"),
     "segmentation": lambda results: reported_table(results / "segmentation"),
