@@ -152,19 +152,15 @@ def front(found: Readable, budget: str | None = None) -> dict[str, Any]:
 @router.get("/searches/{identifier}/trials")
 def trials(
     found: Readable,
-    sort: str | None = None,
-    descending: bool = False,
+    where: Annotated[str | None, Query(description="As in `secateur query`: top1 >= 0.9 and macs <= 0.5*dense.")] = None,
+    sort: Annotated[str | None, Query(description="Columns; a minus before a name: largest first.")] = None,
     limit: Annotated[int, Query(ge=1, le=100_000)] = 1000,
 ) -> Response:
-    """Return the evaluations, one object each."""
-    from secateur.search.run.handle import load_run
+    """Return the evaluations that satisfy a condition, one object each."""
+    from secateur.search.results.query import RUN, query
 
-    table = load_run(found.run).trials.reset_index()
-    if sort is not None and sort not in table.columns:
-        raise Problem(422, f"There is no column `{sort}`. Columns: {', '.join(table.columns)}.")
-    if sort is not None:
-        table = table.sort_values(sort, ascending=not descending)
-    return Response(table.head(limit).to_json(orient="records"), media_type="application/json")
+    table = query(found.run, where, sort or (), limit).drop(columns=RUN)  # a path of this machine
+    return Response(table.to_json(orient="records"), media_type="application/json")
 
 
 @router.post("/searches/{identifier}/exports", status_code=201)

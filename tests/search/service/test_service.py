@@ -265,12 +265,17 @@ def test_a_finished_search_shows_what_it_did(finished):
     assert "evaluations 4 of 4" in client.get(f"/v1/searches/{found['id']}/logs").text
 
 
-def test_trials_are_sorted(finished):
+def test_trials_are_sorted_and_chosen(finished):
     client, _, found = finished
-    rows = client.get(f"/v1/searches/{found['id']}/trials?sort=macs&descending=true&limit=3").json()
+    rows = client.get(f"/v1/searches/{found['id']}/trials?sort=-macs&limit=3").json()
     costs = [row["macs"] for row in rows]
     assert len(rows) == 3
     assert costs == sorted(costs, reverse=True)
+    assert "run" not in rows[0], "a path of the server"
+    small = client.get(f"/v1/searches/{found['id']}/trials", params={"where": f"macs < {costs[0]}"}).json()
+    assert len(small) == 4 - costs.count(costs[0])
+    wrong = client.get(f"/v1/searches/{found['id']}/trials", params={"where": "__import__('os').system('ls')"})
+    assert wrong.status_code == 422
     assert client.get(f"/v1/searches/{found['id']}/trials?sort=nothing").status_code == 422
 
 
