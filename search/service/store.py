@@ -29,6 +29,7 @@ from typing import Any, Literal
 
 from secateur.cost_models.core import InputError
 from secateur.search.results.document import FRONT_JSON
+from secateur.search.run.folder import lock_file
 
 Role = Literal["read", "submit", "admin"]
 ROLES: tuple[Role, ...] = ("read", "submit", "admin")
@@ -277,13 +278,7 @@ def _digest(text: str) -> str:
 def take_lock(folder: Path) -> int | None:
     """Return the open, locked file of a search; None: a process works on it. The lock ends when the last process that has the
     file open ends, however it ends."""
-    file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(file)
-        return None
-    return file
+    return lock_file(folder / LOCK)
 
 
 def is_locked(folder: Path) -> bool:

@@ -150,7 +150,7 @@ def luminance(color):
     return 0.3 * red + 0.6 * green + 0.1 * blue
 
 
-def test_a_hostile_budget_name_stays_text(browser, copy, tmp_path):
+def test_a_hostile_budget_name_stays_text(browser, copy, tmp_path, unchecked):
     rename_budget(copy, HOSTILE)
     path = tmp_path / "hostile.html"
     path.write_text(render([read_run(copy, "run")]), encoding="utf-8")

@@ -18,12 +18,12 @@ from secateur.search.report.front_chart import FrontData
 from secateur.search.report.steps import interval
 from secateur.search.results.document import read_front
 from secateur.search.run.folder import load_manifest
+from secateur.search.run.journal import read_journal, trials_table
 from secateur.search.run.network import NETWORK, read_network
-from secateur.search.run.study import load_study, trials_table
 
 
 def test_every_trial_has_its_score_costs_and_status(run, data):
-    table, document = trials_table(load_study(run)), read_front(run)
+    table, document = trials_table(read_journal(run)), read_front(run)
     assert list(data.trials) == list(table.index)
     for number, trial in data.trials.items():
         row = table.loc[number]

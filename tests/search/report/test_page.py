@@ -72,7 +72,7 @@ def test_the_data_in_the_page_are_those_of_the_run(page, data):
     assert held["layers"][0]["trials"][str(data.winner("phone").number)] == data.levels[data.winner("phone").number]
 
 
-def test_texts_of_the_files_are_escaped(copy):
+def test_texts_of_the_files_are_escaped(copy, unchecked):
     rename_budget(copy, HOSTILE)
     text = render([read_run(copy, HOSTILE)])
     elements = Elements(text)
@@ -109,7 +109,7 @@ def test_every_plot_is_written_as_svg_and_csv(run, other_run, data, tmp_path):
     assert {"first-limits.svg", "second-limits.svg", "anytime.svg"} <= {path.name for path in both}
 
 
-def test_file_names_of_plots_hold_no_path(copy, tmp_path):
+def test_file_names_of_plots_hold_no_path(copy, tmp_path, unchecked):
     rename_budget(copy, "../../evil")
     files = write_plots([read_run(copy, "run")], tmp_path / "plots")
     assert {path.parent for path in files} == {tmp_path / "plots"} and tmp_path / "plots" / "layers-evil.svg" in files

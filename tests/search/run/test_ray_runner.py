@@ -204,7 +204,7 @@ runner = RayRunner(dict, 1)
 import psutil  # comes with Ray
 processes = {one.pid for one in (psutil.Process(), *psutil.Process().children(recursive=True))}
 listening = [one for one in psutil.net_connections("inet") if one.status == psutil.CONN_LISTEN and one.pid in processes]
-print(len(listening), {one.laddr.ip for one in listening}, oct(stat.S_IMODE(os.stat(runner._folder).st_mode)))
+print(len(listening), {one.laddr.ip for one in listening}, oct(stat.S_IMODE(os.stat(runner._connection.folder).st_mode)))
 runner.close()
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
