@@ -44,7 +44,7 @@ def test_tokens_have_no_channels_last():
 
 def recalibrated(dtype, config=None):
     network = Net()
-    candidate = SimpleNamespace(network=network, layers=dict(network.named_modules()), given_images=images, dtype=dtype)
+    candidate = SimpleNamespace(network=network, layers=dict(network.named_modules()), given_images=images, dtype=dtype, parts=1)
     BatchNorm(config or BatchNormConfig(batch_size=32)).apply(candidate)
     return network
 
@@ -88,7 +88,7 @@ def test_a_network_without_batch_norms_is_left_alone(count):
     network = nn.Sequential(nn.Conv2d(3, 4, 1))
     weight = network[0].weight
     candidate = SimpleNamespace(
-        network=network, layers=dict(network.named_modules()), given_images=lambda: images(count), dtype=torch.bfloat16
+        network=network, layers=dict(network.named_modules()), given_images=lambda: images(count), dtype=torch.bfloat16, parts=1
     )
     BatchNorm().apply(candidate)
     assert network[0].weight is weight

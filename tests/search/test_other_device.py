@@ -169,6 +169,7 @@ def files_of(run):
     return front, curves, {name: {key: x.numpy().tobytes() for key, x in tensors.items()} for name, tensors in exports.items()}
 
 
+@pytest.mark.slow
 def test_a_search_with_training_leaves_the_same_files(elsewhere, tmp_path):
     training = {"epochs": 2, "batch_size": 32, "ema": 0.9, "flip": True, "shift": 1, "label_smoothing": 0.1}
     data = {**VALUES["data"], "train": 256}

@@ -17,6 +17,7 @@ class Bare:
     network: nn.Module
     images: torch.Tensor | None
     dtype: torch.dtype = torch.float32
+    parts: int = 1
 
     @property
     def layers(self) -> dict[str, nn.Module]:

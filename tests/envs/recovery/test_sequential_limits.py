@@ -141,7 +141,7 @@ def test_memory_bounds_cut_images_and_samples(residual):
     tight = Sequential(SequentialConfig(max_bytes=400_000, max_target_bytes=100_000))
     assembler = problem(model, images, [tight])
     assembler.assemble(policy(assembler, names=INNER))
-    targets = assembler.cache.get(("sequential", tight.config), None)
+    targets = assembler.cache.get(("sequential", tight.config, 1), None)
     assert 1 <= targets.images < len(images)
     assert sum(values.nbytes for values in targets.values.values()) < 150_000
     assert len(targets.values["a2"]) > len(targets.values["stem"])  # 144 unknowns and 27

@@ -79,7 +79,7 @@ def test_arithmetic_is_measured_in_the_number_format(monkeypatch):
         return 64.0**3, None
 
     monkeypatch.setattr(measure, "timed", seconds)
-    assert measure.seconds_per_mac(torch.bfloat16) == 1 and set(formats) == {torch.bfloat16}
+    assert measure.seconds_per_mac(torch.bfloat16, torch.device("cpu")) == 1 and set(formats) == {torch.bfloat16}
 
 
 def test_a_runner_evaluates_every_policy_once(problem):

@@ -60,7 +60,7 @@ def untrained() -> SimpleNamespace:
     )
     dense = Evaluation(0.9, {"macs": 3e5, "weight_bytes": 1e4}, images=256)
     finalist_assembler = replace(assembler, recoveries=recoveries)
-    return SimpleNamespace(
+    problem = SimpleNamespace(
         config=config,
         task=Classification(data),
         assembler=assembler,
@@ -69,6 +69,8 @@ def untrained() -> SimpleNamespace:
         device=None,
         given=None,
     )
+    problem.on = lambda device: problem
+    return problem
 
 
 @pytest.fixture(scope="session")

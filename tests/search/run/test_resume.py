@@ -295,5 +295,5 @@ def test_a_run_of_another_schema_is_refused_in_one_sentence(tmp_path, schema):
     folder = run(tmp_path, evaluations=2)
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**manifest, "schema": schema}))
-    with pytest.raises(InputError, match=rf"has schema {schema}; this version reads schemas 1 and 2\.$"):
+    with pytest.raises(InputError, match=rf"has schema {schema!r}; this version reads schemas 1 and 2\.$"):
         resume(folder)

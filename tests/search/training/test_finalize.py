@@ -257,7 +257,8 @@ def test_without_training_images_the_dense_model_is_imitated(problem, monkeypatc
 
 def test_images_are_not_moved_away_from_targets_that_are_arrays(problem, monkeypatch):
     split = Split(np.zeros((4, 3, 8, 8), np.float32), np.zeros((4, 8, 8), np.int64))
-    data = SimpleNamespace(train=split)
+    moved = SimpleNamespace(max_bytes=0)
+    data = SimpleNamespace(train=split, device=torch.device("cpu"), moved=moved, on=lambda device: data)
     monkeypatch.setattr("secateur.search.training.samples.load_data", lambda **options: data)
     assert training_samples(problem, DistillationConfig())[0].count == 4
     with pytest.raises(InputError, match="move the images but not their targets"):
