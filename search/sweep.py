@@ -23,6 +23,7 @@ from secateur.search.benchmarks.agents import contestant
 from secateur.search.benchmarks.records import Records, config_record
 from secateur.search.benchmarks.scaffold import ROWS, write_results
 from secateur.search.config import SearchConfig, load_config, override_values
+from secateur.search.named_code import modules_of
 from secateur.search.results.document import finalist_points, read_front
 from secateur.search.run.folder import MANIFEST
 from secateur.search.run.ray_cluster import LOCAL, RayConnection, available_cores, last_line
@@ -184,11 +185,12 @@ def _trial(trial: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any
 
     name, overrides = trial["search"]["name"], trial["search"]["overrides"]
     folder = Path(values["output"]["root"]) / name
+    config = load_config(values, {**overrides, "output.name": name})
     if (folder / MANIFEST).is_file():
-        engine.resume(folder)
+        engine.resume(folder, trust=modules_of(config))  # the user's own configuration names them
     else:
         shutil.rmtree(folder, ignore_errors=True)  # it was killed before its first evaluation
-        engine.search(load_config(values, {**overrides, "output.name": name}))
+        engine.search(config)
     return {"evaluations": read_front(folder)["evaluations"]}
 
 
