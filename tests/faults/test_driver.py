@@ -13,9 +13,8 @@ from secateur.envs.core import InputError
 from secateur.search.results import document, winners
 from secateur.search.run import folder as folders
 from secateur.search.run import search as engine
-from secateur.search.run.search import resume
 from secateur.search.run.study import JOURNAL, StudyRecorder
-from tests.faults.conftest import EVALUATIONS, assert_continued, in_child, killing, run, trials
+from tests.faults.conftest import EVALUATIONS, assert_continued, in_child, killing, resume, run, trials
 
 pytestmark = pytest.mark.faults
 

@@ -13,10 +13,9 @@ import pytest
 from secateur.envs import evaluator
 from secateur.search.run import ray_cluster
 from secateur.search.run import search as engine
-from secateur.search.run.search import resume
 from secateur.search.run.signals import Ended, ended_by_signals, exit_code, first_signal_waits
 from secateur.search.run.study import JOURNAL
-from tests.faults.conftest import EVALUATIONS, assert_continued, in_child, run, trials
+from tests.faults.conftest import EVALUATIONS, assert_continued, in_child, resume, run, trials
 
 pytestmark = pytest.mark.faults
 
