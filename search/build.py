@@ -204,6 +204,7 @@ def build_problem(config: SearchConfig, status: StatusCallback = log.info, given
     Raises:
         InputError: for anything in the configuration that cannot be used, before anything is written.
     """
+    device = driver_device(config)  # refused before anything is loaded
     if given is None:
         task, model, graph = build_model_and_graph(config, status)
     else:
@@ -214,7 +215,6 @@ def build_problem(config: SearchConfig, status: StatusCallback = log.info, given
     budgets, projection = build_budgets(config, costs, task.metric), FeasibilityProjection(costs)
     for budget in budgets:
         projection.check(budget)
-    device = driver_device(config)
     task, model = _moved(task, model, device)
     check_finite(model, first_inputs(task, "validation", CHECKED_IMAGES))
     assembler, finalist_assembler = build_assemblers(config, task, model, graph, status)

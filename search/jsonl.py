@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from secateur.cost_models.core import InputError
+from secateur.cost_models.writing import replace_file
 
 
 def read_lines(path: Path) -> list[Any]:
@@ -30,9 +30,7 @@ def read_lines(path: Path) -> list[Any]:
 
 def write_lines(path: Path, values: Iterable[Any]) -> None:
     """Replace the file at once. Do this before appending: the first new line would continue an unfinished one."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text("".join(json.dumps(value) + "\n" for value in values), encoding="utf-8")
-    os.replace(unfinished, path)
+    replace_file(path, "".join(json.dumps(value) + "\n" for value in values))
 
 
 def append_line(path: Path, value: Any) -> None:

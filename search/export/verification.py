@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from secateur.cost_models.writing import replace_file
 from secateur.envs.core import InputError
 from secateur.search.run.folder import read_json
 from secateur.search.schema import SCHEMA
@@ -135,10 +135,8 @@ class Verification:
 def write_verification(folder: Path, verification: Verification) -> None:
     """Write verify.json into the folder of an export; an existing one is replaced."""
     path = folder / VERIFY
-    draft = path.with_name(f".{path.name}.draft-{os.getpid()}")
     try:
-        draft.write_text(json.dumps(asdict(verification), indent=1) + "\n", encoding="utf-8")
-        os.replace(draft, path)
+        replace_file(path, json.dumps(asdict(verification), indent=1) + "\n")
     except OSError as error:
         raise InputError(
             f"{path} cannot be written: {error.strerror}. Copy the export to a folder that you can write to."

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from secateur.cost_models.writing import replace_file
 from secateur.envs.core import InputError
 from secateur.search.report.data import RunData, read_run
 from secateur.search.report.page import render
@@ -58,9 +59,8 @@ def _read(folders: Sequence[Path]) -> list[RunData]:
 
 
 def _replace(path: Path, text: str) -> None:
-    draft = path.with_name(f".{path.name}.draft-{os.getpid()}")
     try:
-        draft.write_text(text, encoding="utf-8")
-        os.replace(draft, path)
+        replace_file(path, text)
     except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}. Choose another `output`.") from None
+        problem = f"{path} cannot be written: {error.strerror}. Choose another"
+        raise InputError(f"{problem} `output`.", f"{problem} --output.") from None

@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from secateur.cost_models.writing import replace_file
 from secateur.envs.core import InputError
 from secateur.search.documents import FrontDocument, check_document
 from secateur.search.run.folder import read_json
@@ -20,14 +20,8 @@ FRONT_JSON, FRONT_CSV = "front.json", "front.csv"
 
 def write_front(run: Path, document: Mapping[str, Any]) -> None:
     """Replace front.json and front.csv of a run; a reader sees the old files or the new ones, never half of them."""
-    _replace(run / FRONT_JSON, json.dumps(document, indent=1) + "\n")
-    _replace(run / FRONT_CSV, front_csv(document))
-
-
-def _replace(path: Path, text: str) -> None:
-    draft = path.with_name(path.name + ".draft")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
+    replace_file(run / FRONT_JSON, json.dumps(document, indent=1) + "\n")
+    replace_file(run / FRONT_CSV, front_csv(document))
 
 
 def front_csv(document: Mapping[str, Any]) -> str:

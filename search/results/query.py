@@ -13,6 +13,7 @@ import pandas
 from rich.markup import escape
 from rich.table import Table
 
+from secateur.cost_models.writing import replace_file
 from secateur.envs.core import InputError
 from secateur.search.results.document import read_front
 from secateur.search.results.expression import check_column, matching_rows
@@ -139,9 +140,7 @@ def write_table(table: pandas.DataFrame, kind: TableFormat, output: Path | None 
             sys.stdout.buffer.write(content)
             sys.stdout.buffer.flush()
         else:
-            draft = output.with_name(f"{output.name}.draft")
-            draft.write_bytes(content)
-            os.replace(draft, output)
+            replace_file(output, content)
     except BrokenPipeError:  # `| head` has read enough
         sys.stderr.close()
     except OSError as error:

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from secateur.cost_models.reading import parse_json, read_text
+from secateur.cost_models.writing import replace_file
 from secateur.envs.core import InputError
 from secateur.search.config import OutputSection, Overrides, SearchConfig, apply_overrides, parse_config
 from secateur.search.config.errors import shorten
@@ -154,9 +155,7 @@ def write_manifest(run: Path, config: SearchConfig, facts: Mapping[str, Any]) ->
         "commit": _commit(),
         **facts,
     }
-    draft = run / f"{MANIFEST}.draft"
-    draft.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    os.replace(draft, run / MANIFEST)
+    replace_file(run / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
 def load_manifest(run: str | os.PathLike[str], overrides: Overrides = ()) -> tuple[SearchConfig, dict[str, Any]]:

@@ -52,7 +52,7 @@ class Journal:
     """The content of a journal.
 
     Attributes:
-        user_attrs: facts about the study.
+        user_attrs: facts about the study; `objectives` are names, at least one.
         trials: in order.
     """
 
@@ -64,7 +64,7 @@ def read_journal(run: str | Path) -> Journal:
     """Return the study of a run. An unfinished last line, left by a killed process, is skipped.
 
     Raises:
-        InputError: if the folder has no journal, or a line of it is damaged, missing or repeated.
+        InputError: if the folder has no journal, a line of it is damaged, missing or repeated, or it names no objectives.
     """
     path = Path(run) / JOURNAL
     if not path.is_file():
@@ -87,6 +87,9 @@ def read_journal(run: str | Path) -> Journal:
             raise _damaged(path, number, error) from None
     if not studies:
         raise InputError(f"{path} cannot be read: it holds no study. Search again.")
+    objectives = journal.user_attrs.get("objectives")
+    if not isinstance(objectives, list) or not objectives or not all(isinstance(name, str) for name in objectives):
+        raise InputError(f"{path} cannot be read: it does not name the objectives of its search. Search again.")
     return journal
 
 

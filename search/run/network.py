@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from secateur.cost_models.core import LayerShape, NetworkGeometry
+from secateur.cost_models.writing import replace_file
 from secateur.envs.core import InputError
 from secateur.envs.model_graph.plan import ChannelGroup, FrozenChannels, ModelGraph
 from secateur.search.run.folder import read_json
@@ -45,9 +45,7 @@ def write_network(run: Path, graph: ModelGraph) -> None:
             "uncounted": geometry.uncounted,
         },
     }
-    draft = run / f"{NETWORK}.draft"
-    draft.write_text(json.dumps(document) + "\n", encoding="utf-8")
-    os.replace(draft, run / NETWORK)
+    replace_file(run / NETWORK, json.dumps(document) + "\n")
 
 
 def read_network(run: Path) -> ModelGraph | None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 
+from secateur.cost_models.writing import replace_file
 from secateur.envs.core import InputError, Sensitivities
 from secateur.envs.feasibility import FeasibleSpace
 from secateur.envs.policy_space import PolicySpace
@@ -23,9 +23,7 @@ def write_sensitivities(run: Path, space: FeasibleSpace) -> None:
         names = [decision.name for decision in space.policy_space.decisions]
         curves = dict(zip(names, space.sensitivities.curves.tolist(), strict=True))
         document = {"schema": 1, "seconds": space.sensitivities.seconds, "curves": curves}
-        draft = path.with_suffix(".draft")
-        draft.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        os.replace(draft, path)
+        replace_file(path, json.dumps(document, indent=1) + "\n")
 
 
 def read_sensitivities(run: Path, space: PolicySpace) -> Sensitivities | None:

@@ -32,8 +32,9 @@ def serve_command(
         return
     from secateur.search.service import serve as server
 
-    print(f"secateur serves http://{host}:{port}, store {store}")
-    server.serve(store, host, port, address=address, allow=allow or (), data=data or (), running=running, no_token=no_token)
+    server.serve(
+        store, host, port, address=address, allow=allow or (), data=data or (), running=running, no_token=no_token, status=print
+    )
 
 
 @serve.command("token")

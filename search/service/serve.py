@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Sequence
+import os
+import socket
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from secateur.cost_models.core import InputError
@@ -22,6 +24,7 @@ def serve(
     data: Sequence[str] = (),
     running: int = 1,
     no_token: bool = False,
+    status: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Serve until the process is ended; searches that run go on.
 
@@ -33,6 +36,7 @@ def serve(
         data: texts "NAME=FOLDER": folders with data.
         running: largest number of searches at the same time.
         no_token: whether requests need no token; on the loopback interface only.
+        status: called with one line when the server listens.
     Raises:
         InputError: if something among these cannot be used, or the packages of the extra `serve` are not installed.
     """
@@ -48,7 +52,19 @@ def serve(
     folders = dict(_data_folder(text) for text in data)
     own = Store(store)
     service = Service(own, Processes(own, running), Rules(own, tuple(allow), folders, address), open_to_all=no_token)
-    uvicorn.run(make_app(service), host=host, port=port, log_level="warning", timeout_graceful_shutdown=2)
+    config = uvicorn.Config(make_app(service), log_level="warning", timeout_graceful_shutdown=2)
+    with _listening(host, port) as listener:
+        status(f"secateur serves http://{host}:{port}, store {own.folder}")
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        problem = f"http://{host}:{port} cannot be served: {os.strerror(error.errno) if error.errno else error}. Choose another"
+        raise InputError(f"{problem} `host` or `port`.", f"{problem} --host or --port.") from None
 
 
 def _is_loopback(host: str) -> bool:

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from secateur.cost_models.core import InputError
+from secateur.cost_models.writing import replace_file
 from secateur.search.results.document import FRONT_JSON
 from secateur.search.run.folder import lock_file
 
@@ -262,10 +263,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Replace a file at once: a reader sees the old object or the new one."""
-    draft = path.with_name(f"{path.name}.draft")
-    draft.write_text(json.dumps(document) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+    """Replace a file by a JSON object."""
+    replace_file(path, json.dumps(document) + "\n")
 
 
 def _digest(text: str) -> str:

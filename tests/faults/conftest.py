@@ -14,38 +14,16 @@ from secateur.search.results.document import read_front
 from secateur.search.run import search as engine
 from secateur.search.run.search import search
 from secateur.search.run.study import load_study
+from tests.toy_task import SOURCE, functions
 
 EVALUATIONS = 8
-TASK = """
-import torch
-from torch import nn
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second, self.head = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 3)
-
-    def forward(self, x):
-        return self.head(torch.relu(self.second(torch.relu(self.first(x)))))
-
-INPUTS = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
-EXAMPLE = INPUTS[:1]
-WANTED = Net().eval()(INPUTS).detach()
-
-def loader():
-    return [INPUTS[:32], INPUTS[32:]]
-
-def error(model):
-    return (model(INPUTS) - WANTED).square().mean().sqrt()
-"""
 
 
 @pytest.fixture(scope="session", autouse=True)
 def task(tmp_path_factory):
     """The folder with the module `toy_task`, which is the working directory."""
     folder = tmp_path_factory.mktemp("task")
-    (folder / "toy_task.py").write_text(TASK)
+    (folder / "toy_task.py").write_text(SOURCE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SECATEUR_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.syspath_prepend(folder)
@@ -56,12 +34,7 @@ def task(tmp_path_factory):
 def values(folder, **changes):
     return {
         "model": {"factory": "toy_task:Net", "input": [8]},
-        "task": {
-            "calibration": "toy_task:loader",
-            "evaluate": "toy_task:error",
-            "inputs": "toy_task:EXAMPLE",
-            "metric": {"name": "error", "higher_is_better": False, "best": 0.0},
-        },
+        "task": functions("toy_task"),
         "search": {"agent": "random", "evaluations": EVALUATIONS, "workers": 0},
         "recovery": [],
         "budgets": {"half": {"macs": "<= 60%"}, "third": {"macs": "<= 40%"}},

@@ -3,51 +3,32 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import tempfile
-import time
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from secateur.envs.core import Budget, CompressionPolicy, Evaluation, InputError
+from secateur.envs.core import Budget, Evaluation, InputError
 from secateur.search.loop import run_loop
 from secateur.search.run.ray_cluster import set_ray_environment
 from secateur.search.run.ray_runner import RayRunner
+from tests.faults.numbered import Env, Fixed, send_with_code
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 
 EVALUATIONS = 30
 
 
-class Evaluator:
-    """What a worker knows."""
+class Located(Env):
+    """The cost of an evaluation names the node that has made it."""
 
-    def remember(self, evaluated):
-        pass
+    seconds = 0.3
 
-
-class Env:
-    """One choice, which is its score; `images` names the node that has evaluated it."""
-
-    space = SimpleNamespace(num_steps=1)
-
-    def __init__(self):
-        self.evaluator, self.policy = Evaluator(), None
-
-    def reset(self, options):
-        return np.zeros(1), {}
-
-    def step(self, action):
+    def evaluation(self, score):
         import ray
 
-        time.sleep(0.3)
-        self.policy = CompressionPolicy((int(action[0]),), (), ())
-        evaluation = Evaluation(float(action[0]), {"macs": ray.get_runtime_context().get_node_id()})
-        info = {"action": action, "policy": self.policy, "evaluation": evaluation, "constraints": {}}
-        return np.zeros(1), np.zeros(2), True, False, info
+        return Evaluation(score, {"macs": ray.get_runtime_context().get_node_id()})
 
 
 class NeedsModule(Env):
@@ -66,27 +47,13 @@ class Number:
         return np.array([self.number])
 
 
-class Fixed:
-    """Hands out numbered actors."""
-
-    def __init__(self):
-        self.waiting, self.told = [Number(number) for number in range(EVALUATIONS)], []
-
-    def ask(self, count):
-        chosen, self.waiting = self.waiting[:count], self.waiting[count:]
-        return chosen
-
-    def tell(self, results):
-        self.told += [actor.number for actor, _ in results]
-
-
 @pytest.fixture(scope="module")
 def cluster():
     set_ray_environment("local")
     import ray
     from ray.cluster_utils import Cluster
 
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
+    send_with_code(__name__)
     folder = tempfile.mkdtemp(prefix="sc-", dir="/tmp")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", folder)
@@ -106,8 +73,8 @@ def test_workers_that_cannot_start_are_an_error_in_one_sentence(cluster):
 def test_a_node_is_killed_in_the_middle(cluster):
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     cluster.wait_for_nodes()
-    runner = RayRunner(Env, 3, address=cluster.address)
-    agent, episodes = Fixed(), []
+    runner = RayRunner(Located, 3, address=cluster.address)
+    agent, episodes = Fixed(map(Number, range(EVALUATIONS))), []
 
     def record(actor, episode):
         episodes.append((actor.number, episode))

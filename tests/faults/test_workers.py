@@ -5,11 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +15,7 @@ from secateur.envs.core import Budget, CompressionPolicy, Evaluation
 from secateur.search.loop import run_loop
 from secateur.search.run.evaluation_timeout import EvaluationTimeout
 from secateur.search.run.ray_runner import RayRunner
+from tests.faults.numbered import Env, Fixed, send_with_code
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 
@@ -26,35 +24,11 @@ MOMENTS = (0, 3, 5, 8, 11)
 """The evaluations that a fault ends, of twelve."""
 
 
-class Evaluator:
-    """What a worker knows."""
+class Located(Env):
+    """`seconds` of an evaluation names the process that has made it."""
 
-    def remember(self, evaluated):
-        pass
-
-
-class Env:
-    """One choice, which is its score; `seconds` names the process that has evaluated it."""
-
-    space = SimpleNamespace(num_steps=1)
-
-    def __init__(self):
-        self.evaluator, self.policy = Evaluator(), None
-
-    def reset(self, options):
-        return np.zeros(1), {}
-
-    def step(self, action):
-        time.sleep(0.02)
-        self.policy = CompressionPolicy((int(action[0]),), (), ())
-        evaluation = Evaluation(float(action[0]), {"macs": 0.5}, seconds=float(os.getpid()))
-        return (
-            np.zeros(1),
-            np.zeros(2),
-            True,
-            False,
-            {"action": action, "policy": self.policy, "evaluation": evaluation, "constraints": {}},
-        )
+    def evaluation(self, score):
+        return Evaluation(score, {"macs": 0.5}, seconds=float(os.getpid()))
 
 
 FAULTS = {
@@ -83,26 +57,16 @@ class Faulty:
         return np.array([self.number])
 
 
-class Fixed:
-    """Hands out actors and hears of their episodes."""
-
-    def __init__(self, actors):
-        self.waiting, self.told = list(actors), []
-
-    def ask(self, count):
-        chosen, self.waiting = self.waiting[:count], self.waiting[count:]
-        return chosen
-
-    def tell(self, results):
-        self.told += [actor.number for actor, _ in results]
+def policy_of(actor):
+    return CompressionPolicy((actor.number,), (), ())
 
 
 @pytest.fixture(scope="module")
 def runner():
-    import ray
-
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
-    runner = RayRunner(Env, 2, timeout=EvaluationTimeout(1.0), choose=lambda actor: CompressionPolicy((actor.number,), (), ()))
+    send_with_code(__name__)
+    runner = RayRunner(
+        Located, 2, timeout=EvaluationTimeout(1.0), choose=lambda actor: CompressionPolicy((actor.number,), (), ())
+    )
     yield runner
     runner.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -134,18 +135,24 @@ def test_an_interrupted_training_continues(export, other_weights, tmp_path, monk
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_another_architecture_is_refused_with_the_first_layer_that_differs(export, other_weights, tmp_path):
+def rewritten(export, folder, change):
+    """Return a copy of an export whose policy.json is changed, with the right checksum."""
+    shutil.copytree(export, folder)
     document = read_export(export)
-    folder = tmp_path / "changed"
-    folder.mkdir()
-    for path in export.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    second = list(document["architecture"])[1]
-    document["architecture"][second][2] += 1
+    change(document)
     document["policy_sha256"] = policy_checksum(document)
     (folder / POLICY).write_text(json.dumps(document))
+    return folder
+
+
+def test_another_architecture_is_refused_with_the_first_layer_that_differs(export, other_weights, tmp_path):
+    second = list(read_export(export)["architecture"])[1]
+
+    def widen(document):
+        document["architecture"][second][2] += 1
+
     with pytest.raises(InputError, match=f"first layer that differs is `{second}`"):
-        secateur.apply(folder, other_weights, output=tmp_path / "out")
+        secateur.apply(rewritten(export, tmp_path / "changed", widen), other_weights, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -173,16 +180,9 @@ def test_weights_of_another_model_and_a_taken_folder_are_refused(export, other_w
 
 
 def test_an_export_of_an_earlier_version_says_what_to_do(export, other_weights, tmp_path):
-    document = read_export(export)
-    folder = tmp_path / "old"
-    folder.mkdir()
-    for path in export.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    del document["config"]
-    document["policy_sha256"] = policy_checksum(document)
-    (folder / POLICY).write_text(json.dumps(document))
+    old = rewritten(export, tmp_path / "old", lambda document: document.pop("config"))
     with pytest.raises(InputError, match="Export the policy again"):
-        secateur.apply(folder, other_weights)
+        secateur.apply(old, other_weights)
 
 
 class Small(nn.Module):

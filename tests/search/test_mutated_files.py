@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 
 import numpy as np
@@ -32,7 +33,7 @@ from secateur.search.results.selection import chosen_front
 from secateur.search.results.tables import check_lines, front_tables
 from secateur.search.run.journal import read_journal, trials_table
 from secateur.search.run.study import load_study
-from tests.search.mutations import changed_bytes, changed_values, example, refused_or_read
+from tests.search.mutations import broken, changed_bytes, changed_values, example
 from tests.search.results import recorded
 
 CONFIG = """
@@ -53,6 +54,10 @@ output: {root: runs, prefix: tried}
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = recorded.write_run(tmp_path_factory.mktemp("fuzz") / "run", recorded.random_episodes(12, 0))
+    journal = (folder / "study.journal").read_text()  # without what differs in every run
+    journal = re.sub(r'"worker_id":"[^"]*"', '"worker_id":"one"', journal)
+    journal = re.sub(r'"datetime_(start|complete)":"[^"]*"', r'"datetime_\1":"2026-01-01T00:00:00.000000"', journal)
+    (folder / "study.journal").write_text(journal)
     (folder / "config.yaml").write_text(CONFIG)
     config = load_config(folder / "config.yaml").model_dump(mode="json")
     dense = {"score": 0.9, "images": 500, "costs": recorded.DENSE.costs}
@@ -72,14 +77,14 @@ def damaged(run, tmp_path):
 def test_configurations(damaged, data):
     path = damaged / "config.yaml"
     path.write_bytes(data.draw(changed_bytes(CONFIG.encode())))
-    refused_or_read(lambda: load_config(path))
+    assert broken(lambda: load_config(path)) == ""
 
 
 @example(40)
 @given(st.data())
 def test_values_of_configurations(run, data):
     manifest = json.loads((run / "manifest.json").read_text())
-    refused_or_read(lambda: load_config(data.draw(changed_values(manifest["config"]))))
+    assert broken(lambda: load_config(data.draw(changed_values(manifest["config"])))) == ""
 
 
 VALUES = ("2024-13-45", "!!int abc", "!!bool x", "0x_", "9" * 5000, "[" * 1200, "&a [*a]", "!!python/name:os.system")
@@ -89,19 +94,13 @@ KEYS = ("search.evaluations", "search.seed", "model.args", "budgets.phone.macs",
 @example()
 @given(st.data())
 def test_overrides(run, data):
-    written = data.draw(
-        st.sampled_from(("2024-13-45", "!!int abc", "0x_", "9" * 5000, "[" * 1200, "&a [*a]", "!!python/name:os.system"))
-    )
-    key = data.draw(
-        st.sampled_from(("search.evaluations", "search.seed", "model.args", "budgets.phone.macs", "data.seed", "x", ""))
-    )
     texts = [
-        f"{key}={written}",
+        f"{data.draw(st.sampled_from(KEYS))}={data.draw(st.sampled_from(VALUES))}",
         data.draw(st.text(max_size=30)),
         data.draw(changed_bytes(b"a.b=[1, 2]")).decode(errors="replace"),
     ]
     for text in texts:
-        refused_or_read(lambda text=text: load_config(run / "config.yaml", [text]))
+        assert broken(lambda text=text: load_config(run / "config.yaml", [text])) == ""
 
 
 def use_front(run):
@@ -118,7 +117,7 @@ def test_fronts(run, damaged, data):
     path, original = damaged / "front.json", (run / "front.json").read_bytes()
     mutated = json.dumps(data.draw(changed_values(json.loads(original)))).encode()
     path.write_bytes(data.draw(st.sampled_from((mutated, data.draw(changed_bytes(original))))))
-    refused_or_read(lambda: use_front(damaged))
+    assert broken(lambda: use_front(damaged)) == ""
 
 
 @example(30)
@@ -127,7 +126,7 @@ def test_manifests(run, damaged, data):
     path, original = damaged / "manifest.json", (run / "manifest.json").read_bytes()
     mutated = json.dumps(data.draw(changed_values(json.loads(original)))).encode()
     path.write_bytes(data.draw(st.sampled_from((mutated, data.draw(changed_bytes(original))))))
-    refused_or_read(lambda: load_own_manifest(damaged))
+    assert broken(lambda: load_own_manifest(damaged)) == ""
 
 
 @example(30)
@@ -138,9 +137,9 @@ def test_journals(run, damaged, data):
     other = data.draw(st.sampled_from((b"", b"7\n", b'{"op_code": 99}\n', lines[-1], lines[0])))
     lines[data.draw(st.integers(0, len(lines) - 1))] = other
     path.write_bytes(data.draw(st.sampled_from((b"".join(lines), data.draw(changed_bytes(original))))))
-    refused_or_read(lambda: trials_table(read_journal(damaged)))
-    refused_or_read(lambda: query(damaged, "top1 > 0.5 and macs < 0.5*dense", sort="-macs"))
-    refused_or_read(lambda: load_study(damaged).best_trials)
+    assert broken(lambda: trials_table(read_journal(damaged))) == ""
+    assert broken(lambda: query(damaged, "top1 > 0.5 and macs < 0.5*dense", sort="-macs")) == ""
+    assert broken(lambda: load_study(damaged).best_trials) == ""
 
 
 PIECES = [*"( ) <= == in * / - , [ ] if else lambda . : ** ` and or not dense top1 macs budget feasible 0.5 'phone'".split(" ")]
@@ -151,7 +150,7 @@ PIECES += ["`weight_bits/conv`", "f'{1}'", "\n", "\0"]
 @given(st.data())
 def test_conditions(run, data):
     condition = " ".join(data.draw(st.lists(st.sampled_from(PIECES), min_size=1, max_size=8)))
-    refused_or_read(lambda: query(run, condition))
+    assert broken(lambda: query(run, condition)) == ""
 
 
 @example()
@@ -161,7 +160,7 @@ def test_devices(tmp_path, data):
     mutated = json.dumps(data.draw(changed_values(json.loads(original)))).encode()
     path = tmp_path / "device.json"
     path.write_bytes(data.draw(st.sampled_from((mutated, data.draw(changed_bytes(original))))))
-    refused_or_read(lambda: read_device(path).cost_models())
+    assert broken(lambda: read_device(path).cost_models()) == ""
 
 
 @example()
@@ -186,7 +185,7 @@ def test_weights(tmp_path, data):
         save_file(model.state_dict(), path)
     if data.draw(st.booleans()):
         path.write_bytes(data.draw(changed_bytes(path.read_bytes())))
-    refused_or_read(lambda: load_weights(model, path))
+    assert broken(lambda: load_weights(model, path)) == ""
 
 
 @example()
@@ -196,13 +195,13 @@ def test_images_and_arrays(tmp_path, data):
     pixels = np.arange(300, dtype=np.uint8).reshape(10, 10, 3) if data.draw(st.booleans()) else np.zeros((1, 400, 3), np.uint8)
     Image.fromarray(pixels).save(content, data.draw(st.sampled_from(("PNG", "JPEG", "BMP", "GIF", "TIFF"))))
     (tmp_path / "image").write_bytes(data.draw(changed_bytes(content.getvalue())))
-    refused_or_read(lambda: decode_image(str(tmp_path / "image"), (3, 8, 8)))
+    assert broken(lambda: decode_image(str(tmp_path / "image"), (3, 8, 8))) == ""
     content = io.BytesIO()
     labels = np.array(data.draw(st.lists(st.sampled_from((0, 1, 255, -1, 10**12)), min_size=4, max_size=4)))
     np.savez(content, x_test=np.zeros((4, 8, 8, 3), np.uint8), y_test=labels)
     mutated = data.draw(changed_bytes(content.getvalue()))
     (tmp_path / "data.npz").write_bytes(data.draw(st.sampled_from((content.getvalue(), mutated))))
-    refused_or_read(lambda: read_arrays(tmp_path / "data.npz", (3, 8, 8)))
+    assert broken(lambda: read_arrays(tmp_path / "data.npz", (3, 8, 8))) == ""
 
 
 @example()

@@ -12,29 +12,14 @@ from secateur.search.config import budget_override, load_config, parse_config
 from secateur.search.run.search import search
 from secateur.search.run.study import load_study
 from secateur.search.sweep import RUNS, Search, run_sweep, search_row, searches
+from tests.toy_task import SOURCE, functions
 
-TASK = """
+DIES = """
 import os
-import torch
 from pathlib import Path
-from torch import nn
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second, self.head = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 3)
-
-    def forward(self, x):
-        return self.head(torch.relu(self.second(torch.relu(self.first(x)))))
-
-INPUTS = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
-EXAMPLE = INPUTS[:1]
-WANTED = Net().eval()(INPUTS).detach()
 CALLS = []
-
-def loader():
-    return [INPUTS[:32], INPUTS[32:]]
+measured = error
 
 def error(model):
     CALLS.append(model)
@@ -42,14 +27,14 @@ def error(model):
     if died and len(CALLS) == 6 and not Path(died).exists():
         Path(died).touch()
         os._exit(1)
-    return (model(INPUTS) - WANTED).square().mean().sqrt()
+    return measured(model)
 """
 
 
 @pytest.fixture(scope="module", autouse=True)
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("sweep")
-    (path / "sweep_task.py").write_text(TASK)
+    (path / "sweep_task.py").write_text(SOURCE + DIES)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
         patch.syspath_prepend(path)
@@ -59,12 +44,7 @@ def folder(tmp_path_factory):
 def values(**changes):
     return {
         "model": {"factory": "sweep_task:Net", "input": [8]},
-        "task": {
-            "calibration": "sweep_task:loader",
-            "evaluate": "sweep_task:error",
-            "inputs": "sweep_task:EXAMPLE",
-            "metric": {"name": "error", "higher_is_better": False, "best": 0.0},
-        },
+        "task": functions("sweep_task"),
         "search": {"agent": "random", "evaluations": 8, "workers": 0, "options": {"redraws": 5}},
         "recovery": [],
         "budgets": {"half": {"macs": "<= 60%"}, "third": {"macs": "<= 40%"}},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from secateur.envs.quantization.quantizers.core import QuantizedWeight
 
 
-class WeightEstimator(nn.Module):
+class WeightEstimator(nn.Module, ABC):
     """Turns a float *master weight* into the weight that a layer computes with; a parametrization of the layer's weight.
 
     In eval mode it is exactly the quantized weight. In training mode an estimator may use something softer.
@@ -34,9 +35,9 @@ class WeightEstimator(nn.Module):
     def progress(self, share: float) -> None:
         """Take notice of the share of the training that is done, in [0, 1]; most estimators need not know."""
 
+    @abstractmethod
     def forward(self, master: Tensor) -> Tensor:
         """Return the weight to compute with, same shape."""
-        raise NotImplementedError
 
     def quantize(self, master: Tensor) -> QuantizedWeight:
         """Return the nearest quantized weight."""

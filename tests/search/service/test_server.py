@@ -91,6 +91,20 @@ def test_a_token_is_printed_and_works(tmp_path):
     assert (caller.owner, caller.role) == ("ann", "read")
 
 
+def test_a_port_that_is_taken_is_one_sentence(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = serve(tmp_path, "--no-token", "--port", str(port))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"http://127.0.0.1:{port} cannot be served: Address already in use. Choose another --host or --port." in done.stderr
+
+
+def serve(store, *options):
+    """Run the command until it ends."""
+    command = [sys.executable, "-P", "-m", "secateur", "serve", "--store", str(store), *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -100,7 +114,6 @@ def test_a_token_is_printed_and_works(tmp_path):
     ],
 )
 def test_options_that_cannot_be_used(tmp_path, options, sentence):
-    command = [sys.executable, "-P", "-m", "secateur", "serve", "--store", str(tmp_path / "store"), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
+    done = serve(tmp_path / "store", *options)
+    assert (done.returncode, done.stdout) == (2, "")
     assert sentence in done.stderr
