@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from os.path import exists, isfile
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -132,9 +133,9 @@ def read_device(path: str | Path) -> Device:
 
 def _find(path: Path) -> Path:
     shipped = {f"configs/devices/{file.name}": file for file in sorted(SHIPPED.glob("*.json"))}
-    if not path.exists() and path.as_posix() in shipped:
+    if not exists(path) and path.as_posix() in shipped:
         return shipped[path.as_posix()]
-    if not path.is_file():
+    if not isfile(path):
         missing = f"{path}: there is no such device file."
         rest = f"measures this machine; these come with the package: {', '.join(shipped)}"
         raise InputError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from os.path import isdir
 from pathlib import Path
 
 import numpy as np
@@ -149,7 +150,7 @@ def agent_folder(run: str | os.PathLike[str], settings: SearchConfig) -> Path:
     if name not in QUERYABLE:
         choices = " or ".join(f"`search.agent={choice}`" for choice in QUERYABLE)
         raise InputError(f"{run} has no agent that can be queried: its search used `{name}`. Search with {choices}.")
-    if not folder.is_dir():
+    if not isdir(folder):
         unfinished = f"{run} has no agent yet: its search was not finished."
         raise InputError(
             f'{unfinished} Continue it: secateur.resume("{run}")', f"{unfinished} Continue it: secateur resume {run}"

@@ -134,6 +134,9 @@ class FrontDocument(_Part):
         needed = {*self.objectives[1:], *(cost for budget in self.budgets.values() for cost in budget.limits)}
         if missing := sorted(needed - priced[0].intersection(*priced[1:])):
             raise InputError(f"the dense model or a point has no cost `{missing[0]}`")
+        for point in self.points[1:]:
+            if other := sorted(set(point.choices) ^ set(self.points[0].choices)):
+                raise InputError(f"evaluation {point.evaluation} has other choices than the first point: `{other[0]}`")
         return self
 
 

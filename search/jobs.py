@@ -17,6 +17,7 @@ import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from os.path import exists, isdir, isfile
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,7 @@ class Jobs:
             InputError: if there is no run, it is too large, or the folder has one of this name.
         """
         target = folder / job
-        if target.exists():
+        if exists(target):
             raise InputError(f"{target} exists already. Choose another folder.")
         packing = f"{job}-fetch-{time.strftime('%H%M%S')}"
         command = f'python -m secateur.search.jobs "$HOME/{RUNS}/{job}/{RUN_NAME}"'
@@ -158,9 +159,9 @@ def pack(run: Path) -> str:
     Raises:
         InputError: if there is no such run, or it is too large.
     """
-    if not run.is_dir():
+    if not isdir(run):
         raise InputError("the job has no run")
-    size = sum(file.stat().st_size for file in run.rglob("*") if file.is_file())
+    size = sum(file.stat().st_size for file in run.rglob("*") if isfile(file))
     if size > LARGEST:
         raise InputError(f"the run has {size / 1e6:.0f} MB; more than {LARGEST / 1e6:.0f} MB need a shared folder")
     content = io.BytesIO()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from os.path import exists
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ def read_lines(path: Path) -> list[Any]:
     Raises:
         InputError: if any other line is not valid JSON.
     """
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if exists(path) else []
     values = []
     for number, line in enumerate(lines, 1):
         try:

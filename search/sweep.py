@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +187,7 @@ def _trial(trial: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any
     name, overrides = trial["search"]["name"], trial["search"]["overrides"]
     folder = Path(values["output"]["root"]) / name
     config = load_config(values, {**overrides, "output.name": name})
-    if (folder / MANIFEST).is_file():
+    if isfile(folder / MANIFEST):
         engine.resume(folder, trust=modules_of(config))  # the user's own configuration names them
     else:
         shutil.rmtree(folder, ignore_errors=True)  # it was killed before its first evaluation

@@ -16,6 +16,7 @@ import io
 import os
 import sys
 import zipfile
+from os.path import isfile
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ def read_sample(source: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         InputError: if files are missing, unreadable or inconsistent.
     """
     archive, table = source / "images.zip", source / "classes.csv"
-    if not archive.is_file() or not table.is_file():
+    if not isfile(archive) or not isfile(table):
         raise InputError(f"{source} must hold images.zip and classes.csv.")
     with table.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))

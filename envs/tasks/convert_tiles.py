@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+from os.path import isfile
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ def read_tiles(source: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
         InputError: if files are missing or the counts disagree.
     """
     tiles, label_file = sorted(source.glob(f"{part}_*.webp")), source / f"{part}_labels.npy"
-    if not tiles or not label_file.is_file():
+    if not tiles or not isfile(label_file):
         raise InputError(f"{source} must hold {part}_00.webp, {part}_01.webp and so on, and {part}_labels.npy.")
     labels = np.load(label_file, allow_pickle=False).astype(np.uint8)
     images = np.concatenate([_read_tile(tile) for tile in tiles])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from os.path import isdir, isfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -113,7 +114,7 @@ def read_cifar10(root: str | Path | None, input_shape: tuple[int, int, int] | No
     )
     folder = _folder(root, layout)
     archive = folder / "cifar10.npz"
-    if archive.is_file():
+    if isfile(archive):
         parts = _read_npz(archive)
         classes = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
         train, test = (array_pool(x.transpose(0, 3, 1, 2), y.astype(np.int64)) for x, y in parts)
@@ -162,7 +163,7 @@ def read_arrays(root: str | Path | None, input_shape: tuple[int, int, int] | Non
     """
     holds = "x_test (N, H, W, C) in uint8 or (N, ...) in float32 and y_test (N, ...), and optionally x_train, y_train and classes"
     path = Path(root or "").expanduser()
-    if not path.is_file():
+    if not isfile(path):
         raise InputError(f"`data.root: {root}` must name a .npz file that holds {holds}.")
     arrays = _read_arrays(path, holds)
     pools = {part: _checked_pool(arrays, part, path, holds) for part in ("train", "test") if f"x_{part}" in arrays}
@@ -218,7 +219,7 @@ def _folder(root: str | Path | None, layout: str) -> Path:
     if root is None or not str(root):
         raise InputError(f"`data.root` must name the folder that holds {layout}.")
     folder = Path(root).expanduser()
-    if not folder.is_dir():
+    if not isdir(folder):
         raise InputError(f"`data.root: {root}` is not a folder. It must hold {layout}.")
     return folder
 

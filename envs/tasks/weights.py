@@ -16,6 +16,7 @@ import logging
 import pickle
 import warnings
 from collections.abc import Callable, Mapping
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def load_weights(model: nn.Module, path: str | Path, status: Callable[[str], Non
         InputError: if the file is missing or unreadable, wants to execute code, or belongs to another architecture.
     """
     path = Path(path).expanduser()
-    if not path.is_file():
+    if not isfile(path):
         raise InputError(f"`model.weights: {path}` is not a file.")
     found, place = _state_dict(_read(path), path)
     tensors, names = _own_tensors(model, found, path)

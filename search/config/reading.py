@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Hashable, Mapping, Sequence
+from os.path import exists, isfile
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -78,11 +79,11 @@ def parse_config(values: Any, source: str, overridden: Collection[str] = ()) -> 
 def find_config(path: str | os.PathLike[str]) -> Path:
     """Return the file itself or the installed example; see `load_config`."""
     path = Path(path).expanduser()
-    if path.exists():
+    if exists(path):
         return path
     relative = Path(*path.parts[1:]) if path.parts[:1] == (INSTALLED_CONFIGS.name,) else path
     installed = INSTALLED_CONFIGS / relative
-    if not path.is_absolute() and installed.is_file():
+    if not path.is_absolute() and isfile(installed):
         return installed
     examples = sorted(f"configs/{file.relative_to(INSTALLED_CONFIGS)}" for file in INSTALLED_CONFIGS.rglob("*.yaml"))
     missing = f"{path}: there is no such file.{did_you_mean(str(path), examples)}"

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def check_files(folder: Path, document: Mapping[str, Any]) -> None:
 def _check_plain_onnx(folder: Path, files: Collection[str]) -> None:
     """Raise InputError if model.onnx is damaged, or reads weights from a file that is not of this export."""
     path = folder / ONNX
-    if not path.is_file():  # `check_files` has named it, if it is a file of the export
+    if not isfile(path):  # `check_files` has named it, if it is a file of the export
         return
     try:
         model = onnx.load(path, load_external_data=False)
@@ -88,7 +89,7 @@ def policy_checksum(document: Mapping[str, Any]) -> str:
 
 def check_file(path: Path, checksum: str) -> None:
     """Raise InputError unless the file exists and has this SHA-256."""
-    if not path.is_file():
+    if not isfile(path):
         raise InputError(f"{path.parent} is not an export: it has no {path.name}.")
     if file_checksum(path) != checksum:
         raise InputError(f"{path} is not the file that was exported: it is truncated or was changed. Export it again.")

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from os.path import exists, isdir, isfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -249,7 +250,7 @@ def is_export_of(
         training: as in `BuiltNetwork`; None: not trained.
     """
     folder = Path(folder)
-    if not (folder / POLICY).is_file():
+    if not isfile(folder / POLICY):
         return False
     try:
         document = read_export(folder)
@@ -264,10 +265,10 @@ def is_export_of(
 def check_free(folder: Path) -> None:
     """Raise InputError unless an export can be written to `folder`; leaves nothing behind."""
     try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and (not isdir(folder) or any(folder.iterdir())):
             taken = f"The export folder {folder} exists already. Remove it, or choose another with"
             raise InputError(f"{taken} `output`.", f"{taken} --output.")
-        parent = next(parent for parent in folder.absolute().parents if parent.exists())
+        parent = next(parent for parent in folder.absolute().parents if exists(parent))
         # Only a trial finds all obstacles: permissions, read-only disks, files in the way.
         with TemporaryDirectory(dir=parent):
             pass

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from os.path import exists, isdir
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +106,10 @@ def profile_to_file(subject: Subject, output: Path, runtime_name: str, config: P
     Raises:
         InputError: if the output cannot be written, or the runtime is missing or cannot execute a precision.
     """
-    if output.is_dir() or not output.parent.is_dir():
+    if isdir(output) or not isdir(output.parent):
         wrong = f"{output} cannot be written: name a file in an existing folder with"
         raise InputError(f"{wrong} `output`.", f"{wrong} --output.")
-    if output.exists():
+    if exists(output):
         _check_replaceable(output)
     with _Display(console) as display:
         try:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
+from os.path import isfile
 from pathlib import Path
 
 from torch import nn
@@ -54,7 +55,7 @@ def _settings(device: DeviceProfile, runtime: Runtime) -> ProfileConfig:
 def _cached_device(subject: Subject, runtime: Runtime, settings: ProfileConfig, status: Callable[[str], None]) -> Device:
     identity = json.dumps(profile_identity(subject, runtime, settings), sort_keys=True)
     path = cache_directory() / "devices" / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
-    if path.is_file():
+    if isfile(path):
         status(f"reading the profile of this machine from {path}; remove the file to measure again")
         return read_device(path)
     try:

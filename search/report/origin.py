@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from os.path import isfile
 
 from secateur.search.report.data import RunData
 from secateur.search.run.folder import DEVICE
@@ -60,4 +61,4 @@ def configuration(run: RunData) -> str:
 
 
 def _has_device(run: RunData) -> bool:
-    return (run.folder / DEVICE).is_file()
+    return isfile(run.folder / DEVICE)

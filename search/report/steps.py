@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def read_steps(run: Path, document: Mapping[str, Any]) -> Iterator[Step]:
 
 def _trained(run: Path, budget: str, number: int, validation: int, test: int) -> Iterator[tuple[str, str, float, int]]:
     for folder in sorted((run / TRAINING).glob(f"{number}-*")):
-        if not (folder / CURVE).is_file():
+        if not isfile(folder / CURVE):
             continue
         curve = Curve.read(folder)
         for stage in curve.stages:
@@ -116,7 +117,7 @@ def _trained(run: Path, budget: str, number: int, validation: int, test: int) ->
 
 
 def _exported(folder: Path, step: str) -> list[tuple[str, str, float, int]]:
-    if not (folder / VERIFY).is_file():
+    if not isfile(folder / VERIFY):
         return []
     outputs = read_verification(folder).outputs
     return [(step, "test", outputs.runtime_score, outputs.images)]

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
+from os.path import exists, isdir, isfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -64,7 +65,7 @@ def create_run_folder(output: OutputSection) -> Path:
 
 def check_run_folder(output: OutputSection) -> None:
     """Raise InputError if the named folder exists, before any time is spent on the calibration."""
-    if output.name is not None and (folder := Path(output.root).expanduser() / output.name).exists():
+    if output.name is not None and exists(folder := Path(output.root).expanduser() / output.name):
         raise _taken(folder)
 
 
@@ -86,7 +87,7 @@ def held(run: Path) -> Iterator[None]:
     if fcntl is None:
         yield
         return
-    if not run.is_dir():
+    if not isdir(run):
         raise InputError(f"{run} is not a run: there is no such folder.")
     folder = os.open(run, os.O_RDONLY)
     try:
@@ -107,8 +108,8 @@ def check_links(folder: Path) -> None:
     A folder that somebody else has made could otherwise have files read, written or removed anywhere on this machine.
     """
     home = folder.resolve()
-    for entry in folder.glob("*") if folder.is_dir() else ():
-        for inner in (entry, *(entry.glob("*") if entry.is_dir() else ())):
+    for entry in folder.glob("*") if isdir(folder) else ():
+        for inner in (entry, *(entry.glob("*") if isdir(entry) else ())):
             if inner.is_symlink() and not inner.resolve().is_relative_to(home):
                 raise InputError(
                     f"{inner} is a link that leads out of {folder}, to {os.readlink(inner)}. Replace it by its target."
@@ -184,7 +185,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     Raises:
         InputError: if there is no such file, it is damaged, or another version wrote it.
     """
-    if not path.is_file():
+    if not isfile(path):
         raise InputError(f"{path.parent} is not {what}: it has no {path.name}.")
     document = parse_json(read_text(path), str(path))
     if not isinstance(document, dict) or "schema" not in document:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def read_journal(run: str | Path) -> Journal:
         InputError: if the folder has no journal, a line of it is damaged, missing or repeated, or it names no objectives.
     """
     path = Path(run) / JOURNAL
-    if not path.is_file():
+    if not isfile(path):
         raise InputError(f"{run} is not a run: it has no {JOURNAL}.")
     journal, shared, studies = Journal(), _SharedDistributions(), 0
     for number, line in _lines(path):

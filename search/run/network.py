@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def read_network(run: Path) -> ModelGraph | None:
         InputError: if the file is damaged.
     """
     path = run / NETWORK
-    if not path.is_file():
+    if not isfile(path):
         return None
     document = read_json(path, "a run")
     try:

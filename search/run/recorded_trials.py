@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def recorded_trials(run: Path) -> tuple[list[FrozenTrial], int]:
     for lock in run.glob(f"{JOURNAL}.lock*"):  # of a process that was killed; Optuna would wait half a minute for it
         lock.unlink()
     journal = run / JOURNAL
-    text = journal.read_bytes() if journal.is_file() else b""
+    text = journal.read_bytes() if isfile(journal) else b""
     lines = text[: text.rfind(b"\n") + 1].splitlines()  # the line after the last end of line was never finished
     trials = _sound_study(run, lines)
     if trials is not None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
+from os.path import exists, isdir
 from pathlib import Path
 
 from rich.console import Console
@@ -162,7 +163,7 @@ def _evaluate(
         progress.on_episode()
 
     out_of_time, total = _clock(config.search.time_limit), config.search.evaluations
-    lost = isinstance(agent, Saving) and not (run / AGENT).is_dir()  # the process was killed before: everything is replayed
+    lost = isinstance(agent, Saving) and not isdir(run / AGENT)  # the process was killed before: everything is replayed
 
     def enough() -> bool:
         # With several workers the order of the budgets may differ in a replay, so recorded episodes count, not replayed ones.
@@ -190,7 +191,7 @@ def _save(agent: Saving, folder: Path) -> None:
     for left in (draft, old):
         shutil.rmtree(left, ignore_errors=True)
     agent.save(draft)
-    if folder.exists():
+    if exists(folder):
         folder.rename(old)
     draft.rename(folder)
     shutil.rmtree(old, ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from os.path import exists, isfile
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ SENSITIVITIES = "sensitivities.json"
 def write_sensitivities(run: Path, space: FeasibleSpace) -> None:
     """Write {choice: divergence in nats at evenly spaced actions from 0 to 1}, unless not measured or already there."""
     path = run / SENSITIVITIES
-    if space.sensitivities is not None and not path.exists():
+    if space.sensitivities is not None and not exists(path):
         names = [decision.name for decision in space.policy_space.decisions]
         curves = dict(zip(names, space.sensitivities.curves.tolist(), strict=True))
         document = {"schema": 1, "seconds": space.sensitivities.seconds, "curves": curves}
@@ -33,7 +34,7 @@ def read_sensitivities(run: Path, space: PolicySpace) -> Sensitivities | None:
         InputError: if the file is damaged.
     """
     path = run / SENSITIVITIES
-    if not path.is_file():
+    if not isfile(path):
         return None
     document = read_json(path, "a run")
     try:

@@ -8,6 +8,7 @@ import shutil
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
+from os.path import isfile
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -72,9 +73,9 @@ class StudyRecorder:
         first = StudyDirection.MAXIMIZE if metric.higher_is_better else StudyDirection.MINIMIZE
         self._directions = [first, *[StudyDirection.MINIMIZE] * (len(objectives) - 1)]
         journal = folder / JOURNAL
-        if sound is not None and journal.is_file():
+        if sound is not None and isfile(journal):
             self._rewrite(journal, sound)
-        if not journal.is_file():
+        if not isfile(journal):
             self._study = self._create(journal)
             return
         _drop_unfinished_line(journal)

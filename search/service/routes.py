@@ -9,6 +9,7 @@ import os
 import secrets
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from os.path import isfile
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request, Response
@@ -178,7 +179,7 @@ def export(found: Readable, wanted: ExportRequest, caller: Submitter) -> dict[st
 @router.get("/searches/{identifier}/artifacts")
 def artifacts(found: Owned) -> dict[str, Any]:
     """List the files of a search that can be fetched."""
-    files = [path for path in sorted(found.run.rglob("*")) if path.is_file() and path.suffix in SERVED]
+    files = [path for path in sorted(found.run.rglob("*")) if isfile(path) and path.suffix in SERVED]
     return {"artifacts": [{"name": str(path.relative_to(found.run)), "bytes": path.stat().st_size} for path in files]}
 
 
@@ -187,7 +188,7 @@ def artifact(found: Owned, name: str) -> FileResponse:
     """Fetch a file, or a range of it. The header X-SHA256 has the digest of the whole file."""
     run = found.run.resolve()
     path = None if "\0" in name else (run / name).resolve()
-    if path is None or not path.is_relative_to(run) or not path.is_file() or path.suffix not in SERVED:
+    if path is None or not path.is_relative_to(run) or not isfile(path) or path.suffix not in SERVED:
         raise Problem(404, "There is no such file; `artifacts` lists them.")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -198,7 +199,7 @@ def artifact(found: Owned, name: str) -> FileResponse:
 def logs(found: Owned) -> PlainTextResponse:
     """Return what the search has printed."""
     path = found.folder / LOG
-    return PlainTextResponse(path.read_text(encoding="utf-8", errors="replace") if path.is_file() else "")
+    return PlainTextResponse(path.read_text(encoding="utf-8", errors="replace") if isfile(path) else "")
 
 
 @router.get("/searches/{identifier}/events")

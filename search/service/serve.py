@@ -6,6 +6,7 @@ import ipaddress
 import os
 import socket
 from collections.abc import Callable, Sequence
+from os.path import isdir
 from pathlib import Path
 
 from secateur.cost_models.core import InputError
@@ -77,6 +78,6 @@ def _is_loopback(host: str) -> bool:
 def _data_folder(text: str) -> tuple[str, Path]:
     name, equals, folder = text.partition("=")
     path = Path(folder).expanduser().absolute()
-    if not equals or not path.is_dir():
+    if not equals or not isdir(path):
         raise InputError(f"`data` must read NAME=FOLDER with a folder that exists, but got {text!r}.")
     return name, path

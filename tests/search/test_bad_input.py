@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 from secateur.cost_models.core import InputError
 from secateur.cost_models.reading import parse_json, read_text
@@ -16,9 +17,11 @@ from secateur.envs.tasks import synthetic
 from secateur.envs.tasks.classification import Classification
 from secateur.envs.tasks.readers import decode_image, read_arrays
 from secateur.search.build import absolute_budget
+from secateur.search.cli import app
 from secateur.search.config import BudgetConfig, load_config
 from secateur.search.profiling.profile_run import profile_to_file
 from secateur.search.results.document import read_front
+from secateur.search.run.journal import JOURNAL, read_journal
 from tests.search.results import recorded
 
 CONFIG = {
@@ -88,6 +91,10 @@ def test_text_files_have_limits(tmp_path):
         (lambda d: d["budgets"].update({"../x": d["budgets"]["phone"]}), "`budgets"),
         (lambda d: d["budgets"]["phone"].update(check=CHECK | {"export": "exports/../../x"}), "`budgets.phone.check.export`"),
         (lambda d: d["dense"]["costs"].pop("macs"), "has no cost `macs`"),
+        (
+            lambda d: d["points"].append({**d["points"][0], "evaluation": 9, "choices": {"other": 1}}),
+            "evaluation 9 has other choices",
+        ),
         (lambda d: d.update(metric={"name": "../x"}), "`metric`"),
     ],
 )
@@ -139,3 +146,37 @@ def test_a_profile_overwrites_device_files_only(tmp_path):
     with pytest.raises(InputError, match="is there already, and is no device file"):
         profile_to_file(None, path, "onnxruntime", None, None)
     assert path.read_text() == "model: {}"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "front NAME",
+        "query NAME",
+        "report NAME",
+        "search NAME",
+        "inspect NAME",
+        "sweep NAME",
+        "export NAME --budget phone",
+        "verify NAME",
+        "apply NAME --weights weights.pth",
+        "resume NAME",
+        "ask NAME --budget macs<=40%",
+        "finalize NAME",
+        "profile NAME",
+        "inspect configs/searches/digits.yaml --set device=NAME",
+    ],
+)
+@pytest.mark.parametrize("name", ["x" * 300, "no\nfile", "nothing/" * 20])
+def test_a_name_that_no_file_has_is_one_sentence(words, name):
+    result = CliRunner().invoke(app, [word.replace("NAME", name) for word in words.split()])
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("error: ") and isinstance(result.exception, SystemExit)
+
+
+def test_a_study_without_objectives_is_named(tmp_path):
+    run = recorded.write_run(tmp_path / "run", [])
+    journal = run / JOURNAL
+    journal.write_bytes(journal.read_bytes().splitlines(keepends=True)[0])  # its process was killed at the very start
+    with pytest.raises(InputError, match="does not name the objectives of its search. Search again"):
+        read_journal(run)
