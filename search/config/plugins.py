@@ -83,8 +83,11 @@ def _from_functions(value: Any) -> Any:
 
     if not isinstance(value, Mapping) or value.get("name", FUNCTIONS) != FUNCTIONS:
         return value
+    options = value.get("options", {})
+    if not isinstance(options, Mapping):  # the section's own check says so
+        return {"name": FUNCTIONS, "options": options}
     named = {option: name for option, name in value.items() if option not in ("name", "options")}
-    return {"name": FUNCTIONS, "options": {**value.get("options", {}), **named}}
+    return {"name": FUNCTIONS, "options": {**options, **named}}
 
 
 def _check_task(entry: PluginEntry) -> PluginEntry:

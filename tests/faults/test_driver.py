@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from secateur.envs.core import InputError
-from secateur.search.results import document, winners
+from secateur.search.results import winners
 from secateur.search.run import folder as folders
 from secateur.search.run import search as engine
 from secateur.search.run.study import JOURNAL, StudyRecorder
@@ -28,7 +28,7 @@ MOMENTS = {
     "after the first record": (StudyRecorder, "record", 1, True, 1),
     "after the fourth record": (StudyRecorder, "record", 4, True, 4),
     "before the last record": (StudyRecorder, "record", EVALUATIONS, False, EVALUATIONS - 1),
-    "a front is half written": (document.os, "replace", 6, False, None),
+    "a front is half written": (os, "replace", 6, False, None),
     "the front of the end": (engine, "finalize", 1, False, EVALUATIONS),
     "the finalists are scored": (engine, "finalize", 1, True, EVALUATIONS),
     "the dense model is scored": (engine, "dense_test_score", 1, True, EVALUATIONS),

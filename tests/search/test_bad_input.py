@@ -40,6 +40,7 @@ BOMB = (
 @pytest.mark.parametrize(
     ("override", "words"),
     [
+        ("task={options: 3}", "task.options: must be a mapping"),
         ("search.evaluations=2024-13-45", "cannot be read as timestamp"),
         ("search.evaluations=!!int abc", "cannot be read as int"),
         ("search.seed=0x_", "cannot be read as int"),

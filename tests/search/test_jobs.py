@@ -19,7 +19,8 @@ import yaml
 from secateur.envs.core import InputError
 from secateur.search.jobs import Jobs, pack, unpack
 from secateur.search.run.study import load_study
-from tests.search.test_sweep import TASK, values
+from tests.search.test_sweep import values
+from tests.toy_task import SOURCE
 
 
 def test_a_run_folder_survives_the_way_through_a_log(tmp_path):
@@ -82,7 +83,7 @@ def command(*arguments, code=0):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_search_is_sent_followed_stopped_and_fetched(address, tmp_path, monkeypatch):
-    (tmp_path / "sweep_task.py").write_text(TASK)
+    (tmp_path / "sweep_task.py").write_text(SOURCE)
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump(values()))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
