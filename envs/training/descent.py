@@ -28,7 +28,7 @@ class Forward:
         outputs: of the last call.
     """
 
-    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, network: Callable[..., Any], dtype: torch.dtype) -> None:
         self.network, self.dtype, self.outputs = network, dtype, None
         self._inputs: tuple[Any, ...] | None = None
 
@@ -51,12 +51,14 @@ class Descent:
         optimizer: of its parameters.
         schedule: learning-rate schedule; it makes one step after every batch.
         generator: random generator for the order of the samples and their augmentation.
+        call: what computes the network's outputs for whole batches; None: the network.
     """
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     generator: torch.Generator
+    call: Callable[..., Any] | None = None
 
     def epoch(
         self,
@@ -91,8 +93,9 @@ class Descent:
         self.optimizer.zero_grad()
         outputs: list[Any] = []
         total = 0.0
+        call = self.call if self.call is not None and parts == 1 else self.network
         for part in _divided(batch, parts):
-            forward = Forward(self.network, dtype)
+            forward = Forward(call, dtype)
             loss = loss_of(forward, part) * (len(part.inputs) / len(batch.inputs))
             loss.backward()
             outputs.append(forward.outputs)
@@ -119,4 +122,5 @@ def autocast(dtype: torch.dtype, inputs: Sequence[Any]) -> AbstractContextManage
     """Return a context in which networks compute in `dtype` on the device of their inputs; weights stay in float32."""
     if dtype == torch.float32:
         return nullcontext()
-    return torch.autocast(next(x.device.type for x in inputs if isinstance(x, Tensor)), dtype)
+    device = next(x.device.type for x in inputs if isinstance(x, Tensor))
+    return torch.autocast(device, dtype, cache_enabled=device != "cuda")  # CUDA graphs allow no cache of converted weights

@@ -34,6 +34,7 @@ from secateur.envs.quantization.trainable import make_quantized, make_trainable,
 from secateur.envs.tasks.core import Batch, Model, Task, kl_divergence, map_tensors
 from secateur.envs.training.checkpoint import State, capture, network_tensors, read_checkpoint, restore, write_checkpoint
 from secateur.envs.training.descent import Descent, autocast, batches
+from secateur.envs.training.graphs import with_graphs
 from secateur.envs.training.recipe import DistillationConfig
 from secateur.envs.training.samples import Samples
 
@@ -150,10 +151,12 @@ class Training:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(self.config.seed)  # for dropout
             descent = self._descent(network)
+            descent.call = with_graphs(network, device)
             state = self._continued(stored, descent, average) if stored is not None else capture(descent, average)
             for record in state.epochs:
                 watch.epoch(EpochRecord(**record))
-            state = self._descend(descent, average, state, identity, watch)
+            faster = replace(self, teacher=self.teacher and with_graphs(self.teacher, device))
+            state = faster._descend(descent, average, state, identity, watch)
         _exchange(network, average)
         make_quantized(network)
         return Trained(network.eval(), tuple(EpochRecord(**record) for record in state.epochs), state.note)

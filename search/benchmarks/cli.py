@@ -140,6 +140,29 @@ def estimators_command(
     run_estimators(settings, bits, epochs, seeds, output)
 
 
+@benchmark.command("training")
+def training_command(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    budget: BudgetName = None,
+    agent: Annotated[list[str] | None, typer.Option(help="Agent whose best policy is trained; repeat for several.")] = None,
+    evaluations: Annotated[int, typer.Option(min=1, help="Evaluations of each agent.")] = 6,
+    epochs: Annotated[list[int] | None, typer.Option(min=1, help="Epochs of a training; repeat for several.")] = None,
+    distillation: Annotated[
+        list[float] | None, typer.Option(min=0, max=1, help="Weight of the dense model's outputs; repeat for several.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings with each recipe.")] = 3,
+    processes: Annotated[int, typer.Option(min=0, help="Trainings at the same time; 0: one, in this process.")] = 0,
+    output: Output = Path("results/training"),
+) -> None:
+    """Train the best policies of several agents, shortly and long, with and without distillation: test scores."""
+    settings = _load(config, overrides)
+    from secateur.search.benchmarks.training import make_plan, run_training
+
+    plan = make_plan(settings, agent, evaluations, epochs, distillation, seeds)
+    run_training(settings, budget, plan, processes, output)
+
+
 @benchmark.command("importances")
 def importances_command(
     config: ConfigPath,

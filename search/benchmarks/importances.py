@@ -14,18 +14,17 @@ from typing import Any
 import numpy as np
 
 from secateur.agents import AGENTS
-from secateur.envs.core import Budget, Episode
+from secateur.envs.core import Budget
 from secateur.envs.pruning.importance import IMPORTANCES
 from secateur.envs.pruning.importance.core import DenseModel
 from secateur.envs.tasks.core import all_samples
-from secateur.search.benchmarks.policies import choose_budget
+from secateur.search.benchmarks.policies import allocate, check_agents, choose_budget
 from secateur.search.benchmarks.records import Records, Row, config_record
 from secateur.search.benchmarks.recovery_settings import RECOVERY_SETTINGS, calibrated_problem, with_recoveries
 from secateur.search.benchmarks.scaffold import ROWS, markdown_table, percent, show_progress, write_results
 from secateur.search.benchmarks.timing import timed
-from secateur.search.build import build_agent, build_front, build_plugin, open_runner, prepare
+from secateur.search.build import build_plugin, open_runner
 from secateur.search.config import PluginEntry, SearchConfig, parse_config
-from secateur.search.loop import Runner, run_loop
 from secateur.search.problem import Problem
 from secateur.search.results.core import FrontPoint
 from secateur.search.results.finalize import dense_test_score
@@ -78,8 +77,7 @@ def _check_names(config: SearchConfig, importances: Sequence[str], agents: Seque
     values = config.model_dump(mode="json")
     for name in importances:
         parse_config({**values, "importance": name}, "--importance")
-    for name in agents:
-        parse_config({**values, "search": {**values["search"], "agent": name, "options": {}}}, "--agent")
+    check_agents(config, agents)
 
 
 def compare_importances(
@@ -112,7 +110,7 @@ def compare_importances(
         runner = open_runner(task)
         try:
             for agent in missing:
-                best, done = _allocate(task, runner, agent, evaluations)
+                best, done = allocate(task, runner, agent, evaluations)
                 found = {"evaluations": done, **_candidate_scores(task, best)}
                 yield _line(records.add(importance=name, agent=agent, importance_seconds=seconds, **found))
         finally:
@@ -127,18 +125,6 @@ def _scores(problem: Problem, name: str) -> tuple[np.ndarray, ...]:
         problem.assembler.model, problem.graph, problem.assembler.calibration, images, labels, rng, problem.task.loss
     )
     return tuple(build_plugin(IMPORTANCES, PluginEntry(name=name)).scores(dense))
-
-
-def _allocate(problem: Problem, runner: Runner, agent: str, evaluations: int) -> tuple[FrontPoint | None, int]:
-    """Return the agent's best feasible candidate, None if there is none, and the number of episodes."""
-    front, problem = build_front(problem), prepare(problem, agent, {})
-
-    def on_episode(actor: object, episode: Episode) -> None:
-        front.add(episode)
-
-    done = run_loop(build_agent(problem, agent, {}, problem.config.search.seed), runner, evaluations, on_episode)
-    best = front.best(problem.budgets[0].name, 1)
-    return (best[0] if best else None), done
 
 
 def _candidate_scores(problem: Problem, candidate: FrontPoint | None) -> dict[str, Any]:

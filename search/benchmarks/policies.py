@@ -5,14 +5,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import cast
+from typing import Any, cast
 
 from secateur.agents.core import SequenceActor
 from secateur.cost_models.core import FLOAT_BITS
-from secateur.envs.core import Budget, CompressionPolicy, InputError
+from secateur.envs.core import Budget, CompressionPolicy, Episode, InputError
 from secateur.envs.model_graph import ModelGraph
-from secateur.search.build import build_agent
+from secateur.search.build import build_agent, build_front, prepare
+from secateur.search.config import SearchConfig, parse_config
+from secateur.search.loop import Runner, run_loop
 from secateur.search.problem import Problem
+from secateur.search.results.core import FrontPoint
+
+POLICY_FIELDS = ("widths", "weight_bits", "activation_bits")
+"""What a row holds of a policy."""
+
+
+def policy_choices(policy: CompressionPolicy) -> dict[str, Any]:
+    """Return a policy as the values of a row."""
+    return {name: getattr(policy, name) for name in POLICY_FIELDS}
+
+
+def check_agents(config: SearchConfig, names: Sequence[str]) -> None:
+    """Raise InputError for an unknown agent, with the nearest known name."""
+    values = config.model_dump(mode="json")
+    for name in names:
+        parse_config({**values, "search": {**values["search"], "agent": name, "options": {}}}, "--agent")
 
 
 def choose_budget(problem: Problem, name: str | None) -> Budget:
@@ -40,6 +58,22 @@ def random_actors(problem: Problem, budget: Budget, count: int) -> list[Sequence
 def random_policies(problem: Problem, budget: Budget, count: int) -> list[CompressionPolicy]:
     """Return the policies of `random_actors`."""
     return [problem.space.decode(actor.sequence) for actor in random_actors(problem, budget, count)]
+
+
+def allocate(problem: Problem, runner: Runner, agent: str, evaluations: int) -> tuple[FrontPoint | None, int]:
+    """Return the best candidate of an agent with default options for the first budget, and the number of its evaluations.
+
+    Returns:
+        None in place of the candidate if nothing fits.
+    """
+    front, problem = build_front(problem), prepare(problem, agent, {})
+
+    def on_episode(actor: object, episode: Episode) -> None:
+        front.add(episode)
+
+    done = run_loop(build_agent(problem, agent, {}, problem.config.search.seed), runner, evaluations, on_episode)
+    best = front.best(problem.budgets[0].name, 1)
+    return (best[0] if best else None), done
 
 
 def inner_groups(graph: ModelGraph) -> tuple[bool, ...]:

@@ -17,15 +17,12 @@ error, given in the report) lowers every correlation alike.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from secateur.envs.core import Budget, CompressionPolicy, InputError
@@ -33,7 +30,8 @@ from secateur.envs.evaluator import processor_has_bfloat16
 from secateur.envs.tasks.data import Split
 from secateur.envs.tasks.supervised import SupervisedTask
 from secateur.envs.training.fine_tuning import FineTuning, fine_tune
-from secateur.search.benchmarks.policies import choose_budget, random_policies
+from secateur.search.benchmarks.policies import choose_budget, policy_choices, random_policies
+from secateur.search.benchmarks.processes import measured
 from secateur.search.benchmarks.records import Records, Row, config_record
 from secateur.search.benchmarks.recovery_settings import RECOVERY_SETTINGS, calibrated_problem, with_recoveries
 from secateur.search.benchmarks.scaffold import markdown_table, percent, show_progress, write_results
@@ -144,47 +142,15 @@ def measure_prediction(
         records: the rows.
         processes: of one thread each; 0: in this process.
     """
-    missing = [(i, policy) for i, policy in enumerate(policies) if records.find(**_choices(policy)) is None]
-    for (index, policy), found in _outcomes(experiment, missing, processes):
-        row = records.add(policy=index, **_choices(policy), **found)
+    missing = [(i, policy) for i, policy in enumerate(policies) if records.find(**policy_choices(policy)) is None]
+    for (index, policy), found in measured(_outcome, experiment, missing, processes):
+        row = records.add(policy=index, **policy_choices(policy), **found)
         scores = ", ".join(f"{name} {percent(score)}" for name, score in row["validation_top1"].items())
         yield f"policy {index}: {percent(row['tuned_top1'])} % after fine-tuning; before: {scores}"
 
 
-def _choices(policy: CompressionPolicy) -> dict[str, Any]:
-    names = ("widths", "weight_bits", "activation_bits")
-    return {name: getattr(policy, name) for name in names}
-
-
-def _outcomes(
-    experiment: Experiment, missing: Sequence[tuple[int, CompressionPolicy]], processes: int
-) -> Iterator[tuple[tuple[int, CompressionPolicy], dict[str, Any]]]:
-    """Yield each policy with its outcome, in the order in which they finish."""
-    if processes == 0:
-        yield from ((item, outcome(experiment, item[1])) for item in missing)
-        return
-    # Spawned, not forked: torch's threads do not survive a fork.
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=_keep, initargs=(experiment,))
-    try:
-        running = {pool.submit(_outcome_here, item[1]): item for item in missing}
-        for done in as_completed(running):
-            yield running[done], done.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_kept: Experiment
-"""The experiment of a worker process, sent once."""
-
-
-def _keep(experiment: Experiment) -> None:
-    global _kept
-    torch.set_num_threads(1)
-    _kept = experiment
-
-
-def _outcome_here(policy: CompressionPolicy) -> dict[str, Any]:
-    return outcome(_kept, policy)
+def _outcome(experiment: Experiment, item: tuple[int, CompressionPolicy]) -> dict[str, Any]:
+    return outcome(experiment, item[1])
 
 
 def outcome(experiment: Experiment, policy: CompressionPolicy) -> dict[str, Any]:

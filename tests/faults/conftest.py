@@ -20,6 +20,13 @@ EVALUATIONS = 8
 
 
 @pytest.fixture(scope="session", autouse=True)
+def ctrl_c():
+    """Ctrl-C works, although a shell starts jobs in the background with that signal ignored, and their children inherit it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
 def task(tmp_path_factory):
     """The folder with the module `toy_task`, which is the working directory."""
     folder = tmp_path_factory.mktemp("task")

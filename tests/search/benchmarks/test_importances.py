@@ -6,6 +6,7 @@ import pytest
 from secateur.cost_models.core import InputError
 from secateur.envs.core import CompressionPolicy
 from secateur.search.benchmarks import importances as measure
+from secateur.search.benchmarks import policies
 from secateur.search.benchmarks.records import Records
 from secateur.search.benchmarks.recovery_settings import with_recoveries
 from tests.scoring import top1
@@ -60,7 +61,7 @@ def test_finished_rows_are_not_measured_again(compare, monkeypatch):
 
 
 def test_an_agent_without_a_feasible_policy_has_a_row_of_dashes(compare, monkeypatch):
-    monkeypatch.setattr(measure, "run_loop", lambda agent, runner, evaluations, on_episode: 1)
+    monkeypatch.setattr(policies, "run_loop", lambda agent, runner, evaluations, on_episode: 1)
     (line,), rows = compare(("random",), ("uniform",))
     assert line.endswith("no feasible policy")
     assert measure.importance_table(rows).splitlines()[2] == "| uniform | random | 1 | - | - | - | - |"

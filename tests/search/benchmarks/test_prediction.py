@@ -8,6 +8,7 @@ import pytest
 from secateur.cost_models.core import InputError
 from secateur.envs.training.fine_tuning import FineTuning
 from secateur.search.benchmarks import prediction as measure
+from secateur.search.benchmarks import processes as pools
 from secateur.search.benchmarks.policies import random_policies
 from secateur.search.benchmarks.recovery_settings import RECOVERY_SETTINGS, with_recoveries
 from tests.scoring import top1
@@ -39,7 +40,7 @@ def outcomes(monkeypatch):
 
 @pytest.mark.parametrize("processes", [0, 2])
 def test_an_experiment_is_continued_where_it_was_stopped(experiment, policies, outcomes, processes, tmp_path, monkeypatch):
-    monkeypatch.setattr(measure, "ProcessPoolExecutor", lambda count, context, **rest: ThreadPoolExecutor(count, **rest))
+    monkeypatch.setattr(pools, "ProcessPoolExecutor", lambda count, context, **rest: ThreadPoolExecutor(count, **rest))
     budget, file = experiment.problem.budgets[0], tmp_path / "policies.jsonl"
     records = measure.open_records(file, experiment, budget)
     list(measure.measure_prediction(experiment, policies[1:2], records, processes))
