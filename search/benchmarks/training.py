@@ -151,7 +151,7 @@ def _add_start(
         searched=best.evaluation.score,
         shares={name: cost / problem.space.dense_costs[name] for name, cost in costs.items() if problem.space.dense_costs[name]},
         seconds=seconds,
-        dense=problem.task.evaluate(problem.assembler.model, "test").score,
+        dense=_dense_score(problem, records),
         metric=asdict(problem.task.metric),
         images=problem.task.samples("test"),
         data=problem.task.source,
@@ -159,6 +159,12 @@ def _add_start(
         **_scores(problem, move_network(start.network, problem.torch_device)),
     )
     return row, start
+
+
+def _dense_score(problem: Problem, records: Records) -> float:
+    """Return the dense model's test score, measured once."""
+    start = records.find(epochs=START)
+    return problem.task.evaluate(problem.assembler.model, "test").score if start is None else start["dense"]
 
 
 def _start(problem: Problem, agent: str, policy: CompressionPolicy) -> Start:
