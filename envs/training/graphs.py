@@ -51,7 +51,7 @@ class Graphed:
             except torch.OutOfMemoryError:
                 raise  # batches are halved then
             except RuntimeError as error:
-                log.info("The network runs without CUDA graphs: %s", str(error).splitlines()[0])
+                log.warning("Training goes on without CUDA graphs, which is slower: %s", str(error).splitlines()[0])
                 self._usable = False
                 return self.network(x)
         return self._captured[key](x)
