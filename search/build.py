@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,8 @@ from secateur.search.run.evaluation_timeout import EvaluationTimeout
 from secateur.search.run.local_runner import LocalRunner
 from secateur.search.run.ray_cluster import LOCAL
 from secateur.search.run.ray_runner import RayRunner
+from secateur.search.tracking import TRACKERS
+from secateur.search.tracking.core import SearchStart, Tracker, Trackers
 
 log = logging.getLogger(__name__)
 
@@ -414,6 +417,19 @@ def make_env(problem: Problem, evaluated: Evaluated = ()) -> CompressionEnv:
 def make_evaluator(problem: Problem) -> Evaluator:
     """Return an evaluator under the search's recoveries and number format, which scores every policy on all samples."""
     return Evaluator(problem.assembler, problem.space.costs.of_policy, problem.score, problem.precision)
+
+
+def build_trackers(config: SearchConfig, own: Sequence[Tracker], note: StatusCallback) -> Trackers:
+    """Return the trackers of the configuration, and `own` ones; `note` gets a sentence when one of them fails."""
+    named = [(entry.name, build_plugin(TRACKERS, entry)) for entry in config.output.trackers]
+    return Trackers([*named, *((type(tracker).__name__, tracker) for tracker in own)], note)
+
+
+def search_start(problem: Problem, run: Path, done: int) -> SearchStart:
+    """Return what trackers get first; `done` is the number of evaluations that the run has already."""
+    config = problem.config
+    settings = config.model_dump(mode="json")
+    return SearchStart(run, settings, problem.search_budgets, problem.score.metric, config.search.evaluations, done)
 
 
 def open_runner(problem: Problem, evaluated: Evaluated = ()) -> Runner:

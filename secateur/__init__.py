@@ -16,6 +16,7 @@
     profile(config)             measure this machine and write a device file
     load_config(source)         the configuration in a file or a dict
     Metric                      name, direction and range of a metric of your own
+    Tracker                     follows a search: a method for each event
     InputError                  raised for input that cannot be used; a ValueError
 
 Each is imported when it is first used, so `import secateur` is fast and imports neither torch nor Ray. Modules below this one
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from secateur.search.report.write import report
     from secateur.search.results.query import query
     from secateur.search.run.handle import Run, finalize, load_run, resume, search
+    from secateur.search.tracking.core import Tracker
 
 __version__ = "0.1.0"
 
@@ -49,6 +51,7 @@ __all__ = [
     "InputError",
     "Metric",
     "Run",
+    "Tracker",
     "__version__",
     "apply",
     "ask",
@@ -71,6 +74,7 @@ _HOMES = {
     "InputError": "secateur.cost_models.core:InputError",
     "Metric": "secateur.envs.metric:Metric",
     "Run": "secateur.search.run.handle:Run",
+    "Tracker": "secateur.search.tracking.core:Tracker",
     "apply": "secateur.search.apply:apply",
     "ask": "secateur.search.ask:ask",
     "export": "secateur.search.export.run_exports:export",

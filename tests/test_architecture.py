@@ -42,6 +42,9 @@ ONLY_IN = {
     "optuna": {"search.run.study", "search.run.recorded_trials", "agents.optuna_samplers"},
     "typer": {"search.cli", "search.arguments", "search.benchmarks.cli", "search.service.cli", "search.cluster_cli"},
     "yaml": {"search.config.reading"},
+    "tensorboardX": {"search.tracking.tensorboard"},
+    "mlflow": {"search.tracking.mlflow"},
+    "wandb": {"search.tracking.wandb"},
 }
 """Libraries that few modules hide from all others."""
 

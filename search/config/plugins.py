@@ -116,4 +116,5 @@ def _plugin_of(path: str) -> AfterValidator:
 ImportanceEntry = Annotated[PluginEntry, _plugin_of("secateur.envs.pruning.importance:IMPORTANCES")]
 QuantizerEntry = Annotated[PluginEntry, _plugin_of("secateur.envs.quantization.quantizers:QUANTIZERS")]
 ScoreEntry = Annotated[PluginEntry, _plugin_of("secateur.envs.scores:SCORES")]
+TrackerEntry = Annotated[PluginEntry, _plugin_of("secateur.search.tracking:TRACKERS")]
 RecoveryEntry = Annotated[PluginEntry, _plugin_of("secateur.envs.recovery:RECOVERIES")]

@@ -36,6 +36,7 @@ from secateur.search.config.plugins import (
     ScoreEntry,
     Section,
     TaskEntry,
+    TrackerEntry,
     check_options,
     check_plugin,
     plugins_of,
@@ -279,11 +280,13 @@ class OutputSection(Section):
         root: folder that holds the runs.
         name: name of the run's folder, which must not exist yet; None: `prefix` and the first free number.
         prefix: start of the folder's name; by default the name of the configuration file.
+        trackers: what follows the search: [tensorboard, {name: mlflow, options: {experiment: phones}}].
     """
 
     root: StrictStr = "runs"
     name: FolderName | None = None
     prefix: FolderName = "search"
+    trackers: tuple[TrackerEntry, ...] = ()
 
 
 class DeviceProfile(Section):

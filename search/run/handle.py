@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from secateur.search.ask import Reply
     from secateur.search.export.run_exports import Exported
     from secateur.search.given import Given
+    from secateur.search.tracking.core import Tracker
     from secateur.search.training.winners import TrainedWinner
 
 
@@ -41,6 +42,7 @@ def search(
     overrides: Overrides = (),
     progress: SearchProgress | bool = False,
     *,
+    trackers: Sequence[Tracker] = (),
     inputs: Any = None,
     calibration: Any = None,
     evaluate: Callable[[Any], float] | None = None,
@@ -59,6 +61,7 @@ def search(
             are needed, and `settings` take the place of a configuration.
         overrides: ["search.evaluations=50"] or {"search.evaluations": 50}; they win over everything else.
         progress: True: show the progress on stderr.
+        trackers: objects of subclasses of `secateur.Tracker` that follow it, besides those in `output.trackers`.
         inputs: example inputs of the model: a tensor, a tuple of positional arguments, or a dict of keyword arguments. The first
             axis is the batch.
         calibration: loader or list of batches: inputs, or tuples that begin with the inputs. The first 512 samples are used for
@@ -86,7 +89,7 @@ def search(
         raise InputError(f"`{named[0]}` goes with a model object; with a configuration, use `overrides`.")
     resolved = load_config(config, overrides)
     with _shown(progress) as display:
-        folder = engine.search(resolved, display, given)
+        folder = engine.search(resolved, display, given, trackers)
     return Run(folder, given, () if given is not None else modules_of(resolved))
 
 
@@ -95,6 +98,7 @@ def resume(
     overrides: Overrides = (),
     progress: SearchProgress | bool = False,
     trust: Collection[str] = (),
+    trackers: Sequence[Tracker] = (),
 ) -> Run:
     """Continue an interrupted run, or a finished one with more evaluations, as if it had never stopped; return it.
 
@@ -104,13 +108,14 @@ def resume(
             {"budgets.small": {"macs": "<= 35%"}}. All evaluations so far count for it, too.
         progress: True: show the progress on stderr.
         trust: modules that the run's manifest may name; those of secateur and torchvision's models need not be named.
+        trackers: as in `search`.
     Raises:
         InputError: if the folder is not a run, another process searches in it, the manifest names a module that is not
             trusted, or the overrides change what was searched; nothing is written then.
     """
     given, trusted = _own(run, trust)
     with _shown(progress) as display:
-        return Run(engine.resume(Path(run), overrides, display, given, trusted), given, trusted)
+        return Run(engine.resume(Path(run), overrides, display, given, trusted, trackers), given, trusted)
 
 
 def finalize(
@@ -122,6 +127,7 @@ def finalize(
     overrides: Overrides = (),
     progress: SearchProgress | bool = False,
     trust: Collection[str] = (),
+    trackers: Sequence[Tracker] = (),
 ) -> list[TrainedWinner]:
     """Train the winners of a run with distillation from the dense model; export and verify them in RUN/exports/BUDGET-trained.
 
@@ -135,6 +141,7 @@ def finalize(
         overrides: changes of the run's configuration, such as {"finalize.training.flip": True}.
         progress: True: show the progress on stderr.
         trust: as in `resume`.
+        trackers: as in `search`.
     Raises:
         InputError: if nothing fits, there is nothing to train on, a checkpoint belongs to another training, the manifest names
             a module that is not trusted, or model, data or code are not what the run was made with.
@@ -153,6 +160,7 @@ def finalize(
             note=display.note,
             given=given,
             trust=trusted,
+            trackers=trackers,
         )
 
 

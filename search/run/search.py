@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from os.path import exists, isdir
@@ -16,7 +16,7 @@ from secateur.agents.core import Agent, Saving
 from secateur.cost_models.device import write_device
 from secateur.envs.core import Actor, Episode
 from secateur.envs.devices import CPU, describe_device
-from secateur.search.build import build_agent, build_front, build_problem, open_runner, prepare
+from secateur.search.build import build_agent, build_front, build_problem, build_trackers, open_runner, prepare, search_start
 from secateur.search.config import Overrides, SearchConfig
 from secateur.search.given import Given
 from secateur.search.loop import Runner, run_loop
@@ -44,14 +44,18 @@ from secateur.search.run.replay import Recorded, check_added_budgets, check_eval
 from secateur.search.run.sensitivities import read_sensitivities, write_sensitivities
 from secateur.search.run.signals import ended_by_signals, first_signal_waits
 from secateur.search.run.study import DAMAGED, StudyRecorder
+from secateur.search.tracking.core import Tracker, Trackers
 from secateur.search.training.finalize import training_config
 from secateur.search.training.winners import train_winners
 
 
-def search(config: SearchConfig, progress: SearchProgress | None = None, given: Given | None = None) -> Path:
+def search(
+    config: SearchConfig, progress: SearchProgress | None = None, given: Given | None = None, trackers: Sequence[Tracker] = ()
+) -> Path:
     """Run the search that `config` describes, and return its run folder (the engine of `secateur.search`).
 
-    `given` are model and task as Python objects; None: the configuration names them.
+    `given` are model and task as Python objects; None: the configuration names them. `trackers` follow it besides those that
+    the configuration names.
 
     front.json is on disk from the start on and follows every change, and the study holds every evaluation as soon as it is
     done. After Ctrl-C, SIGTERM or an error both hold everything that was found, and `resume` continues from there. The first
@@ -64,7 +68,7 @@ def search(config: SearchConfig, progress: SearchProgress | None = None, given: 
     progress = progress or SearchProgress(Console(quiet=True))
     with ended_by_signals():
         problem = build_problem(config, progress.status, given)
-        return _run(problem, None, None, progress)
+        return _run(problem, None, None, progress, build_trackers(config, trackers, progress.note))
 
 
 def resume(
@@ -73,6 +77,7 @@ def resume(
     progress: SearchProgress | None = None,
     given: Given | None = None,
     trust: Collection[str] = (),
+    trackers: Sequence[Tracker] = (),
 ) -> Path:
     """Go on with a run until its configuration's evaluations are done, as if it had never stopped (search/run/replay.py).
 
@@ -82,6 +87,7 @@ def resume(
         progress: follows it; default: in silence.
         given: the run's model and task as Python objects, if it began with such.
         trust: modules that the run's manifest may name.
+        trackers: follow it besides those that the configuration names.
     Raises:
         InputError: if the folder is no run, another process searches in it, or the configuration differs; nothing is written.
     """
@@ -97,10 +103,11 @@ def resume(
         check_same_score(run, manifest, problem)
         if damaged:
             progress.note(f"{JOURNAL} was damaged: {len(trials)} evaluations are sound; {DAMAGED} is the file as it was")
-        return _run(problem, run, Recorded(trials, problem, bool(damaged)), progress)
+        following = build_trackers(config, trackers, progress.note)
+        return _run(problem, run, Recorded(trials, problem, bool(damaged)), progress, following)
 
 
-def _run(problem: Problem, run: Path | None, recorded: Recorded | None, progress: SearchProgress) -> Path:
+def _run(problem: Problem, run: Path | None, recorded: Recorded | None, progress: SearchProgress, trackers: Trackers) -> Path:
     """Search in a new folder, or in that of a resumed run."""
     config = problem.config
     where = "" if problem.torch_device == CPU else f" on {describe_device(problem.torch_device)}"
@@ -118,9 +125,11 @@ def _run(problem: Problem, run: Path | None, recorded: Recorded | None, progress
             stack.enter_context(held(run))
         stack.enter_context(full_disk_is_an_error(run))
         write_sensitivities(run, problem.space)
-        front = _evaluate(problem, agent, runner, run, recorded, progress)
+        done = len(recorded.trials) if recorded is not None else 0
+        stack.enter_context(trackers.following(search_start(problem, run, done)))
+        front = _evaluate(problem, agent, runner, run, recorded, progress, trackers)
         runner.close()
-        _finish(problem, front, run, progress)
+        _finish(problem, front, run, progress, trackers)
     progress.stop()
     return run
 
@@ -132,7 +141,13 @@ def _with_measured(problem: Problem, run: Path) -> Problem:
 
 
 def _evaluate(
-    problem: Problem, agent: Agent, runner: Runner, run: Path, recorded: Recorded | None, progress: SearchProgress
+    problem: Problem,
+    agent: Agent,
+    runner: Runner,
+    run: Path,
+    recorded: Recorded | None,
+    progress: SearchProgress,
+    trackers: Trackers,
 ) -> Front:
     """Search; a resumed run keeps its front and its agent until there is a new evaluation."""
     config, describe = problem.config, problem.space.policy_space.policy_to_choices
@@ -155,8 +170,10 @@ def _evaluate(
         if recorded is not None and recorded.take(episode):
             return
         recorder.record(front.evaluations, config.search.agent, episode)
+        trackers.on_evaluation(front.evaluations, episode)
         if front.add(episode):
             write_front(run, front.document(describe))
+            trackers.on_front_change(front)
         if episode.evaluation is not None and (text := episode.evaluation.note) and text not in noted:
             noted.add(text)
             progress.note(text)
@@ -197,7 +214,7 @@ def _save(agent: Saving, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _finish(problem: Problem, front: Front, run: Path, progress: SearchProgress) -> None:
+def _finish(problem: Problem, front: Front, run: Path, progress: SearchProgress, trackers: Trackers) -> None:
     """Score the best policies on the test images, and check the winners."""
     config, describe = problem.config, problem.space.policy_space.policy_to_choices
     progress.status("scoring the best policies on the test images")
@@ -209,9 +226,12 @@ def _finish(problem: Problem, front: Front, run: Path, progress: SearchProgress)
         outcomes = verify_winners(problem, front, finalists, run, progress.status)
         finalists = [finalist for outcome in outcomes for finalist in outcome.finalists]
         write_front(run, front.document(describe, finalists, dense_final, outcomes))
+    for finalist in finalists:
+        trackers.on_finalist(finalist)
     if config.finalize.training is not None and config.finalize.training["epochs"]:
         budgets = [budget.name for budget in problem.budgets]
-        train_winners(problem, read_front(run), run, training_config(config), budgets, status=progress.status, note=progress.note)
+        recipe, status, note = training_config(config), progress.status, progress.note
+        train_winners(problem, read_front(run), run, recipe, budgets, status=status, note=note, on_epoch=trackers.on_epoch)
 
 
 def _facts(problem: Problem) -> dict:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from secateur.envs.core import InputError
 from secateur.envs.training.recipe import DistillationConfig
-from secateur.search.build import build_options, build_problem
+from secateur.search.build import build_options, build_problem, build_trackers, search_start
 from secateur.search.config import Overrides, SearchConfig
 from secateur.search.export.write import check_same_model
 from secateur.search.given import Given
@@ -17,6 +17,7 @@ from secateur.search.named_code import load_own_manifest, modules_of
 from secateur.search.problem import StatusCallback
 from secateur.search.results.document import check_budget, finalist_points, read_front
 from secateur.search.run.folder import held
+from secateur.search.tracking.core import Tracker
 from secateur.search.training.winners import TrainedWinner, finished_winners, train_winners
 
 
@@ -31,6 +32,7 @@ def finalize(
     note: StatusCallback = lambda text: None,
     given: Given | None = None,
     trust: Collection[str] = (),
+    trackers: Sequence[Tracker] = (),
 ) -> list[TrainedWinner]:
     """Return the trained winner of each budget; see `secateur.finalize`.
 
@@ -40,6 +42,7 @@ def finalize(
         note: called with sentences that are worth keeping.
         given: model and task as Python objects, if the run began with such (`Run.given`).
         trust: modules that the run's manifest may name.
+        trackers: follow the training besides those that the configuration names.
     """
     run = Path(run)
     if top < 1:
@@ -63,7 +66,9 @@ def finalize(
         problem = build_problem(settings, status, given)
         for point in points:
             check_same_model(problem, document, point)
-        winners = train_winners(problem, document, run, config, budgets, top, status, note)
+        following = build_trackers(settings, trackers, note)
+        with following.following(search_start(problem, run, document["evaluations"])):
+            winners = train_winners(problem, document, run, config, budgets, top, status, note, following.on_epoch)
         return [replace(winner, trust=trusted) for winner in winners]
 
 

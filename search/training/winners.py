@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,9 @@ from secateur.search.training.reports import batch_reporter
 from secateur.search.training.samples import training_samples
 
 log = logging.getLogger(__name__)
+
+EpochCallback = Callable[[int, EpochRecord], None]
+"""Called after every epoch of a training, with the number of the policy's evaluation."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,7 @@ def train_winners(
     top: int = 1,
     status: StatusCallback = log.info,
     note: StatusCallback = log.info,
+    on_epoch: EpochCallback = lambda evaluation, record: None,
 ) -> list[TrainedWinner]:
     """Return the trained winner of each budget; budgets without one are left out, with a note.
 
@@ -131,12 +135,13 @@ def train_winners(
         top: number of policies per budget that are trained; the best on the validation split is the winner.
         status: called at each stage, and every ten seconds while a network is trained.
         note: called with sentences that are worth keeping.
+        on_epoch: called after every epoch with the number of the policy's evaluation.
     Raises:
         InputError: if there are no samples to train on, or a checkpoint belongs to another training.
     """
     samples, source = training_samples(problem, config)
     note(source)
-    work = _Work(problem, document, run, config, samples, source, status, note)
+    work = _Work(problem, document, run, config, samples, source, status, note, on_epoch)
     winners = [work.winner(budget, finalist_points(document, budget, top)) for budget in budgets]
     return [winner for winner in winners if winner is not None]
 
@@ -203,6 +208,7 @@ class _Work:
     source: str
     status: StatusCallback
     note: StatusCallback
+    on_epoch: EpochCallback
     done: dict[int, tuple[Curve, nn.Module]] = field(default_factory=dict)
 
     def winner(self, budget: str, points: Sequence[Mapping[str, Any]]) -> TrainedWinner | None:
@@ -245,11 +251,12 @@ class _Work:
             folder / CHECKPOINT,
             {"policy": point["policy"], "samples": self.source},
         )
-        watch = Watch(
-            batch_reporter(self.status, f"evaluation {number}"),
-            lambda record: curve.add(_epoch_stage(record)),
-            self._validation_score,
-        )
+
+        def after(record: EpochRecord) -> None:
+            curve.add(_epoch_stage(record))
+            self.on_epoch(number, record)
+
+        watch = Watch(batch_reporter(self.status, f"evaluation {number}"), after, self._validation_score)
         found = training.run(start, watch)
         if found.note:
             self.note(f"Evaluation {number}: {found.note}")

@@ -27,6 +27,7 @@ PLUGINS = {
     "quantizer": ("quantizers", "secateur.envs.quantization.quantizers:QUANTIZERS"),
     "recovery": ("recoveries", "secateur.envs.recovery:RECOVERIES"),
     "search.score": ("scores", "secateur.envs.scores:SCORES"),
+    "output.trackers": ("trackers", "secateur.search.tracking:TRACKERS"),
 }
 """{key of the configuration: (what it names, "module:dict" of {name: (class of its options, what makes it)})}."""
 DESCRIBED_ELSEWHERE = {
