@@ -101,6 +101,8 @@ class Server:
         Raises:
             InputError: if there is none with this identifier.
         """
+        if not (identifier.isascii() and identifier.isalnum()):
+            raise InputError(f"There is no search {identifier[:200]!r}: identifiers have letters and digits only.")
         search = RemoteSearch(self._connection, identifier)
         search.summary()
         return search
@@ -169,7 +171,7 @@ class RemoteSearch:
     def __init__(self, connection: Connection, identifier: str):
         self.id = identifier
         self._connection = connection
-        self._path = f"/v1/searches/{quote(identifier, safe='')}"
+        self._path = f"/v1/searches/{identifier}"
 
     def __repr__(self) -> str:
         return f"RemoteSearch({self.id!r}, {self._connection.url!r})"

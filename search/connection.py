@@ -217,6 +217,8 @@ def _refusal(url: str, error: HTTPError) -> InputError:
         sentences = [str(one) for one in document["errors"]] or [str(document["title"])]
     except (OSError, http.client.HTTPException, InputError, KeyError, TypeError):
         sentences = [f"{url} answers {error.code} {error.reason}."]
+    if error.code in (404, 405) and sentences == [error.reason]:
+        return InputError(f"The service at {url} does not know this request; it runs another version of secateur.")
     if error.code == 401:
         text = f"{url} does not accept the token, or needs one. The operator makes one with `secateur serve token`."
         return InputError(f"{text} Give it as `token`, or in {TOKEN_VARIABLE}.", f"{text} Put it into {TOKEN_VARIABLE}.")
@@ -234,7 +236,7 @@ def _failure(url: str, error: Exception, timeout: float) -> InputError:
         )
     if isinstance(error, TimeoutError):
         return Unreachable(f"{url} has not answered for {timeout:g} seconds.")
-    reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split()) or type(error).__name__
     return Unreachable(f"{url} does not answer: {reason}. Check the address, and that `secateur serve` runs there.")
 
 

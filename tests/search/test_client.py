@@ -42,14 +42,18 @@ CONFIG = {
     "budgets": {"phone": {"macs": "<= 50%"}},
     "finalize": {"top": 1, "verify": False, "recovery": []},
 }
-LONG = {"search.evaluations": 100_000}
+SMALL_AGENT = {
+    "warmup": 8, "candidates": 8, "training_budgets": 3, "updates": 2, "batch": 8, "planned": 4, "hidden": 8, "critics": 2,
+    "lookahead": 2,
+}  # fmt: skip
 
 
 class Background:
     """A server of uvicorn in a thread."""
 
     def __init__(self, store, port=0):
-        service = Service(store, Processes(store, 1), Rules(store))
+        self.processes = Processes(store, 1)
+        service = Service(store, self.processes, Rules(store))
         self.listener = socket.create_server(("127.0.0.1", port))
         self.port = self.listener.getsockname()[1]
         config = uvicorn.Config(make_app(service), log_level="warning", timeout_graceful_shutdown=1)
@@ -64,12 +68,26 @@ class Background:
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory):
+def background(tmp_path_factory):
+    """A running service."""
+    started = Background(Store(tmp_path_factory.mktemp("service") / "store"))
+    yield started
+    started.stop()
+    for child in started.processes.children:
+        child.kill()
+
+
+@pytest.fixture(scope="module")
+def service(background):
     """The address of a running service, and its store."""
-    store = Store(tmp_path_factory.mktemp("service") / "store")
-    background = Background(store)
-    yield f"http://127.0.0.1:{background.port}", store
-    background.stop()
+    return f"http://127.0.0.1:{background.port}", background.processes.store
+
+
+@pytest.fixture
+def paused(background, monkeypatch):
+    """The service starts no search until this is called."""
+    monkeypatch.setattr(background.processes, "limit", 0)
+    return lambda: setattr(background.processes, "limit", 1)
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +98,24 @@ def server(service):
 
 
 @pytest.fixture(scope="module")
-def finished(server):
-    """A search that has ended, and its events."""
-    search = server.launch(CONFIG)
-    events = list(search.events())
-    assert search.status == "finished", search.logs()
-    return search, events
+def example(service, tmp_path_factory):
+    """The example of the documentation, which has launched a search, followed it to its end, and fetched it."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "search.yaml").write_text(yaml.safe_dump(CONFIG))
+    (code,) = (part.partition("```")[0] for part in DOCS.read_text().split("```python\n")[1:])
+    assert "https://gpu-box" in code
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("SECATEUR_TOKEN", service[1].new_token("ann", "submit"))
+        defined = {"folder": folder}
+        exec(code.replace("https://gpu-box", service[0]), defined)
+    return defined
+
+
+@pytest.fixture(scope="module")
+def finished(server, example):
+    """A search that has ended."""
+    return server.search(example["search"].id)
 
 
 @pytest.fixture
@@ -148,51 +178,46 @@ def fake_service(**answers):
 # ---------------------------------------------------------------------------------------------------------------- searches
 
 
-def test_events_are_followed_to_the_end(finished):
-    _, events = finished
+def test_the_example_of_the_documentation_works(example):
+    assert example["search"].status == "finished"
+    assert len(example["run"].trials) == 4
+    assert example["run"].best("phone").evaluation == example["search"].best("phone")["evaluation"]
+    assert not example["model"].training and sum(values.numel() for values in example["model"].parameters()) > 0
+    assert sorted(path.name for path in example["folder"].iterdir()) == ["run", "search.yaml"]
+
+
+def test_events_are_followed_to_the_end_and_go_on_after_a_number(finished):
+    events = list(finished.events())
     assert [event["id"] for event in events] == list(range(1, len(events) + 1))
-    kinds = [event["event"] for event in events]
-    assert kinds.count("evaluation") == 4
+    assert [event["event"] for event in events].count("evaluation") == 4
     assert (events[0]["state"], events[-1]["state"]) == ("running", "finished")
-
-
-def test_events_go_on_after_a_number(finished):
-    search, events = finished
-    assert list(search.events(after=3)) == events[3:]
+    assert list(finished.events(after=3)) == events[3:]
 
 
 def test_results_are_those_of_the_run(finished):
-    search, _ = finished
-    front, best, trials = search.front(), search.best("phone"), search.trials(sort="-macs", limit=3)
-    assert front["evaluations"] == 4 and list(search.front("phone")["budgets"]) == ["phone"]
-    assert best == search.best() and best["costs"]["macs"] <= 0.5 * front["dense"]["costs"]["macs"]
+    front, best, trials = finished.front(), finished.best("phone"), finished.trials(sort="-macs", limit=3)
+    assert front["evaluations"] == 4 and list(finished.front("phone")["budgets"]) == ["phone"]
+    assert best == finished.best() and best["costs"]["macs"] <= 0.5 * front["dense"]["costs"]["macs"]
     assert len(trials) == 3 and trials.macs.is_monotonic_decreasing
-    assert "evaluations 4 of 4" in search.logs()
+    assert "evaluations 4 of 4" in finished.logs()
     with pytest.raises(secateur.InputError, match="no budget `large`"):
-        search.front("large")
+        finished.front("large")
 
 
-def test_a_fetched_run_and_its_export_are_loaded(finished, tmp_path):
-    search, _ = finished
-    assert search.export("phone") == ["exports/phone"]
-    folder = search.fetch(tmp_path / "new" / "run")
+def test_a_search_is_fetched_into_a_new_folder_only(finished, tmp_path):
+    folder = finished.fetch(tmp_path / "new" / "run")
     assert folder == tmp_path / "new" / "run" and [path.name for path in folder.parent.iterdir()] == ["run"]
-    run = secateur.load_run(folder)
-    assert run.best("phone").evaluation == search.best("phone")["evaluation"]
-    assert len(run.trials) == 4
-    model = secateur.load_compressed(folder / "exports" / "phone")
-    assert sum(parameter.numel() for parameter in model.parameters()) > 0
     with pytest.raises(secateur.InputError, match="exists already"):
-        search.fetch(folder)
+        finished.fetch(folder)
 
 
 def test_searches_are_listed_and_found(server, finished):
-    search, _ = finished
-    (listed,) = (one for one in server.searches("finished") if one["id"] == search.id)
+    (listed,) = (one for one in server.searches("finished") if one["id"] == finished.id)
     assert listed["evaluations"] == 4
-    assert server.search(search.id).status == "finished"
-    with pytest.raises(secateur.InputError, match="There is no search ../x"):
-        server.search("../x")
+    assert server.search(finished.id).status == "finished"
+    for identifier in ("nothing", "../x"):
+        with pytest.raises(secateur.InputError, match=f"There is no search .?{identifier}"):
+            server.search(identifier)
 
 
 def test_lists_of_several_pages_are_joined(server, service, monkeypatch):
@@ -207,50 +232,61 @@ def test_lists_of_several_pages_are_joined(server, service, monkeypatch):
     assert len(found) == len(set(found))
 
 
-def test_a_stopped_search_keeps_what_was_found(server, tmp_path):
-    search = server.launch(CONFIG, LONG)
+def test_a_search_is_followed_across_a_restart_of_the_server_and_stopped(tmp_path):
+    """No event is lost, and none comes twice."""
+    store = Store(tmp_path / "store")
+    background = Background(store)
+    server = secateur.connect(f"http://127.0.0.1:{background.port}", store.new_token("ann", "submit"))
+    search, numbers, evaluations = server.launch(CONFIG, {"search.evaluations": 100_000}), [], 0
     for event in search.events():
-        if event["event"] == "evaluation":
-            break
-    with pytest.raises(TimeoutError, match="is still running after 0 seconds"):
-        search.wait(timeout=0)
-    with pytest.raises(secateur.InputError, match="is running. Fetch it when it has ended"):
-        search.fetch(tmp_path / "run")
-    search.stop()
+        numbers.append(event["id"])
+        evaluations += event["event"] == "evaluation"
+        if event["event"] == "evaluation" and evaluations == 1:
+            background.stop()
+            background = Background(store, background.port)
+        elif event["event"] == "evaluation" and evaluations == 2:
+            with pytest.raises(TimeoutError, match="is still running after 0 seconds"):
+                search.wait(timeout=0)
+            with pytest.raises(secateur.InputError, match="is running. Fetch it when it has ended"):
+                search.fetch(tmp_path / "run")
+            search.stop()
     assert search.wait() == "cancelled"
-    assert 1 <= search.summary()["evaluations"] < LONG["search.evaluations"]
-    assert search.front()["evaluations"] >= 1
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert 2 <= search.front()["evaluations"] == evaluations < 100_000
     with pytest.raises(secateur.InputError, match="nothing to cancel"):
         search.stop()
-
-
-def test_a_search_goes_on_with_more_evaluations(server):
-    search = server.launch(CONFIG, {"search.evaluations": 2})
-    assert search.wait() == "finished"
-    search.resume({"search.evaluations": 3})
-    assert search.wait() == "finished"
-    assert search.front()["evaluations"] == 3
     with pytest.raises(secateur.InputError, match="`model.factory` cannot be changed"):
         search.resume({"model.factory": "os:system"})
+    background.stop()
 
 
-def test_files_of_a_configuration_are_uploaded(server, service, tmp_path, monkeypatch):
-    """The search reads the uploaded weights and the uploaded device."""
+def test_files_are_uploaded_and_the_agent_is_asked(server, service, tmp_path, monkeypatch):
+    """The search reads the uploaded weights and the uploaded device; its agent answers."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(DATA / "weights.safetensors", tmp_path / "mine.safetensors")
     values = {**CONFIG, "model": {**CONFIG["model"], "weights": "mine.safetensors"}, "device": "configs/devices/h200.json"}
     (tmp_path / "search.yaml").write_text(yaml.safe_dump(values))
-    search = server.launch("search.yaml", ["search.evaluations=1"])
+    changes = {"search.agent": "envelope_ddpg", "search.options": SMALL_AGENT, "search.evaluations": 10}
+    search = server.launch("search.yaml", changes)
     assert search.wait() == "finished", search.logs()
     digest = hashlib.sha256((DATA / "weights.safetensors").read_bytes()).hexdigest()
-    config = search.summary()["config"]
-    assert config["model"]["weights"] == str(service[1].files / digest)
+    assert search.summary()["config"]["model"]["weights"] == str(service[1].files / digest)
     assert "latency_ms" in search.front()["dense"]["costs"]
-    with pytest.raises(secateur.InputError, match="no such file to upload"):
-        server.launch({**CONFIG, "model": {**CONFIG["model"], "weights": "lost.safetensors"}})
+    reply = search.ask({"macs": "<= 37%"}, {"macs": 0.25}, evaluations=1)
+    (answer,) = reply["answers"]
+    assert reply["metric"] == "top1" and reply["preference"]["macs"] == pytest.approx(0.25)
+    assert answer["feasible"] and answer["costs"]["macs"] <= reply["budget"]["macs"]
+    with pytest.raises(secateur.InputError, match="budget"):
+        search.ask("macs<=")
 
 
-def test_a_key_starts_one_search(server):
+def test_files_that_are_not_there_are_named(server, tmp_path):
+    for weights in ("lost.safetensors", tmp_path):
+        with pytest.raises(secateur.InputError, match="no such file to upload"):
+            server.launch({**CONFIG, "model": {**CONFIG["model"], "weights": weights}})
+
+
+def test_a_key_starts_one_search(server, paused):
     first, second = (server.launch(CONFIG, {"search.seed": 8}, key="monday") for _ in range(2))
     assert first.id == second.id
     first.stop()
@@ -260,61 +296,13 @@ def test_mistakes_are_those_that_the_server_finds(server):
     before = len(server.searches())
     with pytest.raises(secateur.InputError) as error:
         server.launch(CONFIG, {"search.agent": "bees", "budgets.phone.macs": "<= -1"})
-    assert len(str(error.value).splitlines()) == 2 and "`bees`" in str(error.value)
+    assert len(str(error.value).splitlines()) == 2 and "unknown name (got bees)" in str(error.value)
     assert len(server.searches()) == before
 
 
-def test_an_agent_is_asked_over_http(server):
-    small = {
-        "warmup": 8, "candidates": 8, "training_budgets": 3, "updates": 2, "batch": 8, "planned": 4, "hidden": 8, "critics": 2,
-        "lookahead": 2,
-    }  # fmt: skip
-    search = server.launch(CONFIG, {"search.agent": "envelope_ddpg", "search.options": small, "search.evaluations": 10})
-    assert search.wait() == "finished", search.logs()
-    reply = search.ask({"macs": "<= 37%"}, {"macs": 0.25}, evaluations=1)
-    (answer,) = reply["answers"]
-    assert reply["metric"] == "top1" and reply["preference"] == pytest.approx({"top1": 0.75, "macs": 0.25} | {
-        name: 0 for name in reply["preference"] if name not in ("top1", "macs")
-    })  # fmt: skip
-    assert answer["feasible"] and answer["costs"]["macs"] <= reply["budget"]["macs"]
-    with pytest.raises(secateur.InputError, match="budget"):
-        search.ask("macs<=")
-
-
 def test_a_search_without_an_agent_is_not_asked(finished):
-    search, _ = finished
-    with pytest.raises(secateur.InputError, match=f"^search {search.id} has no agent that can be queried"):
-        search.ask("macs<=40%")
-
-
-def test_a_server_that_starts_again_is_waited_for(tmp_path):
-    """Events and `wait` go on with the restarted server: no event is lost, none comes twice."""
-    store = Store(tmp_path / "store")
-    token = store.new_token("ann", "submit")
-    background = Background(store)
-    search = secateur.connect(f"http://127.0.0.1:{background.port}", token).launch(CONFIG, {"search.evaluations": 8})
-    numbers = []
-    for event in search.events():
-        numbers.append(event["id"])
-        if event["event"] == "evaluation" and len([number for number in numbers if number < 0]) == 0:
-            background.stop()
-            numbers.append(-1)
-            background = Background(store, background.port)
-    assert search.wait() == "finished"
-    background.stop()
-    numbers.remove(-1)
-    assert numbers == list(range(1, len(numbers) + 1))
-
-
-def test_the_example_of_the_documentation_runs(service, tmp_path, monkeypatch):
-    (code,) = (part.partition("```")[0] for part in DOCS.read_text().split("```python\n")[1:])
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("SECATEUR_TOKEN", service[1].new_token("ann", "submit"))
-    (tmp_path / "search.yaml").write_text(yaml.safe_dump(CONFIG))
-    assert "https://gpu-box" in code
-    defined = {}
-    exec(code.replace("https://gpu-box", service[0]), defined)
-    assert defined["model"].training is False and (tmp_path / "run" / "manifest.json").is_file()
+    with pytest.raises(secateur.InputError, match=f"^search {finished.id} has no agent that can be queried"):
+        finished.ask("macs<=40%")
 
 
 # ------------------------------------------------------------------------------------------------------------------ errors
@@ -507,32 +495,39 @@ def test_a_server_that_stays_away_is_an_error(monkeypatch):
 # ----------------------------------------------------------------------------------------------------------------- command
 
 
-def test_a_search_is_launched_followed_and_fetched_by_the_command(command, tmp_path):
-    (tmp_path / "search.yaml").write_text(yaml.safe_dump(CONFIG))
-    options = ("--set", "search.evaluations=2", "--follow", "--fetch", tmp_path / "run")
-    done = command("search", tmp_path / "search.yaml", *options)
-    assert done.exit_code == 0, done.output
-    identifier, *lines = done.stdout.splitlines()
-    assert any(line.startswith("evaluation 2 of 2, best: phone ") for line in lines)
-    assert lines[-1] == f"run: {tmp_path / 'run'}" and secateur.load_run(tmp_path / "run").best().costs
-    assert f"{identifier}: finished" in done.stderr
-    assert json.loads(command("front", identifier, "--json").stdout)["evaluations"] == 2
-    assert "evaluations" in command("front", identifier).stdout
-    assert "2 of 2 evaluations" in command("query", identifier).stdout
+def test_the_command_shows_a_search_and_fetches_it(command, finished, tmp_path):
+    identifier = finished.id
+    *_, last = lines = command("follow", identifier).stdout.splitlines()
+    assert any(line.startswith("evaluation 4 of 4, best: phone ") for line in lines) and last
+    assert json.loads(command("front", identifier, "--json").stdout)["evaluations"] == 4
+    assert "phone: macs <= " in command("front", identifier).stdout
+    assert "4 of 4 evaluations" in command("query", identifier).stdout
     assert command("export", identifier, "--budget", "phone").stdout == "export: exports/phone\n"
-    assert "evaluations 2 of 2" in command("logs", identifier).stdout
+    assert "evaluations 4 of 4" in command("logs", identifier).stdout
     assert f"{identifier} " in command("list", "--state", "finished").stdout
-    assert command("fetch", identifier, tmp_path / "again").exit_code == 0
-    assert (tmp_path / "again" / "exports" / "phone" / "policy.json").is_file()
-    assert command("follow", identifier).stdout.splitlines()[-1] == lines[-2]
+    assert command("fetch", identifier, tmp_path / "run").stdout == f"run: {tmp_path / 'run'}\n"
+    assert (tmp_path / "run" / "exports" / "phone" / "policy.json").is_file()
 
 
-def test_a_search_is_stopped_and_resumed_by_the_command(command, server):
-    search = server.launch(CONFIG, LONG)
-    assert command("stop", search.id).stdout == f"{search.id}: cancelled\n"
-    assert command("follow", search.id).exit_code == 1
-    assert command("resume", search.id, "--set", "search.evaluations=1").exit_code == 0
-    assert search.wait() == "finished"
+def test_the_command_waits_for_the_search_that_it_launches(command, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(module.Server, "launch", lambda server, config, overrides: server.search(finished.id))
+    done = command("search", "search.yaml", "--follow", "--fetch", tmp_path / "run")
+    assert done.exit_code == 0
+    assert done.stdout.splitlines()[0] == finished.id and done.stdout.splitlines()[-1] == f"run: {tmp_path / 'run'}"
+    assert done.stderr == f"{finished.id}: finished\n"
+
+
+def test_the_command_launches_stops_and_resumes(command, server, paused, tmp_path):
+    """A search that is stopped before it starts, and resumed with changes, begins with the changes."""
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump(CONFIG))
+    identifier = command("search", tmp_path / "search.yaml", "--set", "search.evaluations=100000").stdout.strip()
+    assert command("stop", identifier).stdout == f"{identifier}: cancelled\n"
+    assert command("follow", identifier).exit_code == 1
+    paused()
+    assert command("resume", identifier, "--set", "search.evaluations=1").stdout == f"{identifier}: queued\n"
+    search = server.search(identifier)
+    assert search.wait() == "finished", search.logs()
+    assert search.front()["evaluations"] == 1
 
 
 def test_the_command_uploads(command):
