@@ -123,7 +123,7 @@ def read_device(path: str | Path) -> Device:
     Raises:
         InputError: if there is no such file, or it is no device file; one sentence with the file and the place in it.
     """
-    file = _find(Path(path).expanduser())
+    file = find_device_file(path)
     try:
         values = parse_json(read_text(file), str(path))
     except InputError as error:
@@ -131,7 +131,9 @@ def read_device(path: str | Path) -> Device:
     return parse_device(values, str(path))
 
 
-def _find(path: Path) -> Path:
+def find_device_file(path: str | Path) -> Path:
+    """Return the file itself or the shipped one; see `read_device`."""
+    path = Path(path).expanduser()
     shipped = {f"configs/devices/{file.name}": file for file in sorted(SHIPPED.glob("*.json"))}
     if not exists(path) and path.as_posix() in shipped:
         return shipped[path.as_posix()]

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from os.path import isdir
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
@@ -16,6 +17,7 @@ from secateur.agents.core import Queryable, SequenceActor
 from secateur.envs.compression_env import CompressionEnv
 from secateur.envs.core import Budget, CompressionPolicy, Evaluation, InputError
 from secateur.envs.feasibility import FeasibleSpace
+from secateur.envs.policy_space import policy_to_document
 from secateur.envs.rollout import rollout
 from secateur.envs.tasks.imports import did_you_mean
 from secateur.search.build import absolute_budget, build_problem, make_env
@@ -129,6 +131,31 @@ def answer(
         found = Answer(policy, episode.evaluation, episode.constraints, utility, expected, episode.failure)
         answers.append(((not episode.feasible, -utility), found))
     return [found for _, found in sorted(answers, key=lambda item: item[0])]
+
+
+def reply_document(reply: Reply) -> dict[str, Any]:
+    """Return a reply as JSON values: metric, limits, preference, and the answers, best first."""
+    space = reply.problem.space
+    return {
+        "metric": space.metric.name,
+        "budget": dict(reply.budget.limits),
+        "preference": {name: float(weight) for name, weight in zip(space.objectives, reply.preference, strict=True)},
+        "answers": [_answer_document(answer) for answer in reply.answers],
+    }
+
+
+def _answer_document(answer: Answer) -> dict[str, Any]:
+    found = answer.evaluation
+    return {
+        "score": None if found is None else found.score,
+        "expected_score": answer.expected_score,
+        "costs": {} if found is None else dict(found.costs),
+        "feasible": found is not None and all(value <= 0 for value in answer.constraints.values()),
+        "constraints": dict(answer.constraints),
+        "utility": answer.utility if np.isfinite(answer.utility) else None,
+        "failure": answer.failure,
+        "policy": policy_to_document(answer.policy),
+    }
 
 
 def load_agent(run: str | os.PathLike[str], settings: SearchConfig, space: FeasibleSpace) -> Queryable:

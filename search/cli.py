@@ -24,6 +24,7 @@ from secateur.cost_models.core import InputError
 from secateur.search.arguments import ConfigPath, Overrides, Trust
 from secateur.search.benchmarks.cli import benchmark, support
 from secateur.search.cluster_cli import jobs, submit, sweep
+from secateur.search.remote_cli import remote
 from secateur.search.run.signals import ended_by_signals, exit_code
 from secateur.search.service.cli import serve
 
@@ -59,6 +60,7 @@ app = typer.Typer(
 
 app.add_typer(benchmark, name="benchmark")
 app.add_typer(serve, name="serve")
+app.add_typer(remote, name="remote")
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, e.g. runs/digits-1.")]
 BudgetOption = Annotated[str | None, typer.Option("--budget", help="Name of one budget.")]

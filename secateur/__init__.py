@@ -13,6 +13,7 @@
     load_compressed(folder)     the exported model as a torch.nn.Module
     save_compressed(model, folder)   write and verify it again after training
     inspect(config)             layers, coupled groups, costs, and which budgets can be met
+    connect(url)                a service of `secateur serve` on another machine
     profile(config)             measure this machine and write a device file
     load_config(source)         the configuration in a file or a dict
     Metric                      name, direction and range of a metric of your own
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from secateur.envs.metric import Metric
     from secateur.search.apply import apply
     from secateur.search.ask import ask
+    from secateur.search.client import connect
     from secateur.search.config import load_config
     from secateur.search.export.load import load_compressed
     from secateur.search.export.run_exports import export
@@ -55,6 +57,7 @@ __all__ = [
     "__version__",
     "apply",
     "ask",
+    "connect",
     "export",
     "finalize",
     "inspect",
@@ -77,6 +80,7 @@ _HOMES = {
     "Tracker": "secateur.search.tracking.core:Tracker",
     "apply": "secateur.search.apply:apply",
     "ask": "secateur.search.ask:ask",
+    "connect": "secateur.search.client:connect",
     "export": "secateur.search.export.run_exports:export",
     "finalize": "secateur.search.run.handle:finalize",
     "inspect": "secateur.search.inspection:inspect",

@@ -40,7 +40,14 @@ SOLVERS = {"agents.spdy": {"cmaes"}, "agents.integer_program": {"scipy"}, "agent
 ONLY_IN = {
     "ray": {"search.run.ray_cluster", "search.sweep", "search.jobs"},
     "optuna": {"search.run.study", "search.run.recorded_trials", "agents.optuna_samplers"},
-    "typer": {"search.cli", "search.arguments", "search.benchmarks.cli", "search.service.cli", "search.cluster_cli"},
+    "typer": {
+        "search.cli",
+        "search.arguments",
+        "search.benchmarks.cli",
+        "search.service.cli",
+        "search.cluster_cli",
+        "search.remote_cli",
+    },
     "yaml": {"search.config.reading"},
     "tensorboardX": {"search.tracking.tensorboard"},
     "mlflow": {"search.tracking.mlflow"},

@@ -63,7 +63,7 @@ def load_weights(model: nn.Module, path: str | Path, status: Callable[[str], Non
 
 def _read(path: Path) -> Any:
     """Return the content of a weights file."""
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" or _is_safetensors(path):
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
@@ -80,6 +80,12 @@ def _read(path: Path) -> Any:
                 "Save the tensors alone: torch.save(model.state_dict(), path)."
             ) from error
         raise InputError(f"`model.weights: {path}` is damaged or not a file of torch.save.") from error
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Return whether a file of any name starts like a safetensors file: the size of a JSON object, then the object."""
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
 
 
 def _is_bare_pickle(path: Path) -> bool:

@@ -40,19 +40,35 @@ def load_config(source: ConfigSource, overrides: Overrides = ()) -> SearchConfig
     Raises:
         InputError: one line per problem, "file: section.key: what is wrong".
     """
-    if isinstance(source, SearchConfig):
-        if not overrides:
-            return source
-        values, name = source.model_dump(mode="json"), "config"
-    elif isinstance(source, Mapping):
-        values, name = plain_values(source), "config"
-    else:
-        file, name = find_config(source), os.fspath(source)
-        values = _read_yaml(file)
+    if isinstance(source, SearchConfig) and not overrides:
+        return source
+    values, name = _values_of(source)
     overridden = apply_overrides(values, overrides)
     if name != "config":
-        values = _with_prefix(values, file)
+        values = _with_prefix(values, find_config(name))
     return parse_config(values, name, overridden)
+
+
+def config_values(source: ConfigSource, overrides: Overrides = ()) -> dict[str, Any]:
+    """Return the plain values of a configuration with its overrides, for a machine that checks them itself.
+
+    Args:
+        source, overrides: see `load_config`.
+    Raises:
+        InputError: if the source or an override cannot be read; the values are not checked.
+    """
+    values, _ = _values_of(source)
+    apply_overrides(values, overrides)
+    return values
+
+
+def _values_of(source: ConfigSource) -> tuple[dict[str, Any], str]:
+    """Return plain values that may be changed, and the name of their source for errors."""
+    if isinstance(source, SearchConfig):
+        return source.model_dump(mode="json"), "config"
+    if isinstance(source, Mapping):
+        return plain_values(source), "config"
+    return _read_yaml(find_config(source)), os.fspath(source)
 
 
 def parse_config(values: Any, source: str, overridden: Collection[str] = ()) -> SearchConfig:

@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field
 
 from secateur.cost_models.core import InputError
 from secateur.search.config.reading import load_yaml
+from secateur.search.named_code import modules_of
 from secateur.search.results.document import only_budget, read_front
 from secateur.search.service.access import Owned, Problem, Readable, Reader, Service, Submitter, TheService
 from secateur.search.service.rules import DIGEST
@@ -29,7 +30,7 @@ POLL_SECONDS = 0.5
 LARGEST_BODY = 2**20
 """Bytes of a configuration."""
 
-SERVED = (".safetensors", ".onnx", ".json", ".md", ".csv", ".html", ".pt2")
+SERVED = (".safetensors", ".onnx", ".json", ".md", ".csv", ".html", ".pt2", ".journal")
 """Endings of the files of a run that can be fetched."""
 
 CHANGEABLE = ("search.evaluations", "search.time_limit", "search.workers", "finalize.top")
@@ -42,6 +43,14 @@ class Changes(BaseModel):
     """Changes of a search that is resumed."""
 
     overrides: dict[str, Any] = Field({}, description='Overrides of its configuration, such as {"search.evaluations": 500}.')
+
+
+class AskRequest(BaseModel):
+    """What to ask the agent of a finished search."""
+
+    budget: str | dict[str, str] = Field(description='Limits such as "macs<=43%,weight_bytes<=20kB" or {"macs": "<= 43%"}.')
+    preference: str | dict[str, float] | None = Field(None, description='Weights of costs such as {"macs": 0.7}.')
+    evaluations: int = Field(3, ge=1, le=100, description="Number of proposals that are evaluated.")
 
 
 class ExportRequest(BaseModel):
@@ -164,10 +173,22 @@ def trials(
     return Response(table.to_json(orient="records"), media_type="application/json")
 
 
+@router.post("/searches/{identifier}/asks")
+def asks(found: Readable, wanted: AskRequest, caller: Submitter) -> dict[str, Any]:
+    """Return policies for any budget from the agent of a finished search, measured, the best one first."""
+    from secateur.search.ask import ask, reply_document
+    from secateur.search.run.handle import load_run
+
+    try:
+        trust = modules_of(load_run(found.run).config)  # the service's rules have checked them
+        return reply_document(ask(found.run, wanted.budget, wanted.preference, wanted.evaluations, trust=trust))
+    except InputError as error:
+        raise InputError(str(error).replace(str(found.run), f"search {found.id}")) from None  # a path of this machine
+
+
 @router.post("/searches/{identifier}/exports", status_code=201)
 def export(found: Readable, wanted: ExportRequest, caller: Submitter) -> dict[str, Any]:
     """Write the model of a budget's winner, or of any evaluation; `artifacts` lists its files."""
-    from secateur.search.named_code import modules_of
     from secateur.search.run.handle import load_run
 
     run = load_run(found.run)

@@ -14,14 +14,14 @@ from typing import Any
 from rich.console import Console
 
 from secateur.cost_models.core import InputError
-from secateur.search.config import parse_config
+from secateur.search.config import apply_overrides, parse_config
 from secateur.search.named_code import modules_of
 from secateur.search.results.front import Front
 from secateur.search.run.folder import load_manifest
 from secateur.search.run.progress import SearchProgress
 from secateur.search.run.search import resume, search
 from secateur.search.run.signals import ended_by_signals
-from secateur.search.service.store import CHANGES, CONFIG, EVENTS, OUTCOME, PROGRESS, RUN, State, write_json
+from secateur.search.service.store import CHANGES, CONFIG, EVENTS, OUTCOME, PROGRESS, RUN, State, read_json, write_json
 
 
 class RecordedProgress(SearchProgress):
@@ -74,13 +74,13 @@ def work(folder: Path) -> State:
     progress = RecordedProgress(folder)
     progress.event("state", state="running")
     try:
+        overrides = read_json(folder / CHANGES)
         if (folder / RUN).is_dir():
-            changes = folder / CHANGES
-            overrides = json.loads(changes.read_text(encoding="utf-8")) if changes.is_file() else {}
             # The service's rules have checked the modules that the configuration names, before the search began.
             resume(folder / RUN, overrides, progress, trust=modules_of(load_manifest(folder / RUN)[0]))
         else:
-            values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+            values = read_json(folder / CONFIG)
+            apply_overrides(values, overrides)  # it was cancelled before it started, and then resumed
             values["output"] = {"root": str(folder), "name": RUN}
             search(parse_config(values, "the configuration"), progress)
         return _ended(folder, progress, "finished")

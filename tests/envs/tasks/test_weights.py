@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -34,6 +35,14 @@ def load(content, path):
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, STATE[name]), name
     return lines
+
+
+@pytest.mark.parametrize("name", ["mine.safetensors", "0a1b2c"])
+def test_safetensors_files_have_any_name(name, tmp_path):
+    save_file(STATE, tmp_path / name)
+    network = make_network(3)
+    load_weights(network, tmp_path / name)
+    assert all(torch.equal(tensor, STATE[key]) for key, tensor in network.state_dict().items())
 
 
 @pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model", "net", "state_dict_ema", "model_ema", "ema", "mine"])
