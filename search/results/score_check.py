@@ -113,7 +113,7 @@ def recommendation(config: SearchConfig) -> list[str]:
     if not changes:
         more = "`data.calibration`" if config.search.score.name == "divergence" else "`data.validation`"
         return [f"{poor} Candidates are repaired like finalists already, so only more samples help: raise {more}."]
-    return [f"{poor} A dearer setting ranks them better; write in the configuration:", *_yaml_lines(changes)]
+    return [f"{poor} A dearer setting can rank them better; write in the configuration:", *_yaml_lines(changes)]
 
 
 def dearer_settings(config: SearchConfig) -> dict[str, Any]:
