@@ -13,6 +13,7 @@ import numpy as np
 
 from secateur.agents.amc_ddpg_config import AmcDdpgConfig
 from secateur.agents.bee_colony import BeeColony, BeeColonyConfig
+from secateur.agents.catcma import CatCma, CatCmaConfig
 from secateur.agents.clr_rnf import ClrRnf, ClrRnfConfig
 from secateur.agents.core import Agent, Queryable
 from secateur.agents.envelope_ddpg import EnvelopeDdpgConfig
@@ -66,6 +67,7 @@ AGENTS: dict[str, tuple[type, Callable[..., Agent]]] = {
     "integer_program": (IntegerProgramConfig, IntegerProgram),
     "evopress": (EvoPressConfig, EvoPress),
     "spdy": (SpdyConfig, Spdy),
+    "catcma": (CatCmaConfig, CatCma),
     "bee_colony": (BeeColonyConfig, BeeColony),
     "nsga2": (Nsga2Config, Nsga2),
     "optuna": (OptunaConfig, OptunaSamplers),

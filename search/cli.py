@@ -193,8 +193,11 @@ def _trained_at_the_end(folder: Path) -> list[TrainedWinner]:
 
 def _show_run(folder: Path) -> None:
     from secateur.search.results.document import read_front
+    from secateur.search.results.score_check import check_lines
 
     _show_front(read_front(folder))
+    for line in check_lines(folder):
+        Console().print(line, highlight=False, markup=False, soft_wrap=True)
     print(f"report: secateur report {shlex.quote(str(folder))}")
     print(f"run: {folder}")
 

@@ -47,12 +47,21 @@ class _Precision(_Part):
     dtype: StrictStr
 
 
+class _ScoreCheck(_Part):
+    policies: Number
+    budget: Name
+    correlation: float | None
+    interval: tuple[float, float] | None
+    seconds: float
+
+
 class ManifestDocument(_Part):
     """manifest.json, as far as it is read again to build the problem."""
 
     config: dict[str, Any]
     dense: _Scores
     precision: _Precision
+    score_check: _ScoreCheck | None = None
 
 
 class _Policy(BaseModel):

@@ -34,7 +34,12 @@ THIRD_PARTY = {"cost_models": {"numpy", "pydantic"}, "agents": {"numpy", "moocor
 LEARNING = ("agents.amc_ddpg", "agents.envelope_ddpg")
 """The agents with networks; they may import torch and safetensors as well."""
 
-SOLVERS = {"agents.spdy": {"cmaes"}, "agents.integer_program": {"scipy"}, "agents.optuna_samplers": {"optuna"}}
+SOLVERS = {
+    "agents.spdy": {"cmaes"},
+    "agents.catcma": {"cmaes"},
+    "agents.integer_program": {"scipy"},
+    "agents.optuna_samplers": {"optuna"},
+}
 """Agents that are another library's optimizer behind `ask` and `tell`."""
 
 ONLY_IN = {

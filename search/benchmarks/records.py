@@ -83,7 +83,7 @@ def config_record(config: SearchConfig) -> dict[str, Any]:
     """
     excluded = {
         "data": {"root"},
-        "search": {"workers", "address", "time_limit", "evaluation_timeout"},
+        "search": {"workers", "address", "time_limit", "evaluation_timeout", "check_score"},
         "finalize": {"verify", "training"},
         "output": True,
     }

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from secateur.agents.greedy import GreedyConfig, allocate
 from secateur.envs.core import Budget, CompressionPolicy
 from secateur.envs.recovery import RECOVERIES, Recovery
 from secateur.envs.scores.metric import MetricScore, MetricScoreConfig
@@ -25,9 +24,11 @@ from secateur.search.benchmarks.records import Records, Row, config_record
 from secateur.search.benchmarks.scaffold import ROWS, markdown_table, show_progress, write_results
 from secateur.search.benchmarks.timing import timed
 from secateur.search.build import build_plugin, build_problem, make_evaluator, with_sensitivities
-from secateur.search.config import PluginEntry, SearchConfig
+from secateur.search.config import LEAST_CHECKED, PluginEntry, SearchConfig
 from secateur.search.correlation import spearman
 from secateur.search.problem import Problem
+from secateur.search.results.score_check import CHEAPER
+from secateur.search.run.score_check import greedy_sequences, near_greedy
 
 SETTINGS: Mapping[str, tuple[PluginEntry, ...]] = {
     "least_squares": (PluginEntry(name="least_squares"),),
@@ -35,17 +36,13 @@ SETTINGS: Mapping[str, tuple[PluginEntry, ...]] = {
         PluginEntry(name="least_squares"),
         PluginEntry(name="batch_norm", options={"max_images": 256}),
     ),
-    "sequential, 128 images": (PluginEntry(name="sequential", options={"max_images": 128, "samples": 4000}),),
+    "sequential, 128 images": (PluginEntry(name="sequential", options=dict(CHEAPER["sequential"])),),
     "sequential": (PluginEntry(name="sequential"),),
 }
 """{name in tables and rows: recoveries of the search}."""
 
 SENSITIVITIES = "sum of sensitivities ** 0.75"
 POWER = 0.75
-NOISE = 0.15
-"""Standard deviation of what is added to greedy's actions for the policies around it."""
-MIN_POLICIES = 4
-"""Fewer have no rank correlation."""
 
 
 def run_scores(config: SearchConfig, budget_name: str | None, policies: int, output: Path) -> None:
@@ -71,16 +68,10 @@ def run_scores(config: SearchConfig, budget_name: str | None, policies: int, out
 
 def drawn_policies(problem: Problem, budget: Budget, count: int) -> list[tuple[str, CompressionPolicy]]:
     """Return (kind, policy) of distinct policies at the edge of the budget: `count` random, greedy's, `count` around these."""
-    space, rng = problem.space, np.random.default_rng(problem.config.search.seed)
-    assert space.sensitivities is not None, "with_sensitivities comes first"
-    greedy = [allocate(space, space.sensitivities, budget, power) for power in GreedyConfig().powers]
-    moved = [
-        space.scale_to_budget(np.clip(greedy[i % len(greedy)] + rng.normal(0, NOISE, space.used.shape), 0, 1), budget)
-        for i in range(count)
-    ]
+    greedy = greedy_sequences(problem, budget)
     drawn = [("random", policy) for policy in random_policies(problem, budget, count)]
-    drawn += [("greedy", space.decode(sequence)) for sequence in greedy]
-    drawn += [("near greedy", space.decode(sequence)) for sequence in moved]
+    drawn += [("greedy", problem.space.decode(sequence)) for sequence in greedy]
+    drawn += [("near greedy", policy) for policy in near_greedy(problem, budget, greedy, count)]
     return list({policy: (kind, policy) for kind, policy in drawn}.values())
 
 
@@ -146,7 +137,7 @@ def score_table(rows: Sequence[Row], metric: str) -> str:
 
 
 def _correlation(rows: Sequence[Row], scores: Sequence[float]) -> str:
-    if len(rows) < MIN_POLICIES:
+    if len(rows) < LEAST_CHECKED:
         return "-"
     return f"{spearman(scores, [row['quality'] for row in rows]):.2f}"
 

@@ -22,10 +22,19 @@ from secateur.search.config.reading import (
     override_values,
     parse_config,
 )
-from secateur.search.config.sections import DataSection, DeviceProfile, ModelSection, OutputSection, SearchConfig, SpaceSection
+from secateur.search.config.sections import (
+    LEAST_CHECKED,
+    DataSection,
+    DeviceProfile,
+    ModelSection,
+    OutputSection,
+    SearchConfig,
+    SpaceSection,
+)
 
 __all__ = [
     "INSTALLED_CONFIGS",
+    "LEAST_CHECKED",
     "BudgetConfig",
     "ConfigSource",
     "DataSection",

@@ -44,6 +44,9 @@ from secateur.search.config.plugins import (
 
 AUTO = "auto"
 
+LEAST_CHECKED = 4
+"""Fewer policies have no rank correlation with an interval."""
+
 
 def _count_or(word: str, least: int) -> PlainValidator:
     """Accept a whole number that is at least `least`, or one word."""
@@ -65,6 +68,12 @@ def _share_or(word: str) -> PlainValidator:
         raise InputError(f"must be a number from 0 on, or `{word}` (got {value!r})")
 
     return PlainValidator(check)
+
+
+def _checked_policies(value: Any) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and (value == 0 or value >= LEAST_CHECKED):
+        return value
+    raise InputError(f"must be a number of policies from {LEAST_CHECKED} on, or 0 for no check (got {value!r})")
 
 
 def _seconds_or_auto(value: Any) -> float | str:
@@ -139,6 +148,9 @@ class SearchSection(Section):
         evaluations: number of policies to evaluate, shared by all budgets.
         score: what the search maximizes. `metric`: the task's metric on the validation split; `divergence`: agreement with the
             dense model's outputs on calibration samples, without labels. Finalists are always compared by the metric.
+        check_score: number of policies near greedy's for a check of the score before the first evaluation: its rank correlation
+            with the quality of their outputs after the finalists' recovery. At least 4; 16 give an informative interval. Each
+            takes an evaluation and a repair as of finalists, which do not count as evaluations. 0: no check.
         seed: random seed of the agent and of everything else that draws random numbers.
         workers: number of evaluations at the same time, each in a Ray worker; "auto": one per core, or as many as the GPUs
             have room for; 0: in this process, without Ray.
@@ -160,6 +172,7 @@ class SearchSection(Section):
     options: dict[str, Any] = Field({}, validate_default=True)
     evaluations: PositiveInt = 200
     score: ScoreEntry = PluginEntry(name="metric")
+    check_score: Annotated[int, PlainValidator(_checked_policies)] = 0
     seed: Annotated[StrictInt, Field(ge=0)] = 0
     workers: Annotated[int | str, _count_or(AUTO, 0)] = AUTO
     gpus_per_worker: Annotated[float | str, _share_or(AUTO)] = AUTO

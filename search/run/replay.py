@@ -27,7 +27,8 @@ from secateur.search.results.selection import policy_of_trial
 MAY_CHANGE = {
     "data": ["root"],
     "model": ["weights"],
-    "search": ["evaluations", "workers", "address", "time_limit", "evaluation_timeout", "precision", "gpus_per_worker"],
+    "search": ["evaluations", "check_score", "time_limit", "evaluation_timeout", "precision"]
+    + ["workers", "address", "gpus_per_worker"],
     "compute": None,
     "finalize": None,
     "output": None,

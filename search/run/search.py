@@ -25,6 +25,7 @@ from secateur.search.problem import Problem
 from secateur.search.results.document import read_front, write_front
 from secateur.search.results.finalize import dense_test_score, finalize
 from secateur.search.results.front import Front
+from secateur.search.results.score_check import ScoreCheck, recorded_check, score_lines
 from secateur.search.results.winners import verify_winners, winner_folder
 from secateur.search.run.folder import (
     AGENT,
@@ -41,6 +42,7 @@ from secateur.search.run.network import write_network
 from secateur.search.run.progress import SearchProgress
 from secateur.search.run.recorded_trials import recorded_trials
 from secateur.search.run.replay import Recorded, check_added_budgets, check_evaluations, check_same_score, check_unchanged
+from secateur.search.run.score_check import check_score
 from secateur.search.run.sensitivities import read_sensitivities, write_sensitivities
 from secateur.search.run.signals import ended_by_signals, first_signal_waits
 from secateur.search.run.study import DAMAGED, StudyRecorder
@@ -68,7 +70,7 @@ def search(
     progress = progress or SearchProgress(Console(quiet=True))
     with ended_by_signals():
         problem = build_problem(config, progress.status, given)
-        return _run(problem, None, None, progress, build_trackers(config, trackers, progress.note))
+        return _run(problem, None, None, None, progress, build_trackers(config, trackers, progress.note))
 
 
 def resume(
@@ -104,11 +106,18 @@ def resume(
         if damaged:
             progress.note(f"{JOURNAL} was damaged: {len(trials)} evaluations are sound; {DAMAGED} is the file as it was")
         following = build_trackers(config, trackers, progress.note)
-        return _run(problem, run, Recorded(trials, problem, bool(damaged)), progress, following)
+        return _run(problem, run, Recorded(trials, problem, bool(damaged)), recorded_check(manifest), progress, following)
 
 
-def _run(problem: Problem, run: Path | None, recorded: Recorded | None, progress: SearchProgress, trackers: Trackers) -> Path:
-    """Search in a new folder, or in that of a resumed run."""
+def _run(
+    problem: Problem,
+    run: Path | None,
+    recorded: Recorded | None,
+    check: ScoreCheck | None,
+    progress: SearchProgress,
+    trackers: Trackers,
+) -> Path:
+    """Search in a new folder, or in that of a resumed run; `check` is what the run has found about its score."""
     config = problem.config
     where = "" if problem.torch_device == CPU else f" on {describe_device(problem.torch_device)}"
     progress.note(f"evaluations in {problem.precision.dtype}{where}: {problem.precision.reason}")
@@ -116,6 +125,7 @@ def _run(problem: Problem, run: Path | None, recorded: Recorded | None, progress
         problem = _with_measured(problem, run)
     problem = prepare(problem, config.search.agent, config.search.options, progress.status)
     agent = build_agent(problem, config.search.agent, config.search.options, config.search.seed)
+    check = _checked_score(problem, check, progress)
     progress.status("starting the workers")
     with ExitStack() as stack:
         runner = stack.enter_context(closing(open_runner(problem, recorded.evaluated if recorded else ())))
@@ -125,6 +135,7 @@ def _run(problem: Problem, run: Path | None, recorded: Recorded | None, progress
             stack.enter_context(held(run))
         stack.enter_context(full_disk_is_an_error(run))
         write_sensitivities(run, problem.space)
+        write_manifest(run, config, _facts(problem, check))
         done = len(recorded.trials) if recorded is not None else 0
         stack.enter_context(trackers.following(search_start(problem, run, done)))
         front = _evaluate(problem, agent, runner, run, recorded, progress, trackers)
@@ -140,6 +151,17 @@ def _with_measured(problem: Problem, run: Path) -> Problem:
     return problem if measured is None else replace(problem, space=problem.space.with_sensitivities(measured))
 
 
+def _checked_score(problem: Problem, before: ScoreCheck | None, progress: SearchProgress) -> ScoreCheck | None:
+    """Return the check of the search's score, measured unless it is not wanted or was measured `before`."""
+    wanted = problem.config.search.check_score
+    if not wanted or before is not None:
+        return before
+    check = check_score(problem, progress.status)
+    for line in score_lines(check, problem.config):
+        progress.note(line)
+    return check
+
+
 def _evaluate(
     problem: Problem,
     agent: Agent,
@@ -151,7 +173,6 @@ def _evaluate(
 ) -> Front:
     """Search; a resumed run keeps its front and its agent until there is a new evaluation."""
     config, describe = problem.config, problem.space.policy_space.policy_to_choices
-    write_manifest(run, config, _facts(problem))
     write_network(run, problem.assembler.graph)
     if problem.device is not None:
         write_device(problem.device, run / DEVICE)
@@ -234,9 +255,10 @@ def _finish(problem: Problem, front: Front, run: Path, progress: SearchProgress,
         train_winners(problem, read_front(run), run, recipe, budgets, status=status, note=note, on_epoch=trackers.on_epoch)
 
 
-def _facts(problem: Problem) -> dict:
+def _facts(problem: Problem, check: ScoreCheck | None) -> dict:
     """Return the facts in the manifest besides the configuration and the versions."""
     return {
+        **({} if check is None else {"score_check": check.record()}),
         "data": problem.task.source,
         "metric": asdict(problem.task.metric),
         "score": {"metric": asdict(problem.score.metric), "split": problem.score.split, "dense": problem.score.dense},

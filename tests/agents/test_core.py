@@ -20,7 +20,7 @@ def test_preferences_are_scaled_to_a_sum_of_one():
 
 def test_agents_say_whether_they_need_sensitivities():
     needing = {name for name, (config, _) in AGENTS.items() if needs_sensitivities(config())}
-    assert needing == {"bee_colony", "envelope_ddpg", "evopress", "greedy", "integer_program", "spdy"}
+    assert needing == {"bee_colony", "catcma", "envelope_ddpg", "evopress", "greedy", "integer_program", "spdy"}
     assert not needs_sensitivities(AGENTS["envelope_ddpg"][0](sensitivity=False))
 
 

@@ -72,6 +72,7 @@ OPTIONS = {
     "clr_rnf": {},
     "evopress": {},
     "spdy": {"population": 4},
+    "catcma": {"population": 4},
     "bee_colony": {"sources": 2},
     "nsga2": {"population": 4},
     "optuna": {"startup": 4},
