@@ -6,9 +6,11 @@ of a search change shapes with every policy, and are never captured.
 
 from __future__ import annotations
 
+import gc
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -76,7 +78,7 @@ def _capture(network: nn.Module, x: Tensor) -> Callable[[Tensor], Any]:
     call = _Call(network)
     call.training = network.training  # the captured mode; not `train`, which would change the network's modules
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _without_collector():
             # The thread of the backward pass makes its CUDA context at the first product, and PyTorch warns of that.
             warnings.filterwarnings("ignore", "Attempting to run cuBLAS")
             return torch.cuda.make_graphed_callables(call, (x.detach().clone(),), allow_unused_input=True)
@@ -85,6 +87,19 @@ def _capture(network: nn.Module, x: Tensor) -> Callable[[Tensor], Any]:
         with torch.no_grad():
             for buffer, old in zip(network.buffers(), before, strict=True):
                 buffer.copy_(old)
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Keep Python's garbage collector from running: the end of an older graph would break the capture of a new one."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def with_graphs(network: nn.Module, device: torch.device) -> Any:

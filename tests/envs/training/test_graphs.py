@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -70,6 +71,13 @@ def test_a_full_memory_is_left_to_the_halving_of_batches(monkeypatch):
     monkeypatch.setattr(graphs, "_capture", capture)
     with pytest.raises(torch.OutOfMemoryError):
         Graphed(nn.Linear(4, 2))(torch.randn(3, 4))
+
+
+def test_the_garbage_collector_waits_for_the_end_of_a_capture():
+    with pytest.raises(ValueError), graphs._without_collector():
+        assert not gc.isenabled()
+        raise ValueError
+    assert gc.isenabled()
 
 
 def test_graphs_are_for_float_networks_on_a_gpu():
