@@ -7,16 +7,20 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from os.path import isfile
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, Field
+from safetensors import SafetensorError, safe_open
 
 from secateur.cost_models.core import InputError
+from secateur.cost_models.device import parse_device
+from secateur.cost_models.reading import parse_json
 from secateur.search.config.reading import load_yaml
 from secateur.search.named_code import modules_of
 from secateur.search.results.document import only_budget, read_front
@@ -247,13 +251,13 @@ async def _stream(search: Search, request: Request, after: int) -> AsyncIterator
 @router.post("/models", status_code=201)
 async def upload_weights(request: Request, service: TheService, caller: Submitter) -> dict[str, Any]:
     """Upload weights, a safetensors file as the body; the answer's `name` goes into `model.weights`."""
-    return await _receive(request, service)
+    return await _receive(request, service, _check_weights)
 
 
 @router.post("/devices", status_code=201)
 async def upload_device(request: Request, service: TheService, caller: Submitter) -> dict[str, Any]:
     """Upload a device file of `secateur profile`; the answer's `name` goes into `device`."""
-    return await _receive(request, service)
+    return await _receive(request, service, _check_device)
 
 
 @router.get("/data")
@@ -262,8 +266,21 @@ def data(service: TheService, caller: Reader) -> dict[str, Any]:
     return {"roots": sorted(service.rules.data)}
 
 
-async def _receive(request: Request, service: Service) -> dict[str, Any]:
-    """Store the body of a request under its SHA-256."""
+def _check_weights(file: Path) -> None:
+    try:
+        with safe_open(file, "np"):
+            pass
+    except SafetensorError as error:
+        raise InputError(f"The body is no safetensors file: {error}. safetensors.torch.save_file writes one.") from None
+
+
+def _check_device(file: Path) -> None:
+    what = "The body"
+    parse_device(parse_json(file.read_bytes().decode("utf-8", errors="replace"), what), what)
+
+
+async def _receive(request: Request, service: Service, check: Callable[[Path], None]) -> dict[str, Any]:
+    """Store the body of a request under its SHA-256; `check` raises InputError if it is no such file."""
     service.requests.labels("upload").inc()
     draft, digest, size = service.store.files / f".{secrets.token_hex(8)}", hashlib.sha256(), 0
     try:
@@ -276,6 +293,10 @@ async def _receive(request: Request, service: Service) -> dict[str, Any]:
                 file.write(piece)
         if not size:
             raise Problem(422, "The body is empty: send the file itself.")
+        try:
+            check(draft)
+        except InputError as error:
+            raise Problem(422, str(error)) from None
         os.replace(draft, service.store.files / digest.hexdigest())
     finally:
         draft.unlink(missing_ok=True)

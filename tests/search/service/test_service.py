@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import time
 
+import numpy as np
 import pytest
+from safetensors.numpy import save
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 from fastapi.testclient import TestClient
@@ -202,13 +205,30 @@ def test_only_some_values_can_change_when_a_search_is_resumed(client, ann):
 
 
 def test_uploads_are_named_by_their_digest(client, ann, service):
-    answer = client.post("/v1/models", content=b"weights", headers=ann)
+    weights = save({"weight": np.zeros(3, np.float32)})
+    answer = client.post("/v1/models", content=weights, headers=ann)
     assert answer.status_code == 201
-    digest = hashlib.sha256(b"weights").hexdigest()
-    assert answer.json() == {"name": f"sha256:{digest}", "bytes": 7}
+    digest = hashlib.sha256(weights).hexdigest()
+    assert answer.json() == {"name": f"sha256:{digest}", "bytes": len(weights)}
     config = {**CONFIG, "model": {**CONFIG["model"], "weights": f"sha256:{digest}"}}
     assert service.rules.accept(config).model.weights == str(service.store.files / digest)
     assert client.post("/v1/models", content=b"", headers=ann).status_code == 422
+
+
+@pytest.mark.parametrize(
+    ("resource", "content", "words"),
+    [
+        ("models", pickle.dumps({"weight": 1}), "The body is no safetensors file"),
+        ("models", b"weights", "The body is no safetensors file"),
+        ("devices", b"{", "The body"),
+        ("devices", b'{"name": 3}', "The body"),
+        ("devices", b"\xff\xfe", "The body"),
+    ],
+)
+def test_only_files_of_the_kind_are_stored(client, ann, service, resource, content, words):
+    answer = client.post(f"/v1/{resource}", content=content, headers=ann)
+    assert answer.status_code == 422 and words in answer.json()["title"]
+    assert not (service.store.files / hashlib.sha256(content).hexdigest()).exists()
 
 
 def test_an_upload_that_is_too_large_leaves_nothing(tmp_path):
