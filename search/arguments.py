@@ -17,3 +17,7 @@ Trust = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one value, e.g. search.evaluations=50.")
 ]
+NewBudgets = Annotated[
+    list[str] | None,
+    typer.Option("--budget", metavar="NAME=LIMITS", help='Add a budget: --budget "small=macs<=35%"; repeat for several.'),
+]

@@ -21,7 +21,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from secateur.cost_models.core import InputError
-from secateur.search.arguments import ConfigPath, Overrides, Trust
+from secateur.search.arguments import ConfigPath, NewBudgets, Overrides, Trust
 from secateur.search.benchmarks.cli import benchmark, support
 from secateur.search.cluster_cli import jobs, submit, sweep
 from secateur.search.remote_cli import remote
@@ -137,10 +137,7 @@ for verb in (submit, jobs, sweep):
 def resume(
     run: RunPath,
     overrides: Overrides = None,
-    budget: Annotated[
-        list[str] | None,
-        typer.Option("--budget", metavar="NAME=LIMITS", help='Add a budget: --budget "small=macs<=35%"; repeat for several.'),
-    ] = None,
+    budget: NewBudgets = None,
     trust: Trust = None,
 ) -> None:
     """Continue an interrupted run, or one with more evaluations (--set search.evaluations=500), as if it had never stopped."""

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from secateur.search.arguments import ConfigPath, Overrides
+from secateur.search.arguments import ConfigPath, NewBudgets, Overrides
 
 if TYPE_CHECKING:
     from secateur.search.client import RemoteSearch, Server
@@ -94,12 +94,13 @@ def stop(search: Identifier, server: ServerUrl) -> None:
 
 
 @remote.command()
-def resume(search: Identifier, server: ServerUrl, overrides: Overrides = None) -> None:
+def resume(search: Identifier, server: ServerUrl, overrides: Overrides = None, budget: NewBudgets = None) -> None:
     """Continue a search that has ended, or extend it: --set search.evaluations=500."""
-    from secateur.search.config import override_values
+    from secateur.search.config import budget_override, override_values
 
+    changes = [*(overrides or ()), *map(budget_override, budget or ())]
     found = _connect(server).search(search)
-    print(f"{found.id}: {found.resume(dict(map(override_values, overrides or ())))['state']}")
+    print(f"{found.id}: {found.resume(dict(map(override_values, changes)))['state']}")
 
 
 @remote.command()

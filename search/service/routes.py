@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from secateur.cost_models.core import InputError
 from secateur.cost_models.device import parse_device
 from secateur.cost_models.reading import parse_json
-from secateur.search.config.reading import load_yaml
+from secateur.search.config.reading import apply_overrides, load_yaml, parse_config
 from secateur.search.named_code import modules_of
 from secateur.search.results.document import only_budget, read_front
 from secateur.search.service.access import Owned, Problem, Readable, Reader, Service, Submitter, TheService
@@ -134,13 +134,24 @@ def cancel(service: TheService, found: Owned, caller: Submitter) -> dict[str, An
 
 @router.post("/searches/{identifier}:resume")
 def resume(service: TheService, found: Owned, caller: Submitter, changes: Changes) -> dict[str, Any]:
-    """Continue a search that has ended, or extend it: {"overrides": {"search.evaluations": 500}}."""
-    if other := sorted(set(changes.overrides) - set(CHANGEABLE)):
-        raise Problem(422, f"`{other[0]}` cannot be changed here. Allowed: {', '.join(CHANGEABLE)}.")
+    """Continue a search that has ended, or extend it: {"overrides": {"search.evaluations": 500}}, or a further budget."""
+    _check_changes(read_json(found.folder / CONFIG), changes.overrides)
     service.processes.resume(found, changes.overrides)
     again = service.store.find(found.id, caller)
     assert again is not None
     return service.summaries.of(again)
+
+
+def _check_changes(config: dict[str, Any], overrides: dict[str, Any]) -> None:
+    """Raise an error unless the overrides may change a search of this configuration, and it can be used with them."""
+    for key in sorted(overrides):
+        section, _, name = key.partition(".")
+        if section == "budgets" and name and name not in config["budgets"]:
+            continue
+        if key not in CHANGEABLE:
+            raise Problem(422, f"`{key}` cannot be changed here. Allowed: {', '.join(CHANGEABLE)}, and further budgets.")
+    apply_overrides(config, overrides)
+    parse_config(config, "the configuration")
 
 
 def _read_body(body: bytes) -> Any:

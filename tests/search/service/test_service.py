@@ -202,6 +202,14 @@ def test_only_some_values_can_change_when_a_search_is_resumed(client, ann):
     answer = client.post(f"/v1/searches/{found['id']}:resume", json={"overrides": {"model.factory": "os:system"}}, headers=ann)
     assert answer.status_code == 422
     assert "cannot be changed" in answer.json()["title"]
+    for overrides, words in (
+        ({"budgets.small": {"macs": "<= 10%"}}, "`budgets.small` cannot be changed"),
+        ({"budgets": {}}, "`budgets` cannot be changed"),
+        ({"budgets.tiny": {"mac": "<= 10%"}}, "unknown cost"),
+        ({"search.evaluations": "many"}, "search.evaluations"),
+    ):
+        answer = client.post(f"/v1/searches/{found['id']}:resume", json={"overrides": overrides}, headers=ann)
+        assert answer.status_code == 422 and words in json.dumps(answer.json())
 
 
 def test_uploads_are_named_by_their_digest(client, ann, service):
@@ -334,9 +342,11 @@ def test_no_file_outside_the_run_is_served(finished, name):
 
 def test_a_search_is_extended(finished):
     client, _, found = finished
-    answer = client.post(f"/v1/searches/{found['id']}:resume", json={"overrides": {"search.evaluations": 6}})
+    overrides = {"search.evaluations": 6, "budgets.tiny": {"macs": "<= 40%"}}
+    answer = client.post(f"/v1/searches/{found['id']}:resume", json={"overrides": overrides})
     assert answer.json()["state"] in ("queued", "running")
     assert client.post(f"/v1/searches/{found['id']}:resume", json={}).status_code == 422
     again = wait(client, found["id"], "finished", "failed")
     assert again["state"] == "finished", again["message"]
-    assert client.get(f"/v1/searches/{found['id']}/front").json()["evaluations"] == 6
+    front = client.get(f"/v1/searches/{found['id']}/front").json()
+    assert front["evaluations"] == 6 and list(front["budgets"]) == ["small", "tiny"]
