@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -73,7 +73,11 @@ class Problem(Exception):
         self.status, self.title, self.errors = status, title, errors or []
 
 
-def _service(request: Request) -> Service:
+# What follows takes far less than a millisecond. Functions that are not `async` would run in other threads, which wait several
+# milliseconds for each other under load.
+
+
+async def _service(request: Request) -> Service:
     service: Service = request.app.state.service
     return service
 
@@ -81,7 +85,7 @@ def _service(request: Request) -> Service:
 TheService = Annotated[Service, Depends(_service)]
 
 
-def _caller(service: TheService, authorization: Annotated[str, Header()] = "") -> Caller:
+async def _caller(service: TheService, authorization: Annotated[str, Header()] = "") -> Caller:
     """Return who sends the request."""
     if service.open_to_all and not authorization:
         return Caller("anyone", "admin")
@@ -91,8 +95,8 @@ def _caller(service: TheService, authorization: Annotated[str, Header()] = "") -
     return found
 
 
-def _with_role(role: Role) -> Callable[..., Caller]:
-    def check(caller: Annotated[Caller, Depends(_caller)]) -> Caller:
+def _with_role(role: Role) -> Callable[..., Awaitable[Caller]]:
+    async def check(caller: Annotated[Caller, Depends(_caller)]) -> Caller:
         if not caller.may(role):
             raise Problem(403, f"This needs a token with the role {role}; yours has {caller.role}.")
         return caller
@@ -104,7 +108,7 @@ Reader = Annotated[Caller, Depends(_with_role("read"))]
 Submitter = Annotated[Caller, Depends(_with_role("submit"))]
 
 
-def _owned(identifier: str, service: TheService, caller: Reader) -> Search:
+async def _owned(identifier: str, service: TheService, caller: Reader) -> Search:
     found = service.store.find(identifier, caller)
     if found is None:
         raise Problem(404, f"There is no search {identifier}.")
@@ -115,7 +119,7 @@ Owned = Annotated[Search, Depends(_owned)]
 """A search that the caller may see."""
 
 
-def _readable(search: Owned) -> Search:
+async def _readable(search: Owned) -> Search:
     if not search.has_front:
         raise Problem(409, f"The search has no results yet; it is {search.state}. {search.message}".strip())
     return search

@@ -34,11 +34,11 @@ class Processes:
     def start_waiting(self) -> list[Search]:
         """Start the searches that wait, as far as the limit allows; return them. It is called every second."""
         self.children = [child for child in self.children if child.poll() is None]  # ended children are reaped
-        searches = self.store.list(None)
-        states = [(search, search.state) for search in reversed(searches)]
-        free = self.limit - sum(state == "running" for _, state in states)
-        waiting = [search for search, state in states if state == "queued"][: max(free, 0)]
-        return [search for search in waiting if self._start(search)]
+        waiting = [search for search in self.store.not_started() if search.state == "queued"]
+        if not waiting:  # then no other search is looked at, however many there are
+            return []
+        free = self.limit - sum(search.state == "running" for search in self.store.list(None))
+        return [search for search in waiting[: max(free, 0)] if self._start(search)]
 
     def _start(self, search: Search) -> bool:
         # The child inherits the lock, so it is held from now on until the child ends.

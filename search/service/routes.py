@@ -102,7 +102,7 @@ def _add(service: Service, caller: Caller, document: dict[str, Any], label: str,
 
 
 @router.get("/searches")
-def searches(
+async def searches(
     service: TheService,
     caller: Reader,
     page_size: Annotated[int, Query(ge=1, le=200)] = 50,

@@ -21,7 +21,7 @@ import secrets
 import shutil
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,6 +220,12 @@ class Store:
         query = f"SELECT * FROM searches WHERE created < ?{where} ORDER BY created DESC LIMIT ?"
         with self._database() as database:
             rows = database.execute(query, (before, *values, count)).fetchall()
+        return [self._of(row) for row in rows]
+
+    def not_started(self) -> Sequence[Search]:
+        """Return the searches that wait for their start, or were cancelled before it, oldest first."""
+        with self._database() as database:
+            rows = database.execute("SELECT * FROM searches WHERE started IS NULL ORDER BY created").fetchall()
         return [self._of(row) for row in rows]
 
     def remove(self, search: Search) -> None:

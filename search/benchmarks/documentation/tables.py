@@ -190,6 +190,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "budgets-bits": lambda results: budgets_table(results / "budgets_bits", short=False),
     "half": half_table,
     "training": training_table,
+    "service": lambda results: reported_table(results / "service"),
     "budgets-rerun": rerun_table,
     "divergence": lambda results: reported_table(results / "divergence"),
     "segmentation": lambda results: reported_table(results / "segmentation"),

@@ -15,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from secateur.search.cli import app
+from secateur.search.service import serve as serve_module
 from secateur.search.service.store import Store
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
@@ -97,6 +98,14 @@ def test_a_port_that_is_taken_is_one_sentence(tmp_path):
         done = serve(tmp_path, "--no-token", "--port", str(port))
     assert (done.returncode, done.stdout) == (2, "")
     assert f"http://127.0.0.1:{port} cannot be served: Address already in use. Choose another --host or --port." in done.stderr
+
+
+def test_answers_are_sent_at_once():
+    """Head and body of an answer are sent apart; otherwise the body waits until the client has acknowledged the head."""
+    with serve_module._listening("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def serve(store, *options):
