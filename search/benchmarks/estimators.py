@@ -11,14 +11,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from secateur.envs.quantization.estimators import ESTIMATORS
 from secateur.envs.training.distillation import Training
 from secateur.envs.training.recipe import DistillationConfig
 from secateur.envs.training.samples import Samples
 from secateur.search.benchmarks.quantizers import parse_bits
-from secateur.search.benchmarks.records import Records, Row, config_record, metric_heading, row_metric, shown_score
+from secateur.search.benchmarks.records import (
+    Records,
+    Row,
+    config_record,
+    mean_test_score,
+    metric_heading,
+    row_metric,
+    shown_score,
+)
 from secateur.search.benchmarks.recoveries import Variant, policy_and_assembler
 from secateur.search.benchmarks.recovery_settings import calibrated_problem
 from secateur.search.benchmarks.scaffold import ROWS, markdown_table, show_progress, write_results
@@ -109,15 +115,10 @@ def estimator_table(rows: Sequence[Row]) -> str:
     lines = []
     for bits in dict.fromkeys(row["bits"] for row in rows):
         of_bits = [row for row in rows if row["bits"] == bits]
-        lines.append([bits, *(_cell([row for row in of_bits if row["estimator"] == name]) for name in (START, *ESTIMATORS))])
+        lines.append(
+            [bits, *(mean_test_score([row for row in of_bits if row["estimator"] == name]) for name in (START, *ESTIMATORS))]
+        )
     return markdown_table(["bits", "before training", *ESTIMATORS], lines)
-
-
-def _cell(rows: Sequence[Row]) -> str:
-    scores = [shown_score(row_metric(row), row["test_score"]) for row in rows]
-    if not scores:
-        return "-"
-    return f"{np.mean(scores):.2f}" + (f" ± {np.std(scores, ddof=1):.2f}" if len(scores) > 1 else "")
 
 
 def estimator_report(rows: Sequence[Row]) -> str:

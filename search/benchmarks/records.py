@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from secateur.cost_models.core import InputError
 from secateur.envs.metric import TOP1, Metric
@@ -112,3 +114,11 @@ def metric_heading(metric: Metric) -> str:
 def shown_score(metric: Metric, score: float) -> float:
     """Return a score as the number that stands before the metric's unit."""
     return 100 * score if metric.unit == "%" else score
+
+
+def mean_test_score(rows: Sequence[Row]) -> str:
+    """Return the test scores of rows that differ in their seeds as "mean ± standard deviation"; "-": there are none."""
+    scores = [shown_score(row_metric(row), row["test_score"]) for row in rows]
+    if not scores:
+        return "-"
+    return f"{np.mean(scores):.2f}" + (f" ± {np.std(scores, ddof=1):.2f}" if len(scores) > 1 else "")

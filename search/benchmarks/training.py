@@ -21,7 +21,15 @@ from secateur.envs.training.distillation import Training
 from secateur.envs.training.recipe import DistillationConfig
 from secateur.search.benchmarks.policies import POLICY_FIELDS, allocate, check_agents, choose_budget, policy_choices
 from secateur.search.benchmarks.processes import measured
-from secateur.search.benchmarks.records import Records, Row, config_record, metric_heading, row_metric, shown_score
+from secateur.search.benchmarks.records import (
+    Records,
+    Row,
+    config_record,
+    mean_test_score,
+    metric_heading,
+    row_metric,
+    shown_score,
+)
 from secateur.search.benchmarks.scaffold import ROWS, markdown_table, percent, show_progress, workers, write_results
 from secateur.search.benchmarks.timing import timed
 from secateur.search.build import build_options, build_problem
@@ -223,7 +231,7 @@ def training_table(rows: Sequence[Row]) -> str:
             [
                 str(epochs) if epochs else "before training",
                 f"{weight:g}" if epochs else "",
-                *(_cell([row for row in of_recipe if row["agent"] == agent]) for agent in agents),
+                *(mean_test_score([row for row in of_recipe if row["agent"] == agent]) for agent in agents),
                 f"{np.median(minutes):.1f}" if epochs else "",
             ]
         )
@@ -232,13 +240,6 @@ def training_table(rows: Sequence[Row]) -> str:
 
 def _recipe(row: Row) -> tuple[int, float]:
     return row["epochs"], row["recipe"]["distillation"] if row["epochs"] else 0.0
-
-
-def _cell(rows: Sequence[Row]) -> str:
-    scores = [shown_score(row_metric(row), row["test_score"]) for row in rows]
-    if not scores:
-        return "-"
-    return f"{np.mean(scores):.2f}" + (f" ± {np.std(scores, ddof=1):.2f}" if len(scores) > 1 else "")
 
 
 def training_report(rows: Sequence[Row]) -> str:
